@@ -1,0 +1,80 @@
+"""Secateur makes trained transformers smaller and faster.
+
+The public names are loaded when first used. The one thing that happens on import: once
+transformers' auto classes are (or get) imported, they learn to open per-layer checkpoints.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from secateur.errors import InputError
+from secateur.version import __version__
+
+if TYPE_CHECKING:
+    from secateur.calibration import Store, calibrate
+    from secateur.evaluate.judge import Questions, Text, judge_apart
+    from secateur.methods.base import Method
+    from secateur.methods.modegpt import MoDeGPT
+    from secateur.model import Model, Settings, open_model
+    from secateur.pipeline import compress, save
+    from secateur.plan import Plan, make_plan
+    from secateur.text import Calibration, calibration_tokens
+
+_HOMES = {
+    "Calibration": "secateur.text",
+    "Method": "secateur.methods.base",
+    "MoDeGPT": "secateur.methods.modegpt",
+    "Model": "secateur.model",
+    "Plan": "secateur.plan",
+    "Questions": "secateur.evaluate.judge",
+    "Settings": "secateur.model",
+    "Store": "secateur.calibration",
+    "Text": "secateur.evaluate.judge",
+    "calibrate": "secateur.calibration",
+    "calibration_tokens": "secateur.text",
+    "compress": "secateur.pipeline",
+    "judge_apart": "secateur.evaluate.judge",
+    "make_plan": "secateur.plan",
+    "open_model": "secateur.model",
+    "save": "secateur.pipeline",
+}
+
+__all__ = [
+    "Calibration",
+    "InputError",
+    "Method",
+    "MoDeGPT",
+    "Model",
+    "Plan",
+    "Questions",
+    "Settings",
+    "Store",
+    "Text",
+    "__version__",
+    "calibrate",
+    "calibration_tokens",
+    "compress",
+    "judge_apart",
+    "make_plan",
+    "open_model",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def _register(_: Any) -> None:
+    from secateur.register import register
+
+    register()
+
+
+# transformers takes seconds to import and has no entry points to be found by, so the registration
+# waits for its auto classes instead of pulling them in for `secateur --help`.
+wrapt.register_post_import_hook(_register, "transformers.models.auto.modeling_auto")

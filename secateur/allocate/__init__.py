@@ -1,0 +1,1 @@
+"""Budgets over units; one strategy, one file."""

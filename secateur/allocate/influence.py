@@ -1,0 +1,75 @@
+"""MoDeGPT's allocation: more room for blocks that change their input more."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.allocate.base import Allocator, Evidence
+from secateur.errors import InputError
+from secateur.statistics import Need, Needs
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class EntropicInfluence(Allocator):
+    """One sparsity φ per block, by entropy-regularised block influence s.
+
+    Maximising Σ w_l s_l (1 − φ_l) + ε H(φ) with mean φ fixed (w_l: the block's share of all
+    parameters) gives
+
+        φ_l = min(φ_max, c · exp(−s_l / ε)),   c such that Σ w_l φ_l = 1 − keep
+
+    Without the cap that is the published L φ_avg softmax(−s/ε); what the cap cuts off is poured
+    over the other blocks (water-filling), so the sum is exact. Don't use it where units inside a
+    block differ in how much they hurt: all of them get the block's ratio.
+
+    Source: arXiv 2408.09632, equation 10.
+
+    Attributes:
+        temperature: ε; a large one tends to uniform, a small one to whole blocks.
+        max_sparsity: φ_max.
+    """
+
+    temperature: float
+    max_sparsity: float
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.INFLUENCE})
+
+    def shares(self, units: Sequence[Unit], evidence: Evidence, keep: float) -> dict[str, float]:
+        """1 − φ of the unit's block."""
+        weights = [0] * len(evidence.influence)
+        for unit in units:
+            weights[unit.block] += unit.parameters(unit.size)
+        sparsity = self.sparsities(evidence.influence, weights, 1 - keep)
+        return {unit.name: 1 - sparsity[unit.block] for unit in units}
+
+    def sparsities(
+        self, influence: Sequence[float], weights: Sequence[float], mean: float
+    ) -> list[float]:
+        """φ per block, with Σ w φ / Σ w = ``mean`` exactly.
+
+        Raises:
+            InputError: the mean is above the cap.
+        """
+        if mean > self.max_sparsity:
+            raise InputError(
+                f"keep {1 - mean:.3f} is out of reach: no block may lose more than "
+                f"{self.max_sparsity:g} of itself. Ask for at least {1 - self.max_sparsity:.3f}, or "
+                f"raise --max-sparsity."
+            )
+        lowest = min(influence)  # shifting all exponents changes nothing but keeps them finite
+        scale = [math.exp((lowest - s) / self.temperature) for s in influence]
+        capped: set[int] = set()
+        while True:
+            free = [i for i in range(len(scale)) if i not in capped and weights[i] > 0]
+            room = mean * sum(weights) - self.max_sparsity * sum(weights[i] for i in capped)
+            mass = sum(weights[i] * scale[i] for i in free)
+            level = room / mass if mass > 0 else 0.0
+            over = {i for i in free if level * scale[i] > self.max_sparsity * (1 + 1e-12)}
+            if not over:
+                break
+            capped |= over
+        return [
+            self.max_sparsity if i in capped else level * scale[i] if weights[i] > 0 else 0.0
+            for i in range(len(scale))
+        ]

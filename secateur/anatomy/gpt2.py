@@ -1,0 +1,32 @@
+"""GPT-2: Conv1D layers (weights stored inputs × outputs), fused c_attn, learned positions."""
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from secateur.anatomy.base import Anatomy, Heads, Projection, Projections, split
+
+
+def project(attention: nn.Module, heads: Heads) -> Projections:
+    """The fused Conv1D holds all queries, then all keys, then all values."""
+    width = heads.heads * heads.width
+    q, k, v = split(conv1d(attention.get_submodule("c_attn")), width, width, width)
+    return Projections(q, k, v, conv1d(attention.get_submodule("c_proj")))
+
+
+def conv1d(module: nn.Module) -> Projection:
+    """Weight and bias of a Conv1D, as a linear has them."""
+    assert isinstance(module, Conv1D)
+    return Projection(module.weight.t(), module.bias)
+
+
+GPT2 = Anatomy(
+    family="GPT-2",
+    model_types=("gpt2",),
+    blocks="h",
+    attention="attn",
+    project=project,
+    producers=(("mlp.c_fc", 1),),
+    consumer="mlp.c_proj",
+    width_key="n_inner",
+    rotary=False,
+)

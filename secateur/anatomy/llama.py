@@ -1,0 +1,15 @@
+"""Llama and Mistral: four attention linears, gated MLP, rotary positions."""
+
+from secateur.anatomy.base import Anatomy, separate
+
+LLAMA = Anatomy(
+    family="Llama / Mistral",
+    model_types=("llama", "mistral"),
+    blocks="layers",
+    attention="self_attn",
+    project=separate("q_proj", "k_proj", "v_proj", "o_proj"),
+    producers=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
+    consumer="mlp.down_proj",
+    width_key="intermediate_size",
+    rotary=True,
+)

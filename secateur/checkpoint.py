@@ -1,0 +1,180 @@
+"""Write a compressed model as safetensors and JSON, shard by shard, in the tier its plan needs."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateur.layers import modeling_secateur
+from secateur.model import Block, Model, inputs_by_outputs
+from secateur.plan import Tier
+
+SHARD_BYTES = 4 * 2**30
+CODE_FILE = "modeling_secateur.py"
+
+
+class Writer:
+    """Collects tensors and writes a shard whenever one is full."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._written = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor; it is copied to the CPU and may be freed by the caller."""
+        size = tensor.numel() * tensor.element_size()
+        pending = sum(t.numel() * t.element_size() for t in self._pending.values())
+        if self._pending and pending + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._written += size
+
+    def _flush(self) -> None:
+        # A view into a larger storage would be refused, or written twice.
+        tensors = {name: tensor.clone() for name, tensor in self._pending.items()}
+        path = self.folder / f"shard-{len(self._shards)}.safetensors"
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path.name}: {error}") from error
+        self._shards.append(list(tensors))
+        self._pending.clear()
+
+    def finish(self) -> None:
+        """Write what is pending, then give the shards the names that transformers looks for."""
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            (self.folder / "shard-0.safetensors").rename(self.folder / "model.safetensors")
+            return
+        index: dict[str, str] = {}
+        for i, names in enumerate(self._shards):
+            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            (self.folder / f"shard-{i}.safetensors").rename(self.folder / final)
+            index |= dict.fromkeys(names, final)
+        content = {"metadata": {"total_size": self._written}, "weight_map": index}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+
+
+def block_prefix(model: Model, block: Block) -> str:
+    """Name of a block in the whole model's state dict, with a dot behind."""
+    assert model.anatomy is not None
+    return f"{model.module.base_model_prefix}.{model.anatomy.blocks}.{block.index}."
+
+
+def store_block(model: Model, block: Block, writer: Writer) -> None:
+    """Write a finished block, and round its weights in memory as the file has them.
+
+    An attention that no unit changed is written in the family's own layout, fused or not.
+    """
+    prefix = block_prefix(model, block)
+    _round(block.module, model.stored)
+    _round(block.stock_attention, model.stored)
+    inside = block.anatomy.attention + "."
+    for name, tensor in block.module.state_dict().items():
+        if attention_changed(block) or not name.startswith(inside):
+            writer.add(prefix + name, _stored(tensor, model.stored))
+    if not attention_changed(block):
+        for name, tensor in block.stock_attention.state_dict().items():
+            writer.add(prefix + inside + name, _stored(tensor, model.stored))
+
+
+def store_rest(model: Model, writer: Writer) -> None:
+    """Write everything outside the blocks; a tied head is written once, as the embedding."""
+    assert model.anatomy is not None
+    _round(model.module, model.stored)
+    inside = f"{model.module.base_model_prefix}.{model.anatomy.blocks}."
+    seen: set[int] = set()
+    for name, tensor in _state(model.module):
+        if not name.startswith(inside) and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            writer.add(name, _stored(tensor, model.stored))
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """State dict entries, parameters that are shared under their first name first."""
+    state = module.state_dict()
+    first = [name for name, _ in module.named_parameters()]
+    yield from ((name, state[name]) for name in first)
+    yield from ((name, tensor) for name, tensor in state.items() if name not in set(first))
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _round(module: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def attention_changed(block: Block) -> bool:
+    """Whether the block's attention differs in shape from the stock one."""
+    shape, heads = block.attention.shape, block.heads
+    return bool((shape["query_key"], shape["value"]) != (heads.width, heads.width))
+
+
+def layout(model: Model, dense_width: int) -> dict[str, Any]:
+    """The ``secateur`` block of config.json: the shape of everything that is not stock."""
+    assert model.anatomy is not None
+    layers = []
+    for block in model.blocks:
+        layer: dict[str, Any] = {}
+        if inputs_by_outputs(block.consumer).shape[0] != dense_width:
+            paths = [path for path, _ in block.anatomy.producers] + [block.anatomy.consumer]
+            layer["linears"] = {path: _size(block.module.get_submodule(path)) for path in paths}
+        if attention_changed(block):
+            layer["attention"] = block.attention.shape
+        layers.append(layer)
+    return {
+        "version": 1,
+        "blocks": model.anatomy.blocks,
+        "attention": model.anatomy.attention,
+        "layers": layers,
+    }
+
+
+def _size(linear: nn.Module) -> dict[str, Any]:
+    inputs, outputs = inputs_by_outputs(linear).shape
+    return {"out": outputs, "in": inputs, "bias": linear.bias is not None}
+
+
+def write_config(model: Model, tier: Tier, dense_width: int, folder: Path) -> None:
+    """Write config.json, generation config, tokenizer and, where needed, the modelling code."""
+    anatomy, config = model.anatomy, model.config
+    assert anatomy is not None
+    fields = config.to_dict()
+    fields["dtype"] = str(model.stored).removeprefix("torch.")
+    stock = type(model.module).__name__
+    if tier == "plain":
+        fields[anatomy.width_key] = inputs_by_outputs(model.blocks[0].consumer).shape[0]
+        fields["architectures"] = [stock]
+    else:
+        prefix = modeling_secateur.PREFIX
+        base = type(model.module.base_model).__name__
+        code = CODE_FILE.removesuffix(".py")
+        fields["model_type"] = f"secateur_{config.model_type}"
+        fields["architectures"] = [prefix + stock]
+        fields["auto_map"] = {
+            "AutoConfig": f"{code}.{prefix}{type(config).__name__}",
+            "AutoModel": f"{code}.{prefix}{base}",
+            "AutoModelForCausalLM": f"{code}.{prefix}{stock}",
+        }
+        fields["secateur"] = layout(model, dense_width)
+        shutil.copyfile(modeling_secateur.__file__, folder / CODE_FILE)
+    fields.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    if model.module.generation_config is not None:
+        model.module.generation_config.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)

@@ -1,0 +1,377 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from secateur.errors import InputError
+from secateur.version import __version__
+
+if TYPE_CHECKING:
+    from secateur.evaluate.judge import Questions
+    from secateur.methods.base import Method
+    from secateur.model import Settings
+    from secateur.plan import Plan
+    from secateur.text import Calibration
+
+DEFAULT_METHOD = "modegpt"
+METHOD_KEY = "secateur.method"
+
+
+class MethodCommand(click.Command):
+    """A command that takes, besides its own options, those of the method it is given.
+
+    A method's fields are its options. Importing a method imports torch, so ``--help`` shows them
+    only when a method is named.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Find the method first, so that its options are known when the rest is parsed."""
+        named = _value_of(args, "--method", "-m")
+        if named is not None or not {"--help", "-h"} & set(args):
+            from secateur.methods import method_class
+
+            ctx.meta[METHOD_KEY] = method_class(named or DEFAULT_METHOD)
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters and the method's fields."""
+        return [*super().get_params(ctx), *_method_options(ctx.meta.get(METHOD_KEY))]
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Say where the method's options are, unless they are shown."""
+        if METHOD_KEY not in ctx.meta:
+            with formatter.indentation():
+                formatter.write_paragraph()
+                formatter.write_text(
+                    f"Methods have options of their own: --method {DEFAULT_METHOD} --help shows "
+                    f"them, `secateur ls` lists the methods."
+                )
+
+
+def _value_of(args: list[str], *flags: str) -> str | None:
+    for i, arg in enumerate(args):
+        if arg in flags and i + 1 < len(args):
+            return args[i + 1]
+        for flag in flags:
+            if arg.startswith(flag + "="):
+                return arg.removeprefix(flag + "=")
+    return None
+
+
+def _method_options(method: "type[Method] | None") -> list[click.Parameter]:
+    if method is None:
+        return []
+    from dataclasses import fields
+
+    return [
+        click.Option(
+            [f"--{field.name.replace('_', '-')}"],
+            type=type(field.default),
+            help=f"[{method.name}] {field.metadata['help']}  [default: {field.default:g}]",
+        )
+        for field in fields(method)
+        if field.name != "keep"
+    ]
+
+
+def _stack(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+model_argument = click.argument("model")
+
+open_options = _stack(
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps, …"),
+    click.option(
+        "--dtype",
+        default="auto",
+        show_default=True,
+        help="Number format to compute in; auto is float32 on a CPU, the stored one elsewhere.",
+    ),
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run the code that the checkpoint brings along."
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
+)
+
+calibration_options = _stack(
+    click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
+    click.option(
+        "--keep", type=float, help="Share of the compressible parameters that stays, e.g. 0.8."
+    ),
+    click.option(
+        "--calibration",
+        default="bundled",
+        show_default=True,
+        help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
+        '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
+    ),
+    click.option("--samples", default=128, show_default=True, type=click.IntRange(1)),
+    click.option(
+        "--length", default=256, show_default=True, type=click.IntRange(2), help="Tokens a sample."
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the choice of samples."),
+    click.option(
+        "--multiple-of",
+        default=8,
+        show_default=True,
+        type=click.IntRange(1),
+        help="MLP widths become multiples of this, so that kernels stay fast.",
+    ),
+)
+
+judge_options = _stack(
+    click.option(
+        "--eval",
+        "texts",
+        multiple=True,
+        metavar="TEXT",
+        help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
+        "calibration text that is set aside, and the bundled text.",
+    ),
+    click.option("--eval-length", type=click.IntRange(2), help="Tokens a window  [default: 256]"),
+    click.option(
+        "--eval-windows", default=256, show_default=True, type=click.IntRange(1), help="At most."
+    ),
+    click.option("--prompt", help="To continue  [default: the beginning of the first text]"),
+    click.option("--new-tokens", default=40, show_default=True, type=click.IntRange(1)),
+    click.option("--no-speed", is_flag=True, help="Don't time the model."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="secateur")
+def cli() -> None:
+    """Make a trained transformer smaller and faster, and see what it costs.
+
+    \b
+    secateur compress Qwen/Qwen2.5-0.5B out --keep 0.8     do it
+    secateur inspect Qwen/Qwen2.5-0.5B                     what could shrink
+    secateur plan Qwen/Qwen2.5-0.5B --keep 0.8 --dry-run   what would shrink
+    secateur eval out                                      measure any model
+    """
+
+
+@cli.command(name="ls")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def list_all(as_json: bool) -> None:
+    """List the methods with their options, and the model families they serve."""
+    from secateur import present
+
+    content = present.catalogue()
+    _print_json(content) if as_json else present.show_catalogue(content)
+
+
+@cli.command()
+@model_argument
+@open_options
+@click.option("--multiple-of", default=8, show_default=True, type=click.IntRange(1))
+def inspect(model: str, as_json: bool, multiple_of: int, **opening: Any) -> None:
+    """Show what can shrink in MODEL, and what calibration would need; reads no weights."""
+    from secateur import present
+
+    content = present.inspection(model, _settings(opening), multiple_of)
+    _print_json(content) if as_json else present.show_inspection(content)
+
+
+@cli.command(cls=MethodCommand)
+@model_argument
+@calibration_options
+@open_options
+@click.option("--output", "-o", default="plan.json", show_default=True, help="File to write.")
+@click.option("--dry-run", is_flag=True, help="Show the plan without writing it.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    /,
+    model: str,
+    as_json: bool,
+    output: str,
+    dry_run: bool,
+    overwrite: bool,
+    multiple_of: int,
+    **rest: Any,
+) -> None:
+    """Decide the size of every unit of MODEL; no weight is touched.
+
+    The plan is JSON: read it, edit the sizes, apply it with `secateur compress --plan`.
+    """
+    from secateur import pipeline, present
+    from secateur.calibration import Store
+    from secateur.progress import for_terminal
+
+    path = Path(output)
+    if not dry_run and path.exists() and not overwrite:
+        raise InputError(f"{output!r} exists; choose another --output or add --overwrite.")
+    method, calibration = _method(ctx, rest), _calibration(rest)
+    made = pipeline.prepare(
+        model,
+        method,
+        calibration,
+        _settings(rest),
+        multiple_of,
+        pipeline.reserve_of(calibration, pipeline.default_texts(calibration)),
+        Store(),
+        pipeline.Stopwatch(),
+        for_terminal(),
+    ).plan
+    if not dry_run:
+        path.write_text(made.to_json())
+    if as_json:
+        print(made.to_json(), end="")
+    else:
+        present.show_plan(made, None if dry_run else path)
+
+
+@cli.command(cls=MethodCommand)
+@model_argument
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Apply this plan.")
+@calibration_options
+@judge_options
+@open_options
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
+@click.pass_context
+def compress(
+    ctx: click.Context,
+    /,
+    model: str,
+    out: Path,
+    plan_file: Path | None,
+    as_json: bool,
+    multiple_of: int,
+    overwrite: bool,
+    **rest: Any,
+) -> None:
+    """Write a smaller checkpoint of MODEL (a folder or hub id) to the new folder OUT.
+
+    The dense model is measured first, the result is reloaded in a fresh process, compared with
+    memory and measured the same way. A run that was killed goes on when it is typed again.
+    """
+    from secateur import pipeline, present
+    from secateur.plan import read_plan
+    from secateur.progress import for_terminal
+
+    if plan_file is not None:
+        _refuse_beside_plan(ctx)
+        made: Method | Plan = (replay := read_plan(plan_file))
+        record = replay.calibration
+        calibration = _calibration({**record.model_dump(), "calibration": record.source})
+    else:
+        made, calibration = _method(ctx, rest), _calibration(rest)
+    questions = _questions(rest, pipeline.default_texts(calibration), calibration.length)
+    report = pipeline.compress(
+        model,
+        out,
+        made,
+        calibration,
+        questions,
+        _settings(rest),
+        multiple_of,
+        overwrite,
+        for_terminal(),
+    )
+    if as_json:
+        _print_json(report.content)
+    else:
+        present.show_report(report, out)
+
+
+@cli.command(name="eval")
+@model_argument
+@judge_options
+@open_options
+def evaluate(model: str, as_json: bool, **rest: Any) -> None:
+    """Measure MODEL: perplexity, speed, memory and a sample, as `compress` does."""
+    from dataclasses import asdict
+
+    from secateur import present
+    from secateur.evaluate.judge import Text, judge_apart
+    from secateur.progress import for_terminal
+    from secateur.text import BUNDLED
+
+    questions = _questions(rest, (Text("Python docs (bundled)", BUNDLED),), 256)
+    verdict = judge_apart(model, questions, _settings(rest), for_terminal())
+    _print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
+
+
+def _settings(options: dict[str, Any]) -> "Settings":
+    from secateur.model import Settings
+
+    names = ("device", "dtype", "revision", "trust_remote_code")
+    return Settings(**{name: options[name] for name in names})
+
+
+def _method(ctx: click.Context, options: dict[str, Any]) -> "Method":
+    from dataclasses import fields
+
+    kind: type[Method] = ctx.meta[METHOD_KEY]
+    given = {f.name: options[f.name] for f in fields(kind) if options.get(f.name) is not None}
+    return kind(**given)
+
+
+def _calibration(options: dict[str, Any]) -> "Calibration":
+    from secateur.text import Calibration
+
+    return Calibration(
+        options["calibration"], options["samples"], options["length"], options["seed"]
+    )
+
+
+def _questions(options: dict[str, Any], default: Any, length: int) -> "Questions":
+    from secateur.evaluate.judge import Questions, Text
+
+    return Questions(
+        texts=tuple(Text(Path(t).name, t) for t in options["texts"]) or default,
+        length=options["eval_length"] or length,
+        windows=options["eval_windows"],
+        prompt=options["prompt"],
+        new_tokens=options["new_tokens"],
+        speed=not options["no_speed"],
+    )
+
+
+def _refuse_beside_plan(ctx: click.Context) -> None:
+    """A plan has its own method, budget and calibration; a flag for them would be ignored."""
+    own = {*(p.name for p in _method_options(ctx.meta[METHOD_KEY]))}
+    own |= {"method", "keep", "calibration", "samples", "length", "seed", "multiple_of"}
+    for name in sorted(str(n) for n in own):
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise InputError(f"--{name.replace('_', '-')} and --plan exclude each other.")
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1))
+
+
+def main() -> None:
+    """Entry point: one message and exit code 2 for anything the user can put right."""
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+        print("interrupted; type the same command again to go on.", file=sys.stderr)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        print(f"error: {error}. Nothing was left half-written.", file=sys.stderr)
+        code = 2
+    sys.exit(code)

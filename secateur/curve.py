@@ -1,0 +1,22 @@
+"""Predicted error against size, the common currency of methods and allocators."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Predicted error of a unit's output at every size 0 … today's, as a share of its energy."""
+
+    errors: tuple[float, ...]
+
+    def at(self, size: int) -> float:
+        """The error at one size."""
+        return self.errors[size]
+
+    @classmethod
+    def of(cls, errors: Tensor) -> "Curve":
+        """From absolute errors at sizes 0 … n; the error at size 0 is the whole energy."""
+        whole = errors[0].clamp_min(1e-300)
+        return cls(tuple((errors / whole).clamp(0, 1).tolist()))

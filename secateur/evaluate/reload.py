@@ -1,0 +1,65 @@
+"""Does a reloaded checkpoint say what the model in memory said?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.model import cast
+
+IMPLEMENTATIONS = ("eager", "sdpa")
+GREEDY_TOKENS = 16
+#: Largest difference of a logit, relative to the spread of all logits, taken for the same model.
+#: Narrowed and stock attention add in different orders; a wrong or missing tensor moves a logit by
+#: a large part of the spread.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+
+
+def testimony(module: Any, ids: Tensor) -> dict[str, Tensor]:
+    """What a model says about ``ids`` (tokens): logits and greedy continuations.
+
+    Logits under eager and sdpa attention in the module's dtype, then in bfloat16, to which the
+    module's parameters are left converted; greedy tokens with and without a cache.
+    """
+    ids = ids.unsqueeze(0).to(module.device)
+    said: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for cached in (True, False):
+            out = module.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=GREEDY_TOKENS,
+                do_sample=False,
+                num_beams=1,
+                use_cache=cached,
+                min_new_tokens=GREEDY_TOKENS,
+                pad_token_id=0,
+            )
+            said[f"greedy.{'cached' if cached else 'uncached'}"] = out[0, ids.shape[1] :].cpu()
+        for dtype in dict.fromkeys((module.dtype, torch.bfloat16)):
+            cast(module, dtype)
+            for implementation in IMPLEMENTATIONS:
+                module.set_attn_implementation(implementation)
+                name = f"logits.{str(dtype).removeprefix('torch.')}.{implementation}"
+                said[name] = module(input_ids=ids, use_cache=False).logits[0].float().cpu()
+    return said
+
+
+def disagreement(memory: dict[str, Tensor], reloaded: dict[str, Tensor]) -> str | None:
+    """What differs between two testimonies, or None.
+
+    Greedy continuations must be the same token by token, each with and without a cache.
+    """
+    for name, expected in memory.items():
+        found = reloaded.get(name)
+        if found is None or found.shape != expected.shape:
+            return f"{name} is missing or has another shape"
+        if name.startswith("greedy"):
+            if not torch.equal(found, expected):
+                return f"{name}: {found.tolist()} instead of {expected.tolist()}"
+            continue
+        dtype = getattr(torch, name.split(".")[1])
+        difference = float((found - expected).abs().max() / expected.std().clamp_min(1e-12))
+        if not difference <= TOLERANCE[dtype]:
+            return f"{name} differs by {difference:.2g} of the logits' spread"
+    return None

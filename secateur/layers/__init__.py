@@ -1,0 +1,1 @@
+"""Run-time modules for shapes that stock transformers classes cannot express."""

@@ -1,0 +1,217 @@
+"""Stock transformers models with narrower layers.
+
+This file is written beside the weights of every checkpoint whose layers differ in shape, so it
+stands alone: it imports torch and transformers, never secateur. The shapes are read from the
+``secateur`` block of ``config.json``. A class is the stock class with some modules replaced:
+``SecateurLlamaForCausalLM`` is ``LlamaForCausalLM``, ``SecateurOPTModel`` is ``OPTModel`` and so
+on; they are made on request (``__getattr__`` at the end), so no family is named here.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+PREFIX = "Secateur"
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Plain softmax attention; key and value may differ in width. Shapes (batch, heads, tokens, dim)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class NarrowAttention(nn.Module):
+    """Attention with its own query/key width, value width and set of rotary pairs per KV head.
+
+    ``shape`` holds ``heads``, ``kv_heads``, ``query_key`` (width of a query and of a key),
+    ``value`` (width of a value), ``bias`` (which of "qkvo" have one) and ``rotary``. Everything
+    else, the softmax scale of the dense model above all, is taken from ``stock``, the module that
+    this one replaces. Queries and keys are laid out as first halves, then second halves of their
+    rotary pairs. Where ``rotary`` is "chosen", ``rope_pairs`` (kv_heads, query_key / 2) says which
+    column of the model's cos and sin tables a pair turns by; the first index past the tables means
+    that the pair does not turn. "all" means every column in order, "none" no rotation.
+    """
+
+    def __init__(self, stock: Any, shape: dict[str, Any]) -> None:
+        nn.Module.__init__(self)  # not super(): `narrow` mixes this class into the stock one
+        self.shape = dict(shape)
+        self.config: Any = stock.config
+        self.layer_idx: Any = stock.layer_idx
+        self.scaling: Any = stock.scaling
+        self.is_causal = True
+        self.sliding_window: Any = getattr(
+            stock, "sliding_window", getattr(self.config, "sliding_window", None)
+        )
+        self.dropout = _dropout(stock)
+        self.heads, self.kv_heads = int(shape["heads"]), int(shape["kv_heads"])
+        self.query_key, self.value = int(shape["query_key"]), int(shape["value"])
+        self.num_key_value_groups = self.heads // self.kv_heads
+        hidden, bias = self.config.hidden_size, shape["bias"]
+        self.q_proj = nn.Linear(hidden, self.heads * self.query_key, bias="q" in bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * self.query_key, bias="k" in bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * self.value, bias="v" in bias)
+        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias="o" in bias)
+        self.q_norm: nn.Module | None = getattr(stock, "q_norm", None)
+        self.k_norm: nn.Module | None = getattr(stock, "k_norm", None)
+        self.rotary: str = shape["rotary"]
+        if self.rotary == "chosen":
+            pairs = torch.zeros(self.kv_heads, self.query_key // 2, dtype=torch.int64)
+            self.rope_pairs = nn.Buffer(pairs)
+
+    def rotary_tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """From (batch, tokens, rotary dim) to (batch, kv heads or 1, tokens, pairs)."""
+        half = cos.shape[-1] // 2
+        still = 1 if self.rotary == "chosen" else self.query_key // 2 - half
+        cos = nn.functional.pad(cos[..., :half], (0, still), value=1.0)
+        sin = nn.functional.pad(sin[..., :half], (0, still))
+        if self.rotary == "all":
+            return cos.unsqueeze(1), sin.unsqueeze(1)
+        return cos[..., self.rope_pairs].transpose(1, 2), sin[..., self.rope_pairs].transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*tokens, self.heads, self.query_key)
+        key = self.k_proj(hidden_states).view(*tokens, self.kv_heads, self.query_key)
+        value = self.v_proj(hidden_states).view(*tokens, self.kv_heads, self.value).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        if self.rotary != "none" and position_embeddings is not None:
+            cos, sin = self.rotary_tables(*position_embeddings)
+            key = rotate(key, cos, sin)
+            if self.rotary == "chosen":  # every query head turns like the KV head that it reads
+                cos, sin = (t.repeat_interleave(self.num_key_value_groups, 1) for t in (cos, sin))
+            query = rotate(query, cos, sin)
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+
+        implementation = self.config._attn_implementation
+        if implementation != "eager" and (query.shape[2] > 1 or "flash" in implementation):
+            # Fused kernels want one width; zeros change neither the scores nor the kept columns.
+            # The cache stays narrow, and one-token steps run unpadded.
+            width = max(self.query_key, self.value)
+            query, key, value = (_pad(t, width) for t in (query, key, value))
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        output = output[..., : self.value].reshape(*tokens, -1).contiguous()
+        return self.o_proj(output), weights
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (first half, second half) by its angle."""
+    first, second = states.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def _pad(states: Tensor, width: int) -> Tensor:
+    missing = width - states.shape[-1]
+    return nn.functional.pad(states, (0, missing)) if missing else states
+
+
+def _dropout(stock: Any) -> float:
+    """Attention dropout of a stock module, under whichever name its family keeps it."""
+    for name in ("attention_dropout", "attn_dropout", "dropout"):
+        found: Any = getattr(stock, name, None)
+        if found is not None:
+            return float(found.p if isinstance(found, nn.Module) else found)
+    return 0.0
+
+
+def narrow_attention(stock: nn.Module, shape: dict[str, Any]) -> NarrowAttention:
+    """An uninitialised NarrowAttention that is also an instance of the stock class.
+
+    transformers finds the modules whose attention maps it records by their class.
+    """
+    kind: Any = type("Narrow" + type(stock).__name__, (NarrowAttention, type(stock)), {})
+    made: NarrowAttention = kind(stock, shape)
+    return made
+
+
+def resized(linear: nn.Module, outputs: int, inputs: int, bias: bool) -> nn.Module:
+    """An uninitialised module of the same kind as ``linear`` with other sizes."""
+    if isinstance(linear, Conv1D):
+        return Conv1D(outputs, inputs)
+    return nn.Linear(inputs, outputs, bias=bias)
+
+
+def narrow(model: PreTrainedModel, shapes: dict[str, Any]) -> None:
+    """Replace the modules of ``model`` whose shapes ``shapes`` (the config's block) changes."""
+    blocks: Any = model.base_model.get_submodule(shapes["blocks"])
+    for block, layer in zip(blocks, shapes["layers"], strict=True):
+        for path, size in layer.get("linears", {}).items():
+            old = block.get_submodule(path)
+            block.set_submodule(path, resized(old, size["out"], size["in"], size["bias"]))
+        if "attention" in layer:
+            path = shapes["attention"]
+            stock = block.get_submodule(path)
+            block.set_submodule(path, narrow_attention(stock, layer["attention"]))
+
+
+def _narrow_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    fields = {"model_type": f"secateur_{stock.model_type}", "__module__": __name__}
+    made: Any = type(PREFIX + stock.__name__, (stock,), fields)
+    made.register_for_auto_class()
+    return made  # type: ignore[no-any-return]
+
+
+def _narrow_model(stock: Any) -> type[PreTrainedModel]:
+    config_class = __getattr__(PREFIX + stock.config_class.__name__)
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        narrow(self, config.secateur)
+
+    fields = {"__init__": __init__, "__module__": __name__, "config_class": config_class}
+    made: Any = type(PREFIX + stock.__name__, (stock,), fields)
+    generates = issubclass(stock, transformers.GenerationMixin)
+    made.register_for_auto_class("AutoModelForCausalLM" if generates else "AutoModel")
+    return made  # type: ignore[no-any-return]
+
+
+def __getattr__(name: str) -> Any:
+    """Make ``Secateur<stock class>`` for a class of transformers, once."""
+    stock = getattr(transformers, name.removeprefix(PREFIX), None)
+    if not name.startswith(PREFIX) or not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    make: Any = _narrow_config if issubclass(stock, PreTrainedConfig) else _narrow_model
+    globals()[name] = make(stock)
+    return globals()[name]

@@ -1,0 +1,83 @@
+"""The contract of a method: score an axis, and say what replaces it at a size."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from secateur.curve import Curve
+from secateur.errors import InputError
+from secateur.model import Block
+from secateur.statistics import BlockStatistics, Need
+from secateur.units import Unit
+
+if TYPE_CHECKING:
+    from secateur.allocate.base import Allocator
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What replaces an axis z of width n by one of width k: z W becomes (z E)(D W).
+
+    Attributes:
+        keep: the kept coordinates, in order: (k) for an MLP, (kv heads, k) for query/key. E selects
+            them. None where E is a dense basis.
+        encode: E, (kv heads, n, k), multiplied into the producer. None where E selects.
+        decode: D, (k, n) or (kv heads, k, n), multiplied into the consumer. None leaves the kept
+            rows as they are.
+    """
+
+    keep: Tensor | None = None
+    encode: Tensor | None = None
+    decode: Tensor | None = None
+
+
+def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    """A method's field with its help text and the interval of its values, ends included."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One paper. Its fields are its whole configuration; constructing it only stores and checks.
+
+    Command-line flags and Python arguments come from the same fields, so they cannot differ.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+    keep: float
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
+            expected = type(f.default)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                if isinstance(value, expected):
+                    continue
+                raise InputError(
+                    f"{self.name}: {f.name}={value!r} should be a {expected.__name__}."
+                )
+            if expected is int and not isinstance(value, int):
+                raise InputError(f"{self.name}: {f.name}={value!r} should be a whole number.")
+            if not (low is None or value >= low) or not (high is None or value <= high):
+                bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+                raise InputError(f"{self.name}: {f.name}={value!r} should be {bounds}.")
+
+    @property
+    @abstractmethod
+    def allocator(self) -> "Allocator":
+        """What spends the budget when nothing else is asked for."""
+
+    @abstractmethod
+    def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
+        """Predicted error at every size; touches no weight."""
+
+    @abstractmethod
+    def compress(
+        self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
+    ) -> Narrowing:
+        """What replaces the unit at ``size``; touches no weight."""

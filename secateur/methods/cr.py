@@ -1,0 +1,67 @@
+"""CR decomposition of query and key: keep the coordinate pairs that carry the scores."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.curve import Curve
+from secateur.methods.base import Narrowing
+from secateur.model import Block
+from secateur.statistics import BlockStatistics, Needs
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class CR:
+    """MoDeGPT's type II module, for the width of queries and keys.
+
+    The published score ‖C_q^½ e_i‖ ‖C_k^½ e_i‖ is √(E q_i² · E k_i²), so only energies are needed.
+    Two coordinates that rotate together are one pair, whose energy no rotation changes; the query
+    heads that read one KV head share its kept set:
+
+        score of pair p in KV head j   s_jp² = E k_jp² · Σ_{heads h of j} E q_hp²
+
+    The softmax scale stays that of the dense model. Don't use it where queries are normalised
+    inside the head: a norm over fewer dims is another norm.
+
+    Source: arXiv 2408.09632, algorithm 2; grouped heads and rotary pairs as in its appendix.
+    """
+
+    def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
+        """The removed share of Σ s², which bounds the scores' error if pairs were uncorrelated."""
+        scores, _ = self._ranked(block, statistics)
+        per_rank = scores.sum(0)  # best pair of every head first
+        tail = torch.cat((per_rank.flip(0).cumsum(0).flip(0), per_rank.new_zeros(1)))
+        return Curve.of(torch.cat((tail[:-1].repeat_interleave(2), tail[-1:])))
+
+    def compress(
+        self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
+    ) -> Narrowing:
+        """The ``size / 2`` best pairs of every KV head, first halves before second halves."""
+        _, pairs = self._ranked(block, statistics)
+        kept = pairs[:, : size // 2]
+        if block.heads.rotary:  # in the tables' order; without rotation any order is as good
+            kept = kept.gather(1, kept[..., 0].argsort(dim=1).unsqueeze(-1).expand_as(kept))
+        return Narrowing(keep=kept.mT.flatten(1))
+
+    def _ranked(self, block: Block, statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
+        """Squared scores (kv heads, pairs), descending, and the pairs' coordinates (…, 2)."""
+        key = statistics[Needs.KEY_ENERGY].mean
+        query = statistics[Needs.QUERY_ENERGY].mean.view(len(key), -1, key.shape[1]).sum(1)
+        half = key.shape[1] // 2
+        turning = block.heads.rotary // 2
+        coordinates = torch.arange(half, device=key.device).expand(len(key), -1)
+        pairs = torch.stack((coordinates, coordinates + half), -1)
+        # Half of the product of energies is what a turning pair adds on average over all angles.
+        scores = (key[:, :half] + key[:, half:]) * (query[:, :half] + query[:, half:]) / 2
+        if turning < half:
+            # Coordinates that do not turn are free to pair up: the best with the second best.
+            still = torch.cat((coordinates[:, turning:], coordinates[:, turning:] + half), 1)
+            single = (key * query).gather(1, still)
+            order = single.argsort(dim=1, descending=True, stable=True)
+            still, single = still.gather(1, order), single.gather(1, order)
+            pairs = torch.cat((pairs[:, :turning], still.unflatten(1, (-1, 2))), 1)
+            scores = torch.cat((scores[:, :turning], single.unflatten(1, (-1, 2)).sum(-1)), 1)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return scores.gather(1, order), pairs.gather(1, order.unsqueeze(-1).expand_as(pairs))

@@ -1,0 +1,63 @@
+"""MoDeGPT: one local decomposition per kind of module, one budget over the blocks."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.influence import EntropicInfluence
+from secateur.curve import Curve
+from secateur.methods.base import Method, Narrowing, option
+from secateur.methods.cr import CR
+from secateur.methods.head_svd import HeadSVD
+from secateur.methods.nystrom import Nystrom
+from secateur.model import Block
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import MLP, QueryKey, Unit
+
+
+@dataclass(frozen=True)
+class MoDeGPT(Method):
+    """Modular decomposition as published: Nyström, CR and SVD under one ratio per block.
+
+    No gradients, no fine-tuning; all statistics come from the dense model in one pass. Don't use
+    it where the units of a block differ much in how sensitive they are: they share one ratio.
+
+    Source: Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression",
+    arXiv 2408.09632 (ICLR 2025).
+    """
+
+    keep: float = option(0.8, "share of the compressible parameters that stays", 0.0, 1.0)
+    temperature: float = option(0.1, "of the allocation over blocks: small = uneven", 1e-4)
+    max_sparsity: float = option(0.95, "most that any one block may lose", 0.0, 1.0)
+    leverage_ridge: float = option(1e-3, "ridge of the MLP channel scores", 0.0)
+    refit_ridge: float = option(1e-6, "ridge of the MLP least squares", 0.0)
+    value_ridge: float = option(1e-6, "ridge of the value Gram", 0.0)
+
+    name: ClassVar[str] = "modegpt"
+    summary: ClassVar[str] = "Nyström MLP, CR query/key, SVD value/output, influence per block"
+    source: ClassVar[str] = "arXiv 2408.09632"
+    needs: ClassVar[frozenset[Need]] = frozenset(
+        {Needs.HIDDEN_GRAM, Needs.QUERY_ENERGY, Needs.KEY_ENERGY, Needs.VALUE_GRAM}
+    )
+
+    @property
+    def allocator(self) -> Allocator:
+        """The published allocation."""
+        return EntropicInfluence(self.temperature, self.max_sparsity)
+
+    def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
+        """The curve of the unit's own decomposition."""
+        return self._local(unit).curve(unit, block, statistics)
+
+    def compress(
+        self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
+    ) -> Narrowing:
+        """The unit's own decomposition at ``size``."""
+        return self._local(unit).compress(unit, size, block, statistics)
+
+    def _local(self, unit: Unit) -> Nystrom | CR | HeadSVD:
+        if isinstance(unit, MLP):
+            return Nystrom(self.leverage_ridge, self.refit_ridge)
+        if isinstance(unit, QueryKey):
+            return CR()
+        return HeadSVD(self.value_ridge)

@@ -1,0 +1,351 @@
+"""The main job: open, judge, calibrate, plan, apply, write, reload, judge again, report."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from secateur import report as reporting
+from secateur.anatomy import find
+from secateur.apply import narrow_block
+from secateur.calibration import TOKENS_PER_BATCH, Store, calibrate
+from secateur.checkpoint import Writer, store_block, store_rest, write_config
+from secateur.errors import InputError
+from secateur.evaluate.judge import Questions, Text, Verdict, judge_apart
+from secateur.evaluate.reload import testimony
+from secateur.methods.base import Method
+from secateur.model import (
+    Model,
+    Settings,
+    inputs_by_outputs,
+    locate,
+    open_model,
+    read_config,
+    unknown_family,
+)
+from secateur.plan import Plan, check_sizes, make_plan, revise
+from secateur.progress import Progress
+from secateur.report import Report
+from secateur.text import BUNDLED, Calibration, Tokens, calibration_tokens
+from secateur.workspace import Workspace
+
+RESERVED = 0.2  # share of the calibration text that is kept for judging
+TESTIMONY_TOKENS = 24
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def finish(self) -> dict[str, float]:
+        """All stages and the total, to the millisecond."""
+        self.seconds["total"] = time.perf_counter() - self.started
+        return {stage: round(value, 3) for stage, value in self.seconds.items()}
+
+
+def default_texts(calibration: Calibration) -> tuple[Text, ...]:
+    """Two texts that calibration never sees: the end of its own source, and the bundled one."""
+    bundled = Text("Python docs (bundled)", BUNDLED)
+    if calibration.source == BUNDLED:
+        return (bundled,)
+    own = Text(f"rest of {Path(calibration.source).name}", calibration.source, 1 - RESERVED)
+    return (own, bundled)
+
+
+def reserve_of(calibration: Calibration, texts: tuple[Text, ...]) -> float:
+    """How much of the end of the calibration text must stay unseen."""
+    return RESERVED if any(t.source == calibration.source and t.start > 0 for t in texts) else 0.0
+
+
+def compress(
+    source: str | Path,
+    out: str | Path,
+    method: Method | Plan,
+    calibration: Calibration | None = None,
+    questions: Questions | None = None,
+    settings: Settings | None = None,
+    multiple_of: int = 8,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Make a smaller checkpoint of ``source`` in the folder ``out`` and report what it costs.
+
+    Give a method, or a plan to apply it without searching again (a plan brings its own method,
+    calibration and multiple). The result is reloaded in a fresh process and compared before
+    ``out`` appears. Don't use it for a model that is already compressed.
+
+    Args:
+        source: folder or hub id of a causal language model.
+        out: folder that must not exist, unless ``overwrite``.
+        method: for example ``MoDeGPT(keep=0.8)``.
+        calibration: the text that decides; by default the bundled one.
+        questions: what to measure; by default perplexity on two texts that calibration never
+            sees, speed and a sample.
+        settings: device and number format.
+        multiple_of: MLP widths become multiples of this.
+        overwrite: replace ``out`` once the new result is whole.
+        progress: who is told how far it is.
+
+    Raises:
+        InputError: anything wrong with the input; nothing is left behind.
+        RuntimeError: the reloaded checkpoint differs from the model in memory.
+    """
+    settings, progress = settings or Settings(), progress or Progress()
+    if isinstance(method, Plan):
+        plan, method = method, method.build_method()
+        multiple_of = plan.multiple_of
+        record = plan.calibration
+        calibration = Calibration(record.source, record.samples, record.length, record.seed)
+    else:
+        plan = None
+    calibration = calibration or Calibration()
+    questions = questions or Questions(default_texts(calibration), length=calibration.length)
+    source = locate(source)
+    config = read_config(source, settings)
+    if find(config.model_type) is None:
+        raise InputError(unknown_family(config.model_type))
+    if calibration.length > getattr(config, "max_position_embeddings", calibration.length):
+        raise InputError(
+            f"--length {calibration.length} is more than the model's "
+            f"{config.max_position_embeddings} positions."
+        )
+    check_keep(method)
+    workspace = Workspace(Path(out), overwrite)
+    inputs = {
+        "secateur": reporting.versions()["secateur"],
+        "model": source,
+        "method": {"name": method.name, **asdict(method)},
+        "plan": None if plan is None else plan.sizes,
+        "calibration": calibration.as_dict(),
+        "questions": asdict(questions),
+        "settings": asdict(settings),
+        "multiple_of": multiple_of,
+    }
+    watch = Stopwatch()
+    with workspace.opened(inputs):
+        with watch.measure("evaluate"):
+            dense = _dense(source, questions, settings, progress, workspace)
+        prepared = prepare(
+            source,
+            plan or method,
+            calibration,
+            settings,
+            multiple_of,
+            reserve_of(calibration, questions.texts),
+            Store(workspace.folder / "statistics"),
+            watch,
+            progress,
+        )
+        memory, ids = write(prepared, workspace.result, watch, progress)
+        plan = prepared.plan
+        del prepared  # the measuring process needs the memory
+        with watch.measure("evaluate"):
+            progress.say("reloading in a fresh process")
+            small = judge_apart(str(workspace.result), questions, settings, progress, memory, ids)
+        report = _report(plan, dense, small, watch, calibration)
+        _write_record(workspace.result, plan, report, questions, settings)
+        workspace.publish()
+    return report
+
+
+@dataclass
+class Prepared:
+    """A model with its statistics and the plan made from them; no weight is changed yet."""
+
+    model: Model
+    tokens: Tokens
+    store: Store
+    method: Method
+    plan: Plan
+
+
+def prepare(
+    source: str,
+    method: Method | Plan,
+    calibration: Calibration,
+    settings: Settings,
+    multiple_of: int,
+    reserve: float,
+    store: Store,
+    watch: Stopwatch,
+    progress: Progress,
+) -> Prepared:
+    """Open a model, calibrate it and decide the sizes, or check those of a given plan.
+
+    Raises:
+        InputError: anything wrong with the input.
+    """
+    with watch.measure("open"):
+        model = open_model(source, settings)
+        for note in sorted({b.query_key_obstacle for b in model.blocks} - {None}):  # type: ignore[type-var]
+            progress.say(f"note: {note}")
+        tokens = calibration_tokens(calibration, model.tokenizer, reserve)
+    if isinstance(method, Plan):
+        check_sizes(method, model)
+    with watch.measure("calibration_forward"):
+        forward = _forward_seconds(model, tokens)
+    watch.seconds["calibration_forward"] = forward
+    chosen = method.build_method() if isinstance(method, Plan) else method
+    needs = chosen.needs | chosen.allocator.needs
+    if not all(block.index in store for block in model.blocks):
+        with (
+            watch.measure("calibrate"),
+            progress.stage("calibrating, block by block", len(model.blocks)) as advance,
+        ):
+            calibrate(model, tokens, needs, store, advance)
+    with watch.measure("curves"), progress.stage("measuring curves", 1) as advance:
+        if isinstance(method, Plan):
+            if method.calibration.fingerprint != tokens.fingerprint:
+                progress.say("note: this plan was made from other calibration tokens")
+            plan = revise(method, model, store)
+        else:
+            plan = make_plan(model, method, store, calibration, tokens, multiple_of)
+        advance(1)
+    return Prepared(model, tokens, store, chosen, plan)
+
+
+def write(
+    prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Narrow the model block by block into a checkpoint, and take its testimony.
+
+    Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16.
+    """
+    model, plan = prepared.model, prepared.plan
+    units = model.units(plan.multiple_of)
+    dense_width = inputs_by_outputs(model.blocks[0].consumer).shape[0]
+    writer = Writer(folder)
+    needs = prepared.method.needs
+    with progress.stage("narrowing and writing", len(model.blocks)) as advance:
+        for block in model.blocks:
+            with watch.measure("apply"):
+                own = [unit for unit in units if unit.block == block.index]
+                statistics = prepared.store.get(block.index, needs)
+                narrow_block(block, own, plan.sizes, prepared.method, statistics)
+            with watch.measure("save"):
+                store_block(model, block, writer)
+            advance(1)
+    with watch.measure("save"):
+        store_rest(model, writer)
+        writer.finish()
+        write_config(model, plan.tier, dense_width, folder)
+    with watch.measure("evaluate"):
+        ids = prepared.tokens.ids[0, :TESTIMONY_TOKENS].clone()
+        return testimony(model.module, ids), ids
+
+
+def _forward_seconds(model: Model, tokens: Tokens) -> float:
+    """What a plain forward pass over the calibration tokens takes, scaled up from one batch."""
+    rows = min(len(tokens.ids), max(1, TOKENS_PER_BATCH // tokens.ids.shape[1]))
+    ids = tokens.ids[:rows].to(model.device)
+    with torch.inference_mode():
+        model.module(input_ids=ids[:1], use_cache=False)
+        start = time.perf_counter()
+        float(model.module(input_ids=ids, use_cache=False).logits[0, 0, 0])  # waits for a GPU
+        return (time.perf_counter() - start) * len(tokens.ids) / rows
+
+
+def check_keep(method: Method) -> None:
+    """Refuse a keep of nothing.
+
+    Raises:
+        InputError: the method keeps nothing.
+    """
+    if method.keep <= 0:
+        raise InputError(f"--keep {method.keep:g}: keep must be above 0 and at most 1, e.g. 0.8.")
+
+
+def _dense(
+    source: str,
+    questions: Questions,
+    settings: Settings,
+    progress: Progress,
+    workspace: Workspace,
+) -> Verdict:
+    def measured() -> dict[str, Any]:
+        progress.say("measuring the dense model")
+        return asdict(judge_apart(source, questions, settings, progress))
+
+    return Verdict(**workspace.stage("dense", measured))
+
+
+def _report(
+    plan: Plan, dense: Verdict, small: Verdict, watch: Stopwatch, calibration: Calibration
+) -> Report:
+    seconds = dict.fromkeys(("calibrate", "curves", "allocate", "apply", "save", "evaluate"), 0.0)
+    return Report(
+        {
+            "version": 1,
+            "model": plan.base.model_dump(),
+            "method": plan.method.model_dump(),
+            "budget": {k: v for k, v in plan.budget.model_dump().items() if k != "total"},
+            "tier": plan.tier,
+            "dense": asdict(dense),
+            "compressed": asdict(small),
+            "seconds": seconds | watch.finish(),
+            "versions": reporting.versions(),
+            "seed": calibration.seed,
+            "calibration": plan.calibration.model_dump(),
+        }
+    )
+
+
+def _write_record(
+    folder: Path, plan: Plan, report: Report, questions: Questions, settings: Settings
+) -> None:
+    record = folder / "secateur"
+    record.mkdir()
+    (record / "plan.json").write_text(plan.to_json())
+    report.write(record / "report.json")
+    recipe = {
+        "version": 1,
+        "model": plan.base.source,
+        "method": plan.method.model_dump(),
+        "calibration": plan.calibration.model_dump(exclude={"tokens", "fingerprint"}),
+        "multiple_of": plan.multiple_of,
+        "evaluate": asdict(questions) | {"texts": [asdict(text) for text in questions.texts]},
+        "settings": asdict(settings),
+    }
+    (record / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+def save(
+    model: Model, out: str | Path, plan: Plan, store: Store, tokens: Tokens, overwrite: bool = False
+) -> None:
+    """Apply a plan to an open model and write the checkpoint; the end of the long form.
+
+    ``model`` is narrowed in place and left in bfloat16. ``tokens`` are those that filled
+    ``store``. The checkpoint is reloaded in a fresh process and compared before ``out`` appears.
+
+    Raises:
+        InputError: the plan does not fit the model, or ``out`` exists.
+        RuntimeError: the reloaded checkpoint differs from the model in memory.
+    """
+    plan = revise(plan, model, store)
+    prepared = Prepared(model, tokens, store, plan.build_method(), plan)
+    workspace, progress = Workspace(Path(out), overwrite), Progress()
+    settings = Settings(device=str(model.device), dtype=str(model.module.dtype)[6:])
+    with workspace.opened({"plan": plan.model_dump(mode="json")}):
+        memory, ids = write(prepared, workspace.result, Stopwatch(), progress)
+        judge_apart(
+            str(workspace.result), Questions((), speed=False), settings, progress, memory, ids
+        )
+        (workspace.result / "secateur").mkdir()
+        (workspace.result / "secateur" / "plan.json").write_text(plan.to_json())
+        workspace.publish()

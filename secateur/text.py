@@ -1,0 +1,208 @@
+"""Text to token windows: from a file, a folder, JSONL, a datasets name or the bundled text."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import bundled
+from secateur.errors import InputError
+
+BUNDLED = "bundled"
+SUFFIXES = {".txt", ".md", ".rst", ".text", ".raw", ".py"}
+MAX_CHARACTERS = 200_000_000  # enough for any calibration; a larger source is read up to here
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Windows of token ids; the mask is false where a window is padded.
+
+    ``ids`` int64 (windows, length), ``mask`` bool of the same shape. Padding stands at the end, so
+    that a causal model's real tokens never see it.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of real tokens."""
+        return int(self.mask.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the ids and the mask."""
+        data = self.ids.numpy().tobytes() + self.mask.numpy().tobytes()
+        return hashlib.sha256(data).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text calibrates, and how much of it.
+
+    Attributes:
+        source: a text file, a folder of them, a .jsonl file (field "text"), "bundled", or a
+            ``datasets`` name as NAME[:CONFIG[:SPLIT]].
+        samples: number of windows.
+        length: tokens in a window.
+        seed: of the choice of windows.
+    """
+
+    source: str = BUNDLED
+    samples: int = 128
+    length: int = 256
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for plans and reports."""
+        return asdict(self)
+
+
+def read_documents(source: str, split: str = "calibration") -> list[str]:
+    """All documents of a source, without empty ones; ``split`` chooses a part of bundled text.
+
+    Raises:
+        InputError: there is no such source, it cannot be read as text, or it is empty.
+    """
+    path = Path(source).expanduser()
+    if source == BUNDLED:
+        documents = [bundled.text("held" if split == "held" else "calibration")]
+    elif path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES | {".jsonl"})
+        if not files:
+            raise InputError(f"text folder {source!r} holds no .txt, .md, .rst or .jsonl file.")
+        documents = [document for file in files for document in _read_file(file)]
+    elif path.is_file():
+        documents = _read_file(path)
+    elif path.suffix or source.startswith((".", "/", "~")):
+        raise InputError(f"text {source!r}: no such file or folder.")
+    else:
+        documents = _read_dataset(source)
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise InputError(f"text {source!r} is empty.")
+    return documents
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")[:MAX_CHARACTERS]
+    except UnicodeDecodeError as error:
+        raise InputError(f"text {str(path)!r} is not UTF-8 ({error.reason}).") from error
+    except OSError as error:
+        raise InputError(f"text {str(path)!r}: {error.strerror}.") from error
+    if path.suffix != ".jsonl":
+        return [text]
+    return [_field(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line]
+
+
+def _field(line: str, path: Path, number: int) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"text {str(path)!r}, line {number}: not JSON ({error.msg}).") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise InputError(
+            f'text {str(path)!r}, line {number}: needs an object with a "text" string.'
+        )
+    return str(row["text"])
+
+
+def _read_dataset(source: str) -> list[str]:
+    name, config, split = (*source.split(":"), "", "")[:3]
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"text {source!r} is no file here; to read it as a datasets name, "
+            f'pip install "secateur[datasets]".'
+        ) from error
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        documents, characters = [], 0
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise InputError(f'dataset {source!r}: its rows have no "text" column.')
+            documents.append(row["text"])
+            characters += len(row["text"])
+            if characters > MAX_CHARACTERS:
+                break
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"text {source!r}: no such file, and datasets cannot load it ({reason})."
+        ) from error
+    return documents
+
+
+def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
+    """All documents as one row of ids, separated by the end-of-text token where there is one."""
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids: list[int] = []
+    for document in documents:
+        if ids:
+            ids += separator
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def sample(stream: Tensor, samples: int, length: int, seed: int) -> Tokens:
+    """Choose windows of ``length`` tokens at random from the stream, without overlap.
+
+    The stream is cut into consecutive windows, of which ``samples`` are drawn. Where it holds
+    fewer, all of them are taken and the last, shorter one is padded.
+
+    Raises:
+        InputError: the stream is shorter than one window.
+    """
+    if len(stream) < length:
+        raise InputError(
+            f"the calibration text is too short: {len(stream)} tokens, and one window takes "
+            f"{length}. Give more text, or --length {max(2, len(stream) // 2)}."
+        )
+    whole, rest = divmod(len(stream), length)
+    if whole >= samples:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(whole, generator=generator)[:samples].sort().values
+        ids = stream[: whole * length].view(whole, length)[chosen]
+        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    rows = whole + (rest > 1)
+    ids = torch.zeros(rows * length, dtype=torch.int64)
+    used = min(len(stream), rows * length)
+    ids[:used] = stream[:used]
+    mask = torch.arange(rows * length) < used
+    return Tokens(ids.view(rows, length), mask.view(rows, length))
+
+
+def contiguous(stream: Tensor, length: int, limit: int | None = None) -> Tokens:
+    """Consecutive windows from the start of the stream, as perplexity is judged on.
+
+    Raises:
+        InputError: the stream is shorter than one window.
+    """
+    whole = len(stream) // length
+    if whole == 0:
+        raise InputError(
+            f"the text to judge on is too short: {len(stream)} tokens, and one window takes "
+            f"{length}. Give more text, or a smaller --eval-length."
+        )
+    whole = whole if limit is None else min(whole, limit)
+    ids = stream[: whole * length].view(whole, length)
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
+def calibration_tokens(calibration: Calibration, tokenizer: Any, reserve: float = 0.0) -> Tokens:
+    """The windows that a :class:`Calibration` means; ``reserve`` of the text's end stays unseen.
+
+    Raises:
+        InputError: the text is missing, unreadable, empty or too short.
+    """
+    stream = token_stream(read_documents(calibration.source), tokenizer)
+    stream = stream[: len(stream) - int(reserve * len(stream))]
+    return sample(stream, calibration.samples, calibration.length, calibration.seed)

@@ -1,0 +1,145 @@
+"""What can shrink: the units of a block, the sizes they may take and what each size costs."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+INDEX_BYTES = 8  # a kept rotary pair is stored as int64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Exact price of a unit at one size: stored, computed and cached."""
+
+    parameters: int
+    bytes: int
+    flops_per_token: int
+    cache_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Unit(ABC):
+    """One axis of one module.
+
+    Attributes:
+        name: for example ``layers.3.mlp``.
+        block: index of its block.
+        size: width today.
+        step: sizes other than today's are multiples of this; also the smallest size.
+        hidden: width of the residual stream.
+    """
+
+    name: str
+    block: int
+    size: int
+    step: int
+    hidden: int
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """Short name of the axis, as plans and tables show it."""
+
+    @abstractmethod
+    def parameters(self, size: int) -> int:
+        """Parameters of the unit at ``size``; what no size changes is left out."""
+
+    @abstractmethod
+    def matrix_parameters(self, size: int) -> int:
+        """The share of :meth:`parameters` that multiplies every token."""
+
+    def cached(self, size: int) -> int:
+        """Numbers kept in the KV cache for one token."""
+        return 0
+
+    def index_bytes(self, size: int) -> int:
+        """Bytes of stored indices."""
+        return 0
+
+    def sizes(self) -> list[int]:
+        """All sizes it may take, ascending: multiples of the step, then today's."""
+        return [*range(self.step, self.size, self.step), self.size]
+
+    def cost(self, size: int, itemsize: int) -> Cost:
+        """The price at ``size`` when a stored number takes ``itemsize`` bytes."""
+        parameters = self.parameters(size)
+        return Cost(
+            parameters=parameters,
+            bytes=parameters * itemsize + self.index_bytes(size),
+            flops_per_token=2 * self.matrix_parameters(size),
+            cache_bytes_per_token=self.cached(size) * itemsize,
+        )
+
+
+@dataclass(frozen=True)
+class MLP(Unit):
+    """Hidden channels of an MLP; gate and up of a gated one share them."""
+
+    producers: int
+    biased_producers: int
+
+    @property
+    def kind(self) -> str:
+        return "mlp"
+
+    def matrix_parameters(self, size: int) -> int:
+        return size * self.hidden * (self.producers + 1)
+
+    def parameters(self, size: int) -> int:
+        return self.matrix_parameters(size) + size * self.biased_producers
+
+
+@dataclass(frozen=True)
+class QueryKey(Unit):
+    """Width of queries and keys, the same in all heads of a block."""
+
+    heads: int
+    kv_heads: int
+    query_bias: bool
+    key_bias: bool
+    rotary: bool
+
+    @property
+    def kind(self) -> str:
+        return "query_key"
+
+    def matrix_parameters(self, size: int) -> int:
+        return size * self.hidden * (self.heads + self.kv_heads)
+
+    def parameters(self, size: int) -> int:
+        biases = self.heads * self.query_bias + self.kv_heads * self.key_bias
+        return self.matrix_parameters(size) + size * biases
+
+    def cached(self, size: int) -> int:
+        return size * self.kv_heads
+
+    def index_bytes(self, size: int) -> int:
+        return INDEX_BYTES * self.kv_heads * (size // 2) if self.rotary and size < self.size else 0
+
+
+@dataclass(frozen=True)
+class ValueOutput(Unit):
+    """Rank of a head's value/output map, the same in all heads of a block."""
+
+    heads: int
+    kv_heads: int
+    value_bias: bool
+    output_bias: bool
+
+    @property
+    def kind(self) -> str:
+        return "value_output"
+
+    def matrix_parameters(self, size: int) -> int:
+        return size * self.hidden * (self.heads + self.kv_heads)
+
+    def parameters(self, size: int) -> int:
+        matrices = self.matrix_parameters(size)
+        if not self.value_bias:
+            return matrices
+        if size == self.size:
+            return matrices + size * self.kv_heads
+        # A narrowed value has no bias: it was folded into the output's, which may be new.
+        return matrices + (0 if self.output_bias else self.hidden)
+
+    def cached(self, size: int) -> int:
+        return size * self.kv_heads
