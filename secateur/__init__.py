@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from secateur.methods.modegpt import MoDeGPT
     from secateur.model import Model, Settings, open_model
     from secateur.pipeline import compress, save
-    from secateur.plan import Plan, make_plan
+    from secateur.plan import Plan, make_plan, measure_curves
     from secateur.text import Calibration, calibration_tokens
 
 _HOMES = {
@@ -37,6 +37,7 @@ _HOMES = {
     "compress": "secateur.pipeline",
     "judge_apart": "secateur.evaluate.judge",
     "make_plan": "secateur.plan",
+    "measure_curves": "secateur.plan",
     "open_model": "secateur.model",
     "save": "secateur.pipeline",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "compress",
     "judge_apart",
     "make_plan",
+    "measure_curves",
     "open_model",
     "save",
 ]

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from secateur.block import Block, inputs_by_outputs, set_linear
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
 from secateur.methods.base import Method, Narrowing
-from secateur.model import Block, inputs_by_outputs, set_linear
 from secateur.statistics import BlockStatistics
 from secateur.units import Unit
 
@@ -100,7 +100,8 @@ def _value_output(
 ) -> tuple[Part, Part]:
     """W_V E and D W_O per KV group, with the value bias folded into the output bias."""
     encode, decode = narrowing.encode, narrowing.decode
-    assert encode is not None and decode is not None
+    assert encode is not None
+    assert decode is not None
     weight, bias = value
     dtype, width = weight.dtype, old.value
     values = weight.double().view(old.kv_heads, width, -1)

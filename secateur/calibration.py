@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.model import Block, Model
+from secateur.block import Block
+from secateur.model import Model
 from secateur.statistics import BlockStatistics, Need, Statistic
 from secateur.text import Tokens
 

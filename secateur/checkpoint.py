@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from secateur.block import Block, inputs_by_outputs
 from secateur.layers import modeling_secateur
-from secateur.model import Block, Model, inputs_by_outputs
+from secateur.model import Model
 from secateur.plan import Tier
 
 SHARD_BYTES = 4 * 2**30

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from secateur.errors import InputError
+from secateur.errors import InputError, ReloadError
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -211,11 +211,13 @@ def plan(
     """
     from secateur import pipeline, present
     from secateur.calibration import Store
+    from secateur.evaluate.judge import quiet
     from secateur.progress import for_terminal
 
     path = Path(output)
     if not dry_run and path.exists() and not overwrite:
         raise InputError(f"{output!r} exists; choose another --output or add --overwrite.")
+    quiet()
     method, calibration = _method(ctx, rest), _calibration(rest)
     made = pipeline.prepare(
         model,
@@ -262,9 +264,11 @@ def compress(
     memory and measured the same way. A run that was killed goes on when it is typed again.
     """
     from secateur import pipeline, present
+    from secateur.evaluate.judge import quiet
     from secateur.plan import read_plan
     from secateur.progress import for_terminal
 
+    quiet()
     if plan_file is not None:
         _refuse_beside_plan(ctx)
         made: Method | Plan = (replay := read_plan(plan_file))
@@ -371,6 +375,9 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except ReloadError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     except OSError as error:
         print(f"error: {error}. Nothing was left half-written.", file=sys.stderr)
         code = 2

@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Something the user gave can't be used; the message says what, where and what to do next."""
 
 
+class ReloadError(RuntimeError):
+    """A written checkpoint, loaded again, is not the model that was in memory: a bug of ours."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """ "did you mean X?" and the full list, for messages about an unknown name."""
     known = sorted(choices)

@@ -1,14 +1,14 @@
 """Open a checkpoint and see it as blocks whose weights mean the same in every family."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from secateur import bundled
-from secateur.anatomy import FAMILIES, Anatomy, Heads, Projection, find
+from secateur.anatomy import FAMILIES, Anatomy, Heads, find
+from secateur.block import Block
 from secateur.errors import InputError
-from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
-from secateur.units import MLP, QueryKey, Unit, ValueOutput
+from secateur.units import Unit
 
 DEMO = "demo"
 
@@ -63,162 +63,6 @@ class Settings:
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise InputError(f"--dtype {self.dtype}: choose float32, bfloat16 or float16.")
         return found
-
-
-@dataclass
-class Block:
-    """One transformer block: its module and the weights that its units couple.
-
-    Creating it replaces the block's attention by a :class:`NarrowAttention` of full width with
-    the same weights, so that statistics and narrowing meet one kind of attention everywhere.
-    ``stock_attention`` keeps the replaced module, which shares its weights where it can.
-    """
-
-    index: int
-    module: nn.Module
-    anatomy: Anatomy
-    heads: Heads
-    attention: NarrowAttention = field(init=False)
-    stock_attention: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stock_attention = self.module.get_submodule(self.anatomy.attention)
-        self.replace_attention(uniform_attention(self.stock_attention, self.anatomy, self.heads))
-
-    def replace_attention(self, attention: NarrowAttention) -> None:
-        """Put another attention in the block."""
-        self.attention = attention
-        self.module.set_submodule(self.anatomy.attention, attention)
-
-    @property
-    def producers(self) -> list[tuple[nn.Module, int]]:
-        """The linears that make the MLP's hidden channels, with their number of equal parts."""
-        return [(self.module.get_submodule(path), n) for path, n in self.anatomy.producers]
-
-    @property
-    def consumer(self) -> nn.Module:
-        """The linear that reads the MLP's hidden channels."""
-        return self.module.get_submodule(self.anatomy.consumer)
-
-    @property
-    def consumer_weight(self) -> Tensor:
-        """The consumer's weight as (hidden channels, outputs), float64."""
-        return inputs_by_outputs(self.consumer).double()
-
-    @property
-    def output_weight(self) -> Tensor:
-        """The output projection as (kv heads, value width, group × hidden), float64."""
-        attention = self.attention
-        weight = attention.o_proj.weight.double()  # hidden, heads * value
-        parts = weight.view(-1, attention.kv_heads, attention.num_key_value_groups, attention.value)
-        return parts.permute(1, 3, 2, 0).flatten(2)
-
-    def units(self, multiple_of: int) -> list[Unit]:
-        """The axes that can shrink; MLP widths go in multiples of ``multiple_of``."""
-        attention, name = self.attention, f"layers.{self.index}"
-        hidden = attention.o_proj.out_features
-        producers = self.producers
-        mlp = MLP(
-            name=f"{name}.mlp",
-            block=self.index,
-            size=inputs_by_outputs(self.consumer).shape[0],
-            step=multiple_of,
-            hidden=hidden,
-            producers=sum(parts for _, parts in producers),
-            biased_producers=sum(parts for m, parts in producers if m.bias is not None),
-        )
-        units: list[Unit] = [mlp]
-        if self.query_key_obstacle is None:
-            query_key = QueryKey(
-                name=f"{name}.query_key",
-                block=self.index,
-                size=attention.query_key,
-                step=2,
-                hidden=hidden,
-                heads=attention.heads,
-                kv_heads=attention.kv_heads,
-                query_bias=attention.q_proj.bias is not None,
-                key_bias=attention.k_proj.bias is not None,
-                rotary=self.heads.rotary > 0,
-            )
-            units.append(query_key)
-        value_output = ValueOutput(
-            name=f"{name}.value_output",
-            block=self.index,
-            size=attention.value,
-            step=1,
-            hidden=hidden,
-            heads=attention.heads,
-            kv_heads=attention.kv_heads,
-            value_bias=attention.v_proj.bias is not None,
-            output_bias=attention.o_proj.bias is not None,
-        )
-        return [*units, value_output]
-
-    @property
-    def query_key_obstacle(self) -> str | None:
-        """Why the query/key width of this block must stay, or None."""
-        if self.attention.q_norm is None:
-            return None
-        return (
-            "queries and keys stay at full width: this family normalises inside its heads, and a "
-            "norm over fewer dims is another norm"
-        )
-
-
-def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: Heads) -> NarrowAttention:
-    """A full-width NarrowAttention with the weights of ``stock``, in its own layout of pairs."""
-    maps = anatomy.project(stock, heads)
-    shape = {
-        "heads": heads.heads,
-        "kv_heads": heads.kv_heads,
-        "query_key": heads.width,
-        "value": heads.width,
-        "bias": "".join(n for n, p in zip("qkvo", maps, strict=True) if p.bias is not None),
-        "rotary": "all" if heads.rotary else "none",
-    }
-    with torch.device("meta"):
-        attention = narrow_attention(stock, shape).train(stock.training)
-    q, k, v, o = maps
-    if 0 < heads.rotary < heads.width:
-        q, k = (_pairs_first(p, heads) for p in (q, k))
-    for module, part in zip(
-        (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        (q, k, v, o),
-        strict=True,
-    ):
-        set_linear(module, part.weight, part.bias)
-    return attention
-
-
-def _pairs_first(part: Projection, heads: Heads) -> Projection:
-    """Reorder each head from (rotating halves, still rest) to (all first halves, all second)."""
-    half, rest = heads.rotary // 2, (heads.width - heads.rotary) // 2
-    firsts = [*range(half), *range(heads.rotary, heads.rotary + rest)]
-    seconds = [*range(half, heads.rotary), *range(heads.rotary + rest, heads.width)]
-    order = torch.tensor(firsts + seconds, device=part.weight.device)
-    weight = part.weight.view(-1, heads.width, part.weight.shape[1])[:, order].flatten(0, 1)
-    if part.bias is None:
-        return Projection(weight, None)
-    return Projection(weight, part.bias.view(-1, heads.width)[:, order].flatten())
-
-
-def inputs_by_outputs(module: nn.Module) -> Tensor:
-    """A view of a linear's or Conv1D's weight as (inputs, outputs)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if isinstance(module, nn.Linear) else weight
-
-
-def set_linear(module: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a linear or Conv1D other weights (outputs, inputs); its sizes follow."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    else:
-        module.nx, module.nf = weight.shape[1], weight.shape[0]
-        weight = weight.t()
-    module.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
 
 @dataclass

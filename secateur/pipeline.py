@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur import report as reporting
 from secateur.anatomy import find
 from secateur.apply import narrow_block
+from secateur.block import inputs_by_outputs
 from secateur.calibration import TOKENS_PER_BATCH, Store, calibrate
 from secateur.checkpoint import Writer, store_block, store_rest, write_config
 from secateur.errors import InputError
@@ -23,13 +24,12 @@ from secateur.methods.base import Method
 from secateur.model import (
     Model,
     Settings,
-    inputs_by_outputs,
     locate,
     open_model,
     read_config,
     unknown_family,
 )
-from secateur.plan import Plan, check_sizes, make_plan, revise
+from secateur.plan import Plan, check_sizes, make_plan, measure_curves, revise
 from secateur.progress import Progress
 from secateur.report import Report
 from secateur.text import BUNDLED, Calibration, Tokens, calibration_tokens
@@ -104,7 +104,7 @@ def compress(
 
     Raises:
         InputError: anything wrong with the input; nothing is left behind.
-        RuntimeError: the reloaded checkpoint differs from the model in memory.
+        ReloadError: the reloaded checkpoint differs from the model in memory.
     """
     settings, progress = settings or Settings(), progress or Progress()
     if isinstance(method, Plan):
@@ -125,7 +125,6 @@ def compress(
             f"--length {calibration.length} is more than the model's "
             f"{config.max_position_embeddings} positions."
         )
-    check_keep(method)
     workspace = Workspace(Path(out), overwrite)
     inputs = {
         "secateur": reporting.versions()["secateur"],
@@ -136,6 +135,7 @@ def compress(
         "questions": asdict(questions),
         "settings": asdict(settings),
         "multiple_of": multiple_of,
+        "files": stamps(source, calibration.source, *(text.source for text in questions.texts)),
     }
     watch = Stopwatch()
     with workspace.opened(inputs):
@@ -162,6 +162,13 @@ def compress(
         _write_record(workspace.result, plan, report, questions, settings)
         workspace.publish()
     return report
+
+
+def stamps(*sources: str) -> dict[str, list[int]]:
+    """Size and time of change of every local file that the sources name or hold."""
+    paths = [Path(source).expanduser() for source in dict.fromkeys(sources)]
+    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+    return {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()}
 
 
 @dataclass
@@ -198,9 +205,7 @@ def prepare(
         tokens = calibration_tokens(calibration, model.tokenizer, reserve)
     if isinstance(method, Plan):
         check_sizes(method, model)
-    with watch.measure("calibration_forward"):
-        forward = _forward_seconds(model, tokens)
-    watch.seconds["calibration_forward"] = forward
+    watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
     chosen = method.build_method() if isinstance(method, Plan) else method
     needs = chosen.needs | chosen.allocator.needs
     if not all(block.index in store for block in model.blocks):
@@ -209,14 +214,18 @@ def prepare(
             progress.stage("calibrating, block by block", len(model.blocks)) as advance,
         ):
             calibrate(model, tokens, needs, store, advance)
-    with watch.measure("curves"), progress.stage("measuring curves", 1) as advance:
+    with (
+        watch.measure("curves"),
+        progress.stage("measuring curves", len(model.blocks)) as advance,
+    ):
+        evidence = measure_curves(model, chosen, store, multiple_of, advance)
+    with watch.measure("allocate"):
         if isinstance(method, Plan):
             if method.calibration.fingerprint != tokens.fingerprint:
                 progress.say("note: this plan was made from other calibration tokens")
-            plan = revise(method, model, store)
+            plan = revise(method, model, evidence)
         else:
-            plan = make_plan(model, method, store, calibration, tokens, multiple_of)
-        advance(1)
+            plan = make_plan(model, chosen, evidence, calibration, tokens, multiple_of)
     return Prepared(model, tokens, store, chosen, plan)
 
 
@@ -259,16 +268,6 @@ def _forward_seconds(model: Model, tokens: Tokens) -> float:
         start = time.perf_counter()
         float(model.module(input_ids=ids, use_cache=False).logits[0, 0, 0])  # waits for a GPU
         return (time.perf_counter() - start) * len(tokens.ids) / rows
-
-
-def check_keep(method: Method) -> None:
-    """Refuse a keep of nothing.
-
-    Raises:
-        InputError: the method keeps nothing.
-    """
-    if method.keep <= 0:
-        raise InputError(f"--keep {method.keep:g}: keep must be above 0 and at most 1, e.g. 0.8.")
 
 
 def _dense(
@@ -335,10 +334,11 @@ def save(
 
     Raises:
         InputError: the plan does not fit the model, or ``out`` exists.
-        RuntimeError: the reloaded checkpoint differs from the model in memory.
+        ReloadError: the reloaded checkpoint differs from the model in memory.
     """
-    plan = revise(plan, model, store)
-    prepared = Prepared(model, tokens, store, plan.build_method(), plan)
+    method = plan.build_method()
+    plan = revise(plan, model, measure_curves(model, method, store, plan.multiple_of))
+    prepared = Prepared(model, tokens, store, method, plan)
     workspace, progress = Workspace(Path(out), overwrite), Progress()
     settings = Settings(device=str(model.device), dtype=str(model.module.dtype)[6:])
     with workspace.opened({"plan": plan.model_dump(mode="json")}):

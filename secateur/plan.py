@@ -1,7 +1,7 @@
 """The plan: which unit gets which size. Plain data, readable, editable, replayable."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -127,8 +127,18 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
-def measure_curves(model: Model, units: Sequence[Unit], method: Method, store: Store) -> Evidence:
-    """Every unit's predicted error at every size, and every block's influence."""
+def measure_curves(
+    model: Model,
+    method: Method,
+    store: Store,
+    multiple_of: int = 8,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Evidence:
+    """Every unit's predicted error at every size, and every block's influence.
+
+    One set of curves serves every budget. ``advance`` is told how many blocks are done.
+    """
+    units = model.units(multiple_of)
     needs = method.needs | method.allocator.needs
     curves: dict[str, Curve] = {}
     influence: list[float] = []
@@ -139,32 +149,31 @@ def measure_curves(model: Model, units: Sequence[Unit], method: Method, store: S
         for unit in units:
             if unit.block == block.index:
                 curves[unit.name] = method.curve(unit, block, statistics)
+        advance(1)
     return Evidence(curves, influence)
 
 
 def make_plan(
     model: Model,
     method: Method,
-    store: Store,
+    evidence: Evidence,
     calibration: Calibration,
     tokens: Tokens,
     multiple_of: int = 8,
-    base_fingerprint: str | None = None,
 ) -> Plan:
-    """Decide the size of every unit from statistics; no weight is touched.
+    """Decide the size of every unit from the evidence; no weight is touched.
 
     Raises:
         InputError: the budget is out of reach.
     """
     units = model.units(multiple_of)
-    evidence = measure_curves(model, units, method, store)
     sizes = method.allocator.allocate(units, evidence, method.keep)
     return Plan(
         secateur=__version__,
         base=Base(
             source=model.source,
             model_type=model.config.model_type,
-            fingerprint=base_fingerprint or fingerprint(model),
+            fingerprint=fingerprint(model),
         ),
         calibration=CalibrationRecord(
             **calibration.as_dict(), tokens=tokens.count, fingerprint=tokens.fingerprint
@@ -224,14 +233,13 @@ def read_plan(path: Path) -> Plan:
         raise InputError(f"plan {str(path)!r}: {where}: {first['msg']}.") from error
 
 
-def revise(plan: Plan, model: Model, store: Store) -> Plan:
+def revise(plan: Plan, model: Model, evidence: Evidence) -> Plan:
     """Recompute what follows from the sizes of a plan that may have been edited.
 
     Raises:
         InputError: the plan is for another model, or a size is not allowed.
     """
     units = check_sizes(plan, model)
-    evidence = measure_curves(model, units, plan.build_method(), store)
     rows = tuple(_row(unit, plan.sizes, evidence.curves, model.stored) for unit in units)
     return plan.model_copy(
         update={

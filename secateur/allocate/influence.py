@@ -54,8 +54,8 @@ class EntropicInfluence(Allocator):
         if mean > self.max_sparsity:
             raise InputError(
                 f"keep {1 - mean:.3f} is out of reach: no block may lose more than "
-                f"{self.max_sparsity:g} of itself. Ask for at least {1 - self.max_sparsity:.3f}, or "
-                f"raise --max-sparsity."
+                f"{self.max_sparsity:g} of itself. Ask for at least "
+                f"{1 - self.max_sparsity:.3f}, or raise --max-sparsity."
             )
         lowest = min(influence)  # shifting all exponents changes nothing but keeps them finite
         scale = [math.exp((lowest - s) / self.temperature) for s in influence]

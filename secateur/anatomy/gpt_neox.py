@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: q, k, v interleaved by head in one linear, partial rotary, parallel residual."""
+"""GPT-NeoX and Pythia: q, k, v interleaved by head in one linear, partial rotary positions."""
 
 from torch import nn
 

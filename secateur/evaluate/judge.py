@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import InputError
+from secateur.errors import InputError, ReloadError
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.reload import disagreement, testimony
@@ -150,7 +151,7 @@ def judge_apart(
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.
-        RuntimeError: the reloaded checkpoint is not the model that was in memory.
+        ReloadError: the reloaded checkpoint is not the model that was in memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
@@ -170,7 +171,7 @@ def judge_apart(
     if "error" in answer:
         raise InputError(answer["error"])
     if "differs" in answer:
-        raise RuntimeError(
+        raise ReloadError(
             f"the checkpoint, loaded again, is not the model that was compressed: "
             f"{answer['differs']}. Nothing was kept; please report this."
         )
@@ -179,8 +180,15 @@ def judge_apart(
     return Verdict(**answer)
 
 
+def quiet() -> None:
+    """Keep transformers' own bars and advice off the terminal; errors still show."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def main(request: Path, result: Path) -> int:
     """The child's side of :func:`judge_apart`."""
+    quiet()
     content = json.loads(request.read_text())
     settings = Settings(**content["settings"])
     texts = tuple(Text(**text) for text in content["questions"].pop("texts"))

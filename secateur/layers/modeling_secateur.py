@@ -29,7 +29,7 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Plain softmax attention; key and value may differ in width. Shapes (batch, heads, tokens, dim)."""
+    """Softmax attention over (batch, heads, tokens, dim); key and value may differ in width."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling
@@ -150,9 +150,9 @@ def _pad(states: Tensor, width: int) -> Tensor:
 def _dropout(stock: Any) -> float:
     """Attention dropout of a stock module, under whichever name its family keeps it."""
     for name in ("attention_dropout", "attn_dropout", "dropout"):
-        found: Any = getattr(stock, name, None)
+        found = getattr(stock, name, None)
         if found is not None:
-            return float(found.p if isinstance(found, nn.Module) else found)
+            return float(getattr(found, "p", found))  # a number, or a Dropout that holds it
     return 0.0
 
 
@@ -196,11 +196,11 @@ def _narrow_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 def _narrow_model(stock: Any) -> type[PreTrainedModel]:
     config_class = __getattr__(PREFIX + stock.config_class.__name__)
 
-    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
         narrow(self, config.secateur)
 
-    fields = {"__init__": __init__, "__module__": __name__, "config_class": config_class}
+    fields = {"__init__": build, "__module__": __name__, "config_class": config_class}
     made: Any = type(PREFIX + stock.__name__, (stock,), fields)
     generates = issubclass(stock, transformers.GenerationMixin)
     made.register_for_auto_class("AutoModelForCausalLM" if generates else "AutoModel")

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from secateur.block import Block
 from secateur.curve import Curve
 from secateur.errors import InputError
-from secateur.model import Block
 from secateur.statistics import BlockStatistics, Need
 from secateur.units import Unit
 
@@ -52,6 +52,8 @@ class Method(ABC):
     keep: float
 
     def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise InputError(f"keep {self.keep!r} should be above 0 and at most 1, e.g. 0.8.")
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
             expected = type(f.default)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from secateur.block import Block
 from secateur.curve import Curve
 from secateur.methods.base import Narrowing
-from secateur.model import Block
 from secateur.statistics import BlockStatistics, Needs
 from secateur.units import Unit
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from secateur.block import Block
 from secateur.curve import Curve
 from secateur.linalg import low_rank_in_metric
 from secateur.methods.base import Narrowing
-from secateur.model import Block
 from secateur.statistics import BlockStatistics, Needs
 from secateur.units import Unit
 

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.influence import EntropicInfluence
+from secateur.block import Block
 from secateur.curve import Curve
 from secateur.methods.base import Method, Narrowing, option
 from secateur.methods.cr import CR
 from secateur.methods.head_svd import HeadSVD
 from secateur.methods.nystrom import Nystrom
-from secateur.model import Block
 from secateur.statistics import BlockStatistics, Need, Needs
 from secateur.units import MLP, QueryKey, Unit
 
@@ -26,7 +26,7 @@ class MoDeGPT(Method):
     arXiv 2408.09632 (ICLR 2025).
     """
 
-    keep: float = option(0.8, "share of the compressible parameters that stays", 0.0, 1.0)
+    keep: float = option(0.8, "share of the compressible parameters that stays")
     temperature: float = option(0.1, "of the allocation over blocks: small = uneven", 1e-4)
     max_sparsity: float = option(0.95, "most that any one block may lose", 0.0, 1.0)
     leverage_ridge: float = option(1e-3, "ridge of the MLP channel scores", 0.0)
