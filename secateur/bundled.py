@@ -1,12 +1,12 @@
 """The text and the small trained model that need no download.
 
-Every CPython installation carries a few megabytes of English technical prose: the language reference
-that ``help()`` shows (``pydoc_data.topics``) and the docstrings and comments of the standard library.
-This module reads that text from the running interpreter's own installation, cuts it into three splits
-that share no document, and says where the package keeps the model that was trained on the first one.
+Every CPython installation carries megabytes of English technical prose: the language reference that
+``help()`` shows (``pydoc_data.topics``) and the docstrings and comments of the standard library.
+This module reads that text from the running interpreter's own installation, cuts it into three
+splits that share no document, and says where the package keeps the model trained on the first one.
 
 Nothing is imported to get at the text: sources are read as text, never run. The text is that of
-the running Python, so its size, and any perplexity measured on it, differ a little between versions.
+the running Python, so its size, and any perplexity measured on it, differ between versions.
 """
 
 import ast
@@ -35,7 +35,7 @@ _SALT = "110:"
 #: A paragraph at least this long is kept only in the first document that has it.
 _DUPLICATE_LENGTH = 80
 
-# Finds every comment and string; a string hides any '#' inside it. Possessive, so it cannot backtrack.
+# Every comment and string; a string hides any '#' inside it. Possessive: it cannot backtrack.
 _COMMENT_OR_STRING = re.compile(
     r'#[^\n]*+|"""(?:[^"\\]++|\\.|"(?!""))*+"""|"(?:[^"\\\n]++|\\.)*+"'
     r"|'''(?:[^'\\]++|\\.|'(?!''))*+'''|'(?:[^'\\\n]++|\\.)*+'",
