@@ -177,5 +177,7 @@ def write_config(model: Model, tier: Tier, dense_width: int, folder: Path) -> No
     fields.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     if model.module.generation_config is not None:
-        model.module.generation_config.save_pretrained(folder)
+        # Its own save_pretrained refuses settings that many published models carry.
+        text = model.module.generation_config.to_json_string()
+        (folder / "generation_config.json").write_text(text)
     model.tokenizer.save_pretrained(folder)

@@ -33,10 +33,12 @@ from secateur.plan import Plan, check_sizes, make_plan, measure_curves, revise
 from secateur.progress import Progress
 from secateur.report import Report
 from secateur.text import BUNDLED, Calibration, Tokens, calibration_tokens
+from secateur.units import Unit
 from secateur.workspace import Workspace
 
 RESERVED = 0.2  # share of the calibration text that is kept for judging
 TESTIMONY_TOKENS = 24
+TOKENS_PER_CHANNEL = 8
 
 
 @dataclass
@@ -164,6 +166,19 @@ def compress(
     return report
 
 
+def text_notes(calibration: Calibration, tokens: Tokens, units: list[Unit]) -> list[str]:
+    """What a user should know about the amount of calibration text."""
+    notes, samples, widest = [], len(tokens.ids), max(unit.size for unit in units)
+    if samples < calibration.samples:
+        notes.append(f"the text gives {samples} of the {calibration.samples} samples asked for")
+    if tokens.count < TOKENS_PER_CHANNEL * widest:
+        notes.append(
+            f"{tokens.count} tokens are few for {widest} channels, whose statistics will be noisy; "
+            f"{TOKENS_PER_CHANNEL * widest} or more would be better"
+        )
+    return notes
+
+
 def stamps(*sources: str) -> dict[str, list[int]]:
     """Size and time of change of every local file that the sources name or hold."""
     paths = [Path(source).expanduser() for source in dict.fromkeys(sources)]
@@ -203,6 +218,8 @@ def prepare(
         for note in sorted({b.query_key_obstacle for b in model.blocks} - {None}):  # type: ignore[type-var]
             progress.say(f"note: {note}")
         tokens = calibration_tokens(calibration, model.tokenizer, reserve)
+        for note in text_notes(calibration, tokens, model.units(multiple_of)):
+            progress.say(f"note: {note}")
     if isinstance(method, Plan):
         check_sizes(method, model)
     watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)

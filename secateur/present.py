@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -28,8 +29,10 @@ TIERS = {
 
 
 def _console() -> Console:
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.width <= WIDTH else Console(highlight=False, width=WIDTH)
+    console = Console(highlight=False)
+    if not console.is_terminal or console.width > WIDTH:
+        console = Console(highlight=False, width=WIDTH)
+    return console
 
 
 def catalogue() -> dict[str, Any]:
@@ -123,7 +126,7 @@ def show_inspection(content: dict[str, Any]) -> None:
     if content["family"] is None:
         console.print(content["note"])
         return
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("unit", "blocks", "size", "in steps of", "parameters", "share of model"):
         table.add_column(name, justify="left" if name == "unit" else "right")
     for unit in content["units"]:
@@ -147,10 +150,10 @@ def show_plan(plan: Plan, written: Path | None) -> None:
     """Print a plan: one line a block, one column a kind of unit."""
     console = _console()
     kinds = list(dict.fromkeys(row.kind for row in plan.units))
-    table = Table(header_style="bold", pad_edge=False)
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("block", justify="right")
     for kind in kinds:
-        table.add_column(kind, justify="right")
+        table.add_column(kind.replace("_", "/"), justify="right")
         table.add_column("error", justify="right")
     table.add_column("bytes", justify="right")
     blocks: dict[str, dict[str, Row]] = {}
@@ -199,7 +202,7 @@ def show_report(report: Report, out: Path) -> None:
 def show_verdict(verdict: Verdict) -> None:
     """Print what was measured of one model."""
     console = _console()
-    table = Table(show_header=False, pad_edge=False)
+    table = Table(show_header=False, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("parameters", count(verdict.parameters))

@@ -52,10 +52,11 @@ def versions() -> dict[str, str]:
 
 def comparison(report: Report) -> Any:
     """A rich table: dense beside compressed, and the change."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     dense, small = report["dense"], report["compressed"]
-    table = Table(title_justify="left", header_style="bold", pad_edge=False)
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column, justify in (
         ("", "left"),
         ("dense", "right"),
