@@ -51,6 +51,9 @@ class Store:
         """The statistics of a block that ``needs`` names."""
         if self.folder is None:
             return self._memory[block]
+        needs = list(needs)
+        if not needs:
+            return {}
         with safe_open(self._path(block), framework="pt") as file:
             counts = file.metadata()
             return {

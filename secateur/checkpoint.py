@@ -1,6 +1,7 @@
 """Write a compressed model as safetensors and JSON, shard by shard, in the tier its plan needs."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ class Writer:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"cannot write {path.name}: {error}") from error
+        path.chmod(0o666 & ~_umask())  # save_file leaves it readable for its owner alone
         self._shards.append(list(tensors))
         self._pending.clear()
 
@@ -66,6 +68,12 @@ class Writer:
             index |= dict.fromkeys(names, final)
         content = {"metadata": {"total_size": self._written}, "weight_map": index}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def block_prefix(model: Model, block: Block) -> str:

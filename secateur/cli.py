@@ -141,7 +141,11 @@ judge_options = _stack(
         help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
         "calibration text that is set aside, and the bundled text.",
     ),
-    click.option("--eval-length", type=click.IntRange(2), help="Tokens a window  [default: 256]"),
+    click.option(
+        "--eval-length",
+        type=click.IntRange(2),
+        help="Tokens a window  [default: as calibration, else 256]",
+    ),
     click.option(
         "--eval-windows", default=256, show_default=True, type=click.IntRange(1), help="At most."
     ),
@@ -225,7 +229,6 @@ def plan(
         calibration,
         _settings(rest),
         multiple_of,
-        pipeline.reserve_of(calibration, pipeline.default_texts(calibration)),
         Store(),
         pipeline.Stopwatch(),
         for_terminal(),

@@ -165,12 +165,12 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
         InputError: missing or corrupt files, weights that are missing, NaN or infinite, or a
             tokenizer with more tokens than the model has embeddings.
     """
-    settings, source = settings or Settings(), locate(source)
+    settings, source = settings or Settings(), str(source)
     config = read_config(source, settings)
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype="auto", output_loading_info=True, **common
+            locate(source), config=config, dtype="auto", output_loading_info=True, **common
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"model {source!r}: {_reason(error)}") from error
@@ -207,7 +207,7 @@ def open_tokenizer(
     """Load the tokenizer and hold it against the model's embeddings."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
-            source, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            locate(source), revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model {source!r}: no usable tokenizer: {_first_line(error)}") from error

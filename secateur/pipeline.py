@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,10 @@ from secateur.model import (
 from secateur.plan import Plan, check_sizes, make_plan, measure_curves, revise
 from secateur.progress import Progress
 from secateur.report import Report
-from secateur.text import BUNDLED, Calibration, Tokens, calibration_tokens
+from secateur.text import BUNDLED, SET_ASIDE, Calibration, Tokens, calibration_tokens
 from secateur.units import Unit
 from secateur.workspace import Workspace
 
-RESERVED = 0.2  # share of the calibration text that is kept for judging
 TESTIMONY_TOKENS = 24
 TOKENS_PER_CHANNEL = 8
 
@@ -66,13 +65,18 @@ def default_texts(calibration: Calibration) -> tuple[Text, ...]:
     bundled = Text("Python docs (bundled)", BUNDLED)
     if calibration.source == BUNDLED:
         return (bundled,)
-    own = Text(f"rest of {Path(calibration.source).name}", calibration.source, 1 - RESERVED)
+    own = Text(f"rest of {Path(calibration.source).name}", calibration.source, SET_ASIDE)
     return (own, bundled)
 
 
-def reserve_of(calibration: Calibration, texts: tuple[Text, ...]) -> float:
-    """How much of the end of the calibration text must stay unseen."""
-    return RESERVED if any(t.source == calibration.source and t.start > 0 for t in texts) else 0.0
+def unseen(texts: tuple[Text, ...], calibration: Calibration) -> tuple[Text, ...]:
+    """The texts without what calibration may have seen of them."""
+    return tuple(
+        replace(text, name=f"rest of {text.name}", start=SET_ASIDE)
+        if text.source == calibration.source != BUNDLED and text.start < SET_ASIDE
+        else text
+        for text in texts
+    )
 
 
 def compress(
@@ -118,7 +122,8 @@ def compress(
         plan = None
     calibration = calibration or Calibration()
     questions = questions or Questions(default_texts(calibration), length=calibration.length)
-    source = locate(source)
+    questions = replace(questions, texts=unseen(questions.texts, calibration))
+    source = str(source)
     config = read_config(source, settings)
     if find(config.model_type) is None:
         raise InputError(unknown_family(config.model_type))
@@ -137,7 +142,9 @@ def compress(
         "questions": asdict(questions),
         "settings": asdict(settings),
         "multiple_of": multiple_of,
-        "files": stamps(source, calibration.source, *(text.source for text in questions.texts)),
+        "files": stamps(
+            locate(source), calibration.source, *(text.source for text in questions.texts)
+        ),
     }
     watch = Stopwatch()
     with workspace.opened(inputs):
@@ -149,7 +156,6 @@ def compress(
             calibration,
             settings,
             multiple_of,
-            reserve_of(calibration, questions.texts),
             Store(workspace.folder / "statistics"),
             watch,
             progress,
@@ -203,7 +209,6 @@ def prepare(
     calibration: Calibration,
     settings: Settings,
     multiple_of: int,
-    reserve: float,
     store: Store,
     watch: Stopwatch,
     progress: Progress,
@@ -217,7 +222,7 @@ def prepare(
         model = open_model(source, settings)
         for note in sorted({b.query_key_obstacle for b in model.blocks} - {None}):  # type: ignore[type-var]
             progress.say(f"note: {note}")
-        tokens = calibration_tokens(calibration, model.tokenizer, reserve)
+        tokens = calibration_tokens(calibration, model.tokenizer)
         for note in text_notes(calibration, tokens, model.units(multiple_of)):
             progress.say(f"note: {note}")
     if isinstance(method, Plan):
@@ -342,18 +347,25 @@ def _write_record(
 
 
 def save(
-    model: Model, out: str | Path, plan: Plan, store: Store, tokens: Tokens, overwrite: bool = False
+    model: Model,
+    out: str | Path,
+    plan: Plan,
+    store: Store,
+    tokens: Tokens,
+    overwrite: bool = False,
+    method: Method | None = None,
 ) -> None:
     """Apply a plan to an open model and write the checkpoint; the end of the long form.
 
     ``model`` is narrowed in place and left in bfloat16. ``tokens`` are those that filled
-    ``store``. The checkpoint is reloaded in a fresh process and compared before ``out`` appears.
+    ``store``, ``method`` is the plan's, to be given where it is none of this package's. The
+    checkpoint is reloaded in a fresh process and compared before ``out`` appears.
 
     Raises:
         InputError: the plan does not fit the model, or ``out`` exists.
         ReloadError: the reloaded checkpoint differs from the model in memory.
     """
-    method = plan.build_method()
+    method = method or plan.build_method()
     plan = revise(plan, model, measure_curves(model, method, store, plan.multiple_of))
     prepared = Prepared(model, tokens, store, method, plan)
     workspace, progress = Workspace(Path(out), overwrite), Progress()

@@ -23,7 +23,7 @@ from secateur.report import Report, count, size
 
 WIDTH = 100
 TIERS = {
-    "plain": "loads in stock transformers, vLLM and llama.cpp, no extra code",
+    "plain": "loads wherever the dense model does, no extra code",
     "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
 }
 
@@ -135,7 +135,7 @@ def show_inspection(content: dict[str, Any]) -> None:
         table.add_row(unit["kind"], *map(str, cells), f"{share:.1%}")
     console.print(table)
     stays = content["parameters"] - content["compressible_parameters"]
-    console.print(f"stays as it is: {count(stays)} parameters (embeddings, norms, head)")
+    console.print(f"stays as it is: {count(stays)} parameters outside these units")
     for note in content["notes"]:
         console.print(f"note: {note}")
     need = content["calibration_bytes"]

@@ -14,6 +14,7 @@ from secateur.errors import InputError
 
 BUNDLED = "bundled"
 SUFFIXES = {".txt", ".md", ".rst", ".text", ".raw", ".py"}
+SET_ASIDE = 0.8  # calibration never sees what lies behind this share of its text
 MAX_CHARACTERS = 200_000_000  # enough for any calibration; a larger source is read up to here
 
 
@@ -197,12 +198,13 @@ def contiguous(stream: Tensor, length: int, limit: int | None = None) -> Tokens:
     return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def calibration_tokens(calibration: Calibration, tokenizer: Any, reserve: float = 0.0) -> Tokens:
-    """The windows that a :class:`Calibration` means; ``reserve`` of the text's end stays unseen.
+def calibration_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
+    """The windows that a :class:`Calibration` means, from the part of the text not set aside.
 
     Raises:
         InputError: the text is missing, unreadable, empty or too short.
     """
     stream = token_stream(read_documents(calibration.source), tokenizer)
-    stream = stream[: len(stream) - int(reserve * len(stream))]
+    if calibration.source != BUNDLED:  # whose judging split is another text
+        stream = stream[: int(SET_ASIDE * len(stream))]
     return sample(stream, calibration.samples, calibration.length, calibration.seed)

@@ -19,7 +19,7 @@ from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.reload import disagreement, testimony
 from secateur.evaluate.speed import measure_speed
-from secateur.model import Model, Settings, open_model
+from secateur.model import Model, Settings, locate, open_model
 from secateur.progress import Progress, for_terminal
 from secateur.text import Tokens, contiguous, read_documents, token_stream
 
@@ -130,7 +130,7 @@ def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
 
 def weight_bytes(model: Model) -> int:
     """Size of the weight files on disk; of the stored tensors where the folder is not local."""
-    files = list(Path(model.source).glob("*.safetensors"))
+    files = list(Path(locate(model.source)).glob("*.safetensors"))
     if files:
         return sum(file.stat().st_size for file in files)
     return sum(p.numel() for p in model.module.parameters()) * model.stored.itemsize
