@@ -1,0 +1,376 @@
+"""``compress`` end to end, its report, and plans given back to it."""
+
+import json
+import math
+import os
+import sys
+
+import pytest
+from conftest import SMALL
+
+JUDGED = {"parameters", "bytes", "perplexity", "tasks", "speed", "peak_memory_bytes"}
+STAGES = ("calibrate", "curves", "allocate", "apply", "save", "evaluate", "total")
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def report_of(out):
+    return json.loads((out / "secateur" / "report.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(secateur, model, text, held, tmp_path_factory):
+    """One whole run as a user has it, with JSON and speed; no test may change it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    given = ["--calibration", text, "--eval", held, "--json", *SMALL[1:]]
+    return out, secateur("compress", model, out, *given).succeeded()
+
+
+def test_stdout_is_the_report(finished):
+    out, shown = finished
+    assert json.loads(shown.out) == report_of(out)
+
+
+def test_only_the_result_is_left(finished):
+    out, _ = finished
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+    record = {entry.name for entry in (out / "secateur").iterdir()}
+    assert record == {"plan.json", "report.json", "recipe.yaml"}
+
+
+def test_report_has_its_keys(finished, model, text):
+    report = report_of(finished[0])
+    assert set(report["dense"]) >= JUDGED
+    assert set(report["compressed"]) >= JUDGED
+    assert set(report["budget"]) == {"keep", "of", "reached"}
+    assert {*STAGES, "calibration_forward"} <= set(report["seconds"])
+    assert report["tier"] in ("plain", "per-layer")
+    assert report["method"]["name"] == "modegpt"
+    assert report["seed"] == 0
+    assert {"secateur", "python", "torch", "transformers"} <= set(report["versions"])
+    assert report["calibration"]["source"] == str(text)
+    assert report["model"]["source"] == str(model)
+
+
+def test_report_numbers_are_finite_and_plausible(finished):
+    report = report_of(finished[0])
+    for side in ("dense", "compressed"):
+        judged = report[side]
+        numbers = [*judged["perplexity"].values(), *judged["speed"].values()]
+        assert all(math.isfinite(n) and n > 0 for n in numbers)
+        assert judged["peak_memory_bytes"] > 0
+        assert {"prefill_tokens_per_second", "decode_tokens_per_second"} <= set(judged["speed"])
+    seconds = report["seconds"]
+    assert seconds["total"] >= sum(seconds[stage] for stage in STAGES[:-1]) - 0.1
+
+
+def test_bytes_are_those_on_disk(finished, model):
+    out, report = finished[0], report_of(finished[0])
+    assert report["dense"]["bytes"] == (model / "model.safetensors").stat().st_size
+    assert report["compressed"]["bytes"] == (out / "model.safetensors").stat().st_size
+
+
+def test_parameters_and_budget_are_those_of_the_weights(finished, model):
+    from safetensors.torch import load_file
+
+    out, report = finished[0], report_of(finished[0])
+    counts = {}
+    for side, folder in (("dense", model), ("compressed", out)):
+        tensors = load_file(folder / "model.safetensors")
+        counts[side] = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+        assert report[side]["parameters"] == counts[side]
+    compressible = 2 * (3 * 64 * 32 + 2 * 8 * 32 * 6)
+    lost = (counts["dense"] - counts["compressed"]) / compressible
+    assert report["budget"]["reached"] == pytest.approx(1 - lost)
+    assert 0.78 < report["budget"]["reached"] <= 0.8
+
+
+def test_dense_perplexity_is_that_of_a_direct_computation(finished, model, held):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    ids = tokenizer(held.read_text(), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    losses = []
+    for start in (0, 32):
+        window = ids[:, start : start + 32]
+        with torch.inference_mode():
+            losses.append(float(module(input_ids=window, labels=window).loss))
+    expected = math.exp(sum(losses) / 2)
+    assert report_of(finished[0])["dense"]["perplexity"]["held.txt"] == pytest.approx(expected)
+
+
+def test_result_is_opened_by_transformers(finished, model):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import secateur  # noqa: F401 - registers
+
+    out = finished[0]
+    small = AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).get_vocab()
+    ids = torch.arange(10).unsqueeze(0)
+    assert torch.isfinite(small(input_ids=ids).logits).all()
+    parameters = sum(p.numel() for p in small.parameters())
+    assert parameters == report_of(out)["compressed"]["parameters"]
+
+
+def test_table_shows_dense_beside_compressed(compress, room):
+    shown = compress().succeeded()
+    for word in (
+        "dense",
+        "compressed",
+        "perplexity, held.txt",
+        "bytes on disk",
+        "asked for 80.00%",
+    ):
+        assert word in shown.out
+    for word in ("tier", "report.json", "next: secateur eval"):
+        assert word in shown.out
+    assert max(len(line) for line in shown.out.splitlines() if str(room) not in line) <= 100
+    assert [entry.name for entry in room.iterdir()] == ["out"]
+
+
+def test_the_same_command_gives_the_same_bytes(finished, compress, room):
+    compress().succeeded()
+    assert weights(room / "out") == weights(finished[0])
+    again, first = ((f / "secateur" / "plan.json").read_text() for f in (room / "out", finished[0]))
+    assert again == first
+
+
+def test_a_plan_of_a_run_gives_the_same_bytes(finished, compress, run, model, held, room, near):
+    plan = finished[0] / "secateur" / "plan.json"
+    judge = ["--eval", held, "--no-speed", "--eval-windows", 2, "--new-tokens", 4]
+    shown = run("compress", model, room / "out", "--plan", plan, *judge).succeeded()
+    assert weights(room / "out") == weights(finished[0])
+    assert (room / "out" / "secateur" / "plan.json").read_text() == plan.read_text()
+    assert "other calibration tokens" not in shown.err
+
+
+def test_a_plan_needs_no_other_argument_to_be_repeated(finished, run, model, room, near):
+    plan = finished[0] / "secateur" / "plan.json"
+    run("compress", model, room / "out", "--plan", plan, "--no-speed").succeeded()
+    assert weights(room / "out") == weights(finished[0])
+
+
+def test_plan_then_compress_is_compress(run, model, text, room, near):
+    given = ["--calibration", text, "--samples", 4, "--length", 32, "--keep", 0.7]
+    judge = ["--no-speed", "--eval-windows", 2, "--new-tokens", 4]
+    run("plan", model, *given, "-o", room / "plan.json").succeeded()
+    run("compress", model, room / "one", "--plan", room / "plan.json", *judge).succeeded()
+    run("compress", model, room / "two", *given, *judge).succeeded()
+    assert weights(room / "one") == weights(room / "two")
+
+
+def test_default_texts_are_unseen_and_two(run, model, text, room, near):
+    given = ["--calibration", text, *SMALL, "--json"]
+    shown = run("compress", model, room / "out", *given).succeeded()
+    assert list(json.loads(shown.out)["dense"]["perplexity"]) == [
+        "rest of calibration.txt",
+        "Python docs (bundled)",
+    ]
+
+
+def test_keep_everything_is_the_same_model(compress, model, room):
+    from safetensors.torch import load_file
+
+    compress("--keep", 1).succeeded()
+    report = report_of(room / "out")
+    assert report["tier"] == "plain"
+    assert report["budget"]["reached"] == 1
+    before, after = (load_file(f / "model.safetensors") for f in (model, room / "out"))
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+@pytest.fixture
+def plan_file(finished, tmp_path):
+    """A function that writes a changed copy of the plan of :func:`finished`."""
+
+    def write(change):
+        plan = json.loads((finished[0] / "secateur" / "plan.json").read_text())
+        change(plan)
+        path = tmp_path / "changed.json"
+        path.write_text(json.dumps(plan))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def replay(run, model, held, room, near):
+    def command(plan, *args, source=None):
+        judge = ["--eval", held, "--no-speed", "--eval-windows", 2, "--new-tokens", 4]
+        return run("compress", source or model, room / "out", "--plan", plan, *judge, *args)
+
+    return command
+
+
+def set_size(unit, size):
+    def change(plan):
+        row = next(row for row in plan["units"] if row["unit"] == unit)
+        row["after"] = size
+
+    return change
+
+
+def test_an_edited_plan_is_followed(replay, plan_file, room):
+    from safetensors.torch import load_file
+
+    replay(plan_file(set_size("layers.0.mlp", 24))).succeeded()
+    tensors = load_file(room / "out" / "model.safetensors")
+    assert tensors["model.layers.0.mlp.gate_proj.weight"].shape == (24, 32)
+    assert tensors["model.layers.0.mlp.down_proj.weight"].shape == (32, 24)
+    written = json.loads((room / "out" / "secateur" / "plan.json").read_text())
+    row = next(row for row in written["units"] if row["unit"] == "layers.0.mlp")
+    assert row["parameters"] == 24 * 32 * 3
+    kept = sum(row["parameters"] for row in written["units"])
+    assert report_of(room / "out")["budget"]["reached"] == kept / written["budget"]["total"]
+
+
+def drop_unit(plan):
+    plan["units"].pop()
+
+
+def name_twice(plan):
+    plan["units"].append(plan["units"][0])
+
+
+def rename_unit(plan):
+    plan["units"][0]["unit"] = "layers.9.mlp"
+
+
+def unknown_method(plan):
+    plan["method"]["name"] = "modegtp"
+
+
+def unknown_option(plan):
+    plan["method"]["options"]["temprature"] = 0.1
+
+
+def text_for_a_number(plan):
+    plan["method"]["options"]["temperature"] = "hot"
+
+
+def unknown_field(plan):
+    plan["unit"] = []
+
+
+def later_version(plan):
+    plan["version"] = 2
+
+
+def no_text(plan):
+    plan["calibration"]["source"] = "/no/such/text.txt"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (set_size("layers.0.mlp", 25), ["layers.0.mlp", "25", "nearest is 24"]),
+        (set_size("layers.0.query_key", 3), ["layers.0.query_key", "3"]),
+        (set_size("layers.1.mlp", 72), ["layers.1.mlp", "72", "64"]),
+        (set_size("layers.1.mlp", 0), ["after"]),
+        (set_size("layers.1.mlp", "all"), ["after"]),
+        (drop_unit, ["layers.1.value_output"]),
+        (name_twice, ["layers.0.mlp"]),
+        (rename_unit, ["layers."]),
+        (unknown_method, ["modegtp", "did you mean 'modegpt'"]),
+        (unknown_option, ["temprature"]),
+        (text_for_a_number, ["temperature", "hot"]),
+        (unknown_field, ["unit"]),
+        (later_version, ["version"]),
+        (no_text, ["/no/such/text.txt"]),
+    ],
+)
+def test_a_wrong_plan_is_refused(replay, plan_file, room, change, words):
+    replay(plan_file(change)).refused(*words)
+    assert list(room.iterdir()) == []
+
+
+def test_a_plan_for_another_model_is_refused(
+    replay, plan_file, room, tmp_path, llama_config, tokenizer
+):
+    from conftest import save_checkpoint
+
+    other = save_checkpoint(tmp_path / "other", llama_config(), tokenizer, seed=1)
+    replay(plan_file(lambda _: None), source=other).refused("another model", "secateur plan")
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b'{"version": 1}', b"[" * 100_000]
+)
+def test_a_file_that_is_no_plan_is_refused(replay, tmp_path, room, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    replay(tmp_path / "plan.json").refused("plan.json")
+    assert list(room.iterdir()) == []
+
+
+def test_a_huge_plan_is_refused_unread(replay, tmp_path, room):
+    with (tmp_path / "plan.json").open("wb") as file:
+        os.truncate(file.fileno(), 2**33)  # sparse
+    replay(tmp_path / "plan.json").refused("plan.json", "larger")
+    assert list(room.iterdir()) == []
+
+
+def test_a_missing_plan_is_refused(replay, tmp_path, room):
+    replay(tmp_path / "nowhere.json").refused("nowhere.json", "no such file")
+    replay(tmp_path).refused(str(tmp_path))
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--keep", 0.5),
+        ("--method", "modegpt"),
+        ("--calibration", "bundled"),
+        ("--samples", 3),
+        ("--length", 32),
+        ("--seed", 1),
+        ("--multiple-of", 8),
+        ("--temperature", 0.1),
+    ],
+    ids=str,
+)
+def test_a_flag_that_a_plan_already_answers_is_refused(replay, plan_file, room, flags):
+    replay(plan_file(lambda _: None), *flags).refused(flags[0], "--plan", "exclude")
+    assert list(room.iterdir()) == []
+
+
+def test_a_compressed_model_is_refused_as_input(finished, compress, room):
+    compress(source=finished[0]).refused("already compressed")
+    assert list(room.iterdir()) == []
+
+
+def test_a_compressed_model_can_be_evaluated_and_inspected(finished, run, held, near):
+    report = report_of(finished[0])
+    judge = ["--eval", held, "--eval-length", 32, "--eval-windows", 2, "--no-speed", "--json"]
+    found = json.loads(run("eval", finished[0], *judge).succeeded().out)
+    assert found["perplexity"] == pytest.approx(report["compressed"]["perplexity"])
+    shown = json.loads(run("inspect", finished[0], "--json").succeeded().out)
+    assert shown["parameters"] == report["compressed"]["parameters"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_number_formats(compress, room, dtype):
+    compress("--dtype", dtype).succeeded()
+    assert report_of(room / "out")["budget"]["reached"] <= 0.8
+
+
+def test_progress_goes_to_stderr(compress):
+    shown = compress("--json").succeeded()
+    json.loads(shown.out)
+    assert "measuring the dense model" in shown.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals differ")
+def test_bars_show_at_a_terminal(compress, monkeypatch):
+    from secateur import progress
+
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    compress("--json").succeeded()

@@ -1,0 +1,109 @@
+"""``--help`` answers at once, and importing the package pulls in nothing heavy."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = {
+    "ls": ["--json"],
+    "inspect": ["MODEL", "--multiple-of", "--json"],
+    "plan": ["MODEL", "--keep", "--calibration", "--output", "--dry-run", "--overwrite", "--json"],
+    "compress": ["MODEL", "OUT", "--plan", "--method", "--keep", "--calibration", "--samples"],
+    "eval": ["MODEL", "--eval", "--eval-length", "--prompt", "--no-speed", "--device", "--json"],
+}
+HEAVY = "print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_argument(run, command):
+    shown = run(command, "--help").succeeded()
+    for word in COMMANDS[command]:
+        assert word in shown.out
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize("args", [(), *((name,) for name in COMMANDS)], ids=str)
+def test_help_fits_100_columns(run, args):
+    shown = run(*args, "--help").succeeded()
+    assert max(map(len, shown.out.splitlines())) <= 100
+
+
+def test_group_help_lists_the_commands_and_what_to_type(run):
+    shown = run("-h").succeeded().out
+    for command in COMMANDS:
+        assert f"\n  {command} " in shown
+    assert "secateur compress Qwen/Qwen2.5-0.5B out --keep 0.8" in shown
+
+
+def test_no_command_shows_the_help(run):
+    shown = run()
+    assert shown.code in (0, 2)
+    assert "compress" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("args", [(), *((name,) for name in COMMANDS)], ids=str)
+def test_help_imports_nothing_heavy(args):
+    code = (
+        f"sys.argv = ['secateur', *{list(args)!r}, '--help']\n"
+        "from secateur.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n" + HEAVY
+    )
+    assert python(code).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("flags", [("--method", "modegpt"), ("-m", "modegpt")], ids=str)
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_help_of_a_method_lists_its_options(run, command, flags):
+    shown = run(command, *flags, "--help").succeeded().out
+    for option in ("--temperature", "--max-sparsity", "--leverage-ridge", "[modegpt]"):
+        assert option in shown
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_help_without_a_method_says_where_its_options_are(run):
+    assert "--method modegpt --help" in " ".join(run("compress", "--help").out.split())
+
+
+def test_version(run):
+    from secateur import __version__
+
+    assert __version__ in run("--version").succeeded().out
+
+
+def test_import_is_light():
+    assert python("import secateur\n" + HEAVY).strip() == "[]"
+
+
+KNOWN = """
+try:
+    print(AutoConfig.for_model('secateur_llama').model_type)
+except ValueError:
+    print('unknown')
+"""
+
+
+@pytest.mark.parametrize("order", ["secateur first", "transformers first"])
+def test_import_registers_with_transformers(order):
+    parts = ["import secateur\n", "from transformers import AutoConfig\n"]
+    parts = parts if order == "secateur first" else parts[::-1]
+    assert python("".join(parts) + KNOWN).strip() == "secateur_llama"
+
+
+def test_module_runs_as_a_program(secateur):
+    shown = secateur("--help").succeeded()
+    assert shown.out.startswith("Usage: ")
+    assert shown.err == ""

@@ -1,0 +1,286 @@
+"""Runs that stop half-way: what they leave, and how they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SMALL, sentences
+
+WEIGHTS = "model.safetensors"
+
+
+def files(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def undisturbed(compress, tmp_path):
+    """The bytes of a run that nothing stopped."""
+    out = tmp_path / "undisturbed" / "out"
+    compress(out=out).succeeded()
+    return {name: (out / name).read_bytes() for name in (WEIGHTS, "secateur/plan.json")}
+
+
+@pytest.fixture
+def stopped(compress, room, monkeypatch, near):
+    """A function that interrupts ``compress`` where ``pipeline`` or ``Workspace`` calls a name."""
+    from secateur import pipeline
+
+    def stop(name="write", owner=pipeline, after=0, args=()):
+        original, calls = getattr(owner, name), []
+
+        def counted(*a, **k):
+            calls.append(name)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return original(*a, **k)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, counted)
+            found = compress(*args)
+        assert found.code == 130
+        assert "type the same command again" in found.err
+        assert "Traceback" not in found.err
+        assert not (room / "out").exists()
+        near.clear()
+        return found
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("judge_apart", 0),
+        ("calibrate", 0),
+        ("make_plan", 0),
+        ("narrow_block", 1),
+        ("write_config", 0),
+        ("judge_apart", 1),
+        ("_write_record", 0),
+    ],
+)
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    undisturbed, stopped, compress, room, near, name, after
+):
+    stopped(name, after=after)
+    assert files(room) == [".out.partial"]
+    compress().succeeded()
+    assert {n: (room / "out" / n).read_bytes() for n in undisturbed} == undisturbed
+    assert files(room) == ["out"]
+    assert len(near) == (2 if (name, after) == ("judge_apart", 0) else 1)
+
+
+def test_finished_stages_are_not_repeated(stopped, compress, room, monkeypatch, near):
+    from secateur import pipeline
+
+    stopped("write")
+    kept = files(room / ".out.partial")
+    assert {"dense.json", "statistics", "fingerprint.json"} <= set(kept)
+    monkeypatch.setattr(pipeline, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    compress().succeeded()
+    assert len(near) == 1
+    assert "result" in json.loads(near[0])["source"]
+
+
+def test_a_calibration_cut_short_starts_again(undisturbed, stopped, compress, room):
+    from secateur.calibration import Store
+
+    stopped("put", owner=Store, after=1)
+    assert files(room / ".out.partial" / "statistics") == ["block-00000.safetensors"]
+    compress().succeeded()
+    assert (room / "out" / WEIGHTS).read_bytes() == undisturbed[WEIGHTS]
+
+
+def test_an_interrupted_overwrite_leaves_the_old_output(compress, room, monkeypatch):
+    from secateur import pipeline
+
+    compress("--keep", 0.9).succeeded()
+    before = (room / "out" / WEIGHTS).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write", interrupt)
+        assert compress("--overwrite").code == 130
+    assert (room / "out" / WEIGHTS).read_bytes() == before
+    compress("--overwrite").succeeded()
+    assert (room / "out" / WEIGHTS).read_bytes() != before
+    assert files(room) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        (("--keep", "0.5"), "method"),
+        (("--seed", "1"), "calibration"),
+        (("--samples", "3"), "calibration"),
+        (("--eval-windows", "1"), "questions"),
+        (("--multiple-of", "4"), "multiple_of"),
+        (("--dtype", "bfloat16"), "settings"),
+    ],
+    ids=str,
+)
+def test_another_command_does_not_take_over_an_unfinished_run(
+    stopped, compress, room, near, flags, field
+):
+    stopped()
+    before = files(room / ".out.partial")
+    compress(*flags).refused("unfinished", field, flags[1], "--overwrite")
+    assert files(room / ".out.partial") == before
+    compress().succeeded()
+    assert len(near) == 1
+
+
+def test_overwrite_starts_another_command_afresh(stopped, compress, room, near):
+    stopped()
+    compress("--keep", 0.5, "--overwrite").succeeded()
+    assert len(near) == 2
+    report = json.loads((room / "out" / "secateur" / "report.json").read_text())
+    assert report["budget"]["keep"] == 0.5
+    assert files(room) == ["out"]
+
+
+def test_a_changed_text_is_not_answered_from_before(stopped, compress, room, tmp_path, run):
+    text = tmp_path / "mine.txt"
+    text.write_text(sentences(1, 200))
+    stopped(args=["--calibration", text])
+    text.write_text(sentences(9, 200))
+    again = compress("--calibration", text)
+    if again.code:  # refusing is as good as starting afresh
+        again.refused("mine.txt", "--overwrite")
+        return
+    compress("--calibration", text, out=room / "fresh").succeeded()
+    assert (room / "out" / WEIGHTS).read_bytes() == (room / "fresh" / WEIGHTS).read_bytes()
+
+
+def test_a_changed_model_is_not_answered_from_before(
+    compress, broken, room, monkeypatch, llama_config, tokenizer
+):
+    from conftest import save_checkpoint
+
+    from secateur import pipeline
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write", interrupt)
+        assert compress(source=broken).code == 130
+    save_checkpoint(broken, llama_config(), tokenizer, seed=1)
+    again = compress(source=broken)
+    if again.code:
+        again.refused("model", "--overwrite")
+        return
+    compress(source=broken, out=room / "fresh").succeeded()
+    assert (room / "out" / WEIGHTS).read_bytes() == (room / "fresh" / WEIGHTS).read_bytes()
+    dense = [
+        json.loads((room / name / "secateur" / "report.json").read_text())["dense"]["perplexity"]
+        for name in ("out", "fresh")
+    ]
+    assert dense[0] == dense[1]
+
+
+def test_a_run_into_its_own_model_folder_goes_on(compress, broken, room, monkeypatch, near):
+    """The unfinished folder lies among the model's files then, and is none of them."""
+    from secateur import pipeline
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write", interrupt)
+        assert compress(source=broken, out=broken / "out").code == 130
+    near.clear()
+    compress(source=broken, out=broken / "out").succeeded()
+    assert len(near) == 1
+
+
+def test_damaged_statistics_are_refused_or_made_again(undisturbed, stopped, compress, room):
+    stopped()
+    path = room / ".out.partial" / "statistics" / "block-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    found = compress()
+    if found.code:
+        found.refused()
+        compress().succeeded()
+    assert (room / "out" / WEIGHTS).read_bytes() == undisturbed[WEIGHTS]
+
+
+def test_a_second_run_is_refused_while_the_first_works(compress, room, near):
+    from secateur.workspace import Workspace
+
+    first = Workspace(room / "out", overwrite=False)
+    with first.opened({"mine": 1}):
+        (first.folder / "dense.json").write_text("{}")
+        compress().refused("another run", "out", "wait")
+        compress("--overwrite").refused("another run")
+        assert {"dense.json", "result", "lock"} <= set(files(first.folder))
+    assert near == []
+
+
+def test_a_second_run_beside_it_is_welcome(compress, room):
+    from secateur.workspace import Workspace
+
+    with Workspace(room / "other", overwrite=False).opened({}):
+        compress().succeeded()
+
+
+def test_a_failed_run_frees_its_output(compress, room):
+    compress("--keep", 0.001).refused("out of reach")
+    compress().succeeded()
+    assert files(room) == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+from secateur import pipeline
+from secateur.evaluate import judge
+
+def call(command, **_):
+    return SimpleNamespace(returncode=judge.main(Path(command[-2]), Path(command[-1])))
+
+judge.subprocess = SimpleNamespace(run=call)
+pipeline.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from secateur.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_killed_run_goes_on(undisturbed, compress, model, text, held, room, near):
+    given = [model, room / "out", "--calibration", text, "--eval", held, *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, "compress", *map(str, given)], cwd=ROOT, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert files(room) == [".out.partial"]
+    assert files(room / ".out.partial" / "statistics")
+    near.clear()
+    compress().succeeded()
+    assert len(near) == 1
+    assert {n: (room / "out" / n).read_bytes() for n in undisturbed} == undisturbed
+    assert files(room) == ["out"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process groups")
+def test_ctrl_c_shows_no_traceback(model, text, held, room):
+    """The terminal interrupts the measuring process too; neither may print a traceback."""
+    given = [model, room / "out", "--calibration", text, "--eval", held, *SMALL]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "secateur", "compress", *map(str, given)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert running.stderr is not None
+    assert "measuring" in running.stderr.readline()
+    time.sleep(1.5)
+    os.killpg(running.pid, signal.SIGINT)
+    err = running.stderr.read()
+    assert running.wait() == 130
+    assert "type the same command again" in err
+    assert "Traceback" not in err
+    assert files(room) == [".out.partial"]

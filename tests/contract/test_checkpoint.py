@@ -1,0 +1,222 @@
+"""What is on disk, and what fresh processes make of it, with the package and without."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from secateur import pipeline
+from secateur.checkpoint import Writer
+from tests.contract.conftest import logits, spread
+from tests.families import FAMILIES, HIDDEN
+
+ROUTES = [
+    ("stranger", "plain"),
+    ("stranger", "layered"),
+    ("stranger", "mixed"),
+    ("secateur", "layered"),
+    ("secateur", "mixed"),
+]
+every_family = pytest.mark.parametrize("name", FAMILIES)
+every_route = pytest.mark.parametrize(("route", "kind"), ROUTES)
+
+
+@every_family
+@every_route
+def test_reloaded_logits_are_those_in_memory(readings, written, name, route, kind):
+    memory, read = written(name, kind).memory, readings(route)(name, kind)
+    assert read.facts["missing"] == read.facts["unexpected"] == []
+    for attention in ("eager", "sdpa"):
+        found, expected = read.tensors[f"logits.{attention}"], memory[f"logits.float32.{attention}"]
+        assert spread(found, expected) < 2e-5
+    rounded = memory["logits.bfloat16.sdpa"]
+    assert spread(read.tensors["logits.bfloat16"], rounded) < 0.15
+    assert spread(read.tensors["logits.eager"], read.tensors["logits.sdpa"]) < 2e-5
+
+
+@every_family
+@every_route
+def test_cached_generation_equals_uncached(readings, name, route, kind):
+    said = readings(route)(name, kind).tensors
+    for attention in ("eager", "sdpa"):
+        cached, uncached = (said[f"greedy.{attention}.{c}"] for c in ("cached", "uncached"))
+        assert torch.equal(cached, uncached)
+    assert torch.equal(said["greedy.eager.cached"], said["greedy.sdpa.cached"])
+
+
+@every_family
+@every_route
+def test_left_padding_changes_no_token(readings, name, route, kind):
+    said = readings(route)(name, kind).tensors
+    for attention in ("eager", "sdpa"):
+        assert torch.equal(said[f"padded.{attention}"], said["alone"])
+
+
+@every_family
+@every_route
+def test_base_model_loads_with_the_same_states(readings, name, route, kind):
+    said = readings(route)(name, kind).tensors
+    assert spread(said["states"], said["states.expected"]) < 2e-5
+
+
+@every_family
+@every_route
+def test_a_loaded_checkpoint_saves_and_loads_again(readings, name, route, kind):
+    said = readings(route)(name, kind).tensors
+    assert spread(said["logits.again"], said["logits.eager"]) < 2e-5
+
+
+@every_family
+@every_route
+def test_attention_maps_are_given_out(readings, name, route, kind):
+    maps = readings(route)(name, kind).tensors["attentions"]
+    assert maps.shape == (3, 4, 24, 24)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(3, 4, 24))
+    assert bool((maps.triu(1) == 0).all())
+
+
+@every_family
+@every_route
+def test_a_loaded_checkpoint_trains(readings, name, route, kind):
+    assert readings(route)(name, kind).facts["without_gradient"] == []
+
+
+@every_family
+def test_strangers_get_stock_classes_where_the_tier_is_plain(readings, written, name):
+    assert written(name, "plain").plan.tier == "plain"
+    assert not readings("stranger")(name, "plain").facts["class"].startswith("Secateur")
+    for kind in ("layered", "mixed"):
+        assert written(name, kind).plan.tier == "per-layer"
+        facts = readings("stranger")(name, kind).facts
+        assert facts["class"].startswith("Secateur")
+        assert facts["module"].startswith("transformers_modules.")
+        assert (
+            readings("secateur")(name, kind).facts["module"] == "secateur.layers.modeling_secateur"
+        )
+
+
+def stored(made):
+    return load_file(made.folder / "model.safetensors")
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["plain", "layered", "mixed"])
+def test_bytes_on_disk_are_those_of_the_plan(dense, opened, written, name, kind):
+    """Fails for zero-filled tensors of full size, for stale biases and for uncounted indices."""
+    made = written(name, kind)
+    before = load_file(dense(name) / "model.safetensors")
+    price = {u.name: u.cost(u.size, 4).bytes for u in opened(name).units(8)}
+    saved = sum(price[row.unit] - row.bytes for row in made.plan.units)
+    sizes = [sum(t.nbytes for t in tensors.values()) for tensors in (before, stored(made))]
+    assert sizes[0] - sizes[1] == saved > 0
+
+
+@every_family
+def test_weights_on_disk_are_narrow_and_changed(dense, opened, written, name):
+    """Fails where edited weights never reach the file, or are zeroed instead of cut."""
+    made = written(name, "layered")
+    before, after = load_file(dense(name) / "model.safetensors"), stored(made)
+    consumers = [key for key in after if key.endswith(FAMILIES[name].consumer + ".weight")]
+    widths = {row.unit: row.after for row in made.plan.units}
+    dense_width = next(row.before for row in made.plan.units if row.kind == "mlp")
+    assert len(consumers) == 3
+    assert min(widths[f"layers.{i}.mlp"] for i in range(3)) < dense_width
+    for i, key in enumerate(sorted(consumers)):
+        width = widths[f"layers.{i}.mlp"]
+        assert sorted(after[key].shape) == sorted((width, HIDDEN))
+        assert (width < dense_width) == (after[key].shape != before[key].shape)
+    for key, tensor in after.items():
+        if tensor.dim() == 2 and ".rope_pairs" not in key and "embed" not in key:
+            zeros = [int((tensor == 0).all(dim).sum()) for dim in (0, 1)]
+            if not (key in consumers and "opt" in name):  # a ReLU channel may be dead
+                assert zeros == [0, 0], key
+    attention = opened(name).blocks[0].attention
+    heads = {
+        "q_proj": attention.heads,
+        "k_proj": attention.kv_heads,
+        "v_proj": attention.kv_heads,
+    }
+    for kind, out in (("query_key", ("q_proj", "k_proj")), ("value_output", ("v_proj",))):
+        for i in range(3):
+            if f"layers.{i}.{kind}" not in widths:
+                continue
+            for projection in out:
+                found = [k for k in after if f".{i}." in k and k.endswith(f".{projection}.weight")]
+                for key in found:  # where the attention did not change, maps may be fused
+                    assert after[key].shape[0] // heads[projection] == widths[f"layers.{i}.{kind}"]
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["layered", "mixed"])
+def test_cache_is_as_narrow_as_the_plan_says(opened, readings, written, name, kind):
+    made = written(name, kind)
+    units = {u.name: u for u in opened(name).units(8)}
+    facts, full = (readings("stranger")(name, k).facts for k in (kind, "full"))
+    saved = sum(
+        units[row.unit].cost(row.before, 4).cache_bytes_per_token - row.cache_bytes_per_token
+        for row in made.plan.units
+    )
+    tokens = full["cache"] // (full["cache"] // len(made.ids))
+    positions = min(tokens, 11) if "mistral" in name else tokens  # a window keeps its own length
+    assert (full["cache"] - facts["cache"]) * 4 == saved * positions
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_config_says_where_the_classes_are(written, name):
+    config = json.loads((written(name, "layered").folder / "config.json").read_text())
+    stock = FAMILIES[name].config.removesuffix("Config")
+    assert config["model_type"].startswith("secateur_")
+    assert config["architectures"] == [f"Secateur{stock}{_head(stock)}"]
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert len(config["secateur"]["layers"]) == 3
+
+
+def _head(stock):
+    return "LMHeadModel" if stock == "GPT2" else "ForCausalLM"
+
+
+@every_family
+def test_same_seed_gives_the_same_bytes(tmp_path, method, write_to, written, name):
+    first = written(name, "layered").folder
+    second = write_to(tmp_path / "again", method, name, "layered").folder
+    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(second) for p in second.rglob("*") if p.is_file())
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt"])
+def test_shards_load_equally(tmp_path, monkeypatch, method, write_to, written, name):
+    monkeypatch.setattr(pipeline, "Writer", partial(Writer, shard_bytes=9000))
+    made = write_to(tmp_path / "sharded", method, name, "layered")
+    shards = sorted(made.folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert not list(made.folder.glob("shard-*"))
+    index = json.loads((made.folder / "model.safetensors.index.json").read_text())
+    whole = stored(written(name, "layered"))
+    assert set(index["weight_map"]) == set(whole)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    model = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32).eval()
+    found = logits(model, made.ids.unsqueeze(0))[0]
+    assert spread(found, made.memory["logits.float32.sdpa"]) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gpt_neox"])
+def test_bfloat16_checkpoints_are_written_in_bfloat16(
+    tmp_path, opened, calibrated, planned, method, name
+):
+    model, data = opened(name), calibrated(name)
+    model.stored = torch.bfloat16
+    plan = planned(model, name, method(keep=0.7))
+    prepared = pipeline.Prepared(model, data.tokens, data.store, plan.build_method(), plan)
+    memory, ids = pipeline.write(
+        prepared, tmp_path / "half", pipeline.Stopwatch(), pipeline.Progress()
+    )
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.bfloat16}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
+    expected = memory["logits.float32.sdpa"]  # of weights rounded like those on disk
+    assert spread(logits(loaded, ids.unsqueeze(0))[0], expected) < 2e-5

@@ -1,0 +1,147 @@
+"""Masked equals sliced: a narrowed model says what hooks on the untouched stock model say."""
+
+import pytest
+import torch
+
+from secateur.apply import narrow_block
+from tests.contract import virtual
+from tests.contract.conftest import logits, spread
+from tests.families import FAMILIES, NORMED, PARTIAL, ROTARY
+
+KINDS = ("mlp", "query_key", "value_output", "all")
+IDS = torch.arange(3, 27).unsqueeze(0) * 7 % 88 + 3
+
+
+def narrowings(model, calibrated, name, kind, share, method):
+    """The method's narrowings, of another size in every block, and the sizes by unit."""
+    chosen, sizes = {}, {}
+    store = calibrated(name).store
+    for block in model.blocks:
+        statistics = store.get(block.index, method.needs)
+        chosen[block.index] = {}
+        for unit in block.units(4):
+            sizes[unit.name] = unit.size
+            if kind in (unit.kind, "all"):
+                wanted = (share + 0.12 * block.index) * unit.size
+                size = max(s for s in unit.sizes() if s <= max(wanted, unit.step))
+                sizes[unit.name] = size
+                chosen[block.index][unit.kind] = method.compress(unit, size, block, statistics)
+    return chosen, sizes
+
+
+def sliced(model, calibrated, name, sizes, method):
+    store = calibrated(name).store
+    for block in model.blocks:
+        statistics = store.get(block.index, method.needs)
+        narrow_block(block, block.units(4), sizes, method, statistics)
+    return model.module
+
+
+@pytest.mark.parametrize("share", [0.3, 0.65])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masked_equals_sliced(opened, calibrated, stock, method, name, kind, share):
+    if name in NORMED and kind == "query_key":
+        pytest.skip("normalises inside its heads: its queries and keys stay")
+    made = method()
+    model = opened(name, "float64")
+    chosen, sizes = narrowings(model, calibrated, name, kind, share, made)
+    with virtual.narrowed(stock(name), name, chosen) as masked:
+        expected = logits(masked, IDS)
+    found = logits(sliced(model, calibrated, name, sizes, made), IDS)
+    assert spread(found, expected) < 1e-5
+    assert spread(found, logits(stock(name), IDS)) > 1e-2  # something was removed
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - NORMED))
+def test_softmax_scale_stays_that_of_the_dense_heads(opened, calibrated, method, name):
+    """The mistake: scaling scores by the narrowed width changes the softmax's temperature."""
+    made = method()
+    model = opened(name, "float64")
+    dense = [block.stock_attention.scaling for block in model.blocks]
+    _, sizes = narrowings(model, calibrated, name, "query_key", 0.5, made)
+    module = sliced(model, calibrated, name, sizes, made)
+    assert [block.attention.scaling for block in model.blocks] == dense
+    right = logits(module, IDS)
+    for block in model.blocks:
+        narrowed = block.attention.query_key / block.heads.width
+        block.attention.scaling = block.attention.scaling * narrowed**-0.5
+    assert spread(logits(module, IDS), right) > 1e-2
+
+
+@pytest.mark.parametrize("name", sorted(ROTARY - NORMED))
+def test_kept_pairs_turn_by_their_own_frequency(opened, calibrated, method, name):
+    """The mistake: turning the kept pairs by the first k/2 frequencies."""
+    made = method()
+    model = opened(name, "float64")
+    _, sizes = narrowings(model, calibrated, name, "query_key", 0.5, made)
+    module = sliced(model, calibrated, name, sizes, made)
+    right, moved = logits(module, IDS), False
+    for block in model.blocks:
+        pairs = block.attention.rope_pairs
+        first = torch.arange(pairs.shape[1]).expand_as(pairs)
+        moved |= not torch.equal(first, pairs)
+        pairs.copy_(first)
+    assert moved
+    assert spread(logits(module, IDS), right) > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(PARTIAL))
+def test_coordinates_at_rest_stay_at_rest(opened, calibrated, method, name):
+    """Scores between tokens depend on their distance alone through the pairs that turn."""
+    made = method()
+    model = opened(name, "float64")
+    _, sizes = narrowings(model, calibrated, name, "query_key", 0.5, made)
+    sliced(model, calibrated, name, sizes, made)
+    for block in model.blocks:
+        table = block.heads.rotary // 2
+        pairs, keep = block.attention.rope_pairs, None
+        assert pairs.max() <= table
+        cos = torch.rand(1, 5, 2 * table).double()
+        tables, _ = block.attention.rotary_tables(cos, cos)
+        resting = (pairs == table).unsqueeze(1).expand(-1, 5, -1)
+        assert bool((tables[0][resting] == 1).all())
+        keep = pairs[pairs < table]
+        assert len(keep) + int((pairs == table).sum()) == pairs.numel()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "opt", "gpt2", "gpt_neox", "llama_biased_tied"])
+def test_value_bias_is_folded_into_the_output_bias(opened, calibrated, method, name):
+    made = method()
+    model = opened(name, "float64")
+    before = [
+        (b.attention.v_proj.bias.clone(), b.attention.o_proj.weight.clone(), b.attention)
+        for b in model.blocks
+    ]
+    old = [None if a.o_proj.bias is None else a.o_proj.bias.clone() for *_, a in before]
+    _, sizes = narrowings(model, calibrated, name, "value_output", 0.3, made)
+    sliced(model, calibrated, name, sizes, made)
+    for block, (bias, weight, attention), output in zip(model.blocks, before, old, strict=True):
+        group = attention.num_key_value_groups
+        spelled = bias.view(attention.kv_heads, -1).repeat_interleave(group, 0).flatten()
+        expected = weight @ spelled + (0 if output is None else output)
+        assert block.attention.v_proj.bias is None
+        torch.testing.assert_close(block.attention.o_proj.bias, expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "mistral"])
+def test_gated_gram_is_that_of_the_product(stock, calibrated, name):
+    """The mistake: a Gram of act(gate) alone, so that up takes no part in the choice."""
+    from secateur.statistics import Needs
+
+    model, data = stock(name), calibrated(name)
+    mlp = model.base_model.layers[0].mlp
+    seen = []
+    handle = mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(model, data.tokens.ids)
+    handle.remove()
+    x = seen[0].flatten(0, 1)
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = mlp.gate_up_proj(x).chunk(2, -1)
+    else:
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    act = torch.nn.functional.silu(gate)
+    gram = data.store.get(0, [Needs.HIDDEN_GRAM])[Needs.HIDDEN_GRAM].mean
+    right, wrong = ((h.t() @ h) / len(h) for h in (act * up, act))
+    torch.testing.assert_close(gram, right, rtol=1e-6, atol=1e-8)
+    assert spread(wrong, gram) > 0.1

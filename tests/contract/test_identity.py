@@ -1,0 +1,45 @@
+"""Nothing removed means nothing changed."""
+
+import pytest
+import torch
+
+from tests.contract.conftest import logits, spread
+from tests.families import FAMILIES
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@every_family
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_canonical_blocks_give_the_dense_logits(opened, name, attention):
+    model = opened(name, "float64")
+    model.module.set_attn_implementation(attention)
+    ids = torch.arange(3, 33).unsqueeze(0)
+    before = logits(model.module, ids)
+    assert len(model.blocks) == 3
+    assert spread(logits(model.module, ids), before) < 1e-5
+
+
+@every_family
+def test_keep_one_is_plain_and_gives_the_dense_logits(readings, opened, written, name):
+    made, read = written(name, "full"), readings("stranger")(name, "full")
+    assert made.plan.tier == "plain"
+    assert made.plan.budget.reached == 1
+    assert not read.facts["class"].startswith("Secateur")
+    assert not (made.folder / "modeling_secateur.py").exists()
+    model = opened(name).module
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        dense = logits(model, made.ids.unsqueeze(0))[0]
+        assert spread(read.tensors[f"logits.{attention}"], dense) < 1e-6
+
+
+@every_family
+def test_keep_one_writes_every_dense_tensor_unchanged(dense, written, name):
+    from safetensors.torch import load_file
+
+    before = load_file(dense(name) / "model.safetensors")
+    after = load_file(written(name, "full").folder / "model.safetensors")
+    assert set(before) == set(after)
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key

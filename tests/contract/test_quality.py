@@ -1,0 +1,160 @@
+"""Budgets are met to the step; error is predicted, falls with size and beats chance."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from secateur.apply import narrow_block
+from secateur.errors import InputError
+from secateur.methods.base import Narrowing
+from tests.contract.conftest import logits
+from tests.families import FAMILIES, stream
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@every_family
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("multiple_of", [2, 8])
+def test_budget_is_met_to_the_step(opened, planned, method, name, keep, multiple_of):
+    model = opened(name)
+    units = {unit.name: unit for unit in model.units(multiple_of)}
+    total = sum(unit.parameters(unit.size) for unit in units.values())
+    least = sum(unit.parameters(unit.sizes()[0]) for unit in units.values())
+    if least > int(keep * total):
+        with pytest.raises(InputError, match=f"{least / total:.3f}"):
+            planned(model, name, method(keep=keep), multiple_of)
+        return
+    plan = planned(model, name, method(keep=keep), multiple_of)
+    spent = sum(units[row.unit].parameters(row.after) for row in plan.units)
+    steps = []
+    for row in plan.units:
+        sizes = units[row.unit].sizes()
+        at = sizes.index(row.after)
+        if at + 1 < len(sizes):
+            steps.append(units[row.unit].parameters(sizes[at + 1]) - row.parameters)
+    assert plan.budget.total == total
+    assert plan.budget.reached == spent / total <= keep
+    assert spent == sum(row.parameters for row in plan.units)
+    if steps:
+        assert int(keep * total) - spent < min(steps)
+    else:
+        assert spent == total
+
+
+@every_family
+def test_predicted_error_falls_with_size(opened, calibrated, method, name):
+    made, store = method(), calibrated(name).store
+    for block in opened(name).blocks[:2]:
+        for unit in block.units(8):
+            curve = made.curve(unit, block, store.get(block.index, made.needs))
+            errors = [curve.at(size) for size in range(unit.size + 1)]
+            assert errors[0] == pytest.approx(1)
+            assert errors[-1] < 1e-12
+            assert all(a >= b - 1e-12 for a, b in pairwise(errors))
+
+
+def random_choice(unit, size, block, generator):
+    """Any channels, pairs or directions of the same number, and the rows that belong to them."""
+    if unit.kind == "mlp":
+        keep = torch.randperm(unit.size, generator=generator)[:size].sort().values
+        return Narrowing(keep=keep)
+    heads = block.heads.kv_heads
+    if unit.kind == "query_key":
+        half = unit.size // 2
+        pairs = [torch.randperm(half, generator=generator)[: size // 2] for _ in range(heads)]
+        first = torch.stack([p.sort().values for p in pairs])
+        return Narrowing(keep=torch.cat((first, first + half), 1))
+    basis = torch.randn(heads, unit.size, unit.size, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(basis)[0][..., :size]
+    return Narrowing(encode=basis, decode=basis.mT)
+
+
+class Chosen:
+    """A method whose narrowings come from a function instead."""
+
+    def __init__(self, compress):
+        self.compress = compress
+
+
+def damage(opened, calibrated, name, kind, share, chooser=None, method=None):
+    """Mean squared change of the logits, relative to their energy."""
+    model, store = opened(name), calibrated(name).store
+    ids = stream(128, seed=5).view(4, 32)
+    before = logits(model.module, ids)
+    for block in model.blocks:
+        units = [unit for unit in block.units(4) if kind in (unit.kind, "all")]
+        sizes = {u.name: max(u.step, int(share * u.size) // u.step * u.step) for u in units}
+        statistics = store.get(block.index, method.needs)
+        narrow_block(block, units, sizes, chooser or method, statistics)
+    after = logits(model.module, ids)
+    return float((after - before).square().mean() / before.var())
+
+
+@every_family
+def test_measured_error_falls_with_size(opened, calibrated, method, name):
+    errors = [
+        damage(opened, calibrated, name, "all", share, method=method()) for share in (0.3, 0.6, 0.9)
+    ]
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+@every_family
+@pytest.mark.parametrize("kind", ["mlp", "query_key", "value_output"])
+def test_measured_error_beats_a_random_choice(opened, calibrated, method, name, kind):
+    if all(unit.kind != kind for unit in opened(name).units(8)):
+        pytest.skip("this family keeps that width")
+    made, random = method(), []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        chooser = Chosen(lambda u, size, b, _, g=generator: random_choice(u, size, b, g))
+        random.append(damage(opened, calibrated, name, kind, 0.5, chooser, made))
+    own = damage(opened, calibrated, name, kind, 0.5, method=made)
+    assert own < sum(random) / len(random)
+
+
+@every_family
+def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, name):
+    """And the refit matters: the mistake of slicing without it costs more."""
+    made, data, model = method(), calibrated(name), opened(name, "float64")
+    block, seen = model.blocks[1], []
+    unit = block.units(4)[0]
+    handle = block.consumer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(model.module, data.tokens.ids)
+    handle.remove()
+    hidden = seen[0].reshape(-1, unit.size)
+    statistics = data.store.get(1, made.needs)
+    curve = made.curve(unit, block, statistics)
+    whole, weight = hidden @ block.consumer_weight, block.consumer_weight
+    for size in (8, 28, 48):
+        narrowing = made.compress(unit, size, block, statistics)
+        kept = hidden[:, narrowing.keep]
+        rebuilt = weight[narrowing.keep] if narrowing.decode is None else narrowing.decode @ weight
+        measured = float((whole - kept @ rebuilt).square().sum() / whole.square().sum())
+        assert measured == pytest.approx(curve.at(size), rel=1e-2, abs=1e-5)  # the ridge
+        unfitted = whole - kept @ weight[narrowing.keep]
+        without = float(unfitted.square().sum() / whole.square().sum())
+        assert measured < 0.98 * without or measured < 1e-6  # only dead channels were left out
+
+
+@every_family
+def test_predicted_value_error_is_the_measured_one(opened, calibrated, method, name):
+    made, data, model = method(), calibrated(name), opened(name, "float64")
+    block, seen = model.blocks[1], []
+    unit = block.units(4)[-1]
+    attention = block.attention
+    handle = attention.v_proj.register_forward_hook(lambda _, __, out: seen.append(out))
+    logits(model.module, data.tokens.ids)
+    handle.remove()
+    bias = attention.v_proj.bias
+    values = (seen[0] - (0 if bias is None else bias)).flatten(0, 1)
+    values = values.unflatten(1, (attention.kv_heads, unit.size)).transpose(0, 1)
+    statistics = data.store.get(1, made.needs)
+    curve = made.curve(unit, block, statistics)
+    whole = values @ block.output_weight
+    for size in (1, 3, 6):
+        narrowing = made.compress(unit, size, block, statistics)
+        rebuilt = values @ narrowing.encode @ narrowing.decode @ block.output_weight
+        measured = float((whole - rebuilt).square().sum() / whole.square().sum())
+        assert measured == pytest.approx(curve.at(size), rel=1e-3, abs=1e-5)

@@ -1,0 +1,128 @@
+"""Narrowing without narrowing: hooks on a stock dense model that do what a narrow one should.
+
+Dropped MLP channels are rebuilt from the kept ones in front of the unchanged consumer, values go
+through E D behind the unchanged value map, dropped query and key coordinates are set to zero. No
+shape changes, and none of the package's attention code is involved.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.methods.base import Narrowing
+from tests.families import FAMILIES
+
+Narrowings = Mapping[int, Mapping[str, Narrowing]]  # block, kind of unit
+
+
+def head_rows(name: str, config: Any) -> dict[str, tuple[str, Tensor]]:
+    """For q, k and v: the module that makes it and the outputs (heads, width) it takes there."""
+    family, heads = FAMILIES[name], config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    q = torch.arange(heads * width).view(heads, width)
+    k = torch.arange(kv_heads * width).view(kv_heads, width)
+    if family.fused == "blocks":
+        fused = family.names[0]
+        return {
+            "q": (fused, q),
+            "k": (fused, k + heads * width),
+            "v": (fused, k + (heads + kv_heads) * width),
+        }
+    if family.fused == "heads":
+        fused, start = family.names[0], torch.arange(heads).unsqueeze(1) * 3 * width
+        own = torch.arange(width)
+        return {n: (fused, start + i * width + own) for i, n in enumerate("qkv")}
+    return dict(zip("qkv", zip(family.names, (q, k, k), strict=False), strict=True))
+
+
+def rotary_width(config: Any, width: int) -> int:
+    """How many dims of a head the stock model rotates; the whole head where none does."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return int(width * rope.get("partial_rotary_factor", 1.0))
+
+
+def stock_coordinates(keep: Tensor, width: int, rotary: int) -> Tensor:
+    """Kept coordinates in the stock layout, where rotating dims stand before those at rest."""
+    place = []
+    for half in (0, 1):
+        rotating, rest = rotary // 2, (width - rotary) // 2
+        place += [half * rotating + i for i in range(rotating)]
+        place += [rotary + half * rest + i for i in range(rest)]
+    return torch.tensor(place)[keep]
+
+
+@contextmanager
+def narrowed(model: Any, name: str, narrowings: Narrowings) -> Iterator[Any]:
+    """The stock ``model`` with hooks; they are gone again afterwards."""
+    family = FAMILIES[name]
+    blocks = model.base_model.get_submodule(family.blocks)
+    with ExitStack() as stack:
+        for index, own in narrowings.items():
+            block: nn.Module = blocks[index]
+            attention = block.get_submodule(family.attention)
+            rows = head_rows(name, model.config)
+            if "mlp" in own:
+                hook = _mixed_channels(own["mlp"])
+                handle = block.get_submodule(family.consumer).register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+            edits = {}
+            if "query_key" in own:
+                width = rows["q"][1].shape[1]
+                keep = own["query_key"].keep
+                keep = stock_coordinates(keep, width, rotary_width(model.config, width))
+                group = len(rows["q"][1]) // len(keep)
+                edits["q"] = _zeroed(rows["q"][1], keep.repeat_interleave(group, 0))
+                edits["k"] = _zeroed(rows["k"][1], keep)
+            if "value_output" in own:
+                bias = attention.get_submodule(rows["v"][0]).bias
+                edits["v"] = _projected(rows["v"][1], own["value_output"], bias)
+            for which, edit in edits.items():
+                handle = attention.get_submodule(rows[which][0]).register_forward_hook(edit)
+                stack.callback(handle.remove)
+        yield model
+
+
+def _mixed_channels(narrowing: Narrowing) -> Any:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        if narrowing.decode is not None:
+            return (hidden[..., narrowing.keep] @ narrowing.decode.to(hidden.dtype), *args[1:])
+        kept = torch.zeros_like(hidden)
+        kept[..., narrowing.keep] = hidden[..., narrowing.keep]
+        return (kept, *args[1:])
+
+    return hook
+
+
+def _zeroed(rows: Tensor, keep: Tensor) -> Any:
+    dropped = [
+        int(row)
+        for head, kept in zip(rows, keep.tolist(), strict=True)
+        for i, row in enumerate(head)
+        if i not in kept
+    ]
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[..., dropped] = 0
+        return output
+
+    return hook
+
+
+def _projected(rows: Tensor, narrowing: Narrowing, bias: Tensor | None) -> Any:
+    maps = narrowing.encode @ narrowing.decode  # heads, width, width
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        values = output[..., rows]  # batch, tokens, heads, width
+        constant = 0 if bias is None else bias[rows]
+        projected = torch.einsum("bthn,hnm->bthm", values - constant, maps.to(output.dtype))
+        output[..., rows] = projected + constant
+        return output
+
+    return hook

@@ -1,0 +1,227 @@
+"""Tiny random models of every served family, saved as checkpoints that ordinary code opens.
+
+Their weights are small but not trivial: biases and norms are random, and the rows of projections
+have unequal scales, so that rankings, folded biases and norms all matter.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+VOCAB, WORDS = 99, 88
+HIDDEN, WIDTH, BLOCKS, HEADS, POSITIONS = 32, 56, 3, 4, 64
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One variant of a model family.
+
+    Attributes:
+        config: name of its config class.
+        options: what differs from the common sizes.
+        fused: layout of a fused query/key/value map: "blocks" (all q, all k, all v), "heads" (per
+            head q, k, v) or "" where the three are apart.
+        names: attention modules inside a block: those of q, k, v (one where fused) and o.
+    """
+
+    config: str
+    options: Options = field(default_factory=dict)
+    attention: str = "self_attn"
+    fused: str = ""
+    names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    consumer: str = "mlp.down_proj"
+    blocks: str = "layers"
+
+
+_LLAMA: Options = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+_OPT: Options = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"} | {
+    "ffn_dim": WIDTH,
+    "word_embed_proj_dim": HIDDEN,
+}
+del _OPT["intermediate_size"]
+_NEOX: Options = {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"} | {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    },
+}
+_GPT2: Options = {
+    "vocab_size": VOCAB,
+    "n_embd": HIDDEN,
+    "n_layer": BLOCKS,
+    "n_head": HEADS,
+    "n_positions": POSITIONS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3_ROPE: Options = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_YARN_ROPE: Options = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def _phi3(**more: Any) -> Family:
+    return Family("Phi3Config", _LLAMA | more, fused="blocks", names=("qkv_proj", "o_proj"))
+
+
+def _opt(**more: Any) -> Family:
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return Family("OPTConfig", _OPT | more, names=names, consumer="fc2", blocks="decoder.layers")
+
+
+def _gpt2(**more: Any) -> Family:
+    return Family(
+        "GPT2Config",
+        _GPT2 | more,
+        attention="attn",
+        fused="blocks",
+        names=("c_attn", "c_proj"),
+        consumer="mlp.c_proj",
+        blocks="h",
+    )
+
+
+def _neox(**more: Any) -> Family:
+    return Family(
+        "GPTNeoXConfig",
+        _NEOX | more,
+        attention="attention",
+        fused="heads",
+        names=("query_key_value", "dense"),
+        consumer="mlp.dense_4h_to_h",
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaConfig", _LLAMA),
+    "llama_biased_tied": Family(
+        "LlamaConfig",
+        _LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama_scaled_rope": Family("LlamaConfig", _LLAMA | {"rope_parameters": _LLAMA3_ROPE}),
+    "llama_yarn": Family("LlamaConfig", _LLAMA | {"rope_parameters": _YARN_ROPE}),
+    "llama_wide_heads": Family("LlamaConfig", _LLAMA | {"head_dim": 12}),
+    "mistral": Family("MistralConfig", _LLAMA | {"sliding_window": 12}),
+    "qwen2": Family("Qwen2Config", _LLAMA | {"tie_word_embeddings": True}),
+    "qwen3": Family("Qwen3Config", _LLAMA | {"head_dim": 8}),
+    "phi3": _phi3(),
+    "phi3_partial": _phi3(
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        }
+    ),
+    "opt": _opt(tie_word_embeddings=True),
+    "opt_norm_after": _opt(
+        do_layer_norm_before=False, word_embed_proj_dim=16, tie_word_embeddings=True
+    ),
+    "opt_no_bias": _opt(enable_bias=False, layer_norm_elementwise_affine=False),
+    "gpt2": _gpt2(),
+    "gpt2_scaled": _gpt2(scale_attn_by_inverse_layer_idx=True, n_inner=WIDTH),
+    "gpt_neox": _neox(),
+    "gpt_neox_sequential": _neox(use_parallel_residual=False, attention_bias=False),
+}
+NORMED = {"qwen3"}  # queries and keys cannot be narrowed
+PARTIAL = {"phi3_partial", "gpt_neox", "gpt_neox_sequential"}
+ROTARY = {name for name in FAMILIES if not name.startswith(("opt", "gpt2"))}
+
+
+def random_model(name: str, seed: int = 0) -> Any:
+    """A stock transformers model of the variant, with random weights."""
+    family = FAMILIES[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, family.config)(**family.options)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for module in model.modules():
+        _randomise(module)
+    model.tie_weights()
+    head = model.get_output_embeddings().weight
+    if head is not model.get_input_embeddings().weight:
+        head.mul_(2.0)
+    model.generation_config.eos_token_id = None  # continuations have one length
+    return model
+
+
+def _randomise(module: nn.Module) -> None:
+    if isinstance(module, nn.Embedding):
+        module.weight.copy_(0.5 * torch.randn_like(module.weight))
+        return
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if isinstance(module, (nn.Linear, Conv1D)):
+        inputs = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
+        fresh = torch.randn(weight.numel() // inputs, inputs) / inputs**0.5
+        fresh *= 0.2 + 1.8 * torch.rand(len(fresh), 1)
+        weight.copy_(fresh.t() if isinstance(module, Conv1D) else fresh)
+    elif isinstance(weight, nn.Parameter):
+        weight.copy_(1 + 0.3 * torch.randn_like(weight))
+    if isinstance(bias, nn.Parameter):
+        bias.copy_(0.3 * torch.randn_like(bias))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: three specials and w0 … w87.
+
+    Some ids stay free, as transformers adds specials of its own to a few families' tokenizers.
+    """
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def stream(length: int, seed: int = 0) -> Tensor:
+    """Token ids with some structure: a random walk through the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(-4, 6, (length,), generator=generator)
+    jumps = (torch.rand(length, generator=generator) < 0.3) * torch.randint(
+        0, WORDS, (length,), generator=generator
+    )
+    return 3 + (steps + jumps).cumsum(0) % WORDS
+
+
+def words(length: int, seed: int = 0) -> str:
+    """The same as text that :func:`tokenizer` reads back."""
+    return " ".join(f"w{i - 3}" for i in stream(length, seed).tolist())
+
+
+def save(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a stock checkpoint with its tokenizer."""
+    model.to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
