@@ -1,7 +1,7 @@
 """Secateur makes trained transformers smaller and faster.
 
-The public names are loaded when first used. The one thing that happens on import: once
-transformers' auto classes are (or get) imported, they learn to open per-layer checkpoints.
+The public names are loaded when first used. The one thing that happens on import: once transformers
+is (or gets) imported, its auto classes learn to open per-layer checkpoints.
 """
 
 from importlib import import_module
@@ -78,5 +78,6 @@ def _register(_: Any) -> None:
 
 
 # transformers takes seconds to import and has no entry points to be found by, so the registration
-# waits for its auto classes instead of pulling them in for `secateur --help`.
-wrapt.register_post_import_hook(_register, "transformers.models.auto.modeling_auto")
+# waits for it instead of pulling it in for `secateur --help`. It hangs on the package itself: its
+# submodules import each other in circles, in the middle of which no class can be made.
+wrapt.register_post_import_hook(_register, "transformers")

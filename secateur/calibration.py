@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,7 +31,13 @@ class Store:
         return self.folder / f"block-{block:05d}.safetensors"
 
     def __contains__(self, block: int) -> bool:
-        return block in self._memory if self.folder is None else self._path(block).exists()
+        if self.folder is None:
+            return block in self._memory
+        try:
+            with safe_open(self._path(block), framework="pt") as file:
+                return file.metadata() is not None
+        except (OSError, SafetensorError):  # never written, or damaged: it is measured again
+            return False
 
     def put(self, block: int, statistics: BlockStatistics) -> None:
         """Keep a block's statistics; on disk they appear under their name only when whole."""
@@ -44,7 +50,10 @@ class Store:
         }
         counts = {_key(need): str(statistic.tokens) for need, statistic in statistics.items()}
         path = self._path(block)
-        save_file(tensors, path.with_suffix(".partial"), metadata=counts)
+        try:
+            save_file(tensors, path.with_suffix(".partial"), metadata=counts)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path.name}: {error}") from error
         path.with_suffix(".partial").replace(path)
 
     def get(self, block: int, needs: Iterable[Need]) -> BlockStatistics:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.block import Block, inputs_by_outputs
 from secateur.layers import modeling_secateur
@@ -18,14 +20,19 @@ from secateur.model import Model
 from secateur.plan import Tier
 
 SHARD_BYTES = 4 * 2**30
-CODE_FILE = "modeling_secateur.py"
 
 
 class Writer:
     """Collects tensors and writes a shard whenever one is full."""
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shard_bytes: int = SHARD_BYTES,
+        rename: Callable[[str, Tensor], str] = lambda name, _: name,
+    ) -> None:
         self.folder = folder
+        self.rename = rename
         self.shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
@@ -38,7 +45,7 @@ class Writer:
         pending = sum(t.numel() * t.element_size() for t in self._pending.values())
         if self._pending and pending + size > self.shard_bytes:
             self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending[self.rename(name, tensor)] = tensor.detach().cpu().contiguous()
         self._written += size
 
     def _flush(self) -> None:
@@ -74,6 +81,16 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def published_name(module: PreTrainedModel) -> Callable[[str, Tensor], str]:
+    """A tensor's name in published checkpoints, where transformers renames it on loading."""
+
+    def rename(name: str, tensor: Tensor) -> str:
+        (published,) = revert_weight_conversion(module, {name: tensor})
+        return str(published)
+
+    return rename
 
 
 def block_prefix(model: Model, block: Block) -> str:
@@ -172,7 +189,7 @@ def write_config(model: Model, tier: Tier, dense_width: int, folder: Path) -> No
     else:
         prefix = modeling_secateur.PREFIX
         base = type(model.module.base_model).__name__
-        code = CODE_FILE.removesuffix(".py")
+        code = Path(str(modeling_secateur.__file__)).stem
         fields["model_type"] = f"secateur_{config.model_type}"
         fields["architectures"] = [prefix + stock]
         fields["auto_map"] = {
@@ -181,7 +198,7 @@ def write_config(model: Model, tier: Tier, dense_width: int, folder: Path) -> No
             "AutoModelForCausalLM": f"{code}.{prefix}{stock}",
         }
         fields["secateur"] = layout(model, dense_width)
-        shutil.copyfile(modeling_secateur.__file__, folder / CODE_FILE)
+        shutil.copy(str(modeling_secateur.__file__), folder)
     fields.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     if model.module.generation_config is not None:

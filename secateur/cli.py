@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from secateur.errors import InputError, ReloadError
+from secateur.errors import InputError, RunError
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -32,11 +32,13 @@ class MethodCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Find the method first, so that its options are known when the rest is parsed."""
-        named = _value_of(args, "--method", "-m")
-        if named is not None or not {"--help", "-h"} & set(args):
+        parser = self.make_parser(ctx)
+        parser.ignore_unknown_options = True  # the method's, unknown until it is known
+        given = parser.parse_args(list(args))[0]
+        if "method" in given or "help" not in given:
             from secateur.methods import method_class
 
-            ctx.meta[METHOD_KEY] = method_class(named or DEFAULT_METHOD)
+            ctx.meta[METHOD_KEY] = method_class(given.get("method", DEFAULT_METHOD))
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -52,16 +54,6 @@ class MethodCommand(click.Command):
                     f"Methods have options of their own: --method {DEFAULT_METHOD} --help shows "
                     f"them, `secateur ls` lists the methods."
                 )
-
-
-def _value_of(args: list[str], *flags: str) -> str | None:
-    for i, arg in enumerate(args):
-        if arg in flags and i + 1 < len(args):
-            return args[i + 1]
-        for flag in flags:
-            if arg.startswith(flag + "="):
-                return arg.removeprefix(flag + "=")
-    return None
 
 
 def _method_options(method: "type[Method] | None") -> list[click.Parameter]:
@@ -109,7 +101,7 @@ open_options = _stack(
 calibration_options = _stack(
     click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
     click.option(
-        "--keep", type=float, help="Share of the compressible parameters that stays, e.g. 0.8."
+        "--keep", type=float, help="Share of the compressible parameters that stays  [default: 0.8]"
     ),
     click.option(
         "--calibration",
@@ -213,28 +205,32 @@ def plan(
 
     The plan is JSON: read it, edit the sizes, apply it with `secateur compress --plan`.
     """
-    from secateur import pipeline, present
+    from secateur import inputs, pipeline, present
     from secateur.calibration import Store
     from secateur.evaluate.judge import quiet
     from secateur.progress import for_terminal
+    from secateur.workspace import write_whole
 
     path = Path(output)
     if not dry_run and path.exists() and not overwrite:
         raise InputError(f"{output!r} exists; choose another --output or add --overwrite.")
+    if not dry_run and not path.parent.is_dir():
+        raise InputError(f"--output {output!r}: there is no folder {str(path.parent)!r}.")
     quiet()
-    method, calibration = _method(ctx, rest), _calibration(rest)
+    method, calibration, settings = _method(ctx, rest), _calibration(rest), _settings(rest)
     made = pipeline.prepare(
         model,
         method,
         calibration,
-        _settings(rest),
+        inputs.read_calibration(model, calibration, settings),
+        settings,
         multiple_of,
         Store(),
         pipeline.Stopwatch(),
         for_terminal(),
     ).plan
     if not dry_run:
-        path.write_text(made.to_json())
+        write_whole(path, made.to_json())
     if as_json:
         print(made.to_json(), end="")
     else:
@@ -266,7 +262,7 @@ def compress(
     The dense model is measured first, the result is reloaded in a fresh process, compared with
     memory and measured the same way. A run that was killed goes on when it is typed again.
     """
-    from secateur import pipeline, present
+    from secateur import inputs, pipeline, present
     from secateur.evaluate.judge import quiet
     from secateur.plan import read_plan
     from secateur.progress import for_terminal
@@ -279,7 +275,7 @@ def compress(
         calibration = _calibration({**record.model_dump(), "calibration": record.source})
     else:
         made, calibration = _method(ctx, rest), _calibration(rest)
-    questions = _questions(rest, pipeline.default_texts(calibration), calibration.length)
+    questions = _questions(rest, inputs.default_texts(calibration), calibration.length)
     report = pipeline.compress(
         model,
         out,
@@ -310,7 +306,7 @@ def evaluate(model: str, as_json: bool, **rest: Any) -> None:
     from secateur.progress import for_terminal
     from secateur.text import BUNDLED
 
-    questions = _questions(rest, (Text("Python docs (bundled)", BUNDLED),), 256)
+    questions = _questions(rest, (Text("Python docs (bundled)", BUNDLED),), None)
     verdict = judge_apart(model, questions, _settings(rest), for_terminal())
     _print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
 
@@ -338,11 +334,17 @@ def _calibration(options: dict[str, Any]) -> "Calibration":
     )
 
 
-def _questions(options: dict[str, Any], default: Any, length: int) -> "Questions":
+def _questions(options: dict[str, Any], default: Any, length: int | None) -> "Questions":
     from secateur.evaluate.judge import Questions, Text
 
+    sources = list(dict.fromkeys(options["texts"]))
+    names = [Path(source).name for source in sources]
+    texts = tuple(
+        Text(name if names.count(name) == 1 else source, source)
+        for name, source in zip(names, sources, strict=True)
+    )
     return Questions(
-        texts=tuple(Text(Path(t).name, t) for t in options["texts"]) or default,
+        texts=texts or default,
         length=options["eval_length"] or length,
         windows=options["eval_windows"],
         prompt=options["prompt"],
@@ -373,12 +375,14 @@ def main() -> None:
         code = 130
         print("interrupted; type the same command again to go on.", file=sys.stderr)
     except click.ClickException as error:
-        error.show()
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            print(error.ctx.get_usage(), file=sys.stderr)
+        print(f"error: {error.format_message()}", file=sys.stderr)
         code = error.exit_code
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except ReloadError as error:
+    except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except OSError as error:

@@ -8,8 +8,8 @@ class InputError(ValueError):
     """Something the user gave can't be used; the message says what, where and what to do next."""
 
 
-class ReloadError(RuntimeError):
-    """A written checkpoint, loaded again, is not the model that was in memory: a bug of ours."""
+class RunError(RuntimeError):
+    """A run failed for no fault of its input: a measuring process died, or a reload differs."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

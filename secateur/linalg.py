@@ -26,7 +26,7 @@ def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, floa
     """
     scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     eye, used = torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge
-    while used <= 1:
+    while used <= max(1.0, ridge):
         factor, failed = torch.linalg.cholesky_ex(gram + used * scale * eye)
         if not bool(failed):
             if used > ridge:
@@ -61,9 +61,16 @@ def nested_errors(gram: Tensor, weight: Tensor, order: Tensor, ridge: float) -> 
 
 
 def decoder(gram: Tensor, keep: Tensor, ridge: float) -> Tensor:
-    """C_SS⁻¹ C_S:, which rebuilds all channels from the kept ones with least squared error."""
-    factor, _ = damped_cholesky(gram[keep][:, keep], ridge, "refit")
-    return torch.cholesky_solve(gram[keep], factor)
+    """C_SS⁻¹ C_S:, which rebuilds all channels from the kept ones with least squared error.
+
+    The ridge λ pulls towards the selection, (C_SS + λI)⁻¹ (C_S: + λ I_S:), not towards zero: a kept
+    channel that calibration never saw active keeps its own row of the consumer.
+    """
+    kept = gram[keep][:, keep]
+    factor, used = damped_cholesky(kept, ridge, "refit")
+    target = gram[keep]
+    target[torch.arange(len(keep)), keep] += used * kept.diagonal().mean()
+    return torch.cholesky_solve(target, factor)
 
 
 def roots(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

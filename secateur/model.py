@@ -1,12 +1,12 @@
 """Open a checkpoint and see it as blocks whose weights mean the same in every family."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -20,10 +20,15 @@ from transformers import (
 from secateur import bundled
 from secateur.anatomy import FAMILIES, Anatomy, Heads, find
 from secateur.block import Block
-from secateur.errors import InputError
+from secateur.errors import InputError, nearest
 from secateur.units import Unit
 
 DEMO = "demo"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,20 @@ class Settings:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            return torch.zeros(1, device=self.device).device
+            device = torch.zeros(1, device=self.device).device
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {self.device}: {_first_line(error)}. Try cpu.") from error
+        if device.type == "meta":
+            raise InputError("--device meta holds no numbers. Try cpu.")
+        return device
 
     def torch_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The compute dtype for weights stored as ``stored``."""
         if self.dtype == "auto":
             return torch.float32 if self.torch_device().type == "cpu" else stored
-        found = getattr(torch, self.dtype, None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise InputError(f"--dtype {self.dtype}: choose float32, bfloat16 or float16.")
-        return found
+        if self.dtype not in DTYPES:
+            raise InputError(f"--dtype {self.dtype}: {nearest(self.dtype, DTYPES)}")
+        return DTYPES[self.dtype]
 
 
 @dataclass
@@ -89,6 +96,11 @@ class Model:
         return self.module.config
 
     @property
+    def positions(self) -> int | None:
+        """Most tokens it can read, or None where nothing says."""
+        return positions(self.config)
+
+    @property
     def device(self) -> torch.device:
         """Where its weights are."""
         return self.module.device
@@ -112,6 +124,12 @@ class Model:
         return [unit for block in self.blocks for unit in block.units(multiple_of)]
 
 
+def positions(config: Any) -> int | None:
+    """Most tokens that a model of this config can read, or None where nothing says."""
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
+
 def unknown_family(model_type: str) -> str:
     """What can be done with a model of a family that no anatomy describes."""
     if model_type.startswith("secateur_"):
@@ -119,8 +137,9 @@ def unknown_family(model_type: str) -> str:
     served = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
     return (
         f"model_type {model_type!r} is a family that no anatomy describes, so nothing says which "
-        f"of its weights belong together and no method can narrow it. `secateur inspect` still "
-        f"lists its linear layers and `secateur eval` measures it. Families served: {served}. "
+        f"of its weights belong together and no method can narrow it. If it is a causal "
+        f"language model, `secateur inspect` still lists its linear layers and `secateur eval` "
+        f"measures it. Families served: {served}. "
         f"docs/extending.md shows how to add one."
     )
 
@@ -152,8 +171,9 @@ def read_config(source: str, settings: Settings) -> Any:
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"model {source!r}: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        hint = "" if folder.is_dir() else " Check the name and the network, or give a folder."
+        raise InputError(f"model {source!r}: {_first_line(error)}{hint}") from error
 
 
 def open_model(source: str | Path, settings: Settings | None = None) -> Model:
@@ -170,11 +190,22 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            locate(source), config=config, dtype="auto", output_loading_info=True, **common
+            locate(source),
+            config=config,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the shapes
+            **common,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"model {source!r}: {_reason(error)}") from error
     module, loaded = opened
+    if loaded["mismatched_keys"]:
+        name, found, wanted = sorted(loaded["mismatched_keys"])[0]
+        raise InputError(
+            f"model {source!r}: {name} has shape {tuple(found)}, but config.json asks for "
+            f"{tuple(wanted)}; they are not from the same model."
+        )
     if loaded["missing_keys"]:
         missing = sorted(loaded["missing_keys"])
         raise InputError(
@@ -191,7 +222,8 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
                 f"model {source!r}: {name} holds NaN or infinite numbers; the file is damaged, or "
                 f"the training that wrote it had diverged."
             )
-    tokenizer = open_tokenizer(source, module, settings)
+    tokenizer = open_tokenizer(source, settings)
+    check_vocabulary(source, tokenizer, module)
     return Model(source, module, tokenizer, stored, find(config.model_type))
 
 
@@ -201,26 +233,37 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def open_tokenizer(
-    source: str, module: PreTrainedModel, settings: Settings
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer and hold it against the model's embeddings."""
+def open_tokenizer(source: str, settings: Settings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub id.
+
+    Raises:
+        InputError: there is none, or it is damaged or empty.
+    """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             locate(source), revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"model {source!r}: no usable tokenizer: {_first_line(error)}") from error
-    embeddings: Any = module.get_input_embeddings()
-    rows, highest = embeddings.weight.shape[0], max(tokenizer.get_vocab().values(), default=-1)
-    if highest < 0:
+        raise InputError(
+            f"model {source!r}: its tokenizer files are missing or damaged ({_first_line(error)}). "
+            f"Fetch them again, from the model that the weights are from."
+        ) from error
+    if not tokenizer.get_vocab():
         raise InputError(f"model {source!r}: its tokenizer is empty or missing.")
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def check_vocabulary(
+    source: str, tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel
+) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for."""
+    embeddings: Any = module.get_input_embeddings()
+    rows, highest = embeddings.weight.shape[0], max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise InputError(
             f"model {source!r}: the tokenizer has ids up to {highest} but the model embeds only "
             f"{rows} tokens; they are not from the same model."
         )
-    return tokenizer  # type: ignore[no-any-return]
 
 
 def _reason(error: Exception) -> str:

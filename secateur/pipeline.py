@@ -12,32 +12,37 @@ import yaml
 from torch import Tensor
 
 from secateur import report as reporting
-from secateur.anatomy import find
 from secateur.apply import narrow_block
 from secateur.block import inputs_by_outputs
 from secateur.calibration import TOKENS_PER_BATCH, Store, calibrate
-from secateur.checkpoint import Writer, store_block, store_rest, write_config
-from secateur.errors import InputError
-from secateur.evaluate.judge import Questions, Text, Verdict, judge_apart
+from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
+from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
+from secateur.inputs import (
+    check_out,
+    default_texts,
+    read_calibration,
+    stamps,
+    text_notes,
+    unseen,
+)
 from secateur.methods.base import Method
 from secateur.model import (
     Model,
     Settings,
-    locate,
     open_model,
-    read_config,
-    unknown_family,
 )
 from secateur.plan import Plan, check_sizes, make_plan, measure_curves, revise
 from secateur.progress import Progress
 from secateur.report import Report
-from secateur.text import BUNDLED, SET_ASIDE, Calibration, Tokens, calibration_tokens
-from secateur.units import Unit
+from secateur.text import (
+    Calibration,
+    Tokens,
+    read_documents,
+)
 from secateur.workspace import Workspace
 
 TESTIMONY_TOKENS = 24
-TOKENS_PER_CHANNEL = 8
 
 
 @dataclass
@@ -58,25 +63,6 @@ class Stopwatch:
         """All stages and the total, to the millisecond."""
         self.seconds["total"] = time.perf_counter() - self.started
         return {stage: round(value, 3) for stage, value in self.seconds.items()}
-
-
-def default_texts(calibration: Calibration) -> tuple[Text, ...]:
-    """Two texts that calibration never sees: the end of its own source, and the bundled one."""
-    bundled = Text("Python docs (bundled)", BUNDLED)
-    if calibration.source == BUNDLED:
-        return (bundled,)
-    own = Text(f"rest of {Path(calibration.source).name}", calibration.source, SET_ASIDE)
-    return (own, bundled)
-
-
-def unseen(texts: tuple[Text, ...], calibration: Calibration) -> tuple[Text, ...]:
-    """The texts without what calibration may have seen of them."""
-    return tuple(
-        replace(text, name=f"rest of {text.name}", start=SET_ASIDE)
-        if text.source == calibration.source != BUNDLED and text.start < SET_ASIDE
-        else text
-        for text in texts
-    )
 
 
 def compress(
@@ -110,7 +96,7 @@ def compress(
 
     Raises:
         InputError: anything wrong with the input; nothing is left behind.
-        ReloadError: the reloaded checkpoint differs from the model in memory.
+        RunError: the reloaded checkpoint differs from the model in memory.
     """
     settings, progress = settings or Settings(), progress or Progress()
     if isinstance(method, Plan):
@@ -123,16 +109,13 @@ def compress(
     calibration = calibration or Calibration()
     questions = questions or Questions(default_texts(calibration), length=calibration.length)
     questions = replace(questions, texts=unseen(questions.texts, calibration))
-    source = str(source)
-    config = read_config(source, settings)
-    if find(config.model_type) is None:
-        raise InputError(unknown_family(config.model_type))
-    if calibration.length > getattr(config, "max_position_embeddings", calibration.length):
-        raise InputError(
-            f"--length {calibration.length} is more than the model's "
-            f"{config.max_position_embeddings} positions."
-        )
-    workspace = Workspace(Path(out), overwrite)
+    source, out = str(source), Path(out).expanduser()
+    inputs_found = [source, calibration.source, *(text.source for text in questions.texts)]
+    check_out(out, inputs_found)
+    tokens = read_calibration(source, calibration, settings)
+    for text in questions.texts:
+        read_documents(text.source)
+    workspace = Workspace(out, overwrite)
     inputs = {
         "secateur": reporting.versions()["secateur"],
         "model": source,
@@ -142,9 +125,7 @@ def compress(
         "questions": asdict(questions),
         "settings": asdict(settings),
         "multiple_of": multiple_of,
-        "files": stamps(
-            locate(source), calibration.source, *(text.source for text in questions.texts)
-        ),
+        "files": stamps(inputs_found, (workspace.folder, out)),
     }
     watch = Stopwatch()
     with workspace.opened(inputs):
@@ -154,6 +135,7 @@ def compress(
             source,
             plan or method,
             calibration,
+            tokens,
             settings,
             multiple_of,
             Store(workspace.folder / "statistics"),
@@ -172,26 +154,6 @@ def compress(
     return report
 
 
-def text_notes(calibration: Calibration, tokens: Tokens, units: list[Unit]) -> list[str]:
-    """What a user should know about the amount of calibration text."""
-    notes, samples, widest = [], len(tokens.ids), max(unit.size for unit in units)
-    if samples < calibration.samples:
-        notes.append(f"the text gives {samples} of the {calibration.samples} samples asked for")
-    if tokens.count < TOKENS_PER_CHANNEL * widest:
-        notes.append(
-            f"{tokens.count} tokens are few for {widest} channels, whose statistics will be noisy; "
-            f"{TOKENS_PER_CHANNEL * widest} or more would be better"
-        )
-    return notes
-
-
-def stamps(*sources: str) -> dict[str, list[int]]:
-    """Size and time of change of every local file that the sources name or hold."""
-    paths = [Path(source).expanduser() for source in dict.fromkeys(sources)]
-    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
-    return {str(f): [f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()}
-
-
 @dataclass
 class Prepared:
     """A model with its statistics and the plan made from them; no weight is changed yet."""
@@ -207,6 +169,7 @@ def prepare(
     source: str,
     method: Method | Plan,
     calibration: Calibration,
+    tokens: Tokens,
     settings: Settings,
     multiple_of: int,
     store: Store,
@@ -222,7 +185,6 @@ def prepare(
         model = open_model(source, settings)
         for note in sorted({b.query_key_obstacle for b in model.blocks} - {None}):  # type: ignore[type-var]
             progress.say(f"note: {note}")
-        tokens = calibration_tokens(calibration, model.tokenizer)
         for note in text_notes(calibration, tokens, model.units(multiple_of)):
             progress.say(f"note: {note}")
     if isinstance(method, Plan):
@@ -261,7 +223,9 @@ def write(
     model, plan = prepared.model, prepared.plan
     units = model.units(plan.multiple_of)
     dense_width = inputs_by_outputs(model.blocks[0].consumer).shape[0]
-    writer = Writer(folder)
+    # A plain checkpoint is for any reader, so its tensors have their published names.
+    plain = plan.tier == "plain"
+    writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
     needs = prepared.method.needs
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         for block in model.blocks:
@@ -363,7 +327,7 @@ def save(
 
     Raises:
         InputError: the plan does not fit the model, or ``out`` exists.
-        ReloadError: the reloaded checkpoint differs from the model in memory.
+        RunError: the reloaded checkpoint differs from the model in memory.
     """
     method = method or plan.build_method()
     plan = revise(plan, model, measure_curves(model, method, store, plan.multiple_of))

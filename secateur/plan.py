@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.allocate.base import Evidence
 from secateur.calibration import Store
 from secateur.curve import Curve
-from secateur.errors import InputError
+from secateur.errors import InputError, nearest
 from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.model import Model
@@ -107,8 +107,11 @@ class Plan(_Record):
 
     def build_method(self) -> Method:
         """The method object that this plan was made with."""
-        options: dict[str, Any] = dict(self.method.options)
-        return method_class(self.method.name)(**options)
+        kind, options = method_class(self.method.name), dict[str, Any](self.method.options)
+        known = {f.name for f in fields(kind)}
+        for name in sorted(set(options) - known):
+            raise InputError(f"plan: {kind.name} has no option {name!r}. {nearest(name, known)}")
+        return kind(**options)
 
     def to_json(self) -> str:
         """Indented JSON, one field a line."""

@@ -1,5 +1,6 @@
 """What the commands show: plain data for machines, tables of at most 100 columns for people."""
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -15,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur import report as reporting
 from secateur.anatomy import FAMILIES, find
+from secateur.errors import InputError
 from secateur.evaluate.judge import Verdict
 from secateur.methods import METHODS, method_class
-from secateur.model import Model, Settings, read_config, unknown_family
+from secateur.model import DEMO, Model, Settings, read_config, unknown_family
 from secateur.plan import Plan, Row
 from secateur.report import Report, count, size
 
@@ -71,10 +74,16 @@ def show_catalogue(content: dict[str, Any]) -> None:
 def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, Any]:
     """What can shrink, from the config alone: the model is built without storage."""
     config = read_config(source, settings)
-    with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=settings.trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=settings.trust_remote_code
+            )
+    except ValueError as error:
+        raise InputError(
+            f"model {source!r}: model_type {config.model_type!r} is no causal language model that "
+            f"transformers can build."
+        ) from error
     stored = getattr(config, "dtype", None) or torch.float32
     total = sum(p.numel() for p in module.parameters())
     linears = [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
@@ -118,7 +127,7 @@ def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, A
 def show_inspection(content: dict[str, Any]) -> None:
     """Print :func:`inspection`."""
     console = _console()
-    head = f"[bold]{content['model']}[/]  {content['model_type']}, "
+    head = f"[bold]{escape(content['model'])}[/]  {content['model_type']}, "
     console.print(
         f"{head}{count(content['parameters'])} parameters, {size(content['bytes'])}, "
         f"{content['linear_layers']} linear layers"
@@ -143,7 +152,7 @@ def show_inspection(content: dict[str, Any]) -> None:
         f"calibration holds the model, {size(need['statistics_per_block'])} of statistics for one "
         f"block at a time and {size(need['activations_per_1000_tokens'])} per 1000 tokens"
     )
-    console.print(f"\nnext: secateur plan {content['model']} --keep 0.8 --dry-run")
+    _next(console, "plan", content["model"], "--keep 0.8 --dry-run")
 
 
 def show_plan(plan: Plan, written: Path | None) -> None:
@@ -177,7 +186,7 @@ def show_plan(plan: Plan, written: Path | None) -> None:
     )
     console.print(f"tier {plan.tier}: {TIERS[plan.tier]}")
     if written is not None:
-        console.print(f"\nnext: secateur compress {plan.base.source} OUT --plan {written}")
+        _next(console, "compress", plan.base.source, f"OUT --plan {shlex.quote(str(written))}")
     else:
         console.print("\nnothing was written; without --dry-run the plan becomes a file")
 
@@ -194,9 +203,11 @@ def show_report(report: Report, out: Path) -> None:
     )
     for name in ("dense", "compressed"):
         _show_sample(console, name, report[name]["prompt"], report[name]["sample"])
-    console.print(f"\n[bold]{out}[/]  tier {report['tier']}: {TIERS[report['tier']]}")
-    console.print(f"report: {out}/secateur/report.json   plan: {out}/secateur/plan.json")
-    console.print(f"\nnext: secateur eval {out} --eval YOUR_TEXT.txt")
+    console.print(f"\n[bold]{escape(str(out))}[/]  tier {report['tier']}: {TIERS[report['tier']]}")
+    console.print("in it, under secateur/: report.json, plan.json, recipe.yaml", markup=False)
+    own = report["model"]["source"] == DEMO
+    following = ("compress", "YOUR_MODEL", "OUT --keep 0.8 --calibration YOUR_TEXT.txt")
+    _next(console, *(following if own else ("eval", str(out), "--eval YOUR_TEXT.txt")))
 
 
 def show_verdict(verdict: Verdict) -> None:
@@ -215,6 +226,12 @@ def show_verdict(verdict: Verdict) -> None:
     table.add_row("peak memory", size(verdict.peak_memory_bytes))
     console.print(table)
     _show_sample(console, "model", verdict.prompt, verdict.sample)
+
+
+def _next(console: Console, verb: str, target: str, rest: str) -> None:
+    """The command to type next, on one line so that it can be copied."""
+    line = f"\nnext: secateur {verb} {shlex.quote(target)} {rest}"
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _show_sample(console: Console, who: str, prompt: str, sample: str) -> None:

@@ -79,7 +79,7 @@ def read_documents(source: str, split: str = "calibration") -> list[str]:
         documents = [document for file in files for document in _read_file(file)]
     elif path.is_file():
         documents = _read_file(path)
-    elif path.suffix or source.startswith((".", "/", "~")):
+    elif path.suffix in SUFFIXES | {".jsonl", ".json"} or source.startswith((".", "/", "~")):
         raise InputError(f"text {source!r}: no such file or folder.")
     else:
         documents = _read_dataset(source)
@@ -91,14 +91,18 @@ def read_documents(source: str, split: str = "calibration") -> list[str]:
 
 def _read_file(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")[:MAX_CHARACTERS]
+        text = path.read_text(encoding="utf-8-sig")[:MAX_CHARACTERS]
     except UnicodeDecodeError as error:
         raise InputError(f"text {str(path)!r} is not UTF-8 ({error.reason}).") from error
     except OSError as error:
         raise InputError(f"text {str(path)!r}: {error.strerror}.") from error
     if path.suffix != ".jsonl":
         return [text]
-    return [_field(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line]
+    return [
+        _field(line, path, number)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
 
 
 def _field(line: str, path: Path, number: int) -> str:
@@ -153,7 +157,9 @@ def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def sample(stream: Tensor, samples: int, length: int, seed: int) -> Tokens:
+def sample(
+    stream: Tensor, samples: int, length: int, seed: int, name: str = "calibration text"
+) -> Tokens:
     """Choose windows of ``length`` tokens at random from the stream, without overlap.
 
     The stream is cut into consecutive windows, of which ``samples`` are drawn. Where it holds
@@ -164,7 +170,7 @@ def sample(stream: Tensor, samples: int, length: int, seed: int) -> Tokens:
     """
     if len(stream) < length:
         raise InputError(
-            f"the calibration text is too short: {len(stream)} tokens, and one window takes "
+            f"{name} is too short: {len(stream)} tokens to draw from, and one window takes "
             f"{length}. Give more text, or --length {max(2, len(stream) // 2)}."
         )
     whole, rest = divmod(len(stream), length)
@@ -181,7 +187,9 @@ def sample(stream: Tensor, samples: int, length: int, seed: int) -> Tokens:
     return Tokens(ids.view(rows, length), mask.view(rows, length))
 
 
-def contiguous(stream: Tensor, length: int, limit: int | None = None) -> Tokens:
+def contiguous(
+    stream: Tensor, length: int, limit: int | None = None, name: str = "text to judge on"
+) -> Tokens:
     """Consecutive windows from the start of the stream, as perplexity is judged on.
 
     Raises:
@@ -190,8 +198,8 @@ def contiguous(stream: Tensor, length: int, limit: int | None = None) -> Tokens:
     whole = len(stream) // length
     if whole == 0:
         raise InputError(
-            f"the text to judge on is too short: {len(stream)} tokens, and one window takes "
-            f"{length}. Give more text, or a smaller --eval-length."
+            f"{name} is too short: {len(stream)} tokens, and one window takes {length}. Give more "
+            f"text, or --eval-length {max(2, len(stream) // 2)}."
         )
     whole = whole if limit is None else min(whole, limit)
     ids = stream[: whole * length].view(whole, length)
@@ -207,4 +215,5 @@ def calibration_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
     stream = token_stream(read_documents(calibration.source), tokenizer)
     if calibration.source != BUNDLED:  # whose judging split is another text
         stream = stream[: int(SET_ASIDE * len(stream))]
-    return sample(stream, calibration.samples, calibration.length, calibration.seed)
+    name = f"calibration text {calibration.source!r}"
+    return sample(stream, calibration.samples, calibration.length, calibration.seed, name)

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Workspace:
         self.overwrite = overwrite
         self.folder = out.parent / f".{out.name}.partial"
         self.result = self.folder / "result"
+        self._old = self.folder / "replaced"
 
     @contextmanager
     def opened(self, fingerprint: dict[str, Any]) -> Iterator[None]:
@@ -42,6 +43,12 @@ class Workspace:
             raise InputError(
                 f"output {str(self.out)!r} exists; choose another folder or add --overwrite."
             )
+        if self.out.exists() and not is_checkpoint(self.out):
+            raise InputError(
+                f"output {str(self.out)!r} exists and is no checkpoint; --overwrite replaces "
+                f"checkpoints only. Choose another folder."
+            )
+        missing = [parent for parent in self.folder.parents if not parent.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -59,21 +66,25 @@ class Workspace:
             keep = True
             raise
         finally:
-            lock.release()
             if not keep:
                 shutil.rmtree(self.folder, ignore_errors=True)
+            lock.release()
+            for parent in missing:  # nearest first; only those that this run made and left empty
+                with suppress(OSError):
+                    parent.rmdir()
 
     def _take_up(self, fingerprint: dict[str, Any]) -> None:
+        if self._old.exists() and not self.out.exists():  # killed between the renames of publish
+            self._old.rename(self.out)
         path = self.folder / "fingerprint.json"
         now = json.loads(json.dumps(fingerprint))
         before = json.loads(path.read_text()) if path.exists() else now
         differing = sorted(k for k in {*now, *before} if now.get(k) != before.get(k))
         if differing and not self.overwrite:
-            name = differing[0]
+            name, was, new = _difference(differing[0], before, now)
             raise UnfinishedRunError(
-                f"an unfinished run for {str(self.out)!r} had another {name} "
-                f"({before.get(name)!r}, now {now.get(name)!r}). Repeat its command to finish it, "
-                f"or add --overwrite to start afresh."
+                f"an unfinished run for {str(self.out)!r} had another {name} ({was!r}, now "
+                f"{new!r}). Repeat its command to finish it, or add --overwrite to start afresh."
             )
         if differing:
             for entry in self.folder.iterdir():
@@ -81,29 +92,57 @@ class Workspace:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         shutil.rmtree(self.result, ignore_errors=True)
         self.result.mkdir()
-        _write(path, json.dumps(now, indent=1))
+        write_whole(path, json.dumps(now, indent=1))
 
     def stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a stage: from an earlier run of the same command, or computed now."""
         path = self.folder / f"{name}.json"
         if not path.exists():
-            _write(path, json.dumps(compute()))
+            write_whole(path, json.dumps(compute()))
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
     def publish(self) -> None:
         """Let the result appear under its final name; an old one is gone only afterwards."""
-        old = self.folder / "replaced"
         if self.out.exists():
-            self.out.rename(old)
-        self.result.rename(self.out)
+            self.out.rename(self._old)
+        try:
+            self.result.rename(self.out)
+        except OSError:
+            if self._old.exists():
+                self._old.rename(self.out)
+            raise
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a model, so that replacing it cannot be a slip of the pen."""
+    return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The innermost entry that differs, by its dotted name."""
+    was, new = before.get(name), now.get(name)
+    if isinstance(was, dict) and isinstance(new, dict):
+        inner = next(k for k in sorted({*was, *new}) if was.get(k) != new.get(k))
+        deeper, was, new = _difference(inner, was, new)
+        return f"{name}: {deeper}", was, new
+    return name, was, new
 
 
 class UnfinishedRunError(InputError):
     """What an unfinished run left must stay, as its own command can still finish it."""
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears under its name only when it is whole.
+
+    Raises:
+        OSError: it cannot be written; an old file of that name is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

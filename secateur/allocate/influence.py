@@ -57,19 +57,17 @@ class EntropicInfluence(Allocator):
                 f"{self.max_sparsity:g} of itself. Ask for at least "
                 f"{1 - self.max_sparsity:.3f}, or raise --max-sparsity."
             )
-        lowest = min(influence)  # shifting all exponents changes nothing but keeps them finite
-        scale = [math.exp((lowest - s) / self.temperature) for s in influence]
-        capped: set[int] = set()
-        while True:
-            free = [i for i in range(len(scale)) if i not in capped and weights[i] > 0]
-            room = mean * sum(weights) - self.max_sparsity * sum(weights[i] for i in capped)
+        sparsity = [0.0] * len(influence)
+        free = {i for i in range(len(influence)) if weights[i] > 0}
+        while free:
+            capped = sum(weights[i] * sparsity[i] for i in range(len(influence)) if i not in free)
+            # Shifting all exponents changes nothing but keeps the largest of them at 1.
+            lowest = min(influence[i] for i in free)
+            scale = {i: math.exp((lowest - influence[i]) / self.temperature) for i in free}
             mass = sum(weights[i] * scale[i] for i in free)
-            level = room / mass if mass > 0 else 0.0
+            level = max(0.0, mean * sum(weights) - capped) / mass
             over = {i for i in free if level * scale[i] > self.max_sparsity * (1 + 1e-12)}
-            if not over:
-                break
-            capped |= over
-        return [
-            self.max_sparsity if i in capped else level * scale[i] if weights[i] > 0 else 0.0
-            for i in range(len(scale))
-        ]
+            for i in over or free:
+                sparsity[i] = self.max_sparsity if over else level * scale[i]
+            free -= over or free
+        return sparsity

@@ -1,4 +1,7 @@
-"""Model families as data; one short file each."""
+"""Model families as data; one short file each.
+
+Nothing here imports transformers, so that the families are known while it is being imported.
+"""
 
 from secateur.anatomy.base import Anatomy, Heads, Projection, Projections
 from secateur.anatomy.gpt2 import GPT2

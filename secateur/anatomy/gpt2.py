@@ -1,7 +1,6 @@
 """GPT-2: Conv1D layers (weights stored inputs × outputs), fused c_attn, learned positions."""
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
 from secateur.anatomy.base import Anatomy, Heads, Projection, Projections, split
 
@@ -15,8 +14,10 @@ def project(attention: nn.Module, heads: Heads) -> Projections:
 
 def conv1d(module: nn.Module) -> Projection:
     """Weight and bias of a Conv1D, as a linear has them."""
-    assert isinstance(module, Conv1D)
-    return Projection(module.weight.t(), module.bias)
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
+    return Projection(weight.t(), bias)
 
 
 GPT2 = Anatomy(

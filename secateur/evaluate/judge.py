@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import InputError, ReloadError
+from secateur.errors import InputError, RunError
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import perplexity
 from secateur.evaluate.reload import disagreement, testimony
@@ -25,6 +26,7 @@ from secateur.text import Tokens, contiguous, read_documents, token_stream
 
 USER_ERROR = 2
 PROMPT_TOKENS = 24
+DEFAULT_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Questions:
 
     Attributes:
         texts: what perplexity is taken on.
-        length: tokens in a window.
+        length: tokens in a window; by default 256, or all positions of a shorter model.
         windows: at most this many windows of each text, from its start.
         prompt: text that the model continues; by default the beginning of the first text.
         new_tokens: length of the continuation.
@@ -50,7 +52,7 @@ class Questions:
     """
 
     texts: tuple[Text, ...]
-    length: int = 256
+    length: int | None = None
     windows: int = 256
     prompt: str | None = None
     new_tokens: int = 40
@@ -72,26 +74,34 @@ class Verdict:
     tasks: dict[str, float] = field(default_factory=dict)
 
 
-def text_tokens(text: Text, tokenizer: Any, questions: Questions) -> Tokens:
+def text_tokens(text: Text, tokenizer: Any, questions: Questions, length: int) -> Tokens:
     """The windows of one text."""
     stream = token_stream(read_documents(text.source, "held"), tokenizer)
-    return contiguous(stream[int(text.start * len(stream)) :], questions.length, questions.windows)
+    stream = stream[int(text.start * len(stream)) :]
+    return contiguous(stream, length, questions.windows, f"text {text.name!r}")
 
 
 def judge(model: Model, questions: Questions, before: int, progress: Progress) -> Verdict:
     """Measure an open model; ``before`` is the process's peak memory before it was opened."""
-    windows = {t.name: text_tokens(t, model.tokenizer, questions) for t in questions.texts}
+    room = model.positions or sys.maxsize
+    length = questions.length or min(DEFAULT_LENGTH, room)
+    if length > room:
+        raise InputError(f"--eval-length {length} is more than the model's {room} positions.")
+    windows = {t.name: text_tokens(t, model.tokenizer, questions, length) for t in questions.texts}
     values = {}
     for name, tokens in windows.items():
         with progress.stage(f"perplexity: {name}"[:24], len(tokens.ids)) as advance:
             values[name] = perplexity(model.module, tokens, advance)
     prompt = _prompt(model.tokenizer, questions, windows)
-    sample = _continued(model, prompt, questions.new_tokens)
+    if not 0 < len(prompt) < room:
+        raise InputError(f"--prompt has {len(prompt)} tokens; it needs between 1 and {room - 1}.")
+    sample = _continued(model, prompt, min(questions.new_tokens, room - len(prompt)))
     speed: dict[str, float] = {}
     if questions.speed:
-        ids = next(iter(windows.values())).ids.flatten()[: questions.length]
+        new = min(32, room // 2)
+        ids = next(iter(windows.values())).ids.flatten()[: min(length, room - new)]
         with progress.stage("speed", 1) as advance:
-            speed = asdict(measure_speed(model.module, ids, min(32, questions.length)))
+            speed = asdict(measure_speed(model.module, ids, new))
             advance(1)
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
@@ -107,11 +117,11 @@ def judge(model: Model, questions: Questions, before: int, progress: Progress) -
 
 def _prompt(tokenizer: Any, questions: Questions, windows: dict[str, Tokens]) -> Tensor:
     if questions.prompt is not None:
-        ids: Tensor = tokenizer(questions.prompt, return_tensors="pt")["input_ids"][0]
-        return ids
+        return torch.tensor(tokenizer(questions.prompt)["input_ids"], dtype=torch.int64)
     if not windows:
         return torch.tensor([tokenizer.bos_token_id or 0])
-    return next(iter(windows.values())).ids[0, :PROMPT_TOKENS]
+    first = next(iter(windows.values())).ids[0]
+    return first[: min(PROMPT_TOKENS, max(1, len(first) // 2))]
 
 
 def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
@@ -130,7 +140,7 @@ def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
 
 def weight_bytes(model: Model) -> int:
     """Size of the weight files on disk; of the stored tensors where the folder is not local."""
-    files = list(Path(locate(model.source)).glob("*.safetensors"))
+    files = list(Path(locate(model.source)).glob("model*.safetensors"))
     if files:
         return sum(file.stat().st_size for file in files)
     return sum(p.numel() for p in model.module.parameters()) * model.stored.itemsize
@@ -151,7 +161,7 @@ def judge_apart(
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.
-        ReloadError: the reloaded checkpoint is not the model that was in memory.
+        RunError: the process died, or the reloaded checkpoint is not the model in memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
@@ -165,18 +175,21 @@ def judge_apart(
         done = subprocess.run(
             [sys.executable, "-m", "secateur.evaluate.judge", str(request), str(result)],
             env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
+            stdout=subprocess.DEVNULL,  # the parent's may be JSON for a machine
             check=False,
         )
         answer = json.loads(result.read_text()) if result.exists() else {}
     if "error" in answer:
         raise InputError(answer["error"])
     if "differs" in answer:
-        raise ReloadError(
+        raise RunError(
             f"the checkpoint, loaded again, is not the model that was compressed: "
             f"{answer['differs']}. Nothing was kept; please report this."
         )
     if done.returncode != 0 or not answer:
-        raise RuntimeError(f"the measuring process ended with exit code {done.returncode}")
+        killed = done.returncode == -signal.SIGKILL
+        reason = "was killed, probably for want of memory" if killed else "failed"
+        raise RunError(f"the process that measured {source!r} {reason} ({done.returncode}).")
     return Verdict(**answer)
 
 
@@ -210,4 +223,5 @@ def main(request: Path, result: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

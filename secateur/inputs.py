@@ -1,0 +1,88 @@
+"""What a run reads: defaults, and checks that cost little and come before anything is measured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from secateur.anatomy import find
+from secateur.errors import InputError
+from secateur.evaluate.judge import Text
+from secateur.model import Settings, locate, open_tokenizer, positions, read_config, unknown_family
+from secateur.text import BUNDLED, SET_ASIDE, Calibration, Tokens, calibration_tokens
+from secateur.units import Unit
+
+TOKENS_PER_CHANNEL = 8
+
+
+def default_texts(calibration: Calibration) -> tuple[Text, ...]:
+    """Two texts that calibration never sees: the end of its own source, and the bundled one."""
+    bundled = Text("Python docs (bundled)", BUNDLED)
+    if calibration.source == BUNDLED:
+        return (bundled,)
+    own = Text(f"rest of {Path(calibration.source).name}", calibration.source, SET_ASIDE)
+    return (own, bundled)
+
+
+def unseen(texts: tuple[Text, ...], calibration: Calibration) -> tuple[Text, ...]:
+    """The texts without what calibration may have seen of them."""
+    return tuple(
+        replace(text, name=f"rest of {text.name}", start=SET_ASIDE)
+        if text.source == calibration.source != BUNDLED and text.start < SET_ASIDE
+        else text
+        for text in texts
+    )
+
+
+def text_notes(calibration: Calibration, tokens: Tokens, units: list[Unit]) -> list[str]:
+    """What a user should know about the amount of calibration text."""
+    notes, samples, widest = [], len(tokens.ids), max(unit.size for unit in units)
+    if samples < calibration.samples:
+        notes.append(f"the text gives {samples} of the {calibration.samples} samples asked for")
+    if tokens.count < TOKENS_PER_CHANNEL * widest:
+        notes.append(
+            f"{tokens.count} tokens are few for {widest} channels, whose statistics will be noisy; "
+            f"{TOKENS_PER_CHANNEL * widest} or more would be better"
+        )
+    return notes
+
+
+def read_calibration(source: str, calibration: Calibration, settings: Settings) -> Tokens:
+    """The calibration windows of a model, before its weights are opened.
+
+    Raises:
+        InputError: the model or its family is unknown, or the text does not do.
+    """
+    config = read_config(source, settings)
+    if find(config.model_type) is None:
+        raise InputError(unknown_family(config.model_type))
+    room = positions(config)
+    if room is not None and calibration.length > room:
+        raise InputError(
+            f"--length {calibration.length} is more than the model's {room} positions."
+        )
+    return calibration_tokens(calibration, open_tokenizer(source, settings))
+
+
+def check_out(out: Path, sources: list[str]) -> None:
+    """Refuse an output that would replace what the run reads.
+
+    Raises:
+        InputError: ``out`` is, or holds, the model or a text.
+    """
+    for source in sources:
+        found = Path(locate(source))
+        if found.exists() and found.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"output {str(out)!r} holds {source!r}, which the run reads.")
+
+
+def stamps(sources: list[str], own: tuple[Path, ...]) -> dict[str, list[int]]:
+    """Size and time of change of every local file that the sources name or hold.
+
+    What lies under ``own``, the run's folders, is left out.
+    """
+    paths = [Path(locate(source)) for source in dict.fromkeys(sources)]
+    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
+    return {
+        str(f): [f.stat().st_size, f.stat().st_mtime_ns]
+        for f in files
+        if f.is_file() and not any(f.is_relative_to(folder) for folder in own)
+    }
