@@ -35,7 +35,7 @@ class MethodCommand(click.Command):
         parser = self.make_parser(ctx)
         parser.ignore_unknown_options = True  # the method's, unknown until it is known
         given = parser.parse_args(list(args))[0]
-        if "method" in given or "help" not in given:
+        if "method" in given or not set(args) & set(ctx.help_option_names):
             from secateur.methods import method_class
 
             ctx.meta[METHOD_KEY] = method_class(given.get("method", DEFAULT_METHOD))
@@ -142,7 +142,7 @@ judge_options = _stack(
         "--eval-windows", default=256, show_default=True, type=click.IntRange(1), help="At most."
     ),
     click.option("--prompt", help="To continue  [default: the beginning of the first text]"),
-    click.option("--new-tokens", default=40, show_default=True, type=click.IntRange(1)),
+    click.option("--new-tokens", type=click.IntRange(1), help="To write  [default: 40]"),
     click.option("--no-speed", is_flag=True, help="Don't time the model."),
 )
 

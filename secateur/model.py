@@ -25,6 +25,7 @@ from secateur.units import Unit
 
 DEMO = "demo"
 DTYPES = {
+    "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,

@@ -27,6 +27,7 @@ from secateur.text import Tokens, contiguous, read_documents, token_stream
 USER_ERROR = 2
 PROMPT_TOKENS = 24
 DEFAULT_LENGTH = 256
+NEW_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Questions:
         length: tokens in a window; by default 256, or all positions of a shorter model.
         windows: at most this many windows of each text, from its start.
         prompt: text that the model continues; by default the beginning of the first text.
-        new_tokens: length of the continuation.
+        new_tokens: length of the continuation; by default 40, or what fits.
         speed: whether to time it.
     """
 
@@ -55,7 +56,7 @@ class Questions:
     length: int | None = None
     windows: int = 256
     prompt: str | None = None
-    new_tokens: int = 40
+    new_tokens: int | None = None
     speed: bool = True
 
 
@@ -95,7 +96,13 @@ def judge(model: Model, questions: Questions, before: int, progress: Progress) -
     prompt = _prompt(model.tokenizer, questions, windows)
     if not 0 < len(prompt) < room:
         raise InputError(f"--prompt has {len(prompt)} tokens; it needs between 1 and {room - 1}.")
-    sample = _continued(model, prompt, min(questions.new_tokens, room - len(prompt)))
+    new_tokens = questions.new_tokens or min(NEW_TOKENS, room - len(prompt))
+    if len(prompt) + new_tokens > room:
+        raise InputError(
+            f"--new-tokens {new_tokens} behind a prompt of {len(prompt)} is more than the model's "
+            f"{room} positions."
+        )
+    sample = _continued(model, prompt, new_tokens)
     speed: dict[str, float] = {}
     if questions.speed:
         new = min(32, room // 2)
@@ -176,6 +183,7 @@ def judge_apart(
             [sys.executable, "-m", "secateur.evaluate.judge", str(request), str(result)],
             env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
             stdout=subprocess.DEVNULL,  # the parent's may be JSON for a machine
+            process_group=0,  # Ctrl-C is for the parent, which ends this process
             check=False,
         )
         answer = json.loads(result.read_text()) if result.exists() else {}
@@ -223,5 +231,4 @@ def main(request: Path, result: Path) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

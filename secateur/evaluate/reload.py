@@ -12,7 +12,12 @@ GREEDY_TOKENS = 16
 #: Largest difference of a logit, relative to the spread of all logits, taken for the same model.
 #: Narrowed and stock attention add in different orders; a wrong or missing tensor moves a logit by
 #: a large part of the spread.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 0.05,
+    torch.bfloat16: 0.15,
+}
 
 
 def testimony(module: Any, ids: Tensor) -> dict[str, Tensor]:

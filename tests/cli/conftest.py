@@ -195,7 +195,7 @@ def near(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             traceback.print_exc()
             return SimpleNamespace(returncode=1)
 
-    monkeypatch.setattr(judge, "subprocess", SimpleNamespace(run=call))
+    monkeypatch.setattr(judge, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, run=call))
     return measured
 
 

@@ -446,7 +446,7 @@ def test_a_crashed_measuring_process_is_reported(compress, room, monkeypatch, ne
 
     from secateur.evaluate import judge
 
-    killed = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=-9))
+    killed = SimpleNamespace(DEVNULL=None, run=lambda *_, **__: SimpleNamespace(returncode=-9))
     monkeypatch.setattr(judge, "subprocess", killed)
     found = compress()
     assert found.code not in (0, 2)

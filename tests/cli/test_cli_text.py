@@ -138,15 +138,17 @@ def test_a_datasets_name(calibration, datasets, folder, name, asked):
 
 def test_a_dataset_without_text_is_refused(run, model, datasets):
     datasets.rows = [{"content": "a"}]
-    run("plan", model, "--calibration", "owner/name", "--dry-run").refused("owner/name", '"text"')
+    run("plan", model, "--calibration", "owner/name", "--length", 32, "--dry-run").refused(
+        "owner/name", '"text"'
+    )
 
 
 def test_an_unknown_dataset_is_refused(run, model, datasets):
-    shown = run("plan", model, "--calibration", "nobody/nothing", "--dry-run")
+    shown = run("plan", model, "--calibration", "nobody/nothing", "--length", 32, "--dry-run")
     shown.refused("nobody/nothing", "no such file", "doesn't exist")
 
 
 def test_without_datasets_a_name_says_what_to_install(run, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    shown = run("plan", model, "--calibration", "owner/name", "--dry-run")
+    shown = run("plan", model, "--calibration", "owner/name", "--length", 32, "--dry-run")
     shown.refused("owner/name", "no file", 'pip install "secateur[datasets]"')

@@ -241,7 +241,7 @@ from secateur.evaluate import judge
 def call(command, **_):
     return SimpleNamespace(returncode=judge.main(Path(command[-2]), Path(command[-1])))
 
-judge.subprocess = SimpleNamespace(run=call)
+judge.subprocess = SimpleNamespace(DEVNULL=None, run=call)
 pipeline.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 from secateur.cli import main
 main()
