@@ -55,10 +55,11 @@ def once(arguments: argparse.Namespace) -> dict[str, float]:
 
     rows = max(1, TOKENS_PER_BATCH // arguments.length)
     with torch.inference_mode():
-        model.module(input_ids=tokens.ids[:rows], use_cache=False)  # warm-up
+        body = model.module.base_model  # the head takes no part in calibration
+        body(input_ids=tokens.ids[:rows], use_cache=False)  # warm-up
         last = time.perf_counter()
         for start in range(0, len(tokens.ids), rows):
-            model.module(input_ids=tokens.ids[start : start + rows], use_cache=False)
+            body(input_ids=tokens.ids[start : start + rows], use_cache=False)
     lap("forward")
     calibrate(model, tokens, method.needs | method.allocator.needs, store)
     lap("statistics")
@@ -69,7 +70,9 @@ def once(arguments: argparse.Namespace) -> dict[str, float]:
     units = model.units(plan.multiple_of)
     for block in model.blocks:
         own = [unit for unit in units if unit.block == block.index]
-        narrow_block(block, own, plan.sizes, method, store.get(block.index, method.needs))
+        narrow_block(
+            block, own, plan.sizes, method, store.get(block.index, method.needs, model.device)
+        )
     lap("narrowing")
     seconds["compression"] = sum(v for stage, v in seconds.items() if stage != "forward")
     return seconds

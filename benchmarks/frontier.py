@@ -88,7 +88,7 @@ def points(
             units = small.units(multiple)
             for block in small.blocks:
                 own = [unit for unit in units if unit.block == block.index]
-                statistics = store.get(block.index, method.needs)
+                statistics = store.get(block.index, method.needs, model.device)
                 narrow_block(block, own, plan.sizes, method, statistics)
             values = {name: perplexity(small.module, t) for name, t in texts.items()}
             reached = plan.budget.reached

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.block import Block, inputs_by_outputs, set_linear
+from secateur.errors import InputError
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
 from secateur.methods.base import Method, Narrowing
 from secateur.statistics import BlockStatistics
@@ -29,6 +30,12 @@ def narrow_block(
         narrow_mlp(block, found["mlp"])
     if "query_key" in found or "value_output" in found:
         narrow_heads(block, found.get("query_key"), found.get("value_output"))
+    for name, parameter in block.module.named_parameters():
+        if found and not bool(torch.isfinite(parameter).all()):
+            raise InputError(
+                f"block {block.index}: narrowing gave {name} NaN or infinite numbers; give the "
+                f"method larger ridges."
+            )
 
 
 def narrow_mlp(block: Block, narrowing: Narrowing) -> None:

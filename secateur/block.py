@@ -104,6 +104,8 @@ class Block:
     @property
     def query_key_obstacle(self) -> str | None:
         """Why the query/key width of this block must stay, or None."""
+        if self.heads.width % 2:
+            return "queries and keys stay at full width: it is odd, and they shrink in pairs"
         if self.attention.q_norm is None:
             return None
         return (

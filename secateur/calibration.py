@@ -20,7 +20,10 @@ TOKENS_PER_BATCH = 4096
 
 
 class Store:
-    """The statistics of every block, in memory or as one safetensors file a block in a folder."""
+    """The statistics of every block, in memory or as one safetensors file a block in a folder.
+
+    Give a folder for any but a small model: a Gram of a 7B model's MLP takes a gigabyte a block.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
@@ -42,6 +45,8 @@ class Store:
     def put(self, block: int, statistics: BlockStatistics) -> None:
         """Keep a block's statistics; on disk they appear under their name only when whole."""
         if self.folder is None:
+            for statistic in statistics.values():
+                statistic.to("cpu")
             self._memory[block] = statistics
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,14 +61,19 @@ class Store:
             raise OSError(f"cannot write {path.name}: {error}") from error
         path.with_suffix(".partial").replace(path)
 
-    def get(self, block: int, needs: Iterable[Need]) -> BlockStatistics:
-        """The statistics of a block that ``needs`` names."""
-        if self.folder is None:
-            return self._memory[block]
+    def get(
+        self, block: int, needs: Iterable[Need], device: torch.device | str = "cpu"
+    ) -> BlockStatistics:
+        """The statistics of a block that ``needs`` names, on a device."""
         needs = list(needs)
+        if self.folder is None:
+            kept = self._memory[block]
+            return {
+                need: need.kind(kept[need].total, kept[need].tokens).to(device) for need in needs
+            }
         if not needs:
             return {}
-        with safe_open(self._path(block), framework="pt") as file:
+        with safe_open(self._path(block), framework="pt", device=str(device)) as file:
             counts = file.metadata()
             return {
                 need: need.kind(file.get_tensor(_key(need)), int(counts[_key(need)]))
@@ -129,15 +139,18 @@ def _embed(
     The arguments (masks, rotary tables) depend on the shape of a batch alone, as padding stands
     behind every real token and needs no mask.
     """
-    states: list[Tensor] = []
+    states: Tensor | None = None
     calls: dict[int, list[_Call]] = {}
     for batch in batches:
         ids = tokens.ids[batch].to(model.device)
         with _blocks_bypassed(model.blocks) as seen:
             model.module.base_model(input_ids=ids, use_cache=False)
-        states.append(seen.states.cpu() if len(batches) > 1 else seen.states)
+        if states is None:
+            states = torch.empty(len(tokens.ids), *seen.states.shape[1:], dtype=seen.states.dtype)
+        states[batch] = seen.states.cpu()
         calls[len(ids)] = seen.calls
-    return torch.cat(states), calls
+    assert states is not None
+    return states, calls
 
 
 class _Seen:

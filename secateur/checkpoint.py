@@ -40,7 +40,7 @@ class Writer:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; it is copied to the CPU and may be freed by the caller."""
+        """Take a tensor, which must not change before its shard is written."""
         size = tensor.numel() * tensor.element_size()
         pending = sum(t.numel() * t.element_size() for t in self._pending.values())
         if self._pending and pending + size > self.shard_bytes:

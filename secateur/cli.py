@@ -3,13 +3,21 @@
 import json
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from secateur.errors import InputError, RunError
+from secateur.options import (
+    METHOD_KEY,
+    MethodCommand,
+    calibration_options,
+    judge_options,
+    method_options,
+    model_argument,
+    open_options,
+)
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -18,133 +26,6 @@ if TYPE_CHECKING:
     from secateur.model import Settings
     from secateur.plan import Plan
     from secateur.text import Calibration
-
-DEFAULT_METHOD = "modegpt"
-METHOD_KEY = "secateur.method"
-
-
-class MethodCommand(click.Command):
-    """A command that takes, besides its own options, those of the method it is given.
-
-    A method's fields are its options. Importing a method imports torch, so ``--help`` shows them
-    only when a method is named.
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Find the method first, so that its options are known when the rest is parsed."""
-        parser = self.make_parser(ctx)
-        parser.ignore_unknown_options = True  # the method's, unknown until it is known
-        given = parser.parse_args(list(args))[0]
-        if "method" in given or not set(args) & set(ctx.help_option_names):
-            from secateur.methods import method_class
-
-            ctx.meta[METHOD_KEY] = method_class(given.get("method", DEFAULT_METHOD))
-        return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters and the method's fields."""
-        return [*super().get_params(ctx), *_method_options(ctx.meta.get(METHOD_KEY))]
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Say where the method's options are, unless they are shown."""
-        if METHOD_KEY not in ctx.meta:
-            with formatter.indentation():
-                formatter.write_paragraph()
-                formatter.write_text(
-                    f"Methods have options of their own: --method {DEFAULT_METHOD} --help shows "
-                    f"them, `secateur ls` lists the methods."
-                )
-
-
-def _method_options(method: "type[Method] | None") -> list[click.Parameter]:
-    if method is None:
-        return []
-    from dataclasses import fields
-
-    return [
-        click.Option(
-            [f"--{field.name.replace('_', '-')}"],
-            type=type(field.default),
-            help=f"[{method.name}] {field.metadata['help']}  [default: {field.default:g}]",
-        )
-        for field in fields(method)
-        if field.name != "keep"
-    ]
-
-
-def _stack(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-model_argument = click.argument("model")
-
-open_options = _stack(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps, …"),
-    click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        help="Number format to compute in; auto is float32 on a CPU, the stored one elsewhere.",
-    ),
-    click.option("--revision", help="Branch, tag or commit of a hub model."),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Run the code that the checkpoint brings along."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
-)
-
-calibration_options = _stack(
-    click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
-    click.option(
-        "--keep", type=float, help="Share of the compressible parameters that stays  [default: 0.8]"
-    ),
-    click.option(
-        "--calibration",
-        default="bundled",
-        show_default=True,
-        help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
-        '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
-    ),
-    click.option("--samples", default=128, show_default=True, type=click.IntRange(1)),
-    click.option(
-        "--length", default=256, show_default=True, type=click.IntRange(2), help="Tokens a sample."
-    ),
-    click.option("--seed", default=0, show_default=True, help="Of the choice of samples."),
-    click.option(
-        "--multiple-of",
-        default=8,
-        show_default=True,
-        type=click.IntRange(1),
-        help="MLP widths become multiples of this, so that kernels stay fast.",
-    ),
-)
-
-judge_options = _stack(
-    click.option(
-        "--eval",
-        "texts",
-        multiple=True,
-        metavar="TEXT",
-        help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
-        "calibration text that is set aside, and the bundled text.",
-    ),
-    click.option(
-        "--eval-length",
-        type=click.IntRange(2),
-        help="Tokens a window  [default: as calibration, else 256]",
-    ),
-    click.option(
-        "--eval-windows", default=256, show_default=True, type=click.IntRange(1), help="At most."
-    ),
-    click.option("--prompt", help="To continue  [default: the beginning of the first text]"),
-    click.option("--new-tokens", type=click.IntRange(1), help="To write  [default: 40]"),
-    click.option("--no-speed", is_flag=True, help="Don't time the model."),
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -205,6 +86,8 @@ def plan(
 
     The plan is JSON: read it, edit the sizes, apply it with `secateur compress --plan`.
     """
+    from tempfile import TemporaryDirectory
+
     from secateur import inputs, pipeline, present
     from secateur.calibration import Store
     from secateur.evaluate.judge import quiet
@@ -218,17 +101,18 @@ def plan(
         raise InputError(f"--output {output!r}: there is no folder {str(path.parent)!r}.")
     quiet()
     method, calibration, settings = _method(ctx, rest), _calibration(rest), _settings(rest)
-    made = pipeline.prepare(
-        model,
-        method,
-        calibration,
-        inputs.read_calibration(model, calibration, settings),
-        settings,
-        multiple_of,
-        Store(),
-        pipeline.Stopwatch(),
-        for_terminal(),
-    ).plan
+    with TemporaryDirectory() as statistics:
+        made = pipeline.prepare(
+            model,
+            method,
+            calibration,
+            inputs.read_calibration(model, calibration, settings),
+            settings,
+            multiple_of,
+            Store(Path(statistics)),
+            pipeline.Stopwatch(),
+            for_terminal(),
+        ).plan
     if not dry_run:
         write_whole(path, made.to_json())
     if as_json:
@@ -355,7 +239,7 @@ def _questions(options: dict[str, Any], default: Any, length: int | None) -> "Qu
 
 def _refuse_beside_plan(ctx: click.Context) -> None:
     """A plan has its own method, budget and calibration; a flag for them would be ignored."""
-    own = {*(p.name for p in _method_options(ctx.meta[METHOD_KEY]))}
+    own = {*(p.name for p in method_options(ctx.meta[METHOD_KEY]))}
     own |= {"method", "keep", "calibration", "samples", "length", "seed", "multiple_of"}
     for name in sorted(str(n) for n in own):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
@@ -373,7 +257,7 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
-        print("interrupted; type the same command again to go on.", file=sys.stderr)
+        print("interrupted; a compress command goes on when it is typed again.", file=sys.stderr)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             print(error.ctx.get_usage(), file=sys.stderr)

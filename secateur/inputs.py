@@ -7,7 +7,7 @@ from secateur.anatomy import find
 from secateur.errors import InputError
 from secateur.evaluate.judge import Text
 from secateur.model import Settings, locate, open_tokenizer, positions, read_config, unknown_family
-from secateur.text import BUNDLED, SET_ASIDE, Calibration, Tokens, calibration_tokens
+from secateur.text import BUNDLED, SET_ASIDE, Calibration, Tokens, calibration_tokens, expanded
 from secateur.units import Unit
 
 TOKENS_PER_CHANNEL = 8
@@ -26,10 +26,26 @@ def unseen(texts: tuple[Text, ...], calibration: Calibration) -> tuple[Text, ...
     """The texts without what calibration may have seen of them."""
     return tuple(
         replace(text, name=f"rest of {text.name}", start=SET_ASIDE)
-        if text.source == calibration.source != BUNDLED and text.start < SET_ASIDE
+        if calibration.source != BUNDLED
+        and expanded(text.source).resolve() == expanded(calibration.source).resolve()
+        and text.start < SET_ASIDE
         else text
         for text in texts
     )
+
+
+def overlaps(texts: tuple[Text, ...], calibration: Calibration) -> list[str]:
+    """Notes about texts that lie inside the calibration folder, or the other way round."""
+    own = expanded(calibration.source).resolve()
+    found = [
+        text.source
+        for text in texts
+        if (path := expanded(text.source).resolve()) != own
+        and own.exists()
+        and path.exists()
+        and (path.is_relative_to(own) or own.is_relative_to(path))
+    ]
+    return [f"{name!r} shares files with the calibration text: too good a figure" for name in found]
 
 
 def text_notes(calibration: Calibration, tokens: Tokens, units: list[Unit]) -> list[str]:
@@ -54,6 +70,11 @@ def read_calibration(source: str, calibration: Calibration, settings: Settings) 
     config = read_config(source, settings)
     if find(config.model_type) is None:
         raise InputError(unknown_family(config.model_type))
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"model {source!r} is quantised, and narrowing needs its numbers; start from the "
+            f"unquantised model."
+        )
     room = positions(config)
     if room is not None and calibration.length > room:
         raise InputError(

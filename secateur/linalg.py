@@ -24,7 +24,7 @@ def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, floa
     Raises:
         ValueError: not even a ridge of 1 makes it positive definite, so it is no Gram.
     """
-    scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    scale = _scale(gram)
     eye, used = torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge
     while used <= max(1.0, ridge):
         factor, failed = torch.linalg.cholesky_ex(gram + used * scale * eye)
@@ -36,53 +36,61 @@ def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, floa
     raise ValueError(f"{what}: not positive semidefinite")
 
 
-def ridge_leverage(gram: Tensor, ridge: float) -> Tensor:
+def _scale(gram: Tensor) -> Tensor:
+    """What ridges are relative to; never zero, so that silent channels can be damped too."""
+    return gram.diagonal().mean().clamp_min(1e-200)
+
+
+def ridge_leverage(gram: Tensor, ridge: float, what: str = "ridge leverage") -> Tensor:
     """Ridge leverage of each channel, diag(C (C + λI)⁻¹) with λ = ridge · mean(diag C).
 
     A small ridge ranks by what the other channels cannot explain, a large one by energy. As
     C (C + λI)⁻¹ = I − λ (C + λI)⁻¹, one Cholesky factor is enough.
     """
-    scale = gram.diagonal().mean()
-    if scale <= 0:
-        return torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
-    factor, used = damped_cholesky(gram, ridge, "ridge leverage")
-    return 1 - used * scale * torch.cholesky_inverse(factor).diagonal()
+    factor, used = damped_cholesky(gram, ridge, what)
+    return 1 - used * _scale(gram) * torch.cholesky_inverse(factor).diagonal()
 
 
-def nested_errors(gram: Tensor, weight: Tensor, order: Tensor, ridge: float) -> Tensor:
+def nested_errors(
+    gram: Tensor, weight: Tensor, order: Tensor, ridge: float, what: str = "error curve"
+) -> Tensor:
     """E(S) for S = the first k channels of ``order``, k = 0 … n, from one factorisation.
 
     With C = LLᵀ in that order, C − C_:S C_SS⁻¹ C_S: = L_:R L_:Rᵀ for the removed R, so E(S) is the
     tail sum of the squared rows of LᵀW.
     """
-    factor, _ = damped_cholesky(gram[order][:, order], ridge, "error curve")
+    factor, _ = damped_cholesky(gram[order][:, order], ridge, what)
     rows = (factor.t() @ weight[order]).square().sum(1)
     return torch.cat((rows.flip(0).cumsum(0).flip(0), rows.new_zeros(1)))
 
 
-def decoder(gram: Tensor, keep: Tensor, ridge: float) -> Tensor:
+def decoder(gram: Tensor, keep: Tensor, ridge: float, what: str = "refit") -> Tensor:
     """C_SS⁻¹ C_S:, which rebuilds all channels from the kept ones with least squared error.
 
     The ridge λ pulls towards the selection, (C_SS + λI)⁻¹ (C_S: + λ I_S:), not towards zero: a kept
     channel that calibration never saw active keeps its own row of the consumer.
     """
     kept = gram[keep][:, keep]
-    factor, used = damped_cholesky(kept, ridge, "refit")
+    factor, used = damped_cholesky(kept, ridge, what)
     target = gram[keep]
-    target[torch.arange(len(keep)), keep] += used * kept.diagonal().mean()
+    target[torch.arange(len(keep)), keep] += used * _scale(kept)
     return torch.cholesky_solve(target, factor)
 
 
 def roots(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Symmetric C^½ and C^-½ of (a batch of) Grams whose eigenvalues are raised by the ridge.
 
-    The ridge is relative to the mean of the diagonal, so a Gram without full rank has roots too.
+    The ridge is relative to the mean of the diagonal. Directions without energy, which only a
+    ridge of zero leaves, have none in either root (pseudo-inverse).
     """
     values, vectors = torch.linalg.eigh(gram)
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    floor = torch.finfo(gram.dtype).tiny
-    values = (values.clamp_min(0) + ridge * scale).clamp_min(floor).sqrt().unsqueeze(-2)
-    return (vectors * values) @ vectors.mT, (vectors / values) @ vectors.mT
+    values = values.clamp_min(0) + ridge * scale
+    floor = torch.finfo(gram.dtype).eps * gram.shape[-1] * values.amax(-1, keepdim=True)
+    there = (values > floor).to(values.dtype).unsqueeze(-2)
+    root = values.sqrt().unsqueeze(-2) * there
+    inverse = there / torch.where(there > 0, root, 1.0)
+    return (vectors * root) @ vectors.mT, (vectors * inverse) @ vectors.mT
 
 
 def low_rank_in_metric(gram: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from secateur import bundled
 from secateur.anatomy import FAMILIES, Anatomy, Heads, find
 from secateur.block import Block
 from secateur.errors import InputError, nearest
+from secateur.text import expanded
 from secateur.units import Unit
 
 DEMO = "demo"
@@ -60,8 +61,8 @@ class Settings:
             device = torch.zeros(1, device=self.device).device
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {self.device}: {_first_line(error)}. Try cpu.") from error
-        if device.type == "meta":
-            raise InputError("--device meta holds no numbers. Try cpu.")
+        if device.type in ("meta", "mps"):
+            raise InputError(f"--device {self.device} cannot hold float64 numbers. Try cpu.")
         return device
 
     def torch_dtype(self, stored: torch.dtype) -> torch.dtype:
@@ -147,10 +148,32 @@ def unknown_family(model_type: str) -> str:
 
 def locate(source: str | Path) -> str:
     """A folder's path, a hub id, or for "demo" the model inside this package."""
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return str(folder)
     return str(bundled.model_path()) if str(source) == DEMO else str(source)
+
+
+def skeleton(source: str, settings: Settings) -> Model:
+    """A model without storage, built from its config: shapes and units, no numbers, no tokenizer.
+
+    Raises:
+        InputError: there is no such model, or transformers cannot build it.
+    """
+    config = read_config(source, settings)
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=settings.trust_remote_code
+            )
+    except (ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(
+            f"model {source!r}: transformers cannot build a causal language model from its config "
+            f"(model_type {config.model_type!r}): {_first_line(error)}"
+        ) from error
+    stored = getattr(config, "dtype", None) or torch.float32
+    nothing: Any = None
+    return Model(source, module, nothing, stored, find(config.model_type))
 
 
 def read_config(source: str, settings: Settings) -> Any:
@@ -198,7 +221,10 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             ignore_mismatched_sizes=True,  # reported below, with the shapes
             **common,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
         raise InputError(f"model {source!r}: {_reason(error)}") from error
     module, loaded = opened
     if loaded["mismatched_keys"]:
@@ -213,6 +239,14 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             f"model {source!r}: {len(missing)} weights are missing from the checkpoint, "
             f"{missing[0]} first. Fetch the model again."
         )
+    anatomy = find(config.model_type)
+    if anatomy is not None:
+        lost = [k for k in loaded["unexpected_keys"] if f".{anatomy.blocks}." in f".{k}"]
+        if lost:
+            raise InputError(
+                f"model {source!r}: config.json has no place for {len(lost)} tensors of the weight "
+                f"files, {min(lost)} first; they are not from the same model."
+            )
     stored = module.dtype
     module = module.to(settings.torch_device()).eval()
     cast(module, settings.torch_dtype(stored))
@@ -225,7 +259,7 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             )
     tokenizer = open_tokenizer(source, settings)
     check_vocabulary(source, tokenizer, module)
-    return Model(source, module, tokenizer, stored, find(config.model_type))
+    return Model(source, module, tokenizer, stored, anatomy)
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -12,15 +12,18 @@ import yaml
 from torch import Tensor
 
 from secateur import report as reporting
+from secateur.allocate.base import budget_of, check_budget
 from secateur.apply import narrow_block
 from secateur.block import inputs_by_outputs
 from secateur.calibration import TOKENS_PER_BATCH, Store, calibrate
 from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
+from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
 from secateur.inputs import (
     check_out,
     default_texts,
+    overlaps,
     read_calibration,
     stamps,
     text_notes,
@@ -31,8 +34,16 @@ from secateur.model import (
     Model,
     Settings,
     open_model,
+    skeleton,
 )
-from secateur.plan import Plan, check_sizes, make_plan, measure_curves, revise
+from secateur.plan import (
+    Plan,
+    check_sizes,
+    make_plan,
+    match_units,
+    measure_curves,
+    revise,
+)
 from secateur.progress import Progress
 from secateur.report import Report
 from secateur.text import (
@@ -103,7 +114,10 @@ def compress(
         plan, method = method, method.build_method()
         multiple_of = plan.multiple_of
         record = plan.calibration
-        calibration = Calibration(record.source, record.samples, record.length, record.seed)
+        own = Calibration(record.source, record.samples, record.length, record.seed)
+        if calibration not in (None, own):
+            raise InputError("a plan brings its own calibration; give one or the other.")
+        calibration = own
     else:
         plan = None
     calibration = calibration or Calibration()
@@ -115,6 +129,14 @@ def compress(
     tokens = read_calibration(source, calibration, settings)
     for text in questions.texts:
         read_documents(text.source)
+    for note in overlaps(questions.texts, calibration):
+        progress.say(f"note: {note}")
+    shapes = skeleton(source, settings)
+    if plan is None:
+        units = shapes.units(multiple_of)
+        check_budget(units, budget_of(units, method.keep))
+    else:
+        match_units(plan, shapes)
     workspace = Workspace(out, overwrite)
     inputs = {
         "secateur": reporting.versions()["secateur"],
@@ -231,7 +253,7 @@ def write(
         for block in model.blocks:
             with watch.measure("apply"):
                 own = [unit for unit in units if unit.block == block.index]
-                statistics = prepared.store.get(block.index, needs)
+                statistics = prepared.store.get(block.index, needs, model.device)
                 narrow_block(block, own, plan.sizes, prepared.method, statistics)
             with watch.measure("save"):
                 store_block(model, block, writer)
@@ -250,9 +272,10 @@ def _forward_seconds(model: Model, tokens: Tokens) -> float:
     rows = min(len(tokens.ids), max(1, TOKENS_PER_BATCH // tokens.ids.shape[1]))
     ids = tokens.ids[:rows].to(model.device)
     with torch.inference_mode():
-        model.module(input_ids=ids[:1], use_cache=False)
+        body = model.module.base_model  # the head takes no part in calibration
+        body(input_ids=ids[:1], use_cache=False)
         start = time.perf_counter()
-        float(model.module(input_ids=ids, use_cache=False).logits[0, 0, 0])  # waits for a GPU
+        float(body(input_ids=ids, use_cache=False).last_hidden_state[0, 0, 0])  # waits for a GPU
         return (time.perf_counter() - start) * len(tokens.ids) / rows
 
 

@@ -146,7 +146,7 @@ def measure_curves(
     curves: dict[str, Curve] = {}
     influence: list[float] = []
     for block in model.blocks:
-        statistics = store.get(block.index, needs)
+        statistics = store.get(block.index, needs, model.device)
         if Needs.INFLUENCE in statistics:
             influence.append(float(statistics[Needs.INFLUENCE].mean))
         for unit in units:
@@ -265,6 +265,15 @@ def check_sizes(plan: Plan, model: Model) -> list[Unit]:
             f"the plan is for another model: its base.fingerprint is {plan.base.fingerprint}, that "
             f"of {model.source!r} is {found}. Make a new one with `secateur plan`."
         )
+    return match_units(plan, model)
+
+
+def match_units(plan: Plan, model: Model) -> list[Unit]:
+    """The part of :func:`check_sizes` that needs no weights.
+
+    Raises:
+        InputError: unknown or missing units, or a size that a unit may not take.
+    """
     units = {unit.name: unit for unit in model.units(plan.multiple_of)}
     named = [row.unit for row in plan.units]
     if len(set(named)) != len(named) or set(named) != set(units):

@@ -5,22 +5,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from secateur import report as reporting
-from secateur.anatomy import FAMILIES, find
-from secateur.errors import InputError
+from secateur.anatomy import FAMILIES
 from secateur.evaluate.judge import Verdict
 from secateur.methods import METHODS, method_class
-from secateur.model import DEMO, Model, Settings, read_config, unknown_family
+from secateur.model import DEMO, Settings, skeleton, unknown_family
 from secateur.plan import Plan, Row
 from secateur.report import Report, count, size
 
@@ -73,18 +70,8 @@ def show_catalogue(content: dict[str, Any]) -> None:
 
 def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, Any]:
     """What can shrink, from the config alone: the model is built without storage."""
-    config = read_config(source, settings)
-    try:
-        with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=settings.trust_remote_code
-            )
-    except ValueError as error:
-        raise InputError(
-            f"model {source!r}: model_type {config.model_type!r} is no causal language model that "
-            f"transformers can build."
-        ) from error
-    stored = getattr(config, "dtype", None) or torch.float32
+    model = skeleton(source, settings)
+    module, config, stored = model.module, model.config, model.stored
     total = sum(p.numel() for p in module.parameters())
     linears = [m for m in module.modules() if isinstance(m, (nn.Linear, Conv1D))]
     content: dict[str, Any] = {
@@ -94,16 +81,14 @@ def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, A
         "bytes": total * stored.itemsize,
         "linear_layers": len(linears),
     }
-    anatomy = find(config.model_type)
-    if anatomy is None:
+    if model.anatomy is None:
         return content | {"family": None, "note": unknown_family(config.model_type)}
-    model = Model(source, module, None, stored, anatomy)  # type: ignore[arg-type]
     units = model.units(multiple_of)
     compressible = sum(unit.parameters(unit.size) for unit in units)
     kinds = dict.fromkeys(unit.kind for unit in units)
     widest = max(unit.size for unit in units)
     return content | {
-        "family": anatomy.family,
+        "family": model.anatomy.family,
         "blocks": len(model.blocks),
         "compressible_parameters": compressible,
         "units": [

@@ -1,8 +1,9 @@
 """Additive statistics of activations: sums over real tokens, mergeable, divided out on reading.
 
 A statistic is created empty, fed batches with a mask of the tokens that count, and read once. The
-products of a batch are made in the activations' own precision (float32 on a CPU) and summed over
-batches in float64. Every reading is a mean over tokens, so that ridges relative to it have no unit.
+products of a batch are made in float32 (or float64, if that is what the model computes in) and
+summed over batches in float64. Every reading is a mean over tokens, so that ridges relative to it
+have no unit.
 """
 
 from abc import ABC, abstractmethod
@@ -28,9 +29,14 @@ class Statistic(ABC):
 
     def update(self, values: Tensor, mask: Tensor) -> None:
         """Add a batch: ``values`` (batch, tokens, …)."""
-        added = self.summed(values, mask).double()
+        added = self.summed(_wide(values), mask).double()
         self.total = added if self.total is None else self.total.add_(added)
         self.tokens += int(mask.sum())
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the sum to a device."""
+        self.total = None if self.total is None else self.total.to(device)
+        return self
 
     def merge(self, other: Self) -> None:
         """Add what another process or batch has summed."""
@@ -53,6 +59,11 @@ class Statistic(ABC):
                 "model with `secateur eval`."
             )
         return self.total / self.tokens
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: a sum of squares in float16 overflows, in bfloat16 it loses its digits."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class Gram(Statistic):

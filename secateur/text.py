@@ -15,7 +15,8 @@ from secateur.errors import InputError
 BUNDLED = "bundled"
 SUFFIXES = {".txt", ".md", ".rst", ".text", ".raw", ".py"}
 SET_ASIDE = 0.8  # calibration never sees what lies behind this share of its text
-MAX_CHARACTERS = 200_000_000  # enough for any calibration; a larger source is read up to here
+MAX_CHARACTERS = 16_000_000  # of a source, from its start: some four million tokens
+PIECE = 100_000  # characters tokenised at a time
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,33 @@ class Calibration:
         return asdict(self)
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ~ made into a home folder, or as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def read_documents(source: str, split: str = "calibration") -> list[str]:
     """All documents of a source, without empty ones; ``split`` chooses a part of bundled text.
 
     Raises:
         InputError: there is no such source, it cannot be read as text, or it is empty.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source == BUNDLED:
         documents = [bundled.text("held" if split == "held" else "calibration")]
     elif path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES | {".jsonl"})
         if not files:
             raise InputError(f"text folder {source!r} holds no .txt, .md, .rst or .jsonl file.")
-        documents = [document for file in files for document in _read_file(file)]
+        documents, room = [], MAX_CHARACTERS
+        for file in files:
+            documents += _read_file(file, room)
+            room = MAX_CHARACTERS - sum(map(len, documents))
     elif path.is_file():
-        documents = _read_file(path)
+        documents = _read_file(path, MAX_CHARACTERS)
     elif path.suffix in SUFFIXES | {".jsonl", ".json"} or source.startswith((".", "/", "~")):
         raise InputError(f"text {source!r}: no such file or folder.")
     else:
@@ -89,20 +101,24 @@ def read_documents(source: str, split: str = "calibration") -> list[str]:
     return documents
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path, room: int) -> list[str]:
+    """The documents of a file, up to about ``room`` characters of them."""
+    documents: list[str] = []
     try:
-        text = path.read_text(encoding="utf-8-sig")[:MAX_CHARACTERS]
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix != ".jsonl":
+                return [file.read(max(0, room)).replace("\r\n", "\n")]
+            for number, line in enumerate(file, 1):  # at \n alone: JSON may hold U+2028
+                if room <= 0:
+                    break
+                if line.strip():
+                    documents.append(_field(line, path, number))
+                    room -= len(documents[-1])
     except UnicodeDecodeError as error:
         raise InputError(f"text {str(path)!r} is not UTF-8 ({error.reason}).") from error
     except OSError as error:
         raise InputError(f"text {str(path)!r}: {error.strerror}.") from error
-    if path.suffix != ".jsonl":
-        return [text]
-    return [
-        _field(line, path, number)
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
+    return documents
 
 
 def _field(line: str, path: Path, number: int) -> str:
@@ -149,12 +165,15 @@ def _read_dataset(source: str) -> list[str]:
 def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
     """All documents as one row of ids, separated by the end-of-text token where there is one."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
+    parts: list[Tensor] = []
     for document in documents:
-        if ids:
-            ids += separator
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+        if parts and separator:
+            parts.append(torch.tensor(separator))
+        for start in range(0, len(document), PIECE):  # one list of all ids would take gigabytes
+            piece = document[start : start + PIECE]
+            ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            parts.append(torch.tensor(ids, dtype=torch.int64))
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 def sample(

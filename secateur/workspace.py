@@ -104,6 +104,11 @@ class Workspace:
 
     def publish(self) -> None:
         """Let the result appear under its final name; an old one is gone only afterwards."""
+        if self.out.exists() and not self.overwrite:
+            raise UnfinishedRunError(
+                f"output {str(self.out)!r} appeared while the run was working. Move it away and "
+                f"repeat the command, which then goes on."
+            )
         if self.out.exists():
             self.out.rename(self._old)
         try:

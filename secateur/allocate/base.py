@@ -40,6 +40,21 @@ def budget_of(units: Sequence[Unit], keep: float) -> int:
     return int(keep * sum(unit.parameters(unit.size) for unit in units))
 
 
+def check_budget(units: Sequence[Unit], budget: int) -> None:
+    """Refuse a budget that not even the smallest sizes meet.
+
+    Raises:
+        InputError: it is out of reach; the message says what is within.
+    """
+    least = sum(unit.parameters(unit.sizes()[0]) for unit in units)
+    whole = sum(unit.parameters(unit.size) for unit in units)
+    if least > budget:
+        raise InputError(
+            f"keep {budget / whole:.3f} is out of reach: the smallest sizes these units may take "
+            f"already keep {least / whole:.3f}. Ask for between {least / whole + 0.0005:.3f} and 1."
+        )
+
+
 def fit(units: Sequence[Unit], ideal: Mapping[str, float], budget: int) -> dict[str, int]:
     """Allowed sizes near ``ideal`` (fractional sizes) that spend the budget and never exceed it.
 
@@ -49,14 +64,8 @@ def fit(units: Sequence[Unit], ideal: Mapping[str, float], budget: int) -> dict[
     Raises:
         InputError: the smallest sizes together cost more than the budget.
     """
+    check_budget(units, budget)
     allowed = {unit.name: unit.sizes() for unit in units}
-    least = sum(unit.parameters(allowed[unit.name][0]) for unit in units)
-    whole = sum(unit.parameters(unit.size) for unit in units)
-    if least > budget:
-        raise InputError(
-            f"keep {budget / whole:.3f} is out of reach: the smallest sizes these units may take "
-            f"already keep {least / whole:.3f}. Ask for between {least / whole + 0.0005:.3f} and 1."
-        )
     at = {
         unit.name: max(0, sum(size <= ideal[unit.name] + 1e-9 for size in allowed[unit.name]) - 1)
         for unit in units

@@ -104,7 +104,7 @@ def judge(model: Model, questions: Questions, before: int, progress: Progress) -
         )
     sample = _continued(model, prompt, new_tokens)
     speed: dict[str, float] = {}
-    if questions.speed:
+    if questions.speed and windows:
         new = min(32, room // 2)
         ids = next(iter(windows.values())).ids.flatten()[: min(length, room - new)]
         with progress.stage("speed", 1) as advance:

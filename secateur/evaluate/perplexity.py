@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,10 +11,11 @@ from secateur.errors import InputError
 from secateur.text import Tokens
 
 TOKENS_PER_BATCH = 4096
+LOGITS_PER_BATCH = 2**25  # 128 MB of them in float32, if a window is no longer
 
 
 def perplexity(
-    module: nn.Module, tokens: Tokens, advance: Callable[[int], None] = lambda _: None
+    module: Any, tokens: Tokens, advance: Callable[[int], None] = lambda _: None
 ) -> float:
     """exp of the mean negative log-likelihood of every token but a window's first.
 
@@ -23,8 +25,9 @@ def perplexity(
     Raises:
         InputError: the model's output is not finite.
     """
-    rows = max(1, TOKENS_PER_BATCH // tokens.ids.shape[1])
-    device = next(module.parameters()).device
+    vocabulary, device = module.get_input_embeddings().weight.shape[0], module.device
+    batch = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // vocabulary)
+    rows = max(1, batch // tokens.ids.shape[1])
     total, count = 0.0, 0
     with torch.inference_mode():
         for start in range(0, len(tokens.ids), rows):

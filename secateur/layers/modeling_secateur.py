@@ -73,6 +73,7 @@ class NarrowAttention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias="o" in bias)
         self.q_norm: nn.Module | None = getattr(stock, "q_norm", None)
         self.k_norm: nn.Module | None = getattr(stock, "k_norm", None)
+        self.resid_dropout: Any = getattr(stock, "resid_dropout", nn.Identity())
         self.rotary: str = shape["rotary"]
         if self.rotary == "chosen":
             pairs = torch.zeros(self.kv_heads, self.query_key // 2, dtype=torch.int64)
@@ -133,7 +134,7 @@ class NarrowAttention(nn.Module):
             **kwargs,
         )
         output = output[..., : self.value].reshape(*tokens, -1).contiguous()
-        return self.o_proj(output), weights
+        return self.resid_dropout(self.o_proj(output)), weights
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

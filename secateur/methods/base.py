@@ -52,8 +52,6 @@ class Method(ABC):
     keep: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise InputError(f"keep {self.keep!r} should be above 0 and at most 1, e.g. 0.8.")
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
             expected = type(f.default)
@@ -68,6 +66,8 @@ class Method(ABC):
             if not (low is None or value >= low) or not (high is None or value <= high):
                 bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
                 raise InputError(f"{self.name}: {f.name}={value!r} should be {bounds}.")
+        if not 0 < self.keep <= 1:
+            raise InputError(f"keep {self.keep!r} should be above 0 and at most 1, e.g. 0.8.")
 
     @property
     @abstractmethod

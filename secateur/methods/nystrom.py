@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from secateur.block import Block
 from secateur.curve import Curve
@@ -37,14 +38,18 @@ class Nystrom:
     def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
         """Exact error of the refitted consumer for every prefix of the ranking."""
         gram = statistics[Needs.HIDDEN_GRAM].mean
-        order = ridge_leverage(gram, self.leverage_ridge).argsort(descending=True, stable=True)
-        return Curve.of(nested_errors(gram, block.consumer_weight, order, self.refit_ridge))
+        order = self._ranking(unit, gram)
+        errors = nested_errors(gram, block.consumer_weight, order, self.refit_ridge, unit.name)
+        return Curve.of(errors)
 
     def compress(
         self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
     ) -> Narrowing:
         """The ``size`` channels of highest leverage, and the refit from them."""
         gram = statistics[Needs.HIDDEN_GRAM].mean
-        order = ridge_leverage(gram, self.leverage_ridge).argsort(descending=True, stable=True)
-        keep = torch.sort(order[:size]).values
-        return Narrowing(keep=keep, decode=decoder(gram, keep, self.refit_ridge))
+        keep = torch.sort(self._ranking(unit, gram)[:size]).values
+        return Narrowing(keep=keep, decode=decoder(gram, keep, self.refit_ridge, unit.name))
+
+    def _ranking(self, unit: Unit, gram: Tensor) -> Tensor:
+        scores = ridge_leverage(gram, self.leverage_ridge, unit.name)
+        return scores.argsort(descending=True, stable=True)
