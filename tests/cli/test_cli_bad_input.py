@@ -464,3 +464,46 @@ def test_small_settings_are_refused_before_the_model_is_measured(compress, near,
 def test_the_defaults_of_the_small_runs_are_valid(compress):
     assert "--samples" in SMALL
     compress().succeeded()
+
+
+def test_a_budget_out_of_reach_is_refused_before_the_model_is_measured(compress, near, room):
+    compress("--keep", 0.01).refused("out of reach", "ask for between")
+    assert near == []
+    assert list(room.iterdir()) == []
+
+
+def test_a_quantised_model_is_refused(compress, model, room, tmp_path):
+    folder = tmp_path / "quantised"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    compress(source=folder).refused("quantised", "unquantised")
+    assert list(room.iterdir()) == []
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(compress, room, monkeypatch):
+    from secateur import pipeline
+
+    write = pipeline.write
+
+    def late(*args, **kwargs):
+        (room / "out").mkdir()
+        (room / "out" / "config.json").write_text("theirs")
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "write", late)
+    compress().refused("appeared")
+    assert (room / "out" / "config.json").read_text() == "theirs"
+
+
+def test_calibration_text_under_another_spelling_is_judged_on_its_rest(compress, text, room):
+    spelled = text.parent / ".." / text.parent.name / text.name
+    compress("--eval", spelled).succeeded()
+    report = json.loads((room / "out/secateur/report.json").read_text())
+    assert f"rest of {text.name}" in report["dense"]["perplexity"]
+
+
+def test_a_home_folder_of_nobody_is_no_traceback(compress, run):
+    compress(source="~nobody-here/model").refused("~nobody-here/model")
+    run("inspect", "~nobody-here/model").refused("~nobody-here/model")
