@@ -27,7 +27,7 @@ class MoDeGPT(Method):
     """
 
     keep: float = option(0.8, "share of the compressible parameters that stays")
-    temperature: float = option(0.1, "of the allocation over blocks: small = uneven", 1e-4)
+    temperature: float = option(0.05, "of the allocation over blocks: small = uneven", 1e-4)
     max_sparsity: float = option(0.95, "most that any one block may lose", 0.0, 1.0)
     leverage_ridge: float = option(1e-3, "ridge of the MLP channel scores", 0.0)
     refit_ridge: float = option(1e-6, "ridge of the MLP least squares", 0.0)
