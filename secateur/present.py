@@ -22,6 +22,7 @@ from secateur.plan import Plan, Row
 from secateur.report import Report, count, size
 
 WIDTH = 100
+SIDES = ("dense", "compressed")
 TIERS = {
     "plain": "loads wherever the dense model does, no extra code",
     "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
@@ -186,8 +187,7 @@ def show_report(report: Report, out: Path) -> None:
         f"(asked for {budget['keep']:.2%}) with {report['method']['name']} "
         f"in {report['seconds']['total']:.0f} s"
     )
-    for name in ("dense", "compressed"):
-        _show_sample(console, name, report[name]["prompt"], report[name]["sample"])
+    _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
     console.print(f"\n[bold]{escape(str(out))}[/]  tier {report['tier']}: {TIERS[report['tier']]}")
     console.print("in it, under secateur/: report.json, plan.json, recipe.yaml", markup=False)
     own = report["model"]["source"] == DEMO
@@ -210,7 +210,7 @@ def show_verdict(verdict: Verdict) -> None:
             table.add_row(key.replace("_", " "), f"{value:,.0f}")
     table.add_row("peak memory", size(verdict.peak_memory_bytes))
     console.print(table)
-    _show_sample(console, "model", verdict.prompt, verdict.sample)
+    _show_samples(console, verdict.prompt, {"model": verdict.sample})
 
 
 def _next(console: Console, verb: str, target: str, rest: str) -> None:
@@ -219,8 +219,9 @@ def _next(console: Console, verb: str, target: str, rest: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
 
 
-def _show_sample(console: Console, who: str, prompt: str, sample: str) -> None:
-    text = Text(f"\n{who}: ", style="bold")
-    text.append(prompt.strip(), style="dim")
-    text.append(sample if sample[:1].isspace() else f" {sample}", style="")
-    console.print(text)
+def _show_samples(console: Console, prompt: str, samples: dict[str, str]) -> None:
+    """A prompt and what each model goes on with, a paragraph each."""
+    for who, text in {"prompt": prompt, **samples}.items():
+        paragraph = Text(f"\n{who}: ", style="bold")
+        paragraph.append(" ".join(text.split()), style="")
+        console.print(paragraph)
