@@ -38,7 +38,7 @@ class Bars(Lines):
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<28}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),

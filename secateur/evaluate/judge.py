@@ -91,7 +91,7 @@ def judge(model: Model, questions: Questions, before: int, progress: Progress) -
     windows = {t.name: text_tokens(t, model.tokenizer, questions, length) for t in questions.texts}
     values = {}
     for name, tokens in windows.items():
-        with progress.stage(f"perplexity: {name}"[:24], len(tokens.ids)) as advance:
+        with progress.stage(f"perplexity: {name}"[:28], len(tokens.ids)) as advance:
             values[name] = perplexity(model.module, tokens, advance)
     prompt = _prompt(model.tokenizer, questions, windows)
     if not 0 < len(prompt) < room:
