@@ -87,7 +87,9 @@ class NarrowAttention(nn.Module):
         sin = nn.functional.pad(sin[..., :half], (0, still))
         if self.rotary == "all":
             return cos.unsqueeze(1), sin.unsqueeze(1)
-        return cos[..., self.rope_pairs].transpose(1, 2), sin[..., self.rope_pairs].transpose(1, 2)
+        tables = torch.stack((cos, sin)).index_select(-1, self.rope_pairs.flatten())
+        cos, sin = tables.unflatten(-1, self.rope_pairs.shape).transpose(2, 3)
+        return cos, sin
 
     def forward(
         self,
@@ -108,9 +110,9 @@ class NarrowAttention(nn.Module):
         if self.rotary != "none" and position_embeddings is not None:
             cos, sin = self.rotary_tables(*position_embeddings)
             key = rotate(key, cos, sin)
-            if self.rotary == "chosen":  # every query head turns like the KV head that it reads
-                cos, sin = (t.repeat_interleave(self.num_key_value_groups, 1) for t in (cos, sin))
-            query = rotate(query, cos, sin)
+            # Every query head turns like the KV head that it reads.
+            grouped = query.unflatten(1, (self.kv_heads, self.num_key_value_groups))
+            query = rotate(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
         cache = layer_past if past_key_values is None else past_key_values
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
