@@ -274,6 +274,8 @@ def test_ctrl_c_shows_no_traceback(model, text, held, room):
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
+        # A job in a shell's background ignores interruptions, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert running.stderr is not None
     assert "measuring" in running.stderr.readline()
