@@ -155,8 +155,7 @@ def compress(
     if plan_file is not None:
         _refuse_beside_plan(ctx)
         made: Method | Plan = (replay := read_plan(plan_file))
-        record = replay.calibration
-        calibration = _calibration({**record.model_dump(), "calibration": record.source})
+        calibration = replay.calibration.choice()
     else:
         made, calibration = _method(ctx, rest), _calibration(rest)
     questions = _questions(rest, inputs.default_texts(calibration), calibration.length)

@@ -121,6 +121,11 @@ class Model:
         modules: Any = self.module.base_model.get_submodule(anatomy.blocks)
         return [Block(i, module, anatomy, heads) for i, module in enumerate(modules)]
 
+    @property
+    def obstacles(self) -> list[str]:
+        """Why some widths must stay, each reason once."""
+        return sorted({b.query_key_obstacle for b in self.blocks if b.query_key_obstacle})
+
     def units(self, multiple_of: int) -> list[Unit]:
         """All axes that can shrink, block by block."""
         return [unit for block in self.blocks for unit in block.units(multiple_of)]

@@ -113,8 +113,7 @@ def compress(
     if isinstance(method, Plan):
         plan, method = method, method.build_method()
         multiple_of = plan.multiple_of
-        record = plan.calibration
-        own = Calibration(record.source, record.samples, record.length, record.seed)
+        own = plan.calibration.choice()
         if calibration not in (None, own):
             raise InputError("a plan brings its own calibration; give one or the other.")
         calibration = own
@@ -205,7 +204,7 @@ def prepare(
     """
     with watch.measure("open"):
         model = open_model(source, settings)
-        for note in sorted({b.query_key_obstacle for b in model.blocks} - {None}):  # type: ignore[type-var]
+        for note in model.obstacles:
             progress.say(f"note: {note}")
         for note in text_notes(calibration, tokens, model.units(multiple_of)):
             progress.say(f"note: {note}")
@@ -356,7 +355,9 @@ def save(
     plan = revise(plan, model, measure_curves(model, method, store, plan.multiple_of))
     prepared = Prepared(model, tokens, store, method, plan)
     workspace, progress = Workspace(Path(out), overwrite), Progress()
-    settings = Settings(device=str(model.device), dtype=str(model.module.dtype)[6:])
+    settings = Settings(
+        device=str(model.device), dtype=str(model.module.dtype).removeprefix("torch.")
+    )
     with workspace.opened({"plan": plan.model_dump(mode="json")}):
         memory, ids = write(prepared, workspace.result, Stopwatch(), progress)
         judge_apart(

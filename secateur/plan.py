@@ -49,6 +49,10 @@ class CalibrationRecord(_Record):
     tokens: int
     fingerprint: str
 
+    def choice(self) -> Calibration:
+        """The choice of text that led to these tokens."""
+        return Calibration(self.source, self.samples, self.length, self.seed)
+
 
 class MethodRecord(_Record):
     """A method's name and all of its fields."""

@@ -102,7 +102,7 @@ def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, A
             }
             for kind in kinds
         ],
-        "notes": sorted({b.query_key_obstacle for b in model.blocks} - {None}),  # type: ignore[type-var]
+        "notes": model.obstacles,
         "calibration_bytes": {
             "statistics_per_block": 8 * widest**2,
             "activations_per_1000_tokens": 4000 * config.hidden_size,
