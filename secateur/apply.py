@@ -22,7 +22,7 @@ def narrow_block(
 ) -> None:
     """Bring the units of a block to their sizes, in place; units at full size stay untouched."""
     found = {
-        unit.kind: method.compress(unit, sizes[unit.name], block, statistics)
+        unit.kind: method.solve(unit, block, statistics).at(sizes[unit.name])
         for unit in units
         if sizes[unit.name] < unit.size
     }
@@ -30,8 +30,17 @@ def narrow_block(
         narrow_mlp(block, found["mlp"])
     if "query_key" in found or "value_output" in found:
         narrow_heads(block, found.get("query_key"), found.get("value_output"))
+    check_finite(block)
+
+
+def check_finite(block: Block) -> None:
+    """Refuse what narrowing should never give.
+
+    Raises:
+        InputError: a weight of the block is NaN or infinite.
+    """
     for name, parameter in block.module.named_parameters():
-        if found and not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(parameter).all()):
             raise InputError(
                 f"block {block.index}: narrowing gave {name} NaN or infinite numbers; give the "
                 f"method larger ridges."
@@ -50,10 +59,9 @@ def narrow_mlp(block: Block, narrowing: Narrowing) -> None:
         kept_bias = bias[rows] if isinstance(bias, Tensor) else None
         set_linear(producer, weight[:, rows].t().contiguous(), kept_bias)
     consumer = block.consumer
-    weight = block.consumer_weight
-    refitted = weight[keep] if narrowing.decode is None else narrowing.decode @ weight
+    rows = block.consumer_weight[keep] if narrowing.consumer is None else narrowing.consumer
     old_bias = consumer.bias if isinstance(consumer.bias, Tensor) else None
-    set_linear(consumer, refitted.t().to(inputs_by_outputs(consumer).dtype).contiguous(), old_bias)
+    set_linear(consumer, rows.t().to(inputs_by_outputs(consumer).dtype).contiguous(), old_bias)
 
 
 def narrow_heads(block: Block, query_key: Narrowing | None, value_output: Narrowing | None) -> None:
@@ -64,8 +72,15 @@ def narrow_heads(block: Block, query_key: Narrowing | None, value_output: Narrow
     if query_key is not None:
         keep = query_key.keep
         assert keep is not None
-        q, k = _head_rows(q, keep, old.num_key_value_groups), _head_rows(k, keep, 1)
+        group = old.num_key_value_groups
+        if query_key.encode is None:
+            q = _head_rows(q, keep, group)
+        else:
+            q = _head_maps(q, query_key.encode.repeat_interleave(group, 0))
+        k = _head_rows(k, keep, 1)
         shape["query_key"] = keep.shape[1]
+        if shape["query_key"] == 0:
+            shape["rotary"] = "none"
         if shape["rotary"] != "none":
             shape["rotary"] = "chosen"
             pairs = keep[:, : keep.shape[1] // 2].clamp_max(block.heads.rotary // 2)
@@ -102,24 +117,36 @@ def _head_rows(part: Part, keep: Tensor, group: int) -> Part:
     return weight[rows], None if bias is None else bias[rows]
 
 
+def _head_maps(part: Part, encode: Tensor) -> Part:
+    """Multiply ``encode`` (heads, n, k) into the rows of every head."""
+    weight, bias = part
+    rows = weight.double().unflatten(0, (len(encode), -1))
+    mapped = torch.einsum("hnk,hni->hki", encode, rows).flatten(0, 1).to(weight.dtype)
+    if bias is None:
+        return mapped, None
+    heads = bias.double().view(len(encode), -1, 1)
+    return mapped, (encode.mT @ heads).flatten().to(bias.dtype)
+
+
 def _value_output(
     old: NarrowAttention, value: Part, output: Part, narrowing: Narrowing
 ) -> tuple[Part, Part]:
-    """W_V E and D W_O per KV group, with the value bias folded into the output bias."""
-    encode, decode = narrowing.encode, narrowing.decode
+    """W_V E and the new output projection, with the value bias folded into the output bias."""
+    encode, consumer = narrowing.encode, narrowing.consumer
     assert encode is not None
-    assert decode is not None
-    weight, bias = value
-    dtype, width = weight.dtype, old.value
-    values = weight.double().view(old.kv_heads, width, -1)
-    outputs = output[0].double().view(-1, old.kv_heads, old.num_key_value_groups, width)
-    output_bias = output[1]
-    if bias is not None:
-        # Attention weights sum to one, so a value's bias is a constant of the output.
-        constant = torch.einsum("ohgn,hn->o", outputs, bias.double().view(old.kv_heads, width))
-        if output_bias is not None:
-            constant = constant + output_bias.double()
-        output_bias = constant.to(dtype)
-    values = torch.einsum("hnk,hni->hki", encode, values).flatten(0, 1)
-    outputs = torch.einsum("hkn,ohgn->ohgk", decode, outputs).flatten(1)
-    return (values.to(dtype), None), (outputs.to(dtype).contiguous(), output_bias)
+    assert consumer is not None
+    values, _ = _head_maps((value[0], None), encode)
+    dtype = value[0].dtype
+    return (values, None), (consumer.t().to(dtype).contiguous(), folded_bias(old, value, output))
+
+
+def folded_bias(old: NarrowAttention, value: Part, output: Part) -> Tensor | None:
+    """The output bias with what the value bias adds: attention weights sum to one, so a constant."""
+    bias = value[1]
+    if bias is None:
+        return output[1]
+    heads = bias.double().view(old.kv_heads, 1, old.value)
+    constant = output[0].double() @ heads.expand(-1, old.num_key_value_groups, -1).flatten()
+    if output[1] is not None:
+        constant = constant + output[1].double()
+    return constant.to(value[0].dtype)

@@ -52,12 +52,17 @@ class Block:
         return inputs_by_outputs(self.consumer).double()
 
     @property
+    def output_rows(self) -> Tensor:
+        """The output projection's weight as (heads, value width, hidden), float64."""
+        attention = self.attention
+        weight = attention.o_proj.weight.double().t()
+        return weight.unflatten(0, (attention.heads, attention.value))
+
+    @property
     def output_weight(self) -> Tensor:
         """The output projection as (kv heads, value width, group × hidden), float64."""
-        attention = self.attention
-        weight = attention.o_proj.weight.double()  # hidden, heads * value
-        parts = weight.view(-1, attention.kv_heads, attention.num_key_value_groups, attention.value)
-        return parts.permute(1, 3, 2, 0).flatten(2)
+        rows = self.output_rows.unflatten(0, (self.attention.kv_heads, -1))
+        return rows.transpose(1, 2).flatten(2)
 
     def units(self, multiple_of: int) -> list[Unit]:
         """The axes that can shrink; MLP widths go in multiples of ``multiple_of``."""

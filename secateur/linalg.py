@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+COMPACT_EVERY = 64  # steps of an elimination
+
+
 class DampingWarning(UserWarning):
     """A ridge had to be raised for a matrix to be positive definite."""
 
@@ -61,7 +64,12 @@ def nested_errors(
     """
     factor, _ = damped_cholesky(gram[order][:, order], ridge, what)
     rows = (factor.t() @ weight[order]).square().sum(1)
-    return torch.cat((rows.flip(0).cumsum(0).flip(0), rows.new_zeros(1)))
+    return tails(rows)
+
+
+def tails(parts: Tensor) -> Tensor:
+    """What is left out when the first k of n parts stay, for k = 0 … n."""
+    return torch.cat((parts.flip(0).cumsum(0).flip(0), parts.new_zeros(1)))
 
 
 def decoder(gram: Tensor, keep: Tensor, ridge: float, what: str = "refit") -> Tensor:
@@ -106,3 +114,53 @@ def low_rank_in_metric(gram: Tensor, weight: Tensor, ridge: float) -> tuple[Tens
     energies, left = torch.linalg.eigh(whitened @ whitened.mT)
     energies, left = energies.flip(-1).clamp_min(0), left.flip(-1)
     return inverse @ left, left.mT @ root, energies
+
+
+def least_squares(
+    gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, what: str = "refit"
+) -> Tensor:
+    """The Ŵ (k, outputs) that minimises E‖t − xŴ‖² + λ‖Ŵ − prior‖², from C = E xᵀx and E xᵀt.
+
+    λ is ``ridge`` times the mean of diag C, so the ridge pulls to the prior and not to zero.
+    """
+    if len(gram) == 0:
+        return prior.clone()
+    factor, used = damped_cholesky(gram, ridge, what)
+    return torch.cholesky_solve(cross + used * _scale(gram) * prior, factor)
+
+
+def backward_elimination(
+    gram: Tensor, cross: Tensor, ridge: float, what: str = "elimination"
+) -> tuple[Tensor, Tensor]:
+    """Which features a least squares fit can spare: the order, best first, and E(k) for k = 0 … n.
+
+    With Ŵ the fit from the features that are left and H = C + λI on them, leaving out feature j and
+    refitting the others costs exactly
+
+        ‖Ŵ_j‖² / [H⁻¹]_jj,   and then   [H⁻¹ Ŵ] ← [H⁻¹ Ŵ] − H⁻¹_:j [H⁻¹ Ŵ]_j: / [H⁻¹]_jj
+
+    so each step removes the cheapest and the costs add up to the error of the joint fit (optimal
+    brain surgeon; ZipLM, arXiv 2302.04089, section 3.1). E(k) is above the error of all features.
+    """
+    size = len(gram)
+    factor, _ = damped_cholesky(gram, ridge, what)
+    state = torch.cat((torch.cholesky_inverse(factor), torch.cholesky_solve(cross, factor)), 1)
+    alive = torch.arange(size, device=gram.device)
+    gone = torch.zeros(size, dtype=torch.bool, device=gram.device)
+    removed, costs = torch.empty_like(alive), gram.new_zeros(size + 1)
+    for step in range(size):
+        if step and step % COMPACT_EVERY == 0:  # drop the rows and columns of what is gone
+            columns = torch.cat((~gone, gone.new_ones(state.shape[1] - len(gone))))
+            state, alive = state[~gone][:, columns], alive[~gone]
+            gone = gone.new_zeros(len(alive))
+        inverse = state[:, : len(alive)]
+        pivots = inverse.diagonal()
+        cost = state[:, len(alive) :].square().sum(1) / pivots
+        cost[gone] = torch.inf
+        worst = cost.argmin()
+        costs[step + 1] = costs[step] + cost[worst]
+        removed[step] = alive[worst]
+        row = state[worst].clone()
+        state.addr_(inverse[:, worst] / pivots[worst], row, alpha=-1)
+        gone[worst] = True
+    return removed.flip(0), costs.flip(0)

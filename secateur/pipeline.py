@@ -15,7 +15,7 @@ from secateur import report as reporting
 from secateur.allocate.base import budget_of, check_budget
 from secateur.apply import narrow_block
 from secateur.block import inputs_by_outputs
-from secateur.calibration import TOKENS_PER_BATCH, Store, calibrate
+from secateur.calibration import Store, calibrate
 from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
@@ -46,6 +46,7 @@ from secateur.plan import (
 )
 from secateur.progress import Progress
 from secateur.report import Report
+from secateur.stream import TOKENS_PER_BATCH
 from secateur.text import (
     Calibration,
     Tokens,

@@ -155,7 +155,7 @@ def measure_curves(
             influence.append(float(statistics[Needs.INFLUENCE].mean))
         for unit in units:
             if unit.block == block.index:
-                curves[unit.name] = method.curve(unit, block, statistics)
+                curves[unit.name] = method.solve(unit, block, statistics).curve
         advance(1)
     return Evidence(curves, influence)
 

@@ -17,19 +17,29 @@ from secateur.errors import InputError
 
 
 class Statistic(ABC):
-    """A float64 sum over tokens and the number of tokens in it."""
+    """A float64 sum over tokens and the number of tokens in it.
+
+    ``most_tokens`` is where a statistic that is dear to collect has seen enough.
+    """
+
+    most_tokens: ClassVar[int | None] = None
 
     def __init__(self, total: Tensor | None = None, tokens: int = 0) -> None:
         self.total = total
         self.tokens = tokens
 
+    @property
+    def wants_more(self) -> bool:
+        """Whether more tokens would make it better by enough to be worth their price."""
+        return self.most_tokens is None or self.tokens < self.most_tokens
+
     @abstractmethod
-    def summed(self, values: Tensor, mask: Tensor) -> Tensor:
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         """The sum over the tokens of one batch where ``mask`` (batch, tokens) is true."""
 
-    def update(self, values: Tensor, mask: Tensor) -> None:
+    def update(self, *values: Tensor, mask: Tensor) -> None:
         """Add a batch: ``values`` (batch, tokens, …)."""
-        added = self.summed(_wide(values), mask).double()
+        added = self.summed(*map(_wide, values), mask=mask).double()
         self.total = added if self.total is None else self.total.add_(added)
         self.tokens += int(mask.sum())
 
@@ -69,7 +79,7 @@ def _wide(values: Tensor) -> Tensor:
 class Gram(Statistic):
     """Σ xᵀx of (batch, tokens, n) activations: (n, n)."""
 
-    def summed(self, values: Tensor, mask: Tensor) -> Tensor:
+    def summed(self, values: Tensor, *, mask: Tensor) -> Tensor:
         rows = values[mask]
         return rows.t() @ rows
 
@@ -77,7 +87,7 @@ class Gram(Statistic):
 class HeadGram(Statistic):
     """Σ xᵀx of each head of (batch, tokens, heads, n) activations: (heads, n, n)."""
 
-    def summed(self, values: Tensor, mask: Tensor) -> Tensor:
+    def summed(self, values: Tensor, *, mask: Tensor) -> Tensor:
         rows = values[mask].transpose(0, 1)  # heads, tokens, n
         return rows.transpose(1, 2) @ rows
 
@@ -85,27 +95,84 @@ class HeadGram(Statistic):
 class Energy(Statistic):
     """Σ x² of every coordinate of (batch, tokens, …) activations: the diagonal of a Gram."""
 
-    def summed(self, values: Tensor, mask: Tensor) -> Tensor:
+    def summed(self, values: Tensor, *, mask: Tensor) -> Tensor:
         return values[mask].square().sum(0)
 
 
 class Influence(Statistic):
-    """Σ (1 − cosine) between a block's input and output; values (batch, tokens, 2, hidden).
+    """Σ (1 − cosine) between a block's input and output, both (batch, tokens, hidden).
 
     The mean is the block influence of ShortGPT (arXiv 2403.03853, equation 1).
     """
 
-    def summed(self, values: Tensor, mask: Tensor) -> Tensor:
-        before, after = values[mask].double().unbind(1)
+    def summed(self, before: Tensor, after: Tensor, *, mask: Tensor) -> Tensor:
+        before, after = before[mask].double(), after[mask].double()
         return (1 - torch.cosine_similarity(before, after, -1)).sum()
+
+
+class Cross(Statistic):
+    """Σ xᵀt of features (batch, tokens, n) and targets (batch, tokens, outputs): (n, outputs)."""
+
+    def summed(self, features: Tensor, targets: Tensor, *, mask: Tensor) -> Tensor:
+        return features[mask].t() @ targets[mask]
+
+
+class PairScores(Statistic):
+    """What each rotary pair of a head adds to the attention's output: (kv heads, 2 pairs, 2 pairs).
+
+    For a query head, let S_p[t, s] be what pair p adds to the score of query t and key s, A the
+    attention weights and u_s the value as the output projection maps it. To first order, pair p
+    adds to the output of token t
+
+        o_p[t] = Σ_s A[t, s] (S_p[t, s] − Σ_r A[t, r] S_p[t, r]) u_s
+
+    (the derivative of the softmax), and this is Σ_t ⟨o_p[t], o_r[t]⟩ over pairs p, r, summed over
+    the query heads that read a KV head. The second half of the features is the same pairs with the
+    query turned by 90°, S'_p, which a gain on a kept pair can mix in. Dims that don't rotate have
+    no partner: both halves then hold single coordinates.
+
+    Takes queries (batch, heads, tokens, width) and keys (batch, kv heads, tokens, width) after
+    rotation, the first already scaled; values (batch, heads, tokens, any) in a basis in which the
+    output's metric is the identity; and which pairs turn (pairs), bool.
+    """
+
+    most_tokens = 4096
+
+    def summed(
+        self, query: Tensor, key: Tensor, value: Tensor, turning: Tensor, *, mask: Tensor
+    ) -> Tensor:
+        group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None, None]
+        tokens = mask.shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+        total = query.new_zeros(key.shape[1], query.shape[-1], query.shape[-1]).double()
+        for row in range(len(query)):
+            real = causal & mask[row][:, None]
+            for head in range(query.shape[1]):
+                q, k = query[row, head], key[row, head // group]
+                weights = (q @ k.t()).masked_fill(~causal, -torch.inf).softmax(-1) * real
+                (q1, q2), (k1, k2) = q.chunk(2, 1), k.chunk(2, 1)
+                first, second, turned = _outer(q1, k1), _outer(q2, k2), _outer(q1, k2) - _outer(q2, k1)
+                features = torch.cat(
+                    (torch.where(turn, first + second, first), torch.where(turn, turned, second))
+                )
+                features = weights * (features - (weights * features).sum(-1, keepdim=True))
+                added = (features @ value[row, head]).flatten(1)
+                total[head // group] += (added @ added.t()).double()
+        return total
+
+
+def _outer(query: Tensor, key: Tensor) -> Tensor:
+    """Products of every query and key coordinate by coordinate: (coordinates, tokens, tokens)."""
+    return query.t().unsqueeze(2) * key.t().unsqueeze(1)
 
 
 class Need(NamedTuple):
     """A statistic of the activations at one place in a block.
 
     Places: "hidden" (MLP hidden channels, as the consumer reads them), "query" and "key" (heads
-    before rotation, after any norm inside them), "value" (heads without bias), "block" (input and
-    output of the block).
+    before rotation, after any norm inside them), "value" (heads without bias), "mixed" (values
+    without bias, mixed by attention, as the output projection reads them), "scores" (see
+    :class:`PairScores`), "block" (input and output of the block).
     """
 
     place: str
@@ -123,3 +190,7 @@ class Needs:
     KEY_ENERGY: ClassVar = Need("key", Energy)
     VALUE_GRAM: ClassVar = Need("value", HeadGram)
     INFLUENCE: ClassVar = Need("block", Influence)
+    MIXED_GRAM: ClassVar = Need("mixed", Gram)
+    PAIR_SCORES: ClassVar = Need("scores", PairScores)
+    HIDDEN_TARGET: ClassVar = Need("hidden", Cross)
+    MIXED_TARGET: ClassVar = Need("mixed", Cross)

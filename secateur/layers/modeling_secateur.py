@@ -91,15 +91,10 @@ class NarrowAttention(nn.Module):
         cos, sin = tables.unflatten(-1, self.rope_pairs.shape).transpose(2, 3)
         return cos, sin
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        layer_past: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (both turned) and values, as (batch, heads, tokens, width)."""
         tokens = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*tokens, self.heads, self.query_key)
         key = self.k_proj(hidden_states).view(*tokens, self.kv_heads, self.query_key)
@@ -113,9 +108,24 @@ class NarrowAttention(nn.Module):
             # Every query head turns like the KV head that it reads.
             grouped = query.unflatten(1, (self.kv_heads, self.num_key_value_groups))
             query = rotate(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
+        return query, key, value
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        layer_past: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        tokens = hidden_states.shape[:-1]
+        query, key, value = self.project(hidden_states, position_embeddings)
         cache = layer_past if past_key_values is None else past_key_values
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+        if self.value == 0:  # nothing is read; the cache was told all the same, as it counts tokens
+            return self.resid_dropout(self.o_proj(hidden_states.new_zeros(*tokens, 0))), None
 
         implementation = self.config._attn_implementation
         if implementation != "eager" and (query.shape[2] > 1 or "flash" in implementation):

@@ -1,6 +1,7 @@
 """The contract of a method: score an axis, and say what replaces it at a size."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,19 +19,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What replaces an axis z of width n by one of width k: z W becomes (z E)(D W).
+    """What replaces an axis z of width n by one of width k: z W becomes (z E) Ŵ.
 
     Attributes:
-        keep: the kept coordinates, in order: (k) for an MLP, (kv heads, k) for query/key. E selects
-            them. None where E is a dense basis.
-        encode: E, (kv heads, n, k), multiplied into the producer. None where E selects.
-        decode: D, (k, n) or (kv heads, k, n), multiplied into the consumer. None leaves the kept
-            rows as they are.
+        keep: the kept coordinates, in order: (k) for an MLP, (kv heads, k) for query/key. None
+            where E is a dense basis.
+        encode: E, (kv heads, n, k), multiplied into the values, or into the queries of the heads
+            that read a KV head, whose keys are selected. None where E selects.
+        consumer: Ŵ in place of the consumer's rows: (k, outputs) for an MLP, (heads · k, outputs)
+            for value/output. None leaves the kept rows as they are.
     """
 
     keep: Tensor | None = None
     encode: Tensor | None = None
-    decode: Tensor | None = None
+    consumer: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A method's answer for one unit, at every size it may take.
+
+    Attributes:
+        curve: predicted error of the unit's output.
+        at: what replaces the unit at a size.
+    """
+
+    curve: Curve
+    at: Callable[[int], Narrowing]
 
 
 def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -49,6 +64,8 @@ class Method(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    #: whether :meth:`compress` is given statistics from behind the blocks narrowed before
+    sequential: ClassVar[bool] = False
     keep: float
 
     def __post_init__(self) -> None:
@@ -75,11 +92,5 @@ class Method(ABC):
         """What spends the budget when nothing else is asked for."""
 
     @abstractmethod
-    def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
-        """Predicted error at every size; touches no weight."""
-
-    @abstractmethod
-    def compress(
-        self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
-    ) -> Narrowing:
-        """What replaces the unit at ``size``; touches no weight."""
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The unit at every size; touches no weight."""

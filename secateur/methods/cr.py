@@ -7,7 +7,8 @@ from torch import Tensor
 
 from secateur.block import Block
 from secateur.curve import Curve
-from secateur.methods.base import Narrowing
+from secateur.linalg import tails
+from secateur.methods.base import Narrowing, Solution
 from secateur.statistics import BlockStatistics, Needs
 from secateur.units import Unit
 
@@ -28,22 +29,21 @@ class CR:
     Source: arXiv 2408.09632, algorithm 2; grouped heads and rotary pairs as in its appendix.
     """
 
-    def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
-        """The removed share of Σ s², which bounds the scores' error if pairs were uncorrelated."""
-        scores, _ = self._ranked(block, statistics)
-        per_rank = scores.sum(0)  # best pair of every head first
-        tail = torch.cat((per_rank.flip(0).cumsum(0).flip(0), per_rank.new_zeros(1)))
-        return Curve.of(torch.cat((tail[:-1].repeat_interleave(2), tail[-1:])))
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The best pairs of every KV head, first halves before second halves.
 
-    def compress(
-        self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
-    ) -> Narrowing:
-        """The ``size / 2`` best pairs of every KV head, first halves before second halves."""
-        _, pairs = self._ranked(block, statistics)
-        kept = pairs[:, : size // 2]
-        if block.heads.rotary:  # in the tables' order; without rotation any order is as good
-            kept = kept.gather(1, kept[..., 0].argsort(dim=1).unsqueeze(-1).expand_as(kept))
-        return Narrowing(keep=kept.mT.flatten(1))
+        The curve is the removed share of Σ s², which bounds the scores' error if pairs were
+        uncorrelated.
+        """
+        scores, pairs = self._ranked(block, statistics)
+
+        def at(size: int) -> Narrowing:
+            kept = pairs[:, : size // 2]
+            if block.heads.rotary:  # in the tables' order; without rotation any order is as good
+                kept = kept.gather(1, kept[..., 0].argsort(dim=1).unsqueeze(-1).expand_as(kept))
+            return Narrowing(keep=kept.mT.flatten(1))
+
+        return Solution(Curve.of(per_coordinate(tails(scores.sum(0)))), at)  # best pairs first
 
     def _ranked(self, block: Block, statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
         """Squared scores (kv heads, pairs), descending, and the pairs' coordinates (…, 2)."""
@@ -65,3 +65,8 @@ class CR:
             scores = torch.cat((scores[:, :turning], single.unflatten(1, (-1, 2)).sum(-1)), 1)
         order = scores.argsort(dim=1, descending=True, stable=True)
         return scores.gather(1, order), pairs.gather(1, order.unsqueeze(-1).expand_as(pairs))
+
+
+def per_coordinate(errors: Tensor) -> Tensor:
+    """Errors at 0 … n / 2 pairs as errors at 0 … n coordinates, of which an odd one is wasted."""
+    return torch.cat((errors[:-1].repeat_interleave(2), errors[-1:]))

@@ -6,8 +6,8 @@ import torch
 
 from secateur.block import Block
 from secateur.curve import Curve
-from secateur.linalg import low_rank_in_metric
-from secateur.methods.base import Narrowing
+from secateur.linalg import low_rank_in_metric, tails
+from secateur.methods.base import Narrowing, Solution
 from secateur.statistics import BlockStatistics, Needs
 from secateur.units import Unit
 
@@ -33,17 +33,14 @@ class HeadSVD:
 
     ridge: float
 
-    def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
-        """The discarded σ² of all KV groups, exact for the X-only objective."""
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The leading directions of every KV group, and the discarded σ² of all of them."""
         gram = statistics[Needs.VALUE_GRAM].mean
-        energies = low_rank_in_metric(gram, block.output_weight, self.ridge)[2].sum(0)
-        tail = energies.flip(0).cumsum(0).flip(0)
-        return Curve.of(torch.cat((tail, tail.new_zeros(1))))
+        encode, decode, energies = low_rank_in_metric(gram, block.output_weight, self.ridge)
+        outputs = block.output_rows.unflatten(0, (len(gram), -1))  # kv heads, group, value, hidden
 
-    def compress(
-        self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
-    ) -> Narrowing:
-        """The leading ``size`` directions of every KV group."""
-        gram = statistics[Needs.VALUE_GRAM].mean
-        encode, decode, _ = low_rank_in_metric(gram, block.output_weight, self.ridge)
-        return Narrowing(encode=encode[..., :size], decode=decode[:, :size])
+        def at(size: int) -> Narrowing:
+            rows = torch.einsum("jkn,jgno->jgko", decode[:, :size], outputs)
+            return Narrowing(encode=encode[..., :size], consumer=rows.flatten(0, 2))
+
+        return Solution(Curve.of(tails(energies.sum(0))), at)

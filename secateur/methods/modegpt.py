@@ -6,8 +6,7 @@ from typing import ClassVar
 from secateur.allocate.base import Allocator
 from secateur.allocate.influence import EntropicInfluence
 from secateur.block import Block
-from secateur.curve import Curve
-from secateur.methods.base import Method, Narrowing, option
+from secateur.methods.base import Method, Solution, option
 from secateur.methods.cr import CR
 from secateur.methods.head_svd import HeadSVD
 from secateur.methods.nystrom import Nystrom
@@ -45,19 +44,12 @@ class MoDeGPT(Method):
         """The published allocation."""
         return EntropicInfluence(self.temperature, self.max_sparsity)
 
-    def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
-        """The curve of the unit's own decomposition."""
-        return self._local(unit).curve(unit, block, statistics)
-
-    def compress(
-        self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
-    ) -> Narrowing:
-        """The unit's own decomposition at ``size``."""
-        return self._local(unit).compress(unit, size, block, statistics)
-
-    def _local(self, unit: Unit) -> Nystrom | CR | HeadSVD:
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The unit's own decomposition."""
         if isinstance(unit, MLP):
-            return Nystrom(self.leverage_ridge, self.refit_ridge)
-        if isinstance(unit, QueryKey):
-            return CR()
-        return HeadSVD(self.value_ridge)
+            local: Nystrom | CR | HeadSVD = Nystrom(self.leverage_ridge, self.refit_ridge)
+        elif isinstance(unit, QueryKey):
+            local = CR()
+        else:
+            local = HeadSVD(self.value_ridge)
+        return local.solve(unit, block, statistics)

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from secateur.block import Block
 from secateur.curve import Curve
 from secateur.linalg import decoder, nested_errors, ridge_leverage
-from secateur.methods.base import Narrowing
+from secateur.methods.base import Narrowing, Solution
 from secateur.statistics import BlockStatistics, Needs
 from secateur.units import Unit
 
@@ -35,21 +34,16 @@ class Nystrom:
     leverage_ridge: float
     refit_ridge: float
 
-    def curve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Curve:
-        """Exact error of the refitted consumer for every prefix of the ranking."""
-        gram = statistics[Needs.HIDDEN_GRAM].mean
-        order = self._ranking(unit, gram)
-        errors = nested_errors(gram, block.consumer_weight, order, self.refit_ridge, unit.name)
-        return Curve.of(errors)
-
-    def compress(
-        self, unit: Unit, size: int, block: Block, statistics: BlockStatistics
-    ) -> Narrowing:
-        """The ``size`` channels of highest leverage, and the refit from them."""
-        gram = statistics[Needs.HIDDEN_GRAM].mean
-        keep = torch.sort(self._ranking(unit, gram)[:size]).values
-        return Narrowing(keep=keep, decode=decoder(gram, keep, self.refit_ridge, unit.name))
-
-    def _ranking(self, unit: Unit, gram: Tensor) -> Tensor:
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The channels of highest leverage, and the exact error of the refit from them."""
+        gram, weight = statistics[Needs.HIDDEN_GRAM].mean, block.consumer_weight
         scores = ridge_leverage(gram, self.leverage_ridge, unit.name)
-        return scores.argsort(descending=True, stable=True)
+        order = scores.argsort(descending=True, stable=True)
+
+        def at(size: int) -> Narrowing:
+            keep = torch.sort(order[:size]).values
+            rows = decoder(gram, keep, self.refit_ridge, unit.name) @ weight
+            return Narrowing(keep=keep, consumer=rows)
+
+        errors = nested_errors(gram, weight, order, self.refit_ridge, unit.name)
+        return Solution(Curve.of(errors), at)

@@ -25,7 +25,7 @@ def narrowings(model, calibrated, name, kind, share, method):
                 wanted = (share + 0.12 * block.index) * unit.size
                 size = max(s for s in unit.sizes() if s <= max(wanted, unit.step))
                 sizes[unit.name] = size
-                chosen[block.index][unit.kind] = method.compress(unit, size, block, statistics)
+                chosen[block.index][unit.kind] = method.solve(unit, block, statistics).at(size)
     return chosen, sizes
 
 

@@ -48,7 +48,7 @@ def test_predicted_error_falls_with_size(opened, calibrated, method, name):
     made, store = method(), calibrated(name).store
     for block in opened(name).blocks[:2]:
         for unit in block.units(8):
-            curve = made.curve(unit, block, store.get(block.index, made.needs))
+            curve = made.solve(unit, block, store.get(block.index, made.needs)).curve
             errors = [curve.at(size) for size in range(unit.size + 1)]
             assert errors[0] == pytest.approx(1)
             assert errors[-1] < 1e-12
@@ -125,10 +125,10 @@ def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, nam
     handle.remove()
     hidden = seen[0].reshape(-1, unit.size)
     statistics = data.store.get(1, made.needs)
-    curve = made.curve(unit, block, statistics)
+    curve = made.solve(unit, block, statistics).curve
     whole, weight = hidden @ block.consumer_weight, block.consumer_weight
     for size in (8, 28, 48):
-        narrowing = made.compress(unit, size, block, statistics)
+        narrowing = made.solve(unit, block, statistics).at(size)
         kept = hidden[:, narrowing.keep]
         rebuilt = weight[narrowing.keep] if narrowing.decode is None else narrowing.decode @ weight
         measured = float((whole - kept @ rebuilt).square().sum() / whole.square().sum())
@@ -151,10 +151,10 @@ def test_predicted_value_error_is_the_measured_one(opened, calibrated, method, n
     values = (seen[0] - (0 if bias is None else bias)).flatten(0, 1)
     values = values.unflatten(1, (attention.kv_heads, unit.size)).transpose(0, 1)
     statistics = data.store.get(1, made.needs)
-    curve = made.curve(unit, block, statistics)
+    curve = made.solve(unit, block, statistics).curve
     whole = values @ block.output_weight
     for size in (1, 3, 6):
-        narrowing = made.compress(unit, size, block, statistics)
+        narrowing = made.solve(unit, block, statistics).at(size)
         rebuilt = values @ narrowing.encode @ narrowing.decode @ block.output_weight
         measured = float((whole - rebuilt).square().sum() / whole.square().sum())
         assert measured == pytest.approx(curve.at(size), rel=1e-3, abs=1e-5)

@@ -26,8 +26,8 @@ def raw(seed, heads=4, kv_heads=2, width=8, tokens=120):
 def statistics(query, key):
     found = {Needs.QUERY_ENERGY: Energy(), Needs.KEY_ENERGY: Energy()}
     mask = torch.ones(query.shape[:2], dtype=torch.bool)
-    found[Needs.QUERY_ENERGY].update(query, mask)
-    found[Needs.KEY_ENERGY].update(key, mask)
+    found[Needs.QUERY_ENERGY].update(query, mask=mask)
+    found[Needs.KEY_ENERGY].update(key, mask=mask)
     return found
 
 
@@ -36,7 +36,7 @@ def block(rotary):
 
 
 def kept(query, key, size, rotary):
-    return CR().compress(None, size, block(rotary), statistics(query, key)).keep
+    return CR().solve(None, block(rotary), statistics(query, key)).at(size).keep
 
 
 def gram_of(rows):
@@ -156,7 +156,7 @@ def test_a_quiet_key_silences_a_loud_query():
 def test_curve_is_the_removed_share_of_all_scores(rotary):
     query, key = raw(6)
     scores, _ = CR()._ranked(block(rotary), statistics(query, key))
-    curve = CR().curve(None, block(rotary), statistics(query, key))
+    curve = CR().solve(None, block(rotary), statistics(query, key)).curve
     for size in range(0, 9, 2):
         expected = float(scores[:, size // 2 :].sum() / scores.sum())
         assert curve.at(size) == pytest.approx(expected, abs=1e-12)

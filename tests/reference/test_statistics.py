@@ -37,7 +37,7 @@ def direct(kind, values, mask):
 def test_mean_is_the_definition(kind):
     values, mask = batch(kind, 4, 9)
     statistic = kind()
-    statistic.update(values, mask)
+    statistic.update(values, mask=mask)
     assert statistic.tokens == int(mask.sum())
     torch.testing.assert_close(statistic.mean, direct(kind, values, mask))
 
@@ -51,7 +51,7 @@ def test_streaming_equals_one_batch(kind, cuts, seed):
     for part, own in zip(
         values.tensor_split(sorted(cuts)), mask.tensor_split(sorted(cuts)), strict=True
     ):
-        streamed.update(part, own)
+        streamed.update(part, mask=own)
     torch.testing.assert_close(streamed.mean, direct(kind, values, mask))
 
 
@@ -61,7 +61,7 @@ def test_merge_is_associative_and_equals_pooling(kind):
 
     def part(i):
         made = kind()
-        made.update(values[3 * i : 3 * i + 3], mask[3 * i : 3 * i + 3])
+        made.update(values[3 * i : 3 * i + 3], mask=mask[3 * i : 3 * i + 3])
         return made
 
     left, right, tail = part(0), kind(), part(1)
@@ -81,10 +81,10 @@ def test_merge_is_associative_and_equals_pooling(kind):
 @every_kind
 def test_merging_leaves_the_other_as_it_was(kind):
     one, other, values = kind(), kind(), batch(kind, 2, 5)
-    other.update(*values)
+    other.update(values[0], mask=values[1])
     before = other.total.clone()
     one.merge(other)
-    one.update(*values)
+    one.update(values[0], mask=values[1])
     assert torch.equal(other.total, before)
 
 
@@ -92,10 +92,10 @@ def test_merging_leaves_the_other_as_it_was(kind):
 def test_what_padding_holds_never_counts(kind):
     values, mask = batch(kind, 4, 6)
     clean, dirty = kind(), kind()
-    clean.update(values, mask)
+    clean.update(values, mask=mask)
     values = values.clone()
     values[~mask] = float("nan")
-    dirty.update(values, mask)
+    dirty.update(values, mask=mask)
     assert torch.equal(clean.mean, dirty.mean)
 
 
@@ -107,11 +107,11 @@ def test_no_token_and_nan_are_refused(kind):
     mask[0, 0] = True
     values[0, 0] = float("nan")
     broken = kind()
-    broken.update(values, mask)
+    broken.update(values, mask=mask)
     with pytest.raises(InputError, match="NaN"):
         _ = broken.mean
     nothing = kind()
-    nothing.update(values, torch.zeros_like(mask))
+    nothing.update(values, mask=torch.zeros_like(mask))
     with pytest.raises(InputError, match="no token"):
         _ = nothing.mean
 

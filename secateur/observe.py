@@ -1,0 +1,93 @@
+"""Hooks that feed the statistics of a block while its forward runs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.block import Block
+from secateur.statistics import Need, Statistic
+
+
+@contextmanager
+def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -> Iterator[None]:
+    """Feed the statistics of one block from hooks while its forward runs."""
+    attention = block.attention
+
+    def feed(place: str, *values: Tensor) -> None:
+        for need, statistic in statistics.items():
+            if need.place == place and statistic.wants_more:
+                statistic.update(*values, mask=mask)
+
+    def hidden(_: nn.Module, args: Any) -> None:
+        feed("hidden", args[0].reshape(*mask.shape, -1))
+
+    def query(_: nn.Module, args: Any, output: Tensor) -> None:
+        feed("query", output.reshape(*mask.shape, -1, attention.query_key))
+
+    def key(_: nn.Module, args: Any, output: Tensor) -> None:
+        feed("key", output.reshape(*mask.shape, -1, attention.query_key))
+
+    def value(_: nn.Module, args: Any, output: Tensor) -> None:
+        feed("value", unbiased(output, attention.v_proj).reshape(*mask.shape, -1, attention.value))
+
+    def mixed(_: nn.Module, args: Any) -> None:
+        feed("mixed", mixed_values(block, args[0]))
+
+    def scores(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if any(need.place == "scores" and s.wants_more for need, s in statistics.items()):
+            feed("scores", *_scores(block, args, kwargs))
+
+    hooks = {
+        "hidden": (block.consumer.register_forward_pre_hook, hidden),
+        "query": ((attention.q_norm or attention.q_proj).register_forward_hook, query),
+        "key": ((attention.k_norm or attention.k_proj).register_forward_hook, key),
+        "value": (attention.v_proj.register_forward_hook, value),
+        "mixed": (attention.o_proj.register_forward_pre_hook, mixed),
+    }
+    with ExitStack() as stack:
+        places = {need.place for need in statistics}
+        for place, (register, hook) in hooks.items():
+            if place in places:
+                stack.callback(register(hook).remove)
+        if "scores" in places:
+            handle = attention.register_forward_pre_hook(scores, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def unbiased(output: Tensor, linear: nn.Linear) -> Tensor:
+    """A linear's output without its bias.
+
+    A value's bias reaches the output whole, as attention weights sum to one; it is folded into the
+    output's bias and is no part of what has to be rebuilt.
+    """
+    return output if linear.bias is None else output - linear.bias
+
+
+def mixed_values(block: Block, values: Tensor) -> Tensor:
+    """The output projection's input without what the value bias adds to it."""
+    attention = block.attention
+    bias = attention.v_proj.bias
+    if bias is None:
+        return values
+    heads = bias.view(attention.kv_heads, 1, attention.value)
+    return values - heads.expand(-1, attention.num_key_value_groups, -1).flatten()
+
+
+def _scores(block: Block, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
+    """Queries, keys and values as :class:`~secateur.statistics.PairScores` takes them."""
+    attention = block.attention
+    states = args[0] if args else kwargs["hidden_states"]
+    query, key, value = attention.project(states, kwargs.get("position_embeddings"))
+    # u = v W_O has the inner products of v L with W_O W_Oᵀ = L Lᵀ, which is no wider than a head.
+    weight = attention.o_proj.weight.double().view(-1, attention.heads, attention.value)
+    metric = torch.einsum("dhi,dhj->hij", weight, weight)
+    eye = torch.eye(attention.value, dtype=metric.dtype, device=metric.device)
+    tiny = 1e-9 * metric.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-200)
+    root = torch.linalg.cholesky(metric + tiny[:, None, None] * eye)
+    value = value.repeat_interleave(attention.num_key_value_groups, 1)
+    turning = torch.arange(attention.query_key // 2, device=query.device) < block.heads.rotary // 2
+    return query * attention.scaling, key, value @ root.to(value.dtype), turning
