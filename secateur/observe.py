@@ -15,10 +15,11 @@ from secateur.statistics import Need, Statistic
 def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -> Iterator[None]:
     """Feed the statistics of one block from hooks while its forward runs."""
     attention = block.attention
+    projecting = False  # for the scores' own use, which the other hooks must not count
 
     def feed(place: str, *values: Tensor) -> None:
         for need, statistic in statistics.items():
-            if need.place == place and statistic.wants_more:
+            if need.place == place and statistic.wants_more and not projecting:
                 statistic.update(*values, mask=mask)
 
     def hidden(_: nn.Module, args: Any) -> None:
@@ -37,8 +38,12 @@ def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -
         feed("mixed", mixed_values(block, args[0]))
 
     def scores(_: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal projecting
         if any(need.place == "scores" and s.wants_more for need, s in statistics.items()):
-            feed("scores", *_scores(block, args, kwargs))
+            projecting = True
+            values = _scores(block, args, kwargs)
+            projecting = False
+            feed("scores", *values)
 
     hooks = {
         "hidden": (block.consumer.register_forward_pre_hook, hidden),

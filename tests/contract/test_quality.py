@@ -7,7 +7,7 @@ import torch
 
 from secateur.apply import narrow_block
 from secateur.errors import InputError
-from secateur.methods.base import Narrowing
+from secateur.methods.base import Narrowing, Solution
 from tests.contract.conftest import logits
 from tests.families import FAMILIES, stream
 
@@ -68,7 +68,9 @@ def random_choice(unit, size, block, generator):
         return Narrowing(keep=torch.cat((first, first + half), 1))
     basis = torch.randn(heads, unit.size, unit.size, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(basis)[0][..., :size]
-    return Narrowing(encode=basis, decode=basis.mT)
+    group = block.attention.num_key_value_groups
+    rows = basis.mT.repeat_interleave(group, 0) @ block.output_rows
+    return Narrowing(encode=basis, consumer=rows.flatten(0, 1))
 
 
 class Chosen:
@@ -76,6 +78,9 @@ class Chosen:
 
     def __init__(self, compress):
         self.compress = compress
+
+    def solve(self, unit, block, statistics):
+        return Solution(None, lambda size: self.compress(unit, size, block, statistics))
 
 
 def damage(opened, calibrated, name, kind, share, chooser=None, method=None):
@@ -130,7 +135,7 @@ def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, nam
     for size in (8, 28, 48):
         narrowing = made.solve(unit, block, statistics).at(size)
         kept = hidden[:, narrowing.keep]
-        rebuilt = weight[narrowing.keep] if narrowing.decode is None else narrowing.decode @ weight
+        rebuilt = weight[narrowing.keep] if narrowing.consumer is None else narrowing.consumer
         measured = float((whole - kept @ rebuilt).square().sum() / whole.square().sum())
         assert measured == pytest.approx(curve.at(size), rel=1e-2, abs=1e-5)  # the ridge
         unfitted = whole - kept @ weight[narrowing.keep]
@@ -152,9 +157,10 @@ def test_predicted_value_error_is_the_measured_one(opened, calibrated, method, n
     values = values.unflatten(1, (attention.kv_heads, unit.size)).transpose(0, 1)
     statistics = data.store.get(1, made.needs)
     curve = made.solve(unit, block, statistics).curve
-    whole = values @ block.output_weight
+    whole, group = values @ block.output_weight, attention.num_key_value_groups
     for size in (1, 3, 6):
         narrowing = made.solve(unit, block, statistics).at(size)
-        rebuilt = values @ narrowing.encode @ narrowing.decode @ block.output_weight
+        rows = narrowing.consumer.view(attention.kv_heads, -1, size, whole.shape[-1] // group)
+        rebuilt = values @ narrowing.encode @ rows.transpose(1, 2).flatten(2)
         measured = float((whole - rebuilt).square().sum() / whole.square().sum())
         assert measured == pytest.approx(curve.at(size), rel=1e-3, abs=1e-5)

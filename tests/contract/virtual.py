@@ -1,8 +1,8 @@
 """Narrowing without narrowing: hooks on a stock dense model that do what a narrow one should.
 
-Dropped MLP channels are rebuilt from the kept ones in front of the unchanged consumer, values go
-through E D behind the unchanged value map, dropped query and key coordinates are set to zero. No
-shape changes, and none of the package's attention code is involved.
+The MLP's consumer reads the kept channels alone, the output projection reads mixed values through
+E, dropped query and key coordinates are set to zero. No shape changes in front of either consumer,
+and none of the package's attention code is involved.
 """
 
 from collections.abc import Iterator, Mapping
@@ -66,9 +66,9 @@ def narrowed(model: Any, name: str, narrowings: Narrowings) -> Iterator[Any]:
             attention = block.get_submodule(family.attention)
             rows = head_rows(name, model.config)
             if "mlp" in own:
-                hook = _mixed_channels(own["mlp"])
-                handle = block.get_submodule(family.consumer).register_forward_pre_hook(hook)
-                stack.callback(handle.remove)
+                consumer = block.get_submodule(family.consumer)
+                hook = _kept_channels(own["mlp"], consumer)
+                stack.callback(consumer.register_forward_hook(hook).remove)
             edits = {}
             if "query_key" in own:
                 width = rows["q"][1].shape[1]
@@ -79,21 +79,28 @@ def narrowed(model: Any, name: str, narrowings: Narrowings) -> Iterator[Any]:
                 edits["k"] = _zeroed(rows["k"][1], keep)
             if "value_output" in own:
                 bias = attention.get_submodule(rows["v"][0]).bias
-                edits["v"] = _projected(rows["v"][1], own["value_output"], bias)
+                bias = torch.zeros(()) if bias is None else bias[rows["v"][1]]
+                output = attention.get_submodule(family.names[-1])
+                hook = _mixed_values(own["value_output"], output, bias)
+                stack.callback(output.register_forward_hook(hook).remove)
             for which, edit in edits.items():
                 handle = attention.get_submodule(rows[which][0]).register_forward_hook(edit)
                 stack.callback(handle.remove)
         yield model
 
 
-def _mixed_channels(narrowing: Narrowing) -> Any:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        if narrowing.decode is not None:
-            return (hidden[..., narrowing.keep] @ narrowing.decode.to(hidden.dtype), *args[1:])
-        kept = torch.zeros_like(hidden)
-        kept[..., narrowing.keep] = hidden[..., narrowing.keep]
-        return (kept, *args[1:])
+def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | float]:
+    """(inputs, outputs), whichever way round the class keeps it, and the bias."""
+    weight = linear.weight.t() if isinstance(linear, nn.Linear) else linear.weight
+    return weight, 0.0 if linear.bias is None else linear.bias
+
+
+def _kept_channels(narrowing: Narrowing, consumer: Any) -> Any:
+    weight, bias = _weight_and_bias(consumer)
+    rows = weight[narrowing.keep] if narrowing.consumer is None else narrowing.consumer
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> Tensor:
+        return args[0][..., narrowing.keep] @ rows.to(args[0].dtype) + bias
 
     return hook
 
@@ -114,15 +121,17 @@ def _zeroed(rows: Tensor, keep: Tensor) -> Any:
     return hook
 
 
-def _projected(rows: Tensor, narrowing: Narrowing, bias: Tensor | None) -> Any:
-    maps = narrowing.encode @ narrowing.decode  # heads, width, width
+def _mixed_values(narrowing: Narrowing, output: Any, bias: Tensor) -> Any:
+    """``bias`` is the value's, (kv heads, width); attention passes it on as it is."""
+    weight, constant = _weight_and_bias(output)
+    encode, consumer = narrowing.encode, narrowing.consumer
+    group = len(weight) // (len(encode) * encode.shape[1])
+    basis = encode.repeat_interleave(group, 0)  # heads, width, k
+    bias = bias.expand(encode.shape[:2]).repeat_interleave(group, 0).to(weight.dtype)
 
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        values = output[..., rows]  # batch, tokens, heads, width
-        constant = 0 if bias is None else bias[rows]
-        projected = torch.einsum("bthn,hnm->bthm", values - constant, maps.to(output.dtype))
-        output[..., rows] = projected + constant
-        return output
+    def hook(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> Tensor:
+        mixed = args[0].unflatten(-1, basis.shape[:2]) - bias
+        kept = torch.einsum("bthn,hnk->bthk", mixed, basis.to(mixed.dtype)).flatten(2)
+        return kept @ consumer.to(kept.dtype) + bias.flatten() @ weight + constant
 
     return hook
