@@ -11,7 +11,6 @@ import warnings
 import torch
 from torch import Tensor
 
-
 COMPACT_EVERY = 64  # steps of an elimination
 
 

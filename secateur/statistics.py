@@ -151,7 +151,11 @@ class PairScores(Statistic):
                 q, k = query[row, head], key[row, head // group]
                 weights = (q @ k.t()).masked_fill(~causal, -torch.inf).softmax(-1) * real
                 (q1, q2), (k1, k2) = q.chunk(2, 1), k.chunk(2, 1)
-                first, second, turned = _outer(q1, k1), _outer(q2, k2), _outer(q1, k2) - _outer(q2, k1)
+                first, second, turned = (
+                    _outer(q1, k1),
+                    _outer(q2, k2),
+                    _outer(q1, k2) - _outer(q2, k1),
+                )
                 features = torch.cat(
                     (torch.where(turn, first + second, first), torch.where(turn, turned, second))
                 )

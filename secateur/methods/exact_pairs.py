@@ -45,7 +45,9 @@ class ExactPairs:
         heads = [self._head(form, turning) for form in forms]
 
         def at(size: int) -> Narrowing:
-            found = [self._encoded(form, *h[:2], size // 2) for form, h in zip(forms, heads, strict=True)]
+            found = [
+                self._encoded(form, *h[:2], size // 2) for form, h in zip(forms, heads, strict=True)
+            ]
             return Narrowing(
                 keep=torch.stack([keep for keep, _ in found]),
                 encode=torch.stack([encode for _, encode in found]),

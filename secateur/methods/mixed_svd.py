@@ -50,7 +50,11 @@ class MixedSVD:
             basis = torch.block_diag(*encode[..., :size].repeat_interleave(group, 0))
             prior = decode[:, :size].repeat_interleave(group, 0) @ rows
             consumer = least_squares(
-                basis.t() @ gram @ basis, basis.t() @ cross, prior.flatten(0, 1), self.ridge, unit.name
+                basis.t() @ gram @ basis,
+                basis.t() @ cross,
+                prior.flatten(0, 1),
+                self.ridge,
+                unit.name,
             )
             return Narrowing(encode=encode[..., :size], consumer=consumer)
 

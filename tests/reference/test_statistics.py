@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur import InputError, Store, calibrate
-from secateur.stream import TOKENS_PER_BATCH
 from secateur.statistics import Cross, Energy, Gram, HeadGram, Influence, Needs
+from secateur.stream import TOKENS_PER_BATCH
 from secateur.text import Tokens
 from tests.families import stream
 
