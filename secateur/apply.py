@@ -141,7 +141,7 @@ def _value_output(
 
 
 def folded_bias(old: NarrowAttention, value: Part, output: Part) -> Tensor | None:
-    """The output bias with what the value bias adds: attention weights sum to one, so a constant."""
+    """The output bias with what the value bias adds, a constant as attention sums to one."""
     bias = value[1]
     if bias is None:
         return output[1]

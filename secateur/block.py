@@ -56,13 +56,15 @@ class Block:
         """The output projection's weight as (heads, value width, hidden), float64."""
         attention = self.attention
         weight = attention.o_proj.weight.double().t()
-        return weight.unflatten(0, (attention.heads, attention.value))
+        rows: Tensor = weight.unflatten(0, (attention.heads, attention.value))
+        return rows
 
     @property
     def output_weight(self) -> Tensor:
         """The output projection as (kv heads, value width, group × hidden), float64."""
         rows = self.output_rows.unflatten(0, (self.attention.kv_heads, -1))
-        return rows.transpose(1, 2).flatten(2)
+        weight: Tensor = rows.transpose(1, 2).flatten(2)
+        return weight
 
     def units(self, multiple_of: int) -> list[Unit]:
         """The axes that can shrink; MLP widths go in multiples of ``multiple_of``."""

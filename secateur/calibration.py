@@ -1,4 +1,4 @@
-"""The calibration pass: windows go through the model once, and leave a block's statistics behind."""
+"""The calibration pass: windows go through the model once, and leave statistics behind."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

@@ -45,7 +45,7 @@ def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -
             projecting = False
             feed("scores", *values)
 
-    hooks = {
+    hooks: dict[str, tuple[Any, Any]] = {
         "hidden": (block.consumer.register_forward_pre_hook, hidden),
         "query": ((attention.q_norm or attention.q_proj).register_forward_hook, query),
         "key": ((attention.k_norm or attention.k_proj).register_forward_hook, key),

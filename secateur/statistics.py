@@ -79,24 +79,24 @@ def _wide(values: Tensor) -> Tensor:
 class Gram(Statistic):
     """Σ xᵀx of (batch, tokens, n) activations: (n, n)."""
 
-    def summed(self, values: Tensor, *, mask: Tensor) -> Tensor:
-        rows = values[mask]
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        rows = values[0][mask]
         return rows.t() @ rows
 
 
 class HeadGram(Statistic):
     """Σ xᵀx of each head of (batch, tokens, heads, n) activations: (heads, n, n)."""
 
-    def summed(self, values: Tensor, *, mask: Tensor) -> Tensor:
-        rows = values[mask].transpose(0, 1)  # heads, tokens, n
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        rows = values[0][mask].transpose(0, 1)  # heads, tokens, n
         return rows.transpose(1, 2) @ rows
 
 
 class Energy(Statistic):
     """Σ x² of every coordinate of (batch, tokens, …) activations: the diagonal of a Gram."""
 
-    def summed(self, values: Tensor, *, mask: Tensor) -> Tensor:
-        return values[mask].square().sum(0)
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        return values[0][mask].square().sum(0)
 
 
 class Influence(Statistic):
@@ -105,7 +105,8 @@ class Influence(Statistic):
     The mean is the block influence of ShortGPT (arXiv 2403.03853, equation 1).
     """
 
-    def summed(self, before: Tensor, after: Tensor, *, mask: Tensor) -> Tensor:
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        before, after = values
         before, after = before[mask].double(), after[mask].double()
         return (1 - torch.cosine_similarity(before, after, -1)).sum()
 
@@ -113,7 +114,8 @@ class Influence(Statistic):
 class Cross(Statistic):
     """Σ xᵀt of features (batch, tokens, n) and targets (batch, tokens, outputs): (n, outputs)."""
 
-    def summed(self, features: Tensor, targets: Tensor, *, mask: Tensor) -> Tensor:
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        features, targets = values
         return features[mask].t() @ targets[mask]
 
 
@@ -138,9 +140,8 @@ class PairScores(Statistic):
 
     most_tokens = 4096
 
-    def summed(
-        self, query: Tensor, key: Tensor, value: Tensor, turning: Tensor, *, mask: Tensor
-    ) -> Tensor:
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        query, key, value, turning = values
         group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None, None]
         tokens = mask.shape[1]
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()

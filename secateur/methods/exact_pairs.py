@@ -1,4 +1,4 @@
-"""Rotary pairs of queries and keys, chosen and rescaled by what they add to the attention output."""
+"""Rotary pairs of queries and keys, chosen and rescaled by what they add to the output."""
 
 from dataclasses import dataclass
 
