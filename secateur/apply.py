@@ -1,6 +1,8 @@
 """Plan and statistics to weights: narrow the units of one block."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +23,35 @@ def narrow_block(
     statistics: BlockStatistics,
 ) -> None:
     """Bring the units of a block to their sizes, in place; units at full size stay untouched."""
-    found = {
-        unit.kind: method.solve(unit, block, statistics).at(sizes[unit.name])
+    found = [
+        (unit, method.solve(unit, block, statistics).at(sizes[unit.name]))
         for unit in units
         if sizes[unit.name] < unit.size
-    }
-    if "mlp" in found:
-        narrow_mlp(block, found["mlp"])
-    if "query_key" in found or "value_output" in found:
-        narrow_heads(block, found.get("query_key"), found.get("value_output"))
+    ]
+    for unit, narrowing in found:
+        narrow_unit(block, unit, narrowing)
     check_finite(block)
+
+
+@contextmanager
+def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
+    """A block with one unit narrowed, for as long as it takes to look at it."""
+    linears = [*(producer for producer, _ in block.producers), block.consumer]
+    before = [(module, inputs_by_outputs(module).t(), module.bias) for module in linears]
+    attention = block.attention
+    try:
+        narrow_unit(block, unit, narrowing)
+        yield
+    finally:
+        for module, weight, bias in before:
+            set_linear(module, weight, bias if isinstance(bias, Tensor) else None)
+        block.replace_attention(attention)
+
+
+def narrow_unit(block: Block, unit: Unit, narrowing: Narrowing) -> None:
+    """Bring one unit of a block to another size, in place."""
+    narrow = {"mlp": narrow_mlp, "query_key": narrow_query_key, "value_output": narrow_value_output}
+    narrow[unit.kind](block, narrowing)
 
 
 def check_finite(block: Block) -> None:
@@ -58,43 +79,54 @@ def narrow_mlp(block: Block, narrowing: Narrowing) -> None:
         bias = producer.bias
         kept_bias = bias[rows] if isinstance(bias, Tensor) else None
         set_linear(producer, weight[:, rows].t().contiguous(), kept_bias)
-    consumer = block.consumer
     rows = block.consumer_weight[keep] if narrowing.consumer is None else narrowing.consumer
-    old_bias = consumer.bias if isinstance(consumer.bias, Tensor) else None
-    set_linear(consumer, rows.t().to(inputs_by_outputs(consumer).dtype).contiguous(), old_bias)
+    block.set_consumer_weight(rows)
 
 
-def narrow_heads(block: Block, query_key: Narrowing | None, value_output: Narrowing | None) -> None:
-    """Replace the block's attention by one of other query/key and value widths."""
+def narrow_query_key(block: Block, narrowing: Narrowing) -> None:
+    """Replace the block's attention by one with fewer pairs a head."""
+    old, keep = block.attention, narrowing.keep
+    assert keep is not None
+    group, shape = old.num_key_value_groups, dict(old.shape)
+    q, k, v, o = _parts(old)
+    if narrowing.encode is None:
+        q = _head_rows(q, keep, group)
+    else:
+        q = _head_maps(q, narrowing.encode.repeat_interleave(group, 0))
+    shape["query_key"] = keep.shape[1]
+    pairs = None
+    if keep.shape[1] == 0:
+        shape["rotary"] = "none"
+    elif shape["rotary"] != "none":
+        shape["rotary"] = "chosen"
+        pairs = keep[:, : keep.shape[1] // 2].clamp_max(block.heads.rotary // 2)
+    _rebuild(block, shape, (q, _head_rows(k, keep, 1), v, o), pairs)
+
+
+def narrow_value_output(block: Block, narrowing: Narrowing) -> None:
+    """Replace the block's attention by one with narrower values, or change its output alone."""
+    old, encode, consumer = block.attention, narrowing.encode, narrowing.consumer
+    assert consumer is not None
+    rows = consumer.t().to(old.o_proj.weight.dtype)
+    if encode is None:  # in place, as the stock attention shares the weight and may be written
+        old.o_proj.weight.data.copy_(rows)
+        return
+    q, k, v, o = _parts(old)
+    values, _ = _head_maps((v[0], None), encode)
+    output = (rows.contiguous(), folded_bias(old))
+    shape = {**old.shape, "value": encode.shape[2]}
+    _rebuild(block, shape, (q, k, (values, None), output), getattr(old, "rope_pairs", None))
+
+
+def _rebuild(
+    block: Block, shape: dict[str, Any], parts: "tuple[Part, ...]", pairs: Tensor | None
+) -> None:
     old = block.attention
-    q, k, v, o = (_weight_bias(m) for m in (old.q_proj, old.k_proj, old.v_proj, old.o_proj))
-    shape, pairs = dict(old.shape), None
-    if query_key is not None:
-        keep = query_key.keep
-        assert keep is not None
-        group = old.num_key_value_groups
-        if query_key.encode is None:
-            q = _head_rows(q, keep, group)
-        else:
-            q = _head_maps(q, query_key.encode.repeat_interleave(group, 0))
-        k = _head_rows(k, keep, 1)
-        shape["query_key"] = keep.shape[1]
-        if shape["query_key"] == 0:
-            shape["rotary"] = "none"
-        if shape["rotary"] != "none":
-            shape["rotary"] = "chosen"
-            pairs = keep[:, : keep.shape[1] // 2].clamp_max(block.heads.rotary // 2)
-    if value_output is not None:
-        v, o = _value_output(old, v, o, value_output)
-        shape["value"] = v[0].shape[0] // old.kv_heads
-    shape["bias"] = "".join(
-        n for n, p in zip("qkvo", (q, k, v, o), strict=True) if p[1] is not None
-    )
+    shape["bias"] = "".join(n for n, p in zip("qkvo", parts, strict=True) if p[1] is not None)
     with torch.device("meta"):
         new = narrow_attention(block.stock_attention, shape).train(old.training)
-    for module, part in zip(
-        (new.q_proj, new.k_proj, new.v_proj, new.o_proj), (q, k, v, o), strict=True
-    ):
+    modules = (new.q_proj, new.k_proj, new.v_proj, new.o_proj)
+    for module, part in zip(modules, parts, strict=True):
         set_linear(module, *part)
     if pairs is not None:
         new.rope_pairs = nn.Buffer(pairs)
@@ -104,8 +136,10 @@ def narrow_heads(block: Block, query_key: Narrowing | None, value_output: Narrow
 Part = tuple[Tensor, Tensor | None]
 
 
-def _weight_bias(linear: nn.Linear) -> Part:
-    return linear.weight, linear.bias
+def _parts(attention: NarrowAttention) -> tuple[Part, Part, Part, Part]:
+    """Weight and bias of its four maps."""
+    q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    return (q.weight, q.bias), (k.weight, k.bias), (v.weight, v.bias), (o.weight, o.bias)
 
 
 def _head_rows(part: Part, keep: Tensor, group: int) -> Part:
@@ -128,25 +162,14 @@ def _head_maps(part: Part, encode: Tensor) -> Part:
     return mapped, (encode.mT @ heads).flatten().to(bias.dtype)
 
 
-def _value_output(
-    old: NarrowAttention, value: Part, output: Part, narrowing: Narrowing
-) -> tuple[Part, Part]:
-    """W_V E and the new output projection, with the value bias folded into the output bias."""
-    encode, consumer = narrowing.encode, narrowing.consumer
-    assert encode is not None
-    assert consumer is not None
-    values, _ = _head_maps((value[0], None), encode)
-    dtype = value[0].dtype
-    return (values, None), (consumer.t().to(dtype).contiguous(), folded_bias(old, value, output))
-
-
-def folded_bias(old: NarrowAttention, value: Part, output: Part) -> Tensor | None:
+def folded_bias(attention: NarrowAttention) -> Tensor | None:
     """The output bias with what the value bias adds, a constant as attention sums to one."""
-    bias = value[1]
-    if bias is None:
-        return output[1]
-    heads = bias.double().view(old.kv_heads, 1, old.value)
-    constant = output[0].double() @ heads.expand(-1, old.num_key_value_groups, -1).flatten()
-    if output[1] is not None:
-        constant = constant + output[1].double()
-    return constant.to(value[0].dtype)
+    value, output = attention.v_proj, attention.o_proj
+    if value.bias is None:
+        return output.bias
+    heads = value.bias.double().view(attention.kv_heads, 1, attention.value)
+    mixed = heads.expand(-1, attention.num_key_value_groups, -1).flatten()
+    constant = output.weight.double() @ mixed
+    if output.bias is not None:
+        constant = constant + output.bias.double()
+    return constant.to(output.weight.dtype)

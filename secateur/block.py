@@ -42,6 +42,27 @@ class Block:
         return [(self.module.get_submodule(path), n) for path, n in self.anatomy.producers]
 
     @property
+    def producer_weights(self) -> list[Tensor]:
+        """The producers' weights part by part, the gate first: views of (inputs, channels)."""
+        return [
+            part
+            for producer, parts in self.producers
+            for part in inputs_by_outputs(producer).chunk(parts, 1)
+        ]
+
+    def produced(self, inputs: Tensor) -> list[Tensor]:
+        """What the producers make of (tokens, inputs), part by part: (tokens, channels)."""
+        return [
+            part for module, parts in self.producers for part in module(inputs).chunk(parts, -1)
+        ]
+
+    def channels(self, produced: list[Tensor]) -> Tensor:
+        """The MLP's hidden channels from what the producers made, channel by channel."""
+        activation = self.module.get_submodule(self.anatomy.activation)
+        hidden: Tensor = activation(produced[0])
+        return hidden * produced[1] if len(produced) == 2 else hidden
+
+    @property
     def consumer(self) -> nn.Module:
         """The linear that reads the MLP's hidden channels."""
         return self.module.get_submodule(self.anatomy.consumer)
@@ -50,6 +71,12 @@ class Block:
     def consumer_weight(self) -> Tensor:
         """The consumer's weight as (hidden channels, outputs), float64."""
         return inputs_by_outputs(self.consumer).double()
+
+    def set_consumer_weight(self, rows: Tensor) -> None:
+        """Give the consumer another weight, (channels, outputs)."""
+        consumer: Any = self.consumer
+        dtype = inputs_by_outputs(consumer).dtype
+        set_linear(consumer, rows.t().to(dtype).contiguous(), consumer.bias)
 
     @property
     def output_rows(self) -> Tensor:

@@ -59,12 +59,14 @@ class Store:
     def get(
         self, block: int, needs: Iterable[Need], device: torch.device | str = "cpu"
     ) -> BlockStatistics:
-        """The statistics of a block that ``needs`` names, on a device."""
+        """The statistics of a block that ``needs`` names, as far as it has them, on a device."""
         needs = list(needs)
         if self.folder is None:
             kept = self._memory[block]
             return {
-                need: need.kind(kept[need].total, kept[need].tokens).to(device) for need in needs
+                need: need.kind(kept[need].total, kept[need].tokens).to(device)
+                for need in needs
+                if need in kept
             }
         if not needs:
             return {}
@@ -73,6 +75,7 @@ class Store:
             return {
                 need: need.kind(file.get_tensor(_key(need)), int(counts[_key(need)]))
                 for need in needs
+                if _key(need) in counts
             }
 
 
@@ -87,7 +90,7 @@ def calibrate(
     store: Store,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Fill ``store`` with the statistics that ``needs`` names, from the model as it stands.
+    """Fill ``store`` with the statistics that ``needs`` names, and the influence of every block.
 
     One pass: the hidden states of all windows are kept, each block runs over them once, and a
     block's statistics leave memory before the next block's begin when the store is a folder.
@@ -99,13 +102,16 @@ def calibrate(
     with torch.inference_mode():
         stream = Stream(model, tokens)
         for block in model.blocks:
-            statistics: dict[Need, Statistic] = {need: need.kind() for need in needs}
+            statistics: dict[Need, Statistic] = {
+                need: need.kind()
+                for need in needs | {Needs.INFLUENCE}
+                if need.place != "scores" or block.query_key_obstacle is None
+            }
             for batch in stream.batches:
                 mask, before = stream.mask(batch), stream.at(batch)
                 with observed(block, statistics, mask):
                     after = stream.through(block, before)
-                if Needs.INFLUENCE in statistics:
-                    statistics[Needs.INFLUENCE].update(before, after, mask=mask)
+                statistics[Needs.INFLUENCE].update(before, after, mask=mask)
                 stream.put(batch, after)
             check_finite(statistics)
             store.put(block.index, statistics)

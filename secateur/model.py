@@ -1,5 +1,6 @@
 """Open a checkpoint and see it as blocks whose weights mean the same in every family."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,6 +130,18 @@ class Model:
     def units(self, multiple_of: int) -> list[Unit]:
         """All axes that can shrink, block by block."""
         return [unit for block in self.blocks for unit in block.units(multiple_of)]
+
+
+def fingerprint(model: Model) -> str:
+    """Hash of the weights: every tensor's name, shape and up to 4096 of its numbers."""
+    assert model.blocks  # seen as blocks, fused weights have one set of names
+    digest = hashlib.sha256(str(model.config.model_type).encode())
+    for name, parameter in model.module.named_parameters():
+        flat = parameter.detach().flatten()
+        picked = flat[:: max(1, len(flat) // 4096)].to("cpu", model.stored)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(picked.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def positions(config: Any) -> int | None:

@@ -1,157 +1,31 @@
-"""The options that commands share, and those that come from a method's fields."""
+"""Fields of a frozen dataclass that are also flags: bounds, help text and their check."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import field, fields
+from typing import Any
 
-import click
-
-if TYPE_CHECKING:
-    from secateur.methods.base import Method
-
-DEFAULT_METHOD = "modegpt"
-METHOD_KEY = "secateur.method"
+from secateur.errors import InputError
 
 
-class MethodCommand(click.Command):
-    """A command that takes, besides its own options, those of the method it is given.
+def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its help text and the interval of its values, ends included."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
-    A method's fields are its options. Importing a method imports torch, so ``--help`` shows them
-    only when a method is named.
+
+def checked(thing: Any) -> None:
+    """Hold the fields of a dataclass with a ``name`` against their defaults' types and intervals.
+
+    Raises:
+        InputError: a value is of another type, or outside its interval.
     """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Find the method first, so that its options are known when the rest is parsed."""
-        parser = self.make_parser(ctx)
-        parser.ignore_unknown_options = True  # the method's, unknown until it is known
-        given = parser.parse_args(list(args))[0]
-        if "method" in given or not set(args) & set(ctx.help_option_names):
-            from secateur.methods import method_class
-
-            ctx.meta[METHOD_KEY] = method_class(given.get("method", DEFAULT_METHOD))
-        return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters and the method's fields."""
-        return [*super().get_params(ctx), *method_options(ctx.meta.get(METHOD_KEY))]
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Say where the method's options are, unless they are shown."""
-        if METHOD_KEY not in ctx.meta:
-            with formatter.indentation():
-                formatter.write_paragraph()
-                formatter.write_text(
-                    f"Methods have options of their own: --method {DEFAULT_METHOD} --help shows "
-                    f"them, `secateur ls` lists the methods."
-                )
-
-
-def method_options(method: "type[Method] | None") -> list[click.Parameter]:
-    """A method's fields as options; ``keep`` is every method's and has its own."""
-    if method is None:
-        return []
-    from dataclasses import fields
-
-    return [
-        click.Option(
-            [f"--{field.name.replace('_', '-')}"],
-            type=type(field.default),
-            help=f"[{method.name}] {field.metadata['help']}  [default: {field.default:g}]",
-        )
-        for field in fields(method)
-        if field.name != "keep"
-    ]
-
-
-def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """One decorator from several, so that commands can share a group of options."""
-
-    def decorate(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-model_argument = click.argument("model")
-
-open_options = stacked(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
-    click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        help="Number format to compute in; auto is float32 on a CPU, the stored one elsewhere.",
-    ),
-    click.option("--revision", help="Branch, tag or commit of a hub model."),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Run the code that the checkpoint brings along."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
-)
-
-calibration_options = stacked(
-    click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
-    click.option(
-        "--keep", type=float, help="Share of the compressible parameters that stays  [default: 0.8]"
-    ),
-    click.option(
-        "--calibration",
-        default="bundled",
-        show_default=True,
-        help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
-        '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
-    ),
-    click.option(
-        "--samples",
-        default=128,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Windows of that text, drawn at random.",
-    ),
-    click.option(
-        "--length",
-        default=256,
-        show_default=True,
-        type=click.IntRange(2),
-        help="Tokens in a window.",
-    ),
-    click.option("--seed", default=0, show_default=True, help="Of the choice of samples."),
-    click.option(
-        "--multiple-of",
-        default=8,
-        show_default=True,
-        type=click.IntRange(1),
-        help="MLP widths become multiples of this, so that kernels stay fast.",
-    ),
-)
-
-judge_options = stacked(
-    click.option(
-        "--eval",
-        "texts",
-        multiple=True,
-        metavar="TEXT",
-        help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
-        "calibration text that is set aside, and the bundled text.",
-    ),
-    click.option(
-        "--eval-length",
-        type=click.IntRange(2),
-        help="Tokens a window  [default: as calibration, else 256]",
-    ),
-    click.option(
-        "--eval-windows",
-        default=256,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Windows of each text to judge on, at most.",
-    ),
-    click.option(
-        "--prompt", help="Text that the model continues  [default: the beginning of the first text]"
-    ),
-    click.option(
-        "--new-tokens", type=click.IntRange(1), help="Tokens to continue it by  [default: 40]"
-    ),
-    click.option("--no-speed", is_flag=True, help="Don't time the model."),
-)
+    for f in fields(thing):
+        value, low, high = getattr(thing, f.name), f.metadata.get("low"), f.metadata.get("high")
+        expected = type(f.default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, expected):
+                continue
+            raise InputError(f"{thing.name}: {f.name}={value!r} should be a {expected.__name__}.")
+        if expected is int and not isinstance(value, int):
+            raise InputError(f"{thing.name}: {f.name}={value!r} should be a whole number.")
+        if not (low is None or value >= low) or not (high is None or value <= high):
+            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise InputError(f"{thing.name}: {f.name}={value!r} should be {bounds}.")

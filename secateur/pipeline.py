@@ -12,7 +12,8 @@ import yaml
 from torch import Tensor
 
 from secateur import report as reporting
-from secateur.allocate.base import budget_of, check_budget
+from secateur.allocate.base import Allocator
+from secateur.allocate.plain import PlainWidth
 from secateur.apply import narrow_block
 from secateur.block import inputs_by_outputs
 from secateur.calibration import Store, calibrate
@@ -20,6 +21,7 @@ from secateur.checkpoint import Writer, published_name, store_block, store_rest,
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
+from secateur.goal import Goal
 from secateur.inputs import (
     check_out,
     default_texts,
@@ -29,7 +31,7 @@ from secateur.inputs import (
     text_notes,
     unseen,
 )
-from secateur.methods.base import Method
+from secateur.methods.base import Method, SequentialMethod
 from secateur.model import (
     Model,
     Settings,
@@ -41,11 +43,14 @@ from secateur.plan import (
     check_sizes,
     make_plan,
     match_units,
-    measure_curves,
+    prices_of,
     revise,
 )
+from secateur.prices import counted
 from secateur.progress import Progress
+from secateur.propagate import Propagation
 from secateur.report import Report
+from secateur.scores import identity, keep_evidence, kept_evidence, measure
 from secateur.stream import TOKENS_PER_BATCH
 from secateur.text import (
     Calibration,
@@ -84,25 +89,30 @@ def compress(
     calibration: Calibration | None = None,
     questions: Questions | None = None,
     settings: Settings | None = None,
-    multiple_of: int = 8,
+    goal: Goal | None = None,
+    allocator: Allocator | None = None,
+    scores: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Make a smaller checkpoint of ``source`` in the folder ``out`` and report what it costs.
 
     Give a method, or a plan to apply it without searching again (a plan brings its own method,
-    calibration and multiple). The result is reloaded in a fresh process and compared before
+    calibration, goal and allocator). The result is reloaded in a fresh process and compared before
     ``out`` appears. Don't use it for a model that is already compressed.
 
     Args:
         source: folder or hub id of a causal language model.
         out: folder that must not exist, unless ``overwrite``.
-        method: for example ``MoDeGPT(keep=0.8)``.
+        method: for example ``Auto(keep=0.8)``.
         calibration: the text that decides; by default the bundled one.
         questions: what to measure; by default perplexity on two texts that calibration never
             sees, speed and a sample.
         settings: device and number format.
-        multiple_of: MLP widths become multiples of this.
+        goal: what the budget counts, and constraints on sizes.
+        allocator: what spends the budget; by default the method's own.
+        scores: file to read the units' scores from, or to write them to if there is none; by
+            default the user's cache.
         overwrite: replace ``out`` once the new result is whole.
         progress: who is told how far it is.
 
@@ -113,14 +123,17 @@ def compress(
     settings, progress = settings or Settings(), progress or Progress()
     if isinstance(method, Plan):
         plan, method = method, method.build_method()
-        multiple_of = plan.multiple_of
+        if goal is not None or allocator is not None:
+            raise InputError("a plan brings its own goal and allocator; give one or the other.")
+        goal, allocator = plan.goal, plan.build_allocator()
         own = plan.calibration.choice()
         if calibration not in (None, own):
             raise InputError("a plan brings its own calibration; give one or the other.")
         calibration = own
     else:
         plan = None
-    calibration = calibration or Calibration()
+    goal, calibration = goal or Goal(), calibration or Calibration()
+    allocator = chosen_allocator(method, goal, allocator, plan)
     questions = questions or Questions(default_texts(calibration), length=calibration.length)
     questions = replace(questions, texts=unseen(questions.texts, calibration))
     source, out = str(source), Path(out).expanduser()
@@ -133,8 +146,7 @@ def compress(
         progress.say(f"note: {note}")
     shapes = skeleton(source, settings)
     if plan is None:
-        units = shapes.units(multiple_of)
-        check_budget(units, budget_of(units, method.keep))
+        check_reach(shapes, method, goal, allocator)
     else:
         match_units(plan, shapes)
     workspace = Workspace(out, overwrite)
@@ -146,7 +158,8 @@ def compress(
         "calibration": calibration.as_dict(),
         "questions": asdict(questions),
         "settings": asdict(settings),
-        "multiple_of": multiple_of,
+        "goal": asdict(goal),
+        "allocator": {"name": allocator.name, **asdict(allocator)},
         "files": stamps(inputs_found, (workspace.folder, out)),
     }
     watch = Stopwatch()
@@ -159,8 +172,10 @@ def compress(
             calibration,
             tokens,
             settings,
-            multiple_of,
+            goal,
+            allocator,
             Store(workspace.folder / "statistics"),
+            scores,
             watch,
             progress,
         )
@@ -176,9 +191,41 @@ def compress(
     return report
 
 
+def chosen_allocator(
+    method: Method, goal: Goal, asked: Allocator | None, plan: Plan | None = None
+) -> Allocator:
+    """What spends the budget: what was asked for, or what the tier demands, or the method's own.
+
+    Raises:
+        InputError: the tier leaves nothing to allocate.
+    """
+    if plan is not None and asked is not None:
+        return asked
+    if goal.tier == "plain":
+        if asked is not None and not isinstance(asked, PlainWidth):
+            raise InputError(
+                f"tier plain has one MLP width and nothing to allocate; leave out allocator "
+                f"{asked.name!r}, or ask for tier per-layer."
+            )
+        return PlainWidth()
+    return asked or method.allocator
+
+
+def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator) -> None:
+    """Refuse a budget out of reach before any weight is read; latency has to be measured first.
+
+    Raises:
+        InputError: it is out of reach.
+    """
+    if goal.target != "latency":
+        units = shapes.units(goal.multiple_of)
+        prices = counted(units, goal.target, shapes.stored.itemsize)
+        allocator.check(units, prices, method.keep)
+
+
 @dataclass
 class Prepared:
-    """A model with its statistics and the plan made from them; no weight is changed yet."""
+    """A model with its plan and, unless it is only planned, its statistics; nothing has changed."""
 
     model: Model
     tokens: Tokens
@@ -193,12 +240,17 @@ def prepare(
     calibration: Calibration,
     tokens: Tokens,
     settings: Settings,
-    multiple_of: int,
+    goal: Goal,
+    allocator: Allocator,
     store: Store,
+    scores: Path | None,
     watch: Stopwatch,
     progress: Progress,
+    only_plan: bool = False,
 ) -> Prepared:
     """Open a model, calibrate it and decide the sizes, or check those of a given plan.
+
+    Scores that were measured before are used again. ``only_plan`` then needs no calibration.
 
     Raises:
         InputError: anything wrong with the input.
@@ -207,31 +259,39 @@ def prepare(
         model = open_model(source, settings)
         for note in model.obstacles:
             progress.say(f"note: {note}")
-        for note in text_notes(calibration, tokens, model.units(multiple_of)):
+        for note in text_notes(calibration, tokens, model.units(goal.multiple_of)):
             progress.say(f"note: {note}")
+    chosen = method.build_method() if isinstance(method, Plan) else method
     if isinstance(method, Plan):
         check_sizes(method, model)
-    watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
-    chosen = method.build_method() if isinstance(method, Plan) else method
-    needs = chosen.needs | chosen.allocator.needs
-    if not all(block.index in store for block in model.blocks):
-        with (
-            watch.measure("calibrate"),
-            progress.stage("calibrating, block by block", len(model.blocks)) as advance,
-        ):
-            calibrate(model, tokens, needs, store, advance)
-    with (
-        watch.measure("curves"),
-        progress.stage("measuring curves", len(model.blocks)) as advance,
-    ):
-        evidence = measure_curves(model, chosen, store, multiple_of, advance)
+    with watch.measure("allocate"):
+        if goal.target == "latency":
+            progress.say("timing the units on this machine, unless that was done before")
+        prices = prices_of(model, goal)
+        if not isinstance(method, Plan):
+            allocator.check(model.units(goal.multiple_of), prices, chosen.keep)
+    own = identity(model, chosen, tokens, allocator.measured)
+    evidence = kept_evidence(own, scores)
+    if evidence is None or not only_plan:
+        watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
+        if not all(block.index in store for block in model.blocks):
+            with (
+                watch.measure("calibrate"),
+                progress.stage("calibrating, block by block", len(model.blocks)) as advance,
+            ):
+                calibrate(model, tokens, chosen.needs, store, advance)
+    if evidence is None:
+        units = len(model.units(1))
+        with watch.measure("curves"), progress.stage("scoring units", units) as advance:
+            evidence = measure(model, chosen, store, tokens, allocator, advance)
+        keep_evidence(own, evidence, scores)
     with watch.measure("allocate"):
         if isinstance(method, Plan):
             if method.calibration.fingerprint != tokens.fingerprint:
                 progress.say("note: this plan was made from other calibration tokens")
-            plan = revise(method, model, evidence)
+            plan = revise(method, model, evidence, prices)
         else:
-            plan = make_plan(model, chosen, evidence, calibration, tokens, multiple_of)
+            plan = make_plan(model, chosen, evidence, calibration, tokens, goal, allocator, prices)
     return Prepared(model, tokens, store, chosen, plan)
 
 
@@ -248,13 +308,18 @@ def write(
     # A plain checkpoint is for any reader, so its tensors have their published names.
     plain = plan.tier == "plain"
     writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
-    needs = prepared.method.needs
+    method = prepared.method
+    sequential = isinstance(method, SequentialMethod)
+    line = Propagation(model, prepared.tokens, method) if sequential else None
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         for block in model.blocks:
             with watch.measure("apply"):
                 own = [unit for unit in units if unit.block == block.index]
-                statistics = prepared.store.get(block.index, needs, model.device)
-                narrow_block(block, own, plan.sizes, prepared.method, statistics)
+                statistics = prepared.store.get(block.index, method.needs, model.device)
+                if line is None:
+                    narrow_block(block, own, plan.sizes, method, statistics)
+                else:
+                    line.narrow_block(block, own, plan.sizes, statistics)
             with watch.measure("save"):
                 store_block(model, block, writer)
             advance(1)
@@ -302,6 +367,7 @@ def _report(
             "version": 1,
             "model": plan.base.model_dump(),
             "method": plan.method.model_dump(),
+            "allocator": plan.allocator.model_dump(),
             "budget": {k: v for k, v in plan.budget.model_dump().items() if k != "total"},
             "tier": plan.tier,
             "dense": asdict(dense),
@@ -325,8 +391,9 @@ def _write_record(
         "version": 1,
         "model": plan.base.source,
         "method": plan.method.model_dump(),
+        "allocator": plan.allocator.model_dump(),
         "calibration": plan.calibration.model_dump(exclude={"tokens", "fingerprint"}),
-        "multiple_of": plan.multiple_of,
+        "goal": asdict(plan.goal),
         "evaluate": asdict(questions) | {"texts": [asdict(text) for text in questions.texts]},
         "settings": asdict(settings),
     }
@@ -353,7 +420,7 @@ def save(
         RunError: the reloaded checkpoint differs from the model in memory.
     """
     method = method or plan.build_method()
-    plan = revise(plan, model, measure_curves(model, method, store, plan.multiple_of))
+    check_sizes(plan, model)
     prepared = Prepared(model, tokens, store, method, plan)
     workspace, progress = Workspace(Path(out), overwrite), Progress()
     settings = Settings(

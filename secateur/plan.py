@@ -1,30 +1,29 @@
 """The plan: which unit gets which size. Plain data, readable, editable, replayable."""
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from secateur.allocate.base import Evidence
-from secateur.calibration import Store
-from secateur.curve import Curve
+from secateur.allocate import allocator_class
+from secateur.allocate.base import Allocator, Evidence
 from secateur.errors import InputError, nearest
 from secateur.methods import method_class
 from secateur.methods.base import Method
-from secateur.model import Model
-from secateur.statistics import Needs
+from secateur.goal import Goal, Tier
+from secateur.model import Model, fingerprint
+from secateur.latency import measured
+from secateur.prices import Prices, Target, counted
 from secateur.text import Calibration, Tokens
 from secateur.units import Unit
 from secateur.version import __version__
 
 MAX_PLAN_BYTES = 64 * 2**20
-
-Tier = Literal["plain", "per-layer"]
+Built = TypeVar("Built", Method, Allocator)
 
 
 class _Record(BaseModel):
@@ -54,8 +53,8 @@ class CalibrationRecord(_Record):
         return Calibration(self.source, self.samples, self.length, self.seed)
 
 
-class MethodRecord(_Record):
-    """A method's name and all of its fields."""
+class Choice(_Record):
+    """The name of a method or an allocator, and all of its fields."""
 
     name: str
     options: dict[str, int | float | str]
@@ -66,39 +65,52 @@ class Budget(_Record):
 
     Attributes:
         keep: share asked for.
-        of: what is counted; the parameters of all units.
+        of: what is counted: parameters, bytes, operations or cache of all units, or the time of a
+            forward pass.
         total: that count in the dense model.
         reached: count of the plan's sizes divided by ``total``.
+        batch: sequences in the pass that latency is measured on.
+        length: tokens in each.
     """
 
     keep: float = Field(ge=0, le=1)
-    of: Literal["parameters"] = "parameters"
+    of: Target
     total: int
     reached: float
+    batch: int = Field(ge=1)
+    length: int = Field(ge=1)
 
 
 class Row(_Record):
-    """One unit: its size before and after, what it costs then, and the error it should make."""
+    """One unit: its size before and after, what it costs then, and what that should do.
+
+    Attributes:
+        predicted_error: share of the unit's own output that is lost, before any later refit.
+        predicted_loss: divergence of the model's output, in nats a token, measured with this unit
+            alone narrowed; None where the allocator did not ask for it.
+    """
 
     unit: str
     kind: str
     before: int = Field(ge=1)
-    after: int = Field(ge=1)
+    after: int = Field(ge=0)
     parameters: int
     bytes: int
     flops_per_token: int
     cache_bytes_per_token: int
     predicted_error: float
+    predicted_loss: float | None
 
 
 class Plan(_Record):
     """Sizes for all units of one model, and where they came from."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     secateur: str
     base: Base
     calibration: CalibrationRecord
-    method: MethodRecord
+    method: Choice
+    allocator: Choice
     multiple_of: int = Field(ge=1)
     budget: Budget
     tier: Tier
@@ -109,55 +121,36 @@ class Plan(_Record):
         """Unit name to size."""
         return {row.unit: row.after for row in self.units}
 
+    @property
+    def goal(self) -> Goal:
+        """What was asked for, but for the tier: sizes that are given need no constraint."""
+        budget = self.budget
+        return Goal(budget.of, self.tier, self.multiple_of, budget.batch, budget.length)
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """Sum over units; the interactions between them come on top."""
+        losses = [row.predicted_loss for row in self.units]
+        return None if None in losses else sum(loss for loss in losses if loss is not None)
+
     def build_method(self) -> Method:
         """The method object that this plan was made with."""
-        kind, options = method_class(self.method.name), dict[str, Any](self.method.options)
-        known = {f.name for f in fields(kind)}
-        for name in sorted(set(options) - known):
-            raise InputError(f"plan: {kind.name} has no option {name!r}. {nearest(name, known)}")
-        return kind(**options)
+        return _built(method_class(self.method.name), self.method)
+
+    def build_allocator(self) -> Allocator:
+        """The allocator object that this plan was made with."""
+        return _built(allocator_class(self.allocator.name), self.allocator)
 
     def to_json(self) -> str:
         """Indented JSON, one field a line."""
         return self.model_dump_json(indent=1) + "\n"
 
 
-def fingerprint(model: Model) -> str:
-    """Hash of the weights: every tensor's name, shape and up to 4096 of its numbers."""
-    assert model.blocks  # seen as blocks, fused weights have one set of names
-    digest = hashlib.sha256(str(model.config.model_type).encode())
-    for name, parameter in model.module.named_parameters():
-        flat = parameter.detach().flatten()
-        picked = flat[:: max(1, len(flat) // 4096)].to("cpu", model.stored)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(picked.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def measure_curves(
-    model: Model,
-    method: Method,
-    store: Store,
-    multiple_of: int = 8,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Evidence:
-    """Every unit's predicted error at every size, and every block's influence.
-
-    One set of curves serves every budget. ``advance`` is told how many blocks are done.
-    """
-    units = model.units(multiple_of)
-    needs = method.needs | method.allocator.needs
-    curves: dict[str, Curve] = {}
-    influence: list[float] = []
-    for block in model.blocks:
-        statistics = store.get(block.index, needs, model.device)
-        if Needs.INFLUENCE in statistics:
-            influence.append(float(statistics[Needs.INFLUENCE].mean))
-        for unit in units:
-            if unit.block == block.index:
-                curves[unit.name] = method.solve(unit, block, statistics).curve
-        advance(1)
-    return Evidence(curves, influence)
+def _built(kind: type[Built], choice: Choice) -> Built:
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    for name in sorted(set(choice.options) - known):
+        raise InputError(f"plan: {choice.name} has no option {name!r}. {nearest(name, known)}")
+    return kind(**choice.options)
 
 
 def make_plan(
@@ -166,15 +159,21 @@ def make_plan(
     evidence: Evidence,
     calibration: Calibration,
     tokens: Tokens,
-    multiple_of: int = 8,
+    goal: Goal | None = None,
+    allocator: Allocator | None = None,
+    prices: Prices | None = None,
 ) -> Plan:
     """Decide the size of every unit from the evidence; no weight is touched.
+
+    ``allocator`` is by default the method's own, ``prices`` are those of the goal.
 
     Raises:
         InputError: the budget is out of reach.
     """
-    units = model.units(multiple_of)
-    sizes = method.allocator.allocate(units, evidence, method.keep)
+    goal, allocator = goal or Goal(), allocator or method.allocator
+    units = model.units(goal.multiple_of)
+    prices = prices or prices_of(model, goal)
+    sizes = allocator.allocate(units, evidence, prices, method.keep)
     return Plan(
         secateur=__version__,
         base=Base(
@@ -185,32 +184,46 @@ def make_plan(
         calibration=CalibrationRecord(
             **calibration.as_dict(), tokens=tokens.count, fingerprint=tokens.fingerprint
         ),
-        method=MethodRecord(name=method.name, options=asdict(method)),
-        multiple_of=multiple_of,
-        budget=_budget(units, sizes, method.keep),
+        method=Choice(name=method.name, options=asdict(method)),
+        allocator=Choice(name=allocator.name, options=asdict(allocator)),
+        multiple_of=goal.multiple_of,
+        budget=_budget(units, sizes, method.keep, prices, goal),
         tier=tier_of(units, sizes),
-        units=tuple(_row(unit, sizes, evidence.curves, model.stored) for unit in units),
+        units=tuple(_row(unit, sizes, evidence, model.stored) for unit in units),
     )
 
 
-def _budget(units: Sequence[Unit], sizes: Mapping[str, int], keep: float) -> Budget:
-    total = sum(unit.parameters(unit.size) for unit in units)
-    kept = sum(unit.parameters(sizes[unit.name]) for unit in units)
-    return Budget(keep=keep, total=total, reached=kept / total)
+def prices_of(model: Model, goal: Goal) -> Prices:
+    """The prices of a goal: counted, or for latency measured (once a machine, then cached)."""
+    if goal.target == "latency":
+        return measured(model, goal)
+    return counted(model.units(goal.multiple_of), goal.target, model.stored.itemsize)
 
 
-def _row(
-    unit: Unit, sizes: Mapping[str, int], curves: Mapping[str, Curve], stored: torch.dtype
-) -> Row:
-    size = sizes[unit.name]
-    error = 0.0 if size == unit.size else curves[unit.name].at(size)
+def _budget(
+    units: Sequence[Unit], sizes: Mapping[str, int], keep: float, prices: Prices, goal: Goal
+) -> Budget:
+    total, kept = prices.whole(units), prices.spent(units, sizes)
+    return Budget(
+        keep=keep,
+        of=prices.target,
+        total=total,
+        reached=kept / total,
+        batch=goal.batch,
+        length=goal.length,
+    )
+
+
+def _row(unit: Unit, sizes: Mapping[str, int], evidence: Evidence, stored: torch.dtype) -> Row:
+    size, losses = sizes[unit.name], evidence.losses
     cost = asdict(unit.cost(size, stored.itemsize))
     return Row(
         unit=unit.name,
         kind=unit.kind,
         before=unit.size,
         after=size,
-        predicted_error=error,
+        predicted_error=0.0 if size == unit.size else evidence.curves[unit.name].at(size),
+        predicted_loss=None if losses is None else losses[unit.name].at(size),
         **cost,
     )
 
@@ -240,18 +253,19 @@ def read_plan(path: Path) -> Plan:
         raise InputError(f"plan {str(path)!r}: {where}: {first['msg']}.") from error
 
 
-def revise(plan: Plan, model: Model, evidence: Evidence) -> Plan:
+def revise(plan: Plan, model: Model, evidence: Evidence, prices: Prices | None = None) -> Plan:
     """Recompute what follows from the sizes of a plan that may have been edited.
 
     Raises:
         InputError: the plan is for another model, or a size is not allowed.
     """
     units = check_sizes(plan, model)
-    rows = tuple(_row(unit, plan.sizes, evidence.curves, model.stored) for unit in units)
+    prices = prices or prices_of(model, plan.goal)
+    rows = tuple(_row(unit, plan.sizes, evidence, model.stored) for unit in units)
     return plan.model_copy(
         update={
             "units": rows,
-            "budget": _budget(units, plan.sizes, plan.budget.keep),
+            "budget": _budget(units, plan.sizes, plan.budget.keep, prices, plan.goal),
             "tier": tier_of(units, plan.sizes),
         }
     )

@@ -133,6 +133,9 @@ class PairScores(Statistic):
     query turned by 90°, S'_p, which a gain on a kept pair can mix in. Dims that don't rotate have
     no partner: both halves then hold single coordinates.
 
+    As S_p is a product of a query's and a key's coordinates, the sum over s is one of A with keys
+    times values, and no scores of single pairs are ever made.
+
     Takes queries (batch, heads, tokens, width) and keys (batch, kv heads, tokens, width) after
     rotation, the first already scaled; values (batch, heads, tokens, any) in a basis in which the
     output's metric is the identity; and which pairs turn (pairs), bool.
@@ -142,33 +145,26 @@ class PairScores(Statistic):
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         query, key, value, turning = values
-        group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None, None]
-        tokens = mask.shape[1]
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+        group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None]
+        later = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
+        later = later.triu(1)
         total = query.new_zeros(key.shape[1], query.shape[-1], query.shape[-1]).double()
+        one = value.new_ones(value.shape[2], 1)
         for row in range(len(query)):
-            real = causal & mask[row][:, None]
             for head in range(query.shape[1]):
-                q, k = query[row, head], key[row, head // group]
-                weights = (q @ k.t()).masked_fill(~causal, -torch.inf).softmax(-1) * real
-                (q1, q2), (k1, k2) = q.chunk(2, 1), k.chunk(2, 1)
-                first, second, turned = (
-                    _outer(q1, k1),
-                    _outer(q2, k2),
-                    _outer(q1, k2) - _outer(q2, k1),
-                )
-                features = torch.cat(
-                    (torch.where(turn, first + second, first), torch.where(turn, turned, second))
-                )
-                features = weights * (features - (weights * features).sum(-1, keepdim=True))
-                added = (features @ value[row, head]).flatten(1)
+                q, k, u = query[row, head], key[row, head // group], value[row, head]
+                weights = (q @ k.t()).masked_fill(later, -torch.inf).softmax(-1)
+                read = torch.cat((u, one), 1)  # the column of ones gives the mean of S_p
+                products = k.unsqueeze(2) * read.unsqueeze(1)  # tokens, coordinates, any + 1
+                mixed = (weights @ products.flatten(1)).view_as(products)
+                (q1, q2), (m1, m2) = q.unsqueeze(2).chunk(2, 1), mixed.chunk(2, 1)
+                first = torch.where(turn, q1 * m1 + q2 * m2, q1 * m1)
+                second = torch.where(turn, q1 * m2 - q2 * m1, q2 * m2)
+                added = torch.cat((first, second), 1)
+                added = added[..., :-1] - added[..., -1:] * (weights @ u).unsqueeze(1)
+                added = added[mask[row]].transpose(0, 1).flatten(1)
                 total[head // group] += (added @ added.t()).double()
         return total
-
-
-def _outer(query: Tensor, key: Tensor) -> Tensor:
-    """Products of every query and key coordinate by coordinate: (coordinates, tokens, tokens)."""
-    return query.t().unsqueeze(2) * key.t().unsqueeze(1)
 
 
 class Need(NamedTuple):

@@ -30,10 +30,10 @@ class Stream:
     batch alone, as padding stands behind every real token and needs no mask.
     """
 
-    def __init__(self, model: Model, tokens: Tokens) -> None:
+    def __init__(self, model: Model, tokens: Tokens, rows: int | None = None) -> None:
         self.model = model
         self.tokens = tokens
-        rows = max(1, TOKENS_PER_BATCH // tokens.ids.shape[1])
+        rows = rows or max(1, TOKENS_PER_BATCH // tokens.ids.shape[1])
         self.batches = [slice(i, i + rows) for i in range(0, len(tokens.ids), rows)]
         self._calls: dict[int, list[_Call]] = {}
         states: Tensor | None = None

@@ -24,7 +24,7 @@ class Unit(ABC):
         name: for example ``layers.3.mlp``.
         block: index of its block.
         size: width today.
-        step: sizes other than today's are multiples of this; also the smallest size.
+        step: sizes other than today's are multiples of this.
         hidden: width of the residual stream.
     """
 
@@ -56,8 +56,11 @@ class Unit(ABC):
         return 0
 
     def sizes(self) -> list[int]:
-        """All sizes it may take, ascending: multiples of the step, then today's."""
-        return [*range(self.step, self.size, self.step), self.size]
+        """All sizes it may take, ascending: multiples of the step, then today's.
+
+        At size 0 the unit is gone; a block whose values are gone has no attention left.
+        """
+        return [*range(0, self.size, self.step), self.size]
 
     def cost(self, size: int, itemsize: int) -> Cost:
         """The price at ``size`` when a stored number takes ``itemsize`` bytes."""

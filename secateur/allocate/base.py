@@ -6,79 +6,111 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.curve import Curve
-from secateur.errors import InputError
-from secateur.statistics import Need
+from secateur.options import checked
+from secateur.prices import Prices
 from secateur.units import Unit
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What calibration says about the units: predicted errors, and the influence of each block."""
+    """What calibration says about the units.
+
+    Attributes:
+        curves: unit name → predicted error of the unit's own output.
+        influence: of every block.
+        losses: unit name → measured divergence of the model's output, in nats a token, while that
+            unit alone is narrowed; None where the allocator does not need it.
+    """
 
     curves: Mapping[str, Curve]
-    influence: Sequence[float]
+    influence: Sequence[float] = ()
+    losses: Mapping[str, Curve] | None = None
 
 
+@dataclass(frozen=True)
 class Allocator(ABC):
-    """Spends a budget over units. Every allocator serves every method."""
+    """Spends a budget over units. Every allocator serves every method and every target.
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    Its fields are its whole configuration, and its flags at the command line.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    #: whether it spends by the losses of :class:`Evidence`, which cost forward passes to measure
+    measured: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+    def choices(self, unit: Unit) -> list[int]:
+        """The sizes that it may give to a unit, ascending; here no unit goes altogether."""
+        return [size for size in unit.sizes() if size > 0]
+
+    def check(self, units: Sequence[Unit], prices: Prices, keep: float) -> None:
+        """Refuse a budget that is out of reach, before anything is measured.
+
+        Raises:
+            InputError: not even the smallest sizes meet it; the message says what is within reach.
+        """
+        prices.check(units, {unit.name: self.choices(unit)[0] for unit in units}, keep)
 
     @abstractmethod
-    def shares(self, units: Sequence[Unit], evidence: Evidence, keep: float) -> dict[str, float]:
-        """The share of its size that each unit should keep, before rounding."""
+    def allocate(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, int]:
+        """Sizes whose price is at most ``keep`` of the whole, and to within one step of it.
 
-    def allocate(self, units: Sequence[Unit], evidence: Evidence, keep: float) -> dict[str, int]:
-        """Sizes whose parameters sum to at most ``keep`` of all, and to within one step of it."""
-        shares = self.shares(units, evidence, keep)
+        Raises:
+            InputError: the budget is out of reach.
+        """
+
+
+class ShareAllocator(Allocator):
+    """An allocator that says which share of its size each unit should keep."""
+
+    @abstractmethod
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
+        """The share of every unit, before rounding."""
+
+    def allocate(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, int]:
+        """The shares, rounded to allowed sizes that spend the budget."""
+        self.check(units, prices, keep)
+        shares = self.shares(units, evidence, prices, keep)
         ideal = {unit.name: shares[unit.name] * unit.size for unit in units}
-        return fit(units, ideal, budget_of(units, keep))
+        allowed = {unit.name: self.choices(unit) for unit in units}
+        return fit(units, allowed, ideal, prices, prices.budget(units, keep))
 
 
-def budget_of(units: Sequence[Unit], keep: float) -> int:
-    """``keep`` of the units' parameters, in whole numbers."""
-    return int(keep * sum(unit.parameters(unit.size) for unit in units))
-
-
-def check_budget(units: Sequence[Unit], budget: int) -> None:
-    """Refuse a budget that not even the smallest sizes meet.
-
-    Raises:
-        InputError: it is out of reach; the message says what is within.
-    """
-    least = sum(unit.parameters(unit.sizes()[0]) for unit in units)
-    whole = sum(unit.parameters(unit.size) for unit in units)
-    if least > budget:
-        raise InputError(
-            f"keep {budget / whole:.3f} is out of reach: the smallest sizes these units may take "
-            f"already keep {least / whole:.3f}. Ask for between {least / whole + 0.0005:.3f} and 1."
-        )
-
-
-def fit(units: Sequence[Unit], ideal: Mapping[str, float], budget: int) -> dict[str, int]:
+def fit(
+    units: Sequence[Unit],
+    allowed: Mapping[str, list[int]],
+    ideal: Mapping[str, float],
+    prices: Prices,
+    budget: int,
+) -> dict[str, int]:
     """Allowed sizes near ``ideal`` (fractional sizes) that spend the budget and never exceed it.
 
     Every size is first rounded down; then the units furthest below their ideal grow step by step
     as long as a step still fits. What is left over is less than the cheapest step.
-
-    Raises:
-        InputError: the smallest sizes together cost more than the budget.
     """
-    check_budget(units, budget)
-    allowed = {unit.name: unit.sizes() for unit in units}
     at = {
         unit.name: max(0, sum(size <= ideal[unit.name] + 1e-9 for size in allowed[unit.name]) - 1)
         for unit in units
     }
 
     def price(unit: Unit, index: int) -> int:
-        return unit.parameters(allowed[unit.name][index])
+        return prices.of(unit, allowed[unit.name][index])
 
     def lack(unit: Unit) -> float:  # in steps, so that units of different grain compare
         return (ideal[unit.name] - allowed[unit.name][at[unit.name]]) / unit.step
 
-    spent = sum(price(unit, at[unit.name]) for unit in units)
-    while spent > budget:  # some unit was lifted to its smallest size
+    spent = prices.fixed + sum(price(unit, at[unit.name]) for unit in units)
+    while spent > budget:  # some unit was lifted to its smallest size, or prices are not in line
         unit = min((u for u in units if at[u.name] > 0), key=lack)
         spent += price(unit, at[unit.name] - 1) - price(unit, at[unit.name])
         at[unit.name] -= 1

@@ -5,18 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.allocate.base import Allocator, Evidence
+from secateur.allocate.base import Evidence, ShareAllocator
 from secateur.errors import InputError
-from secateur.statistics import Need, Needs
+from secateur.options import option
+from secateur.prices import Prices
 from secateur.units import Unit
 
 
 @dataclass(frozen=True)
-class EntropicInfluence(Allocator):
+class EntropicInfluence(ShareAllocator):
     """One sparsity φ per block, by entropy-regularised block influence s.
 
-    Maximising Σ w_l s_l (1 − φ_l) + ε H(φ) with mean φ fixed (w_l: the block's share of all
-    parameters) gives
+    Maximising Σ w_l s_l (1 − φ_l) + ε H(φ) with mean φ fixed (w_l: the block's share of the
+    whole price) gives
 
         φ_l = min(φ_max, c · exp(−s_l / ε)),   c such that Σ w_l φ_l = 1 − keep
 
@@ -31,15 +32,20 @@ class EntropicInfluence(Allocator):
         max_sparsity: φ_max.
     """
 
-    temperature: float
-    max_sparsity: float
-    needs: ClassVar[frozenset[Need]] = frozenset({Needs.INFLUENCE})
+    temperature: float = option(0.05, "of the allocation over blocks: small = uneven", 1e-4)
+    max_sparsity: float = option(0.95, "most that any one block may lose", 0.0, 1.0)
 
-    def shares(self, units: Sequence[Unit], evidence: Evidence, keep: float) -> dict[str, float]:
+    name: ClassVar[str] = "influence"
+    summary: ClassVar[str] = "one ratio per block, larger where the block changes its input more"
+    source: ClassVar[str] = "arXiv 2408.09632, equation 10"
+
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
         """1 − φ of the unit's block."""
         weights = [0] * len(evidence.influence)
         for unit in units:
-            weights[unit.block] += unit.parameters(unit.size)
+            weights[unit.block] += prices.of(unit, unit.size)
         sparsity = self.sparsities(evidence.influence, weights, 1 - keep)
         return {unit.name: 1 - sparsity[unit.block] for unit in units}
 

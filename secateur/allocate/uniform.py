@@ -1,14 +1,24 @@
 """The same ratio for every unit."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-from secateur.allocate.base import Allocator, Evidence
+from secateur.allocate.base import Evidence, ShareAllocator
+from secateur.prices import Prices
 from secateur.units import Unit
 
 
-class Uniform(Allocator):
+@dataclass(frozen=True)
+class Uniform(ShareAllocator):
     """Keep the same share of every unit; the baseline that other allocations must beat."""
 
-    def shares(self, units: Sequence[Unit], evidence: Evidence, keep: float) -> dict[str, float]:
+    name: ClassVar[str] = "uniform"
+    summary: ClassVar[str] = "the same share of every unit"
+    source: ClassVar[str] = "a baseline"
+
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
         """``keep`` for all."""
         return {unit.name: keep for unit in units}

@@ -55,7 +55,9 @@ class Anatomy:
         attention: the attention module.
         project: takes the attention module and its head layout, gives its four maps.
         producers: linears whose outputs are the MLP's hidden channels, with the number of equal
-            parts that each output is made of (2 where gate and up are one matrix).
+            parts that each output is made of (2 where gate and up are one matrix). Where there
+            are two in all, the MLP is gated, and the first is the gate.
+        activation: what turns the producers' output, or the gate, into channels.
         consumer: the linear that reads the hidden channels.
         width_key: the config key of the MLP width.
         rotary: whether positions turn queries and keys.
@@ -67,6 +69,7 @@ class Anatomy:
     attention: str
     project: Callable[[nn.Module, Heads], Projections]
     producers: tuple[tuple[str, int], ...]
+    activation: str
     consumer: str
     width_key: str
     rotary: bool

@@ -27,6 +27,7 @@ GPT2 = Anatomy(
     attention="attn",
     project=project,
     producers=(("mlp.c_fc", 1),),
+    activation="mlp.act",
     consumer="mlp.c_proj",
     width_key="n_inner",
     rotary=False,

@@ -25,6 +25,7 @@ GPT_NEOX = Anatomy(
     attention="attention",
     project=project,
     producers=(("mlp.dense_h_to_4h", 1),),
+    activation="mlp.act",
     consumer="mlp.dense_4h_to_h",
     width_key="intermediate_size",
     rotary=True,

@@ -9,6 +9,7 @@ LLAMA = Anatomy(
     attention="self_attn",
     project=separate("q_proj", "k_proj", "v_proj", "o_proj"),
     producers=(("mlp.gate_proj", 1), ("mlp.up_proj", 1)),
+    activation="mlp.act_fn",
     consumer="mlp.down_proj",
     width_key="intermediate_size",
     rotary=True,

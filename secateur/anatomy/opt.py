@@ -9,6 +9,7 @@ OPT = Anatomy(
     attention="self_attn",
     project=separate("q_proj", "k_proj", "v_proj", "out_proj"),
     producers=(("fc1", 1),),
+    activation="activation_fn",
     consumer="fc2",
     width_key="ffn_dim",
     rotary=False,

@@ -20,6 +20,7 @@ PHI3 = Anatomy(
     attention="self_attn",
     project=project,
     producers=(("mlp.gate_up_proj", 2),),
+    activation="mlp.activation_fn",
     consumer="mlp.down_proj",
     width_key="intermediate_size",
     rotary=True,

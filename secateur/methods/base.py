@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from secateur.block import Block
 from secateur.curve import Curve
 from secateur.errors import InputError
+from secateur.options import checked
 from secateur.statistics import BlockStatistics, Need
 from secateur.units import Unit
 
@@ -28,6 +29,8 @@ class Narrowing:
             that read a KV head, whose keys are selected. None where E selects.
         consumer: Ŵ in place of the consumer's rows: (k, outputs) for an MLP, (heads · k, outputs)
             for value/output. None leaves the kept rows as they are.
+
+    Value/output without ``encode`` keeps its width, and only the consumer changes.
     """
 
     keep: Tensor | None = None
@@ -48,11 +51,6 @@ class Solution:
     at: Callable[[int], Narrowing]
 
 
-def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
-    """A method's field with its help text and the interval of its values, ends included."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
-
-
 @dataclass(frozen=True)
 class Method(ABC):
     """One paper. Its fields are its whole configuration; constructing it only stores and checks.
@@ -64,25 +62,10 @@ class Method(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
-    #: whether :meth:`compress` is given statistics from behind the blocks narrowed before
-    sequential: ClassVar[bool] = False
     keep: float
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("high")
-            expected = type(f.default)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                if isinstance(value, expected):
-                    continue
-                raise InputError(
-                    f"{self.name}: {f.name}={value!r} should be a {expected.__name__}."
-                )
-            if expected is int and not isinstance(value, int):
-                raise InputError(f"{self.name}: {f.name}={value!r} should be a whole number.")
-            if not (low is None or value >= low) or not (high is None or value <= high):
-                bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-                raise InputError(f"{self.name}: {f.name}={value!r} should be {bounds}.")
+        checked(self)
         if not 0 < self.keep <= 1:
             raise InputError(f"keep {self.keep!r} should be above 0 and at most 1, e.g. 0.8.")
 
@@ -94,3 +77,21 @@ class Method(ABC):
     @abstractmethod
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The unit at every size; touches no weight."""
+
+
+class SequentialMethod(Method):
+    """A method that narrows each block against what the blocks before it have become.
+
+    When weights are changed, :meth:`solve` is given, besides the method's own statistics of the
+    dense model, those of the narrowed model so far with what the block should make of them:
+    MIXED_GRAM and MIXED_TARGET for value/output, HIDDEN_GRAM and HIDDEN_TARGET for an MLP. Sizes
+    then include today's, at which only a consumer may change.
+    """
+
+    @abstractmethod
+    def refine(self, block: Block, inputs: Tensor, targets: Tensor) -> None:
+        """Adjust a narrowed MLP, in place, after its consumer was refitted.
+
+        ``inputs`` (tokens, hidden) are what its producers read, ``targets`` (tokens, outputs) what
+        its consumer should give, without bias.
+        """

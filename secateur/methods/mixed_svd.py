@@ -47,6 +47,11 @@ class MixedSVD:
         encode, decode, energies = low_rank_in_metric(metric, block.output_weight, self.ridge)
 
         def at(size: int) -> Narrowing:
+            if size == width:
+                prior = rows.flatten(0, 1)
+                return Narrowing(
+                    consumer=least_squares(gram, cross, prior, self.ridge, unit.name)
+                )
             basis = torch.block_diag(*encode[..., :size].repeat_interleave(group, 0))
             prior = decode[:, :size].repeat_interleave(group, 0) @ rows
             consumer = least_squares(

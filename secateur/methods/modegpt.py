@@ -6,10 +6,11 @@ from typing import ClassVar
 from secateur.allocate.base import Allocator
 from secateur.allocate.influence import EntropicInfluence
 from secateur.block import Block
-from secateur.methods.base import Method, Solution, option
+from secateur.methods.base import Method, Solution
 from secateur.methods.cr import CR
 from secateur.methods.head_svd import HeadSVD
 from secateur.methods.nystrom import Nystrom
+from secateur.options import option
 from secateur.statistics import BlockStatistics, Need, Needs
 from secateur.units import MLP, QueryKey, Unit
 
@@ -26,8 +27,6 @@ class MoDeGPT(Method):
     """
 
     keep: float = option(0.8, "share of the compressible parameters that stays")
-    temperature: float = option(0.05, "of the allocation over blocks: small = uneven", 1e-4)
-    max_sparsity: float = option(0.95, "most that any one block may lose", 0.0, 1.0)
     leverage_ridge: float = option(1e-3, "ridge of the MLP channel scores", 0.0)
     refit_ridge: float = option(1e-6, "ridge of the MLP least squares", 0.0)
     value_ridge: float = option(1e-6, "ridge of the value Gram", 0.0)
@@ -42,7 +41,7 @@ class MoDeGPT(Method):
     @property
     def allocator(self) -> Allocator:
         """The published allocation."""
-        return EntropicInfluence(self.temperature, self.max_sparsity)
+        return EntropicInfluence()
 
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The unit's own decomposition."""

@@ -1,0 +1,39 @@
+"""What to spend a budget on, under which constraints."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from secateur.errors import InputError, nearest
+from secateur.prices import Target
+
+Tier = Literal["plain", "per-layer"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The currency of a budget and the constraints on sizes.
+
+    Attributes:
+        target: what ``keep`` is a share of: "parameters", "bytes" or "flops" of what can shrink,
+            "cache" (bytes of KV cache), or "latency" of the whole forward pass on this machine.
+        tier: "plain" keeps attention untouched and gives every MLP one width, so that stock classes
+            load the result; "per-layer" lets every unit have its own size.
+        multiple_of: MLP widths become multiples of this.
+        batch: sequences in the forward pass that "latency" is measured on.
+        length: tokens in each of them; 1 stands for decoding.
+    """
+
+    target: Target = "parameters"
+    tier: Tier = "per-layer"
+    multiple_of: int = 8
+    batch: int = 1
+    length: int = 256
+
+    def __post_init__(self) -> None:
+        if self.target not in get_args(Target):
+            raise InputError(f"target {self.target!r}: {nearest(self.target, get_args(Target))}")
+        if self.tier not in get_args(Tier):
+            raise InputError(f"tier {self.tier!r}: {nearest(self.tier, get_args(Tier))}")
+        for name in ("multiple_of", "batch", "length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)!r} should be at least 1.")

@@ -1,0 +1,147 @@
+"""Prices in time: what every size of every unit takes on this machine, measured once and kept."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from secateur.apply import narrowed
+from secateur.block import Block
+from secateur.cache import cached_file
+from secateur.goal import Goal
+from secateur.methods.base import Narrowing
+from secateur.model import Model
+from secateur.prices import Prices
+from secateur.stream import Stream
+from secateur.text import Tokens
+from secateur.units import Unit
+from secateur.version import __version__
+from secateur.workspace import write_whole
+
+POINTS = 9  # sizes measured of each kind of unit; linear between them
+ROUNDS = 7  # of which the fastest counts
+SECONDS = 0.002  # a timing takes at least this long
+
+
+def measured(model: Model, goal: Goal) -> Prices:
+    """Nanoseconds of a forward pass over ``goal.batch`` × ``goal.length`` tokens.
+
+    All blocks of a dense model have one shape, so the first stands for all. Its units are timed one
+    by one, the others at full size:
+
+        mlp(k)  = T(mlp k) − T(mlp 0)
+        query_key(k) = T(qk k) − T(qk 0),   value_output(k) = T(vo k, qk 0) − T(vo 0, qk 0)
+
+    and never less at a larger size. What is left of a whole forward pass is fixed. The table is
+    kept in the user's cache for this machine, model shape and number format.
+    """
+    own = _identity(model, goal)
+    path = cached_file("latency", own)
+    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not table:
+        with torch.inference_mode():
+            table = _measure(model, goal)
+        write_whole(path, json.dumps(own | table, indent=1))
+    units = model.units(goal.multiple_of)
+    prices = {u.name: _between(u, table["nanoseconds"][u.kind]) for u in units}
+    whole = sum(prices[u.name][u.size] for u in units)
+    return Prices("latency", prices, max(0, table["forward"] - whole))
+
+
+def _identity(model: Model, goal: Goal) -> dict[str, Any]:
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    config = model.config.to_dict()
+    return {
+        "secateur": __version__,
+        "torch": torch.__version__,
+        "machine": [platform.node(), platform.machine(), name, torch.get_num_threads()],
+        "dtype": str(model.module.dtype),
+        "shape": {k: v for k, v in sorted(config.items()) if isinstance(v, int)},
+        "model_type": config["model_type"],
+        "batch": goal.batch,
+        "length": goal.length,
+    }
+
+
+def _measure(model: Model, goal: Goal) -> dict[str, Any]:
+    ids = torch.zeros(goal.batch, goal.length, dtype=torch.int64)
+    stream = Stream(model, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), rows=goal.batch)
+    block, batch = model.blocks[0], stream.batches[0]
+    states = stream.at(batch)
+    units = {unit.kind: unit for unit in block.units(1)}
+    jobs: dict[tuple[str, int], dict[str, int]] = {}
+    for kind, unit in units.items():
+        for size in _points(unit):
+            jobs[kind, size] = {kind: size}
+            if kind == "value_output" and "query_key" in units:
+                jobs[kind, size]["query_key"] = 0
+    seconds = dict.fromkeys(jobs, float("inf"))
+    forward = float("inf")
+    for _ in range(ROUNDS):  # round by round, so that a slow moment hits all alike
+        for job, sizes in jobs.items():
+            with _at(block, units, sizes):
+                run = lambda: stream.through(block, states)  # noqa: E731
+                seconds[job] = min(seconds[job], _timed(run, states.device))
+        whole = lambda: model.module(input_ids=ids.to(model.device), use_cache=False)  # noqa: E731
+        forward = min(forward, _timed(whole, states.device))
+    nanoseconds = {}
+    for kind, unit in units.items():
+        points = _points(unit)
+        times = np.maximum.accumulate([seconds[kind, size] for size in points])
+        nanoseconds[kind] = {
+            str(size): round(1e9 * float(t - times[0]))
+            for size, t in zip(points, times, strict=True)
+        }
+    return {"nanoseconds": nanoseconds, "forward": round(1e9 * forward)}
+
+
+def _points(unit: Unit) -> list[int]:
+    allowed = unit.sizes()
+    wanted = np.linspace(0, unit.size, POINTS)
+    return sorted({min(allowed, key=lambda s: abs(s - w)) for w in wanted})
+
+
+@contextmanager
+def _at(block: Block, units: Mapping[str, Unit], sizes: Mapping[str, int]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind, size in sizes.items():
+            if size < units[kind].size:
+                narrowing = _arbitrary(block, units[kind], size)
+                stack.enter_context(narrowed(block, units[kind], narrowing))
+        yield
+
+
+def _arbitrary(block: Block, unit: Unit, size: int) -> Narrowing:
+    """Any narrowing of the right shape: weights don't change how long a product takes."""
+    device, heads = block.attention.o_proj.weight.device, block.attention.kv_heads
+    if unit.kind == "mlp":
+        return Narrowing(keep=torch.arange(size, device=device))
+    if unit.kind == "query_key":
+        half = torch.arange(size // 2, device=device)
+        return Narrowing(keep=torch.cat((half, half + unit.size // 2)).expand(heads, -1))
+    encode = torch.eye(unit.size, dtype=torch.float64, device=device)[:, :size]
+    consumer = block.output_rows[:, :size].flatten(0, 1)
+    return Narrowing(encode=encode.expand(heads, -1, -1), consumer=consumer)
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, from as many as make a timing of :data:`SECONDS`."""
+    calls, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < SECONDS or not calls:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        calls += 1
+    return spent / calls
+
+
+def _between(unit: Unit, points: Mapping[str, int]) -> dict[int, int]:
+    sizes = [int(size) for size in points]
+    found = np.interp(unit.sizes(), sizes, list(points.values()))
+    return {size: int(ns) for size, ns in zip(unit.sizes(), found, strict=True)}

@@ -1,0 +1,124 @@
+"""What narrowing one unit costs the whole model: divergence of its output, measured."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.apply import narrowed
+from secateur.block import Block
+from secateur.curve import Curve
+from secateur.methods.base import Solution
+from secateur.model import Model
+from secateur.stream import Stream
+from secateur.text import Tokens
+from secateur.units import Unit
+
+#: sizes measured of every unit, as shares of today's; between them its own curve is used
+SHARES = (0.0, 0.25, 0.5, 0.75)
+#: what measuring may cost, in forward passes over the calibration tokens, the head left aside
+PASSES = 3.0
+
+
+class Divergence:
+    """KL divergence of the model's output, while a unit is narrowed, from that of the dense model.
+
+    In nats a token, mean over the real tokens of some calibration windows. Hidden states are kept
+    before the block at hand, so only the blocks behind it run again. With p the dense model's
+    probabilities and z the narrowed one's logits, KL = Σ p log p − Σ p z + log Σ exp z.
+    """
+
+    def __init__(self, model: Model, tokens: Tokens) -> None:
+        self.model = model
+        self.stream = Stream(model, tokens)
+        self._dense = []
+        for batch in self.stream.batches:
+            scores = self._logits(batch, self.stream.at(batch), model.blocks).log_softmax(-1)
+            self._dense.append((scores.exp(), torch.linalg.vecdot(scores.exp(), scores)))
+
+    def of(self, block: Block) -> float:
+        """Divergence of the model as it stands, if nothing before ``block`` has changed."""
+        total, count, behind = 0.0, 0, self.model.blocks[block.index :]
+        for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
+            found, mask = self._logits(batch, self.stream.at(batch), behind), self.stream.mask(batch)
+            terms = negentropy - torch.linalg.vecdot(dense, found) + found.logsumexp(-1)
+            total += float(terms[mask].double().sum())
+            count += int(mask.sum())
+        return max(0.0, total / count)
+
+    def advance(self, block: Block) -> None:
+        """Go on to behind ``block``."""
+        for batch in self.stream.batches:
+            self.stream.put(batch, self.stream.through(block, self.stream.at(batch)))
+
+    def _logits(self, batch: slice, states: Tensor, blocks: Sequence[Block]) -> Tensor:
+        for block in blocks:
+            states = self.stream.through(block, states)
+        return self.stream.logits(batch, states).float()
+
+
+def windows_to_measure(tokens: Tokens, units: int) -> Tokens:
+    """As many of the windows as :data:`PASSES` allow, at least two.
+
+    A measurement runs half of the blocks on average.
+    """
+    count = math.ceil(2 * PASSES * len(tokens.ids) / (units * len(SHARES)))
+    count = min(len(tokens.ids), max(2, count))
+    return Tokens(tokens.ids[:count], tokens.mask[:count])
+
+
+def measure_losses(
+    divergence: Divergence,
+    block: Block,
+    units: Sequence[Unit],
+    solutions: Mapping[str, Solution],
+    advance: Callable[[int], None] = lambda _: None,
+) -> dict[str, Curve]:
+    """The loss of every unit of a block at every size; leaves the block as it was."""
+    losses = {}
+    for unit in units:
+        solution, found = solutions[unit.name], {unit.size: 0.0}
+        for size in measured_sizes(unit):
+            with narrowed(block, unit, solution.at(size)):
+                found[size] = divergence.of(block)
+        losses[unit.name] = between(found, solution.curve)
+        advance(1)
+    divergence.advance(block)
+    return losses
+
+
+def measured_sizes(unit: Unit) -> list[int]:
+    """The sizes nearest to :data:`SHARES` of today's, without today's."""
+    allowed = unit.sizes()[:-1]
+    return sorted({min(allowed, key=lambda s: abs(s - share * unit.size)) for share in SHARES})
+
+
+def between(measured: Mapping[int, float], curve: Curve) -> Curve:
+    """Losses at all sizes from measured ones at some, 0 and today's among them.
+
+    Between two measured sizes log loss is linear in log error of the unit's own curve; above the
+    largest of them it is proportional to that error, as a divergence is to a small squared change.
+    """
+    sizes = sorted(measured)
+    values, floor = {}, 0.0
+    for size in reversed(sizes):  # a larger size is never taken for worse
+        floor = values[size] = max(measured[size], floor)
+    losses = [0.0] * len(curve.errors)
+    for low, high in zip(sizes, sizes[1:], strict=False):
+        a, b = values[low], values[high]
+        x, y = curve.at(low), curve.at(high)
+        for size in range(low, high + 1):
+            if b == 0:  # today's size, or one as good
+                share = curve.at(size) / x if x > 0 else (high - size) / (high - low)
+                losses[size] = a * share
+            else:
+                rest = high - size
+                along = rest / (high - low) if not x > y > 0 else _position(curve.at(size), x, y)
+                losses[size] = b * (a / b) ** along
+    return Curve(tuple(losses))
+
+
+def _position(error: float, high: float, low: float) -> float:
+    """Where an error lies between two others, 0 at the low one, on a scale of logarithms."""
+    return min(1.0, max(0.0, math.log(max(error, low) / low) / math.log(high / low)))

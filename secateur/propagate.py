@@ -1,0 +1,179 @@
+"""Blocks narrowed one after the other, each to make good what those before it have lost."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.apply import check_finite, folded_bias, narrow_unit
+from secateur.block import Block
+from secateur.methods.base import SequentialMethod
+from secateur.model import Model
+from secateur.observe import mixed_values
+from secateur.statistics import BlockStatistics, Cross, Gram, Needs
+from secateur.stream import Stream
+from secateur.text import Tokens
+from secateur.units import Unit
+
+ADDITIVE = 0.02  # relative: half precision rounds at every sum
+
+
+class Propagation:
+    """The dense and the narrowed model side by side, before the block that is next.
+
+    A consumer's target is what brings the narrowed stream back to the dense one,
+
+        t_attention = x + attention(x) − x̂,   t_mlp = y − x̂ − attention(x̂)
+
+    for a block y = x + attention + mlp, whether one reads the other's output or not; x̂ is the
+    narrowed model's stream. In a block of another form (a norm behind the sum) the targets are the
+    dense outputs themselves.
+
+    Five numbers a token and hidden dim are kept: two streams, the targets and the MLP's inputs.
+    """
+
+    def __init__(self, model: Model, tokens: Tokens, method: SequentialMethod) -> None:
+        self.method = method
+        with torch.no_grad():
+            self.dense = Stream(model, tokens)
+        self.narrow = self.dense.copy()
+        self.targets = torch.empty_like(self.dense.states)
+        self.inputs = torch.empty_like(self.dense.states)
+        self.moved = False
+
+    @torch.no_grad()
+    def narrow_block(
+        self,
+        block: Block,
+        units: list[Unit],
+        sizes: Mapping[str, int],
+        statistics: BlockStatistics,
+    ) -> None:
+        """Bring the units of a block to their sizes, and every consumer to its target."""
+        own = {unit.kind: unit for unit in units}
+        self.moved = self.moved or any(sizes[unit.name] < unit.size for unit in units)
+        additive = self._run_dense(block)
+        if not self.moved:
+            self.narrow.states.copy_(self.dense.states)
+            return
+        query_key, value_output, mlp = own.get("query_key"), own["value_output"], own["mlp"]
+        if query_key is not None and sizes[query_key.name] < query_key.size:
+            self._apply(block, query_key, sizes, statistics)
+        self._apply(block, value_output, sizes, {**statistics, **self._mixed(block, additive)})
+        self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
+        if sizes[mlp.name] > 0:
+            mask, device = self.dense.tokens.mask, self.narrow.model.device
+            self.method.refine(block, self.inputs[mask].to(device), self.targets[mask].to(device))
+        check_finite(block)
+        for batch in self.narrow.batches:
+            self.narrow.put(batch, self.narrow.through(block, self.narrow.at(batch)))
+
+    def _apply(
+        self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
+    ) -> None:
+        narrow_unit(
+            block, unit, self.method.solve(unit, block, statistics).at(sizes[unit.name])
+        )
+
+    def _run_dense(self, block: Block) -> bool:
+        """Move the dense stream on, note the targets, and say whether the block is a plain sum."""
+        additive: bool | None = None
+        for batch in self.dense.batches:
+            before = self.dense.at(batch)
+            with watched(block) as seen:
+                after = self.dense.through(block, before)
+            if additive is None:
+                rest = after - before - seen.attention - seen.mlp
+                additive = float(rest.norm()) <= ADDITIVE * float(after.norm())
+            self.targets[batch] = (before + seen.attention if additive else seen.attention).cpu()
+            self.inputs[batch] = seen.mlp.cpu()  # until the narrowed model's inputs are known
+            self.dense.put(batch, after)
+        assert additive is not None
+        return additive
+
+    def _mixed(self, block: Block, additive: bool) -> BlockStatistics:
+        """What the output projection reads in the narrowed model, and what it should make of it."""
+        gram, cross, bias = Gram(), Cross(), folded_bias(block.attention)
+        for batch in self.narrow.batches:
+            states, mask = self.narrow.at(batch), self.narrow.mask(batch)
+            target = self.targets[batch].to(states.device)
+            with watched(block, until=block.attention.o_proj) as seen:
+                self.narrow.through(block, states)
+            values = mixed_values(block, seen.mixed)
+            if additive:
+                target = target - states
+            gram.update(values, mask=mask)
+            cross.update(values, target if bias is None else target - bias, mask=mask)
+        return {Needs.MIXED_GRAM: gram, Needs.MIXED_TARGET: cross}
+
+    def _hidden(self, block: Block, additive: bool) -> BlockStatistics:
+        """What the consumer reads in the narrowed model, and what it should make of it."""
+        gram, cross, bias = Gram(), Cross(), block.consumer.bias
+        for batch in self.narrow.batches:
+            states, mask = self.narrow.at(batch), self.narrow.mask(batch)
+            with watched(block, until=block.consumer) as seen:
+                self.narrow.through(block, states)
+            if additive:
+                target = self.dense.at(batch) - states - seen.attention
+            else:
+                target = self.inputs[batch].to(states.device)
+            if isinstance(bias, Tensor):
+                target = target - bias
+            gram.update(seen.hidden, mask=mask)
+            cross.update(seen.hidden, target, mask=mask)
+            self.inputs[batch], self.targets[batch] = seen.inputs.cpu(), target.cpu()
+        return {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
+
+
+class Seen:
+    """What passed through a block: (batch, tokens, …)."""
+
+    mixed: Tensor  #: input of the output projection
+    attention: Tensor  #: its output
+    inputs: Tensor  #: input of the MLP's producers
+    hidden: Tensor  #: input of its consumer
+    mlp: Tensor  #: its output
+
+
+class _ReachedError(Exception):
+    """The forward pass has come as far as it is needed."""
+
+
+@contextmanager
+def watched(block: Block, until: nn.Module | None = None) -> Iterator[Seen]:
+    """Note what passes through a block, whose forward inside ends where ``until`` is reached."""
+    seen, shape = Seen(), (0, 0)
+
+    def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal shape
+        shape = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+
+    def reading(name: str) -> Callable[[nn.Module, Any], None]:
+        def note(module: nn.Module, args: Any) -> None:
+            setattr(seen, name, args[0].reshape(*shape, -1))
+            if module is until:
+                raise _ReachedError
+
+        return note
+
+    def giving(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+            setattr(seen, name, output.reshape(*shape, -1))
+
+        return note
+
+    output, producer, consumer = block.attention.o_proj, block.producers[0][0], block.consumer
+    with ExitStack() as stack:
+        for handle in (
+            block.module.register_forward_pre_hook(entering, with_kwargs=True),
+            output.register_forward_pre_hook(reading("mixed")),
+            output.register_forward_hook(giving("attention")),
+            producer.register_forward_pre_hook(reading("inputs")),
+            consumer.register_forward_pre_hook(reading("hidden")),
+            consumer.register_forward_hook(giving("mlp")),
+        ):
+            stack.callback(handle.remove)
+        stack.enter_context(suppress(_ReachedError))
+        yield seen

@@ -1,0 +1,144 @@
+"""Scores: what calibration says about every unit, measured once and kept for every budget."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from secateur.allocate.base import Allocator, Evidence
+from secateur.cache import cached_file
+from secateur.calibration import Store
+from secateur.curve import Curve
+from secateur.errors import InputError
+from secateur.measure import Divergence, measure_losses, windows_to_measure
+from secateur.methods.base import Method
+from secateur.model import Model, fingerprint
+from secateur.statistics import Needs
+from secateur.text import Tokens
+from secateur.version import __version__
+from secateur.workspace import write_whole
+
+MAX_BYTES = 2**30
+
+
+class Scores(BaseModel):
+    """Evidence on disk, with everything that it depends on.
+
+    Attributes:
+        secateur: version that measured it.
+        model: fingerprint of the weights.
+        calibration: fingerprint of the token windows.
+        method: name of the method.
+        options: its fields but for ``keep``, which no score depends on.
+        measured: whether losses are in it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    secateur: str
+    model: str
+    calibration: str
+    method: str
+    options: dict[str, int | float | str]
+    measured: bool
+    influence: tuple[float, ...]
+    curves: dict[str, tuple[float, ...]]
+    losses: dict[str, tuple[float, ...]] | None
+
+
+def identity(model: Model, method: Method, tokens: Tokens, measured: bool) -> dict[str, Any]:
+    """The fields that say what scores are of."""
+    return {
+        "secateur": __version__,
+        "model": fingerprint(model),
+        "calibration": tokens.fingerprint,
+        "method": method.name,
+        "options": {name: value for name, value in asdict(method).items() if name != "keep"},
+        "measured": measured,
+    }
+
+
+def kept_evidence(own: dict[str, Any], file: Path | None) -> Evidence | None:
+    """Evidence of this identity from ``file``, or from the user's cache, or None.
+
+    Raises:
+        InputError: the file is of something else; the message names the field that differs.
+    """
+    path = file or cached_file("scores", own)
+    if not path.exists():
+        return None
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"scores {str(path)!r} are larger than any scores; the right file?")
+        scores = Scores.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"scores {str(path)!r}: {error.strerror}.") from error
+    except pydantic.ValidationError as error:
+        first: Any = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        if file is None:  # a damaged cache is measured again
+            return None
+        raise InputError(f"scores {str(path)!r}: {where}: {first['msg']}.") from error
+    for name, value in own.items():
+        if (found := getattr(scores, name)) != value and not (name == "measured" and found):
+            raise InputError(
+                f"scores {str(path)!r} are of something else: {name} is {found!r} there and "
+                f"{value!r} here. Name another --scores file, or repeat what they were made with."
+            )
+    return Evidence(
+        {name: Curve(errors) for name, errors in scores.curves.items()},
+        scores.influence,
+        None if scores.losses is None else {n: Curve(x) for n, x in scores.losses.items()},
+    )
+
+
+def keep_evidence(own: dict[str, Any], evidence: Evidence, file: Path | None) -> None:
+    """Write evidence where :func:`kept_evidence` finds it."""
+    losses = evidence.losses
+    scores = Scores(
+        **own,
+        influence=tuple(evidence.influence),
+        curves={name: curve.errors for name, curve in evidence.curves.items()},
+        losses=None if losses is None else {name: c.errors for name, c in losses.items()},
+    )
+    write_whole(file or cached_file("scores", own), scores.model_dump_json())
+
+
+def measure(
+    model: Model,
+    method: Method,
+    store: Store,
+    tokens: Tokens,
+    allocator: Allocator | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Evidence:
+    """Every unit's predicted error at every size, every block's influence, and measured losses.
+
+    Losses only where ``allocator``, by default the method's own, spends by them. One evidence
+    serves every budget, target and multiple. ``advance`` is told how many units are done.
+    """
+    allocator = allocator or method.allocator
+    units = model.units(1)
+    curves: dict[str, Curve] = {}
+    losses: dict[str, Curve] = {}
+    influence: list[float] = []
+    with torch.no_grad():
+        divergence = None
+        if allocator.measured:
+            divergence = Divergence(model, windows_to_measure(tokens, len(units)))
+        for block in model.blocks:
+            statistics = store.get(block.index, method.needs | {Needs.INFLUENCE}, model.device)
+            influence.append(float(statistics[Needs.INFLUENCE].mean))
+            own = [unit for unit in units if unit.block == block.index]
+            solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+            curves |= {name: solution.curve for name, solution in solutions.items()}
+            if divergence is None:
+                advance(len(own))
+            else:
+                losses |= measure_losses(divergence, block, own, solutions, advance)
+    return Evidence(curves, influence, losses if allocator.measured else None)
