@@ -15,15 +15,20 @@ from secateur.version import __version__
 if TYPE_CHECKING:
     from secateur.calibration import Store, calibrate
     from secateur.evaluate.judge import Questions, Text, judge_apart
+    from secateur.goal import Goal
+    from secateur.methods.auto import Auto
     from secateur.methods.base import Method
     from secateur.methods.modegpt import MoDeGPT
     from secateur.model import Model, Settings, open_model
     from secateur.pipeline import compress, save
-    from secateur.plan import Plan, make_plan, measure_curves
+    from secateur.plan import Plan, make_plan
+    from secateur.scores import measure
     from secateur.text import Calibration, calibration_tokens
 
 _HOMES = {
+    "Auto": "secateur.methods.auto",
     "Calibration": "secateur.text",
+    "Goal": "secateur.goal",
     "Method": "secateur.methods.base",
     "MoDeGPT": "secateur.methods.modegpt",
     "Model": "secateur.model",
@@ -37,13 +42,15 @@ _HOMES = {
     "compress": "secateur.pipeline",
     "judge_apart": "secateur.evaluate.judge",
     "make_plan": "secateur.plan",
-    "measure_curves": "secateur.plan",
+    "measure": "secateur.scores",
     "open_model": "secateur.model",
     "save": "secateur.pipeline",
 }
 
 __all__ = [
+    "Auto",
     "Calibration",
+    "Goal",
     "InputError",
     "Method",
     "MoDeGPT",
@@ -59,7 +66,7 @@ __all__ = [
     "compress",
     "judge_apart",
     "make_plan",
-    "measure_curves",
+    "measure",
     "open_model",
     "save",
 ]

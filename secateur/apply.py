@@ -111,7 +111,7 @@ def narrow_value_output(block: Block, narrowing: Narrowing) -> None:
     if encode is None:  # in place, as the stock attention shares the weight and may be written
         old.o_proj.weight.data.copy_(rows)
         return
-    q, k, v, o = _parts(old)
+    q, k, v, _ = _parts(old)
     values, _ = _head_maps((v[0], None), encode)
     output = (rows.contiguous(), folded_bias(old))
     shape = {**old.shape, "value": encode.shape[2]}

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.block import Block, inputs_by_outputs
+from secateur.goal import Tier
 from secateur.layers import modeling_secateur
 from secateur.model import Model
-from secateur.plan import Tier
 
 SHARD_BYTES = 4 * 2**30
 

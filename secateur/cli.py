@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from secateur.errors import InputError, RunError
-from secateur.options import (
+from secateur.flags import (
+    ALLOCATOR_KEY,
     METHOD_KEY,
     MethodCommand,
     calibration_options,
+    field_options,
     judge_options,
-    method_options,
     model_argument,
     open_options,
 )
 from secateur.version import __version__
 
 if TYPE_CHECKING:
+    from secateur.allocate.base import Allocator
     from secateur.evaluate.judge import Questions
+    from secateur.goal import Goal
     from secateur.methods.base import Method
     from secateur.model import Settings
     from secateur.plan import Plan
@@ -79,18 +82,20 @@ def plan(
     output: str,
     dry_run: bool,
     overwrite: bool,
-    multiple_of: int,
+    scores: Path | None,
     **rest: Any,
 ) -> None:
     """Decide the size of every unit of MODEL; no weight is touched.
 
-    The plan is JSON: read it, edit the sizes, apply it with `secateur compress --plan`.
+    The plan is JSON: read it, edit the sizes, apply it with `secateur compress --plan`. What
+    calibration measured is kept, so a second budget takes seconds.
     """
     from tempfile import TemporaryDirectory
 
     from secateur import inputs, pipeline, present
     from secateur.calibration import Store
     from secateur.evaluate.judge import quiet
+    from secateur.model import skeleton
     from secateur.progress import for_terminal
     from secateur.workspace import write_whole
 
@@ -101,6 +106,9 @@ def plan(
         raise InputError(f"--output {output!r}: there is no folder {str(path.parent)!r}.")
     quiet()
     method, calibration, settings = _method(ctx, rest), _calibration(rest), _settings(rest)
+    goal = _goal(rest)
+    allocator = pipeline.chosen_allocator(method, goal, _allocator(ctx, rest))
+    pipeline.check_reach(skeleton(model, settings), method, goal, allocator)
     with TemporaryDirectory() as statistics:
         made = pipeline.prepare(
             model,
@@ -108,10 +116,13 @@ def plan(
             calibration,
             inputs.read_calibration(model, calibration, settings),
             settings,
-            multiple_of,
+            goal,
+            allocator,
             Store(Path(statistics)),
+            scores,
             pipeline.Stopwatch(),
             for_terminal(),
+            only_plan=True,
         ).plan
     if not dry_run:
         write_whole(path, made.to_json())
@@ -137,8 +148,8 @@ def compress(
     out: Path,
     plan_file: Path | None,
     as_json: bool,
-    multiple_of: int,
     overwrite: bool,
+    scores: Path | None,
     **rest: Any,
 ) -> None:
     """Write a smaller checkpoint of MODEL (a folder or hub id) to the new folder OUT.
@@ -155,9 +166,10 @@ def compress(
     if plan_file is not None:
         _refuse_beside_plan(ctx)
         made: Method | Plan = (replay := read_plan(plan_file))
-        calibration = replay.calibration.choice()
+        calibration, goal, allocator = replay.calibration.choice(), None, None
     else:
         made, calibration = _method(ctx, rest), _calibration(rest)
+        goal, allocator = _goal(rest), _allocator(ctx, rest)
     questions = _questions(rest, inputs.default_texts(calibration), calibration.length)
     report = pipeline.compress(
         model,
@@ -166,7 +178,9 @@ def compress(
         calibration,
         questions,
         _settings(rest),
-        multiple_of,
+        goal,
+        allocator,
+        scores,
         overwrite,
         for_terminal(),
     )
@@ -202,11 +216,33 @@ def _settings(options: dict[str, Any]) -> "Settings":
 
 
 def _method(ctx: click.Context, options: dict[str, Any]) -> "Method":
+    kind: type[Method] = ctx.meta[METHOD_KEY]
+    return kind(**_given(kind, options))
+
+
+def _allocator(ctx: click.Context, options: dict[str, Any]) -> "Allocator | None":
+    """What was asked for by name or by one of its fields."""
+    kind: type[Allocator] = ctx.meta[ALLOCATOR_KEY]
+    given = _given(kind, options)
+    return kind(**given) if given or options["allocator"] else None
+
+
+def _given(kind: type, options: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import fields
 
-    kind: type[Method] = ctx.meta[METHOD_KEY]
-    given = {f.name: options[f.name] for f in fields(kind) if options.get(f.name) is not None}
-    return kind(**given)
+    return {f.name: options[f.name] for f in fields(kind) if options.get(f.name) is not None}
+
+
+def _goal(options: dict[str, Any]) -> "Goal":
+    from secateur.goal import Goal
+
+    return Goal(
+        options["target"],
+        options["tier"],
+        options["multiple_of"],
+        options["latency_batch"],
+        options["latency_length"],
+    )
 
 
 def _calibration(options: dict[str, Any]) -> "Calibration":
@@ -238,8 +274,10 @@ def _questions(options: dict[str, Any], default: Any, length: int | None) -> "Qu
 
 def _refuse_beside_plan(ctx: click.Context) -> None:
     """A plan has its own method, budget and calibration; a flag for them would be ignored."""
-    own = {*(p.name for p in method_options(ctx.meta[METHOD_KEY]))}
+    kinds = (ctx.meta[METHOD_KEY], ctx.meta[ALLOCATOR_KEY])
+    own = {option.name for kind in kinds for option in field_options(kind)}
     own |= {"method", "keep", "calibration", "samples", "length", "seed", "multiple_of"}
+    own |= {"target", "tier", "allocator", "latency_batch", "latency_length"}
     for name in sorted(str(n) for n in own):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise InputError(f"--{name.replace('_', '-')} and --plan exclude each other.")

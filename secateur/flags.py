@@ -1,21 +1,24 @@
 """The options that commands share, and those that come from a method's fields."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from secateur.allocate.base import Allocator
     from secateur.methods.base import Method
 
-DEFAULT_METHOD = "modegpt"
+DEFAULT_METHOD = "auto"
 METHOD_KEY = "secateur.method"
+ALLOCATOR_KEY = "secateur.allocator"
 
 
 class MethodCommand(click.Command):
-    """A command that takes, besides its own options, those of the method it is given.
+    """A command that takes, besides its own options, those of its method and its allocator.
 
-    A method's fields are its options. Importing a method imports torch, so ``--help`` shows them
+    Their fields are the options. Importing a method imports torch, so ``--help`` shows them
     only when a method is named.
     """
 
@@ -25,14 +28,19 @@ class MethodCommand(click.Command):
         parser.ignore_unknown_options = True  # the method's, unknown until it is known
         given = parser.parse_args(list(args))[0]
         if "method" in given or not set(args) & set(ctx.help_option_names):
+            from secateur.allocate import allocator_class
             from secateur.methods import method_class
 
-            ctx.meta[METHOD_KEY] = method_class(given.get("method", DEFAULT_METHOD))
+            method = method_class(given.get("method", DEFAULT_METHOD))
+            asked = given.get("allocator")
+            ctx.meta[METHOD_KEY] = method
+            ctx.meta[ALLOCATOR_KEY] = allocator_class(asked) if asked else type(method().allocator)
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters and the method's fields."""
-        return [*super().get_params(ctx), *method_options(ctx.meta.get(METHOD_KEY))]
+        """The command's own parameters and the fields of the method and the allocator."""
+        kinds = (ctx.meta.get(key) for key in (METHOD_KEY, ALLOCATOR_KEY))
+        return [*super().get_params(ctx), *(o for kind in kinds for o in field_options(kind))]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Say where the method's options are, unless they are shown."""
@@ -45,9 +53,9 @@ class MethodCommand(click.Command):
                 )
 
 
-def method_options(method: "type[Method] | None") -> list[click.Parameter]:
-    """A method's fields as options; ``keep`` is every method's and has its own."""
-    if method is None:
+def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.Parameter]:
+    """The fields of a method or allocator as options; ``keep`` has its own, for all methods."""
+    if kind is None:
         return []
     from dataclasses import fields
 
@@ -55,9 +63,9 @@ def method_options(method: "type[Method] | None") -> list[click.Parameter]:
         click.Option(
             [f"--{field.name.replace('_', '-')}"],
             type=type(field.default),
-            help=f"[{method.name}] {field.metadata['help']}  [default: {field.default:g}]",
+            help=f"[{kind.name}] {field.metadata['help']}  [default: {field.default:g}]",
         )
-        for field in fields(method)
+        for field in fields(kind)
         if field.name != "keep"
     ]
 
@@ -92,8 +100,42 @@ open_options = stacked(
 
 calibration_options = stacked(
     click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
+    click.option("--keep", type=float, help="Share of the target that stays  [default: 0.8]"),
     click.option(
-        "--keep", type=float, help="Share of the compressible parameters that stays  [default: 0.8]"
+        "--target",
+        default="parameters",
+        show_default=True,
+        help="What --keep is a share of: parameters, bytes or flops of what can shrink, cache "
+        "(bytes of KV cache), or latency of a forward pass on this machine.",
+    ),
+    click.option(
+        "--tier",
+        default="per-layer",
+        show_default=True,
+        help="per-layer: every unit its own size; plain: attention untouched and one MLP width, "
+        "so that stock classes load the result.",
+    ),
+    click.option(
+        "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
+    ),
+    click.option(
+        "--latency-batch",
+        default=1,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Sequences in the forward pass that latency is measured on.",
+    ),
+    click.option(
+        "--latency-length",
+        default=256,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Tokens in each of them; 1 is decoding.",
+    ),
+    click.option(
+        "--scores",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="File to read the units' scores from, or to write them to  [default: a cache]",
     ),
     click.option(
         "--calibration",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,10 @@ class Divergence:
         """Divergence of the model as it stands, if nothing before ``block`` has changed."""
         total, count, behind = 0.0, 0, self.model.blocks[block.index :]
         for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
-            found, mask = self._logits(batch, self.stream.at(batch), behind), self.stream.mask(batch)
+            found, mask = (
+                self._logits(batch, self.stream.at(batch), behind),
+                self.stream.mask(batch),
+            )
             terms = negentropy - torch.linalg.vecdot(dense, found) + found.logsumexp(-1)
             total += float(terms[mask].double().sum())
             count += int(mask.sum())
@@ -105,7 +109,7 @@ def between(measured: Mapping[int, float], curve: Curve) -> Curve:
     for size in reversed(sizes):  # a larger size is never taken for worse
         floor = values[size] = max(measured[size], floor)
     losses = [0.0] * len(curve.errors)
-    for low, high in zip(sizes, sizes[1:], strict=False):
+    for low, high in pairwise(sizes):
         a, b = values[low], values[high]
         x, y = curve.at(low), curve.at(high)
         for size in range(low, high + 1):

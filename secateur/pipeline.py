@@ -309,8 +309,9 @@ def write(
     plain = plan.tier == "plain"
     writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
     method = prepared.method
-    sequential = isinstance(method, SequentialMethod)
-    line = Propagation(model, prepared.tokens, method) if sequential else None
+    line = None
+    if isinstance(method, SequentialMethod):
+        line = Propagation(model, prepared.tokens, method)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         for block in model.blocks:
             with watch.measure("apply"):
@@ -368,7 +369,7 @@ def _report(
             "model": plan.base.model_dump(),
             "method": plan.method.model_dump(),
             "allocator": plan.allocator.model_dump(),
-            "budget": {k: v for k, v in plan.budget.model_dump().items() if k != "total"},
+            "budget": plan.budget.model_dump(),
             "tier": plan.tier,
             "dense": asdict(dense),
             "compressed": asdict(small),

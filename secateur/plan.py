@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.allocate import allocator_class
 from secateur.allocate.base import Allocator, Evidence
 from secateur.errors import InputError, nearest
+from secateur.goal import Goal, Tier
+from secateur.latency import measured
 from secateur.methods import method_class
 from secateur.methods.base import Method
-from secateur.goal import Goal, Tier
 from secateur.model import Model, fingerprint
-from secateur.latency import measured
 from secateur.prices import Prices, Target, counted
 from secateur.text import Calibration, Tokens
 from secateur.units import Unit
@@ -147,10 +147,10 @@ class Plan(_Record):
 
 
 def _built(kind: type[Built], choice: Choice) -> Built:
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    known = {f.name for f in fields(kind)}
     for name in sorted(set(choice.options) - known):
         raise InputError(f"plan: {choice.name} has no option {name!r}. {nearest(name, known)}")
-    return kind(**choice.options)
+    return kind(**dict[str, Any](choice.options))
 
 
 def make_plan(
@@ -189,7 +189,7 @@ def make_plan(
         multiple_of=goal.multiple_of,
         budget=_budget(units, sizes, method.keep, prices, goal),
         tier=tier_of(units, sizes),
-        units=tuple(_row(unit, sizes, evidence, model.stored) for unit in units),
+        units=_rows(units, sizes, evidence, model.stored),
     )
 
 
@@ -214,18 +214,27 @@ def _budget(
     )
 
 
-def _row(unit: Unit, sizes: Mapping[str, int], evidence: Evidence, stored: torch.dtype) -> Row:
-    size, losses = sizes[unit.name], evidence.losses
-    cost = asdict(unit.cost(size, stored.itemsize))
-    return Row(
-        unit=unit.name,
-        kind=unit.kind,
-        before=unit.size,
-        after=size,
-        predicted_error=0.0 if size == unit.size else evidence.curves[unit.name].at(size),
-        predicted_loss=None if losses is None else losses[unit.name].at(size),
-        **cost,
-    )
+def _rows(
+    units: Sequence[Unit], sizes: Mapping[str, int], evidence: Evidence, stored: torch.dtype
+) -> tuple[Row, ...]:
+    gone = {unit.block for unit in units if unit.kind == "value_output" and not sizes[unit.name]}
+    rows = []
+    for unit in units:
+        size, loss = sizes[unit.name], None
+        if evidence.losses is not None:  # queries and keys lose nothing where no value is read
+            read = unit.kind != "query_key" or unit.block not in gone
+            loss = evidence.losses[unit.name].at(size) if read else 0.0
+        row = Row(
+            unit=unit.name,
+            kind=unit.kind,
+            before=unit.size,
+            after=size,
+            predicted_error=0.0 if size == unit.size else evidence.curves[unit.name].at(size),
+            predicted_loss=loss,
+            **asdict(unit.cost(size, stored.itemsize)),
+        )
+        rows.append(row)
+    return tuple(rows)
 
 
 def tier_of(units: Sequence[Unit], sizes: Mapping[str, int]) -> Tier:
@@ -261,7 +270,7 @@ def revise(plan: Plan, model: Model, evidence: Evidence, prices: Prices | None =
     """
     units = check_sizes(plan, model)
     prices = prices or prices_of(model, plan.goal)
-    rows = tuple(_row(unit, plan.sizes, evidence, model.stored) for unit in units)
+    rows = _rows(units, plan.sizes, evidence, model.stored)
     return plan.model_copy(
         update={
             "units": rows,

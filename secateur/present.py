@@ -14,11 +14,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur import report as reporting
+from secateur.allocate import ALLOCATORS, allocator_class
+from secateur.allocate.base import Allocator
 from secateur.anatomy import FAMILIES
 from secateur.evaluate.judge import Verdict
 from secateur.methods import METHODS, method_class
+from secateur.methods.base import Method
 from secateur.model import DEMO, Settings, skeleton, unknown_family
-from secateur.plan import Plan, Row
+from secateur.plan import Plan
 from secateur.report import Report, count, size
 
 WIDTH = 100
@@ -37,34 +40,41 @@ def _console() -> Console:
 
 
 def catalogue() -> dict[str, Any]:
-    """Methods with their options, and families."""
+    """Methods and allocators with their options, and families."""
     methods = [method_class(name) for name in METHODS]
+    allocators = [allocator_class(name) for name in ALLOCATORS]
     return {
-        "methods": [
-            {
-                "name": method.name,
-                "summary": method.summary,
-                "source": method.source,
-                "options": {
-                    f.name: {"default": f.default, "help": f.metadata["help"]}
-                    for f in fields(method)
-                },
-            }
-            for method in methods
-        ],
+        "methods": [_entry(m) | {"allocator": m().allocator.name} for m in methods],
+        "allocators": [_entry(allocator) for allocator in allocators],
         "families": [{"name": f.family, "model_types": f.model_types} for f in FAMILIES],
+    }
+
+
+def _entry(kind: type[Method] | type[Allocator]) -> dict[str, Any]:
+    return {
+        "name": kind.name,
+        "summary": kind.summary,
+        "source": kind.source,
+        "options": {
+            f.name: {"default": f.default, "help": f.metadata["help"]} for f in fields(kind)
+        },
     }
 
 
 def show_catalogue(content: dict[str, Any]) -> None:
     """Print :func:`catalogue`."""
     console = _console()
-    for method in content["methods"]:
-        console.print(f"[bold]{method['name']}[/]  {method['summary']}  ({method['source']})")
-        for name, entry in method["options"].items():
-            flag = "--" + name.replace("_", "-")
-            console.print(f"    {flag:<18} {entry['help']}  (default {entry['default']:g})")
-    console.print("\n[bold]families[/]")
+    for group in ("methods", "allocators"):
+        console.print(f"[bold]{group}[/]")
+        for entry in content[group]:
+            console.print(f"  [bold]{entry['name']}[/]  {entry['summary']}  ({entry['source']})")
+            for name, field in entry["options"].items():
+                flag = "--" + name.replace("_", "-")
+                console.print(f"    {flag:<18} {field['help']}  (default {field['default']:g})")
+            if group == "methods":
+                console.print(f"    {'--allocator':<18} by default {entry['allocator']}")
+        console.print()
+    console.print("[bold]families[/]")
     for family in content["families"]:
         console.print(f"    {family['name']:<18} model_type {', '.join(family['model_types'])}")
 
@@ -142,39 +152,49 @@ def show_inspection(content: dict[str, Any]) -> None:
 
 
 def show_plan(plan: Plan, written: Path | None) -> None:
-    """Print a plan: one line a block, one column a kind of unit."""
+    """Print a plan, one line a unit."""
     console = _console()
-    kinds = list(dict.fromkeys(row.kind for row in plan.units))
+    told = "predicted error" if plan.predicted_loss is None else "predicted loss"
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("block", justify="right")
-    for kind in kinds:
-        table.add_column(kind.replace("_", "/"), justify="right")
-        table.add_column("error", justify="right")
-    table.add_column("bytes", justify="right")
-    blocks: dict[str, dict[str, Row]] = {}
+    for column in ("unit", "size", "kept", "bytes", told):
+        table.add_column(column, justify="left" if column == "unit" else "right")
     for row in plan.units:
-        blocks.setdefault(row.unit.split(".")[1], {})[row.kind] = row
-    for index, rows in blocks.items():
-        cells: list[str] = []
-        for kind in kinds:
-            unit = rows.get(kind)
-            cells += (
-                ["", ""]
-                if unit is None
-                else [f"{unit.before} → {unit.after}", f"{unit.predicted_error:.1%}"]
-            )
-        table.add_row(index, *cells, size(sum(row.bytes for row in rows.values())))
+        loss = row.predicted_loss
+        table.add_row(
+            row.unit,
+            f"{row.before} → {row.after or 'gone'}",
+            f"{row.after / row.before:.0%}",
+            size(row.bytes),
+            f"{row.predicted_error:.2%}" if loss is None else f"{loss:.5f}",
+            end_section=row is plan.units[-1] or row.unit.endswith("value_output"),
+        )
     console.print(table)
-    budget = plan.budget
-    console.print(
-        f"keeps {budget.reached:.2%} of {count(budget.total)} compressible parameters "
-        f"(asked for {budget.keep:.2%}); error: predicted share of a unit's output that is lost"
-    )
+    console.print(_kept(plan.budget.model_dump()))
+    if plan.predicted_loss is None:
+        console.print("predicted error: share of the unit's own output that is lost")
+    else:
+        console.print(
+            f"predicted loss: divergence of the model's output with that unit alone narrowed, in "
+            f"nats a token; {plan.predicted_loss:.4f} in all"
+        )
     console.print(f"tier {plan.tier}: {TIERS[plan.tier]}")
     if written is not None:
         _next(console, "compress", plan.base.source, f"OUT --plan {shlex.quote(str(written))}")
     else:
         console.print("\nnothing was written; without --dry-run the plan becomes a file")
+
+
+def _kept(budget: dict[str, Any]) -> str:
+    """What a budget asked for and what it got."""
+    total = budget["total"]
+    whole = {
+        "parameters": f"{count(total)} compressible parameters",
+        "bytes": f"{size(total)} that can shrink",
+        "flops": f"{count(total)} operations a token in what can shrink",
+        "cache": f"{size(total)} of KV cache a token",
+        "latency": f"{total / 1e6:.2f} ms for {budget['batch']} × {budget['length']} tokens",
+    }[budget["of"]]
+    return f"keeps {budget['reached']:.2%} of {whole} (asked for {budget['keep']:.2%})"
 
 
 def show_report(report: Report, out: Path) -> None:
@@ -183,9 +203,7 @@ def show_report(report: Report, out: Path) -> None:
     console.print(reporting.comparison(report))
     budget = report["budget"]
     console.print(
-        f"kept {budget['reached']:.2%} of the compressible parameters "
-        f"(asked for {budget['keep']:.2%}) with {report['method']['name']} "
-        f"in {report['seconds']['total']:.0f} s"
+        f"{_kept(budget)}, by {report['method']['name']} in {report['seconds']['total']:.0f} s"
     )
     _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
     console.print(f"\n[bold]{escape(str(out))}[/]  tier {report['tier']}: {TIERS[report['tier']]}")

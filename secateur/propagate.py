@@ -73,9 +73,7 @@ class Propagation:
     def _apply(
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
     ) -> None:
-        narrow_unit(
-            block, unit, self.method.solve(unit, block, statistics).at(sizes[unit.name])
-        )
+        narrow_unit(block, unit, self.method.solve(unit, block, statistics).at(sizes[unit.name]))
 
     def _run_dense(self, block: Block) -> bool:
         """Move the dense stream on, note the targets, and say whether the block is a plain sum."""

@@ -7,6 +7,7 @@ stands alone: it imports torch and transformers, never secateur. The shapes are 
 on; they are made on request (``__getattr__`` at the end), so no family is named here.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -67,10 +68,10 @@ class NarrowAttention(nn.Module):
         self.query_key, self.value = int(shape["query_key"]), int(shape["value"])
         self.num_key_value_groups = self.heads // self.kv_heads
         hidden, bias = self.config.hidden_size, shape["bias"]
-        self.q_proj = nn.Linear(hidden, self.heads * self.query_key, bias="q" in bias)
-        self.k_proj = nn.Linear(hidden, self.kv_heads * self.query_key, bias="k" in bias)
-        self.v_proj = nn.Linear(hidden, self.kv_heads * self.value, bias="v" in bias)
-        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias="o" in bias)
+        self.q_proj = linear(hidden, self.heads * self.query_key, bias="q" in bias)
+        self.k_proj = linear(hidden, self.kv_heads * self.query_key, bias="k" in bias)
+        self.v_proj = linear(hidden, self.kv_heads * self.value, bias="v" in bias)
+        self.o_proj = linear(self.heads * self.value, hidden, bias="o" in bias)
         self.q_norm: nn.Module | None = getattr(stock, "q_norm", None)
         self.k_norm: nn.Module | None = getattr(stock, "k_norm", None)
         self.resid_dropout: Any = getattr(stock, "resid_dropout", nn.Identity())
@@ -179,11 +180,18 @@ def narrow_attention(stock: nn.Module, shape: dict[str, Any]) -> NarrowAttention
     return made
 
 
-def resized(linear: nn.Module, outputs: int, inputs: int, bias: bool) -> nn.Module:
-    """An uninitialised module of the same kind as ``linear`` with other sizes."""
-    if isinstance(linear, Conv1D):
+def resized(old: nn.Module, outputs: int, inputs: int, bias: bool) -> nn.Module:
+    """An uninitialised module of the same kind as ``old`` with other sizes."""
+    if isinstance(old, Conv1D):
         return Conv1D(outputs, inputs)
-    return nn.Linear(inputs, outputs, bias=bias)
+    return linear(inputs, outputs, bias=bias)
+
+
+def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    """A linear, which may be empty; torch warns of those, as there is nothing to initialise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        return nn.Linear(inputs, outputs, bias=bias)
 
 
 def narrow(model: PreTrainedModel, shapes: dict[str, Any]) -> None:

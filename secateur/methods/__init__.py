@@ -6,7 +6,10 @@ from secateur.errors import InputError, nearest
 from secateur.methods.base import Method
 
 #: name → "module:class". Imported only when asked for, as importing a method imports torch.
-METHODS = {"modegpt": "secateur.methods.modegpt:MoDeGPT"}
+METHODS = {
+    "auto": "secateur.methods.auto:Auto",
+    "modegpt": "secateur.methods.modegpt:MoDeGPT",
+}
 
 
 def method_class(name: str) -> type[Method]:

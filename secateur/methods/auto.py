@@ -35,7 +35,6 @@ class Auto(SequentialMethod):
     Source: own composition; the parts name theirs.
     """
 
-    keep: float = option(0.8, "share of the budget's target that stays")
     ridge: float = option(1e-4, "of all least squares, relative", 0.0)
     iterations: int = option(4, "of the Gauss-Newton step on each narrowed MLP; 0 leaves it out", 0)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.block import Block
 from secateur.curve import Curve
 from secateur.errors import InputError
-from secateur.options import checked
+from secateur.options import checked, option
 from secateur.statistics import BlockStatistics, Need
 from secateur.units import Unit
 
@@ -62,7 +62,7 @@ class Method(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
-    keep: float
+    keep: float = option(0.8, "share of the target that stays")
 
     def __post_init__(self) -> None:
         checked(self)

@@ -92,7 +92,8 @@ class GaussNewton:
             energy = _sum(energy, [slope.square().sum(0) / count for slope in slopes])
             gram += (piece.t() @ piece).double() / count
         channel = consumer.square().sum(1)
-        scale = [(channel * e).clamp_min(1e-12 * float((channel * e).max()) + 1e-30) for e in energy]
+        scale = [channel * e for e in energy]
+        scale = [s.clamp_min(1e-12 * float(s.max()) + 1e-30) for s in scale]  # silent channels
         factor, _ = damped_cholesky(gram, self.ridge, f"block {block.index}: inputs of the MLP")
         inverse, metric = torch.cholesky_inverse(factor).float(), (factor @ factor.t()).float()
 
@@ -142,7 +143,7 @@ def conjugate_gradients(
     residual: Parts,
     iterations: int,
 ) -> Parts:
-    """An approximate solution of ``curved(x) = residual``, from nothing; stops where it is exact."""
+    """An approximate solution of ``curved(x) = residual``; stops early where it is exact."""
     found = [torch.zeros_like(r) for r in residual]
     direction = toward = preconditioned(residual)
     size = _dot(residual, toward)

@@ -49,9 +49,7 @@ class MixedSVD:
         def at(size: int) -> Narrowing:
             if size == width:
                 prior = rows.flatten(0, 1)
-                return Narrowing(
-                    consumer=least_squares(gram, cross, prior, self.ridge, unit.name)
-                )
+                return Narrowing(consumer=least_squares(gram, cross, prior, self.ridge, unit.name))
             basis = torch.block_diag(*encode[..., :size].repeat_interleave(group, 0))
             prior = decode[:, :size].repeat_interleave(group, 0) @ rows
             consumer = least_squares(

@@ -26,7 +26,6 @@ class MoDeGPT(Method):
     arXiv 2408.09632 (ICLR 2025).
     """
 
-    keep: float = option(0.8, "share of the compressible parameters that stays")
     leverage_ridge: float = option(1e-3, "ridge of the MLP channel scores", 0.0)
     refit_ridge: float = option(1e-6, "ridge of the MLP least squares", 0.0)
     value_ridge: float = option(1e-6, "ridge of the value Gram", 0.0)
