@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from secateur.model import Model, Settings, open_model
     from secateur.pipeline import compress, save
     from secateur.plan import Plan, make_plan
-    from secateur.scores import measure
+    from secateur.scores import score
     from secateur.text import Calibration, calibration_tokens
 
 _HOMES = {
@@ -42,7 +42,7 @@ _HOMES = {
     "compress": "secateur.pipeline",
     "judge_apart": "secateur.evaluate.judge",
     "make_plan": "secateur.plan",
-    "measure": "secateur.scores",
+    "score": "secateur.scores",
     "open_model": "secateur.model",
     "save": "secateur.pipeline",
 }
@@ -66,9 +66,9 @@ __all__ = [
     "compress",
     "judge_apart",
     "make_plan",
-    "measure",
     "open_model",
     "save",
+    "score",
 ]
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from secateur.anatomy import Anatomy, Heads, Projection
-from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
+from secateur.layers.modeling_secateur import AnyConv1D, NarrowAttention, narrow_attention
 from secateur.units import MLP, QueryKey, Unit, ValueOutput
 
 
@@ -30,6 +31,9 @@ class Block:
     def __post_init__(self) -> None:
         self.stock_attention = self.module.get_submodule(self.anatomy.attention)
         self.replace_attention(uniform_attention(self.stock_attention, self.anatomy, self.heads))
+
+        for path in (*(path for path, _ in self.anatomy.producers), self.anatomy.consumer):
+            self.module.set_submodule(path, may_be_empty(self.module.get_submodule(path)))
 
     def replace_attention(self, attention: NarrowAttention) -> None:
         """Put another attention in the block."""
@@ -128,6 +132,7 @@ class Block:
             size=attention.value,
             step=1,
             hidden=hidden,
+            least=0 if self.query_key_obstacle is None else 1,  # or queries would go unread
             heads=attention.heads,
             kv_heads=attention.kv_heads,
             value_bias=attention.v_proj.bias is not None,
@@ -190,6 +195,16 @@ def inputs_by_outputs(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(module, nn.Linear) else weight
+
+
+def may_be_empty(linear: nn.Module) -> nn.Module:
+    """The linear, or for a stock Conv1D one with the same weights that may lose all its inputs."""
+    if type(linear) is not Conv1D:
+        return linear
+    with torch.device("meta"):
+        made = AnyConv1D(linear.weight.shape[1], linear.weight.shape[0])
+    made.weight, made.bias = linear.weight, linear.bias
+    return made
 
 
 def set_linear(module: Any, weight: Tensor, bias: Tensor | None) -> None:

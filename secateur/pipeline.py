@@ -50,7 +50,7 @@ from secateur.prices import counted
 from secateur.progress import Progress
 from secateur.propagate import Propagation
 from secateur.report import Report
-from secateur.scores import identity, keep_evidence, kept_evidence, measure
+from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.stream import TOKENS_PER_BATCH
 from secateur.text import (
     Calibration,
@@ -283,7 +283,7 @@ def prepare(
     if evidence is None:
         units = len(model.units(1))
         with watch.measure("curves"), progress.stage("scoring units", units) as advance:
-            evidence = measure(model, chosen, store, tokens, allocator, advance)
+            evidence = score(model, chosen, store, tokens, allocator, advance)
         keep_evidence(own, evidence, scores)
     with watch.measure("allocate"):
         if isinstance(method, Plan):

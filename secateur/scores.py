@@ -109,7 +109,7 @@ def keep_evidence(own: dict[str, Any], evidence: Evidence, file: Path | None) ->
     write_whole(file or cached_file("scores", own), scores.model_dump_json())
 
 
-def measure(
+def score(
     model: Model,
     method: Method,
     store: Store,

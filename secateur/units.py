@@ -1,7 +1,7 @@
 """What can shrink: the units of a block, the sizes they may take and what each size costs."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 INDEX_BYTES = 8  # a kept rotary pair is stored as int64
 
@@ -26,6 +26,7 @@ class Unit(ABC):
         size: width today.
         step: sizes other than today's are multiples of this.
         hidden: width of the residual stream.
+        least: smallest size; 0 where the unit may go altogether.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Unit(ABC):
     size: int
     step: int
     hidden: int
+    least: int = field(default=0, kw_only=True)
 
     @property
     @abstractmethod
@@ -60,7 +62,8 @@ class Unit(ABC):
 
         At size 0 the unit is gone; a block whose values are gone has no attention left.
         """
-        return [*range(0, self.size, self.step), self.size]
+        below = (size for size in range(0, self.size, self.step) if size >= self.least)
+        return [*below, self.size]
 
     def cost(self, size: int, itemsize: int) -> Cost:
         """The price at ``size`` when a stored number takes ``itemsize`` bytes."""
@@ -145,4 +148,4 @@ class ValueOutput(Unit):
         return matrices + (0 if self.output_bias else self.hidden)
 
     def cached(self, size: int) -> int:
-        return size * self.kv_heads
+        return size * self.kv_heads or 1  # the cache counts tokens by what it holds

@@ -1,6 +1,7 @@
 """Shared fixtures: one dense checkpoint and one calibration a family for the whole session."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="secateur-tests-")  # not the user's
 
 from secateur import Calibration, Model, Settings, Store, calibrate, open_model
 from secateur.methods import METHODS, method_class
@@ -58,7 +60,7 @@ def calibrated(opened: Callable[..., Model]) -> Callable[[str], Calibrated]:
     """Variant name to statistics for all methods; not to be changed."""
     needs = frozenset()
     for method in map(method_class, METHODS):
-        needs |= method.needs | method().allocator.needs
+        needs |= method.needs
 
     @cache
     def statistics(name: str) -> Calibrated:

@@ -123,15 +123,25 @@ class NarrowAttention(nn.Module):
         tokens = hidden_states.shape[:-1]
         query, key, value = self.project(hidden_states, position_embeddings)
         cache = layer_past if past_key_values is None else past_key_values
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        if self.value == 0:  # nothing is read; the cache was told all the same, as it counts tokens
-            return self.resid_dropout(self.o_proj(hidden_states.new_zeros(*tokens, 0))), None
-
         implementation = self.config._attn_implementation
-        if implementation != "eager" and (query.shape[2] > 1 or "flash" in implementation):
-            # Fused kernels want one width; zeros change neither the scores nor the kept columns.
-            # The cache stays narrow, and one-token steps run unpadded.
+        if self.value == 0:  # nothing is read
+            if cache is not None:  # it counts tokens by the numbers in its keys
+                cache.update(
+                    value.new_zeros(len(value), 1, tokens[1], 1), value[:, :1], self.layer_idx
+                )
+            length = tokens[1] if cache is None else cache.get_seq_length(self.layer_idx)
+            maps = value.new_zeros(len(value), self.heads, tokens[1], length)
+            output = self.o_proj(value.new_zeros(*tokens, 0))
+            return self.resid_dropout(output), maps if implementation == "eager" else None
+        if cache is not None and self.query_key:
+            key, value = cache.update(key, value, self.layer_idx)
+        elif cache is not None:  # likewise
+            value, key = cache.update(value, key, self.layer_idx)
+        several = query.shape[2] > 1 or self.query_key == 0 or "flash" in implementation
+        if implementation != "eager" and several:
+            # Fused kernels want one width, and none forget the mask at width zero; zeros change
+            # neither the scores nor the kept columns. The cache stays narrow, and one-token steps
+            # run unpadded.
             width = max(self.query_key, self.value)
             query, key, value = (_pad(t, width) for t in (query, key, value))
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
@@ -183,8 +193,18 @@ def narrow_attention(stock: nn.Module, shape: dict[str, Any]) -> NarrowAttention
 def resized(old: nn.Module, outputs: int, inputs: int, bias: bool) -> nn.Module:
     """An uninitialised module of the same kind as ``old`` with other sizes."""
     if isinstance(old, Conv1D):
-        return Conv1D(outputs, inputs)
+        return AnyConv1D(outputs, inputs)
     return linear(inputs, outputs, bias=bias)
+
+
+class AnyConv1D(Conv1D):
+    """The stock Conv1D, but that it may have no inputs."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__(outputs, inputs)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.t(), self.bias)
 
 
 def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from secateur import Model, Plan, make_plan, measure_curves
+from secateur import Goal, Model, Plan, make_plan, score
+from secateur.allocate.base import Evidence
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
 from secateur.pipeline import Prepared, Stopwatch, write
@@ -26,7 +27,7 @@ from tests.conftest import Calibrated
 from tests.families import FAMILIES
 
 READER = Path(__file__).with_name("reader.py")
-KINDS = ("full", "plain", "layered", "mixed")
+KINDS = ("full", "plain", "layered", "mixed", "gone")
 
 
 @dataclass(frozen=True)
@@ -59,21 +60,36 @@ def stock(dense: Callable[[str], Path]) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
-def planned(calibrated: Callable[[str], Calibrated]) -> Callable[..., Plan]:
+def scored(
+    opened: Callable[..., Model], calibrated: Callable[[str], Calibrated]
+) -> Callable[..., Evidence]:
+    """What a method's calibration says about a variant."""
+
+    @cache
+    def evidence(name: str, method: type[Method]) -> Evidence:
+        data = calibrated(name)
+        return score(opened(name), method(), data.store, data.tokens)
+
+    return evidence
+
+
+@pytest.fixture(scope="session")
+def planned(
+    calibrated: Callable[[str], Calibrated], scored: Callable[..., Evidence]
+) -> Callable[..., Plan]:
     """A plan for an open model."""
 
     def plan(model: Model, name: str, method: Method, multiple_of: int = 8) -> Plan:
-        data = calibrated(name)
-        evidence = measure_curves(model, method, data.store, multiple_of)
-        return make_plan(model, method, evidence, data.record, data.tokens, multiple_of)
+        data, evidence, goal = calibrated(name), scored(name, type(method)), Goal()
+        goal = replace(goal, multiple_of=multiple_of)
+        return make_plan(model, method, evidence, data.record, data.tokens, goal)
 
     return plan
 
 
-def resized(plan: Plan, model: Model, data: Calibrated, sizes: dict[str, int]) -> Plan:
+def resized(plan: Plan, model: Model, evidence: Evidence, sizes: dict[str, int]) -> Plan:
     """The plan with some sizes edited by hand."""
     rows = tuple(r.model_copy(update={"after": sizes.get(r.unit, r.before)}) for r in plan.units)
-    evidence = measure_curves(model, plan.build_method(), data.store, plan.multiple_of)
     return revise(plan.model_copy(update={"units": rows}), model, evidence)
 
 
@@ -81,6 +97,13 @@ def sizes_of(kind: str) -> dict[str, int]:
     """Hand-made sizes; units that are not named stay as they are."""
     if kind == "plain":
         return {f"layers.{i}.mlp": 40 for i in range(3)}
+    if kind == "gone":  # the scores of one block, the attention of another, an MLP
+        return {
+            "layers.0.query_key": 0,
+            "layers.1.query_key": 0,
+            "layers.1.value_output": 0,
+            "layers.2.mlp": 0,
+        }
     return {
         "layers.1.mlp": 24,
         "layers.1.query_key": 4,
@@ -94,16 +117,19 @@ def write_to(
     opened: Callable[..., Model],
     calibrated: Callable[[str], Calibrated],
     planned: Callable[..., Plan],
+    scored: Callable[..., Evidence],
 ) -> Callable[..., Written]:
     """Compress a variant into a folder, by hand-made sizes or as the method plans."""
 
     def make(folder: Path, method: type[Method], name: str, kind: str) -> Written:
         model, data = opened(name), calibrated(name)
         plan = planned(model, name, method(keep=1.0 if kind == "full" else 0.7))
-        if kind in ("plain", "mixed"):
-            units = {unit.name for unit in model.units(8)}
-            sizes = {unit: size for unit, size in sizes_of(kind).items() if unit in units}
-            plan = resized(plan, model, data, sizes)
+        if kind in ("plain", "mixed", "gone"):
+            units = {unit.name: unit for unit in model.units(8)}
+            sizes = {
+                u: max(size, units[u].least) for u, size in sizes_of(kind).items() if u in units
+            }
+            plan = resized(plan, model, scored(name, method), sizes)
         prepared = Prepared(model, data.tokens, data.store, plan.build_method(), plan)
         memory, ids = write(prepared, folder, Stopwatch(), Progress())
         return Written(folder, plan, ids, memory)
@@ -118,7 +144,7 @@ def written(
     method: type[Method],
 ) -> Callable[[str, str], Written]:
     """Variant and kind to a written checkpoint: "full" is keep 1, "plain" one MLP width, "layered"
-    what the method plans for 0.7, "mixed" differs in every block."""
+    what the method plans for 0.7, "mixed" differs in every block, "gone" lacks whole units."""
     root = tmp_path_factory.mktemp(method.name)
 
     @cache
@@ -150,7 +176,7 @@ def readings(
         return {route: start(route) for route in ("secateur", "stranger")}  # side by side
 
     def start(route: str) -> tuple[Path, subprocess.Popen[str]]:
-        kinds = KINDS if route == "stranger" else ("layered", "mixed")
+        kinds = KINDS if route == "stranger" else ("layered", "mixed", "gone")
         folder = tmp_path_factory.mktemp(route)
         jobs = {}
         for name in FAMILIES:

@@ -108,7 +108,7 @@ def read(source: str, ids: list[int], trust: dict[str, bool], again: Path) -> An
     facts["without_gradient"] = [
         name
         for name, p in model.named_parameters()
-        if p.requires_grad and (p.grad is None or not bool(p.grad.isfinite().all()))
+        if p.numel() and p.requires_grad and (p.grad is None or not bool(p.grad.isfinite().all()))
     ]
     return facts, said
 

@@ -76,6 +76,12 @@ def narrowed(model: Any, name: str, narrowings: Narrowings) -> Iterator[Any]:
                 keep = stock_coordinates(keep, width, rotary_width(model.config, width))
                 group = len(rows["q"][1]) // len(keep)
                 edits["q"] = _zeroed(rows["q"][1], keep.repeat_interleave(group, 0))
+                if (encode := own["query_key"].encode) is not None:
+                    place = stock_coordinates(
+                        torch.arange(width), width, rotary_width(model.config, width)
+                    )
+                    heads = keep.repeat_interleave(group, 0), encode.repeat_interleave(group, 0)
+                    edits["q"] = _mapped(rows["q"][1], place, *heads)
                 edits["k"] = _zeroed(rows["k"][1], keep)
             if "value_output" in own:
                 bias = attention.get_submodule(rows["v"][0]).bias
@@ -117,6 +123,19 @@ def _zeroed(rows: Tensor, keep: Tensor) -> Any:
         output = output.clone()
         output[..., dropped] = 0
         return output
+
+    return hook
+
+
+def _mapped(rows: Tensor, place: Tensor, keep: Tensor, encode: Tensor) -> Any:
+    """Every head's coordinates in ``place`` through E into the kept ones, zero elsewhere."""
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        made = output.clone()
+        made[..., rows.flatten()] = 0
+        for row, kept, matrix in zip(rows, keep, encode, strict=True):
+            made[..., row[kept]] = output[..., row[place]] @ matrix.to(output.dtype)
+        return made
 
     return hook
 
