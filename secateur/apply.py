@@ -35,7 +35,7 @@ def narrow_block(
 
 @contextmanager
 def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
-    """A block with one unit narrowed, for as long as it takes to look at it."""
+    """A block with one unit below its full size, for as long as it takes to look at it."""
     linears = [*(producer for producer, _ in block.producers), block.consumer]
     before = [(module, inputs_by_outputs(module).t(), module.bias) for module in linears]
     attention = block.attention

@@ -17,9 +17,9 @@ from secateur.text import Tokens
 from secateur.units import Unit
 
 #: sizes measured of every unit, as shares of today's; between them its own curve is used
-SHARES = (0.0, 0.25, 0.5, 0.75)
+SHARES = (0.0, 1 / 3, 2 / 3)
 #: what measuring may cost, in forward passes over the calibration tokens, the head left aside
-PASSES = 3.0
+PASSES = 4.5
 
 
 class Divergence:

@@ -95,4 +95,5 @@ def _scores(block: Block, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
     root = torch.linalg.cholesky(metric + tiny[:, None, None] * eye)
     value = value.repeat_interleave(attention.num_key_value_groups, 1)
     turning = torch.arange(attention.query_key // 2, device=query.device) < block.heads.rotary // 2
-    return query * attention.scaling, key, value @ root.to(value.dtype), turning
+    window = torch.tensor(attention.sliding_window or query.shape[2], device=query.device)
+    return query * attention.scaling, key, value @ root.to(value.dtype), turning, window

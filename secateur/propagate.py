@@ -61,7 +61,9 @@ class Propagation:
         query_key, value_output, mlp = own.get("query_key"), own["value_output"], own["mlp"]
         if query_key is not None and sizes[query_key.name] < query_key.size:
             self._apply(block, query_key, sizes, statistics)
-        self._apply(block, value_output, sizes, {**statistics, **self._mixed(block, additive)})
+        whole = sizes[value_output.name] == value_output.size
+        mixed = self._mixed(block, additive, whole)
+        self._apply(block, value_output, sizes, {**statistics, **mixed})
         self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
         if sizes[mlp.name] > 0:
             mask, device = self.dense.tokens.mask, self.narrow.model.device
@@ -91,15 +93,19 @@ class Propagation:
         assert additive is not None
         return additive
 
-    def _mixed(self, block: Block, additive: bool) -> BlockStatistics:
-        """What the output projection reads in the narrowed model, and what it should make of it."""
-        gram, cross, bias = Gram(), Cross(), folded_bias(block.attention)
+    def _mixed(self, block: Block, additive: bool, whole: bool) -> BlockStatistics:
+        """What the output projection reads in the narrowed model, and what it should make of it.
+
+        Values that stay ``whole`` keep their bias; that of others goes into the output's.
+        """
+        gram, cross, attention = Gram(), Cross(), block.attention
+        bias = attention.o_proj.bias if whole else folded_bias(attention)
         for batch in self.narrow.batches:
             states, mask = self.narrow.at(batch), self.narrow.mask(batch)
             target = self.targets[batch].to(states.device)
             with watched(block, until=block.attention.o_proj) as seen:
                 self.narrow.through(block, states)
-            values = mixed_values(block, seen.mixed)
+            values = seen.mixed if whole else mixed_values(block, seen.mixed)
             if additive:
                 target = target - states
             gram.update(values, mask=mask)

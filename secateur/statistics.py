@@ -138,22 +138,24 @@ class PairScores(Statistic):
 
     Takes queries (batch, heads, tokens, width) and keys (batch, kv heads, tokens, width) after
     rotation, the first already scaled; values (batch, heads, tokens, any) in a basis in which the
-    output's metric is the identity; and which pairs turn (pairs), bool.
+    output's metric is the identity; which pairs turn (pairs), bool; and how many tokens back a
+    query sees, itself counted.
     """
 
     most_tokens = 4096
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        query, key, value, turning = values
+        query, key, value, turning, window = values
         group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None]
-        later = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device)
-        later = later.triu(1)
+        tokens = torch.arange(mask.shape[1], device=mask.device)
+        back = tokens.unsqueeze(1) - tokens
+        unseen = (back < 0) | (back >= window)
         total = query.new_zeros(key.shape[1], query.shape[-1], query.shape[-1]).double()
         one = value.new_ones(value.shape[2], 1)
         for row in range(len(query)):
             for head in range(query.shape[1]):
                 q, k, u = query[row, head], key[row, head // group], value[row, head]
-                weights = (q @ k.t()).masked_fill(later, -torch.inf).softmax(-1)
+                weights = (q @ k.t()).masked_fill(unseen, -torch.inf).softmax(-1)
                 read = torch.cat((u, one), 1)  # the column of ones gives the mean of S_p
                 products = k.unsqueeze(2) * read.unsqueeze(1)  # tokens, coordinates, any + 1
                 mixed = (weights @ products.flatten(1)).view_as(products)

@@ -36,7 +36,7 @@ class Auto(SequentialMethod):
     """
 
     ridge: float = option(1e-4, "of all least squares, relative", 0.0)
-    iterations: int = option(4, "of the Gauss-Newton step on each narrowed MLP; 0 leaves it out", 0)
+    iterations: int = option(3, "of the Gauss-Newton step on each narrowed MLP; 0 leaves it out", 0)
 
     name: ClassVar[str] = "auto"
     summary: ClassVar[str] = "joint OBS, exact pairs and mixed SVD, refitted block after block"

@@ -59,10 +59,11 @@ class ExactPairs:
     def _head(self, form: Tensor, turning: int) -> tuple[Tensor, Tensor, Tensor]:
         """Features of the pairs (pairs, 2), best pair first; t; losses at 0 … all pairs."""
         half = len(form) // 2
-        still = torch.cat((torch.arange(turning, half), torch.arange(turning, half) + half))
+        first = torch.arange(half, device=form.device)
+        pairs = torch.stack((first, first + half), 1)
+        still = pairs[turning:].flatten()
         still = still[form.diagonal()[still].argsort(descending=True)]  # free to pair up
-        pairs = torch.stack((torch.arange(turning), torch.arange(turning) + half), 1)
-        pairs = torch.cat((pairs, still.view(-1, 2))).to(form.device)
+        pairs = torch.cat((pairs[:turning], still.view(-1, 2)))
         target = torch.ones(2 * half, dtype=form.dtype, device=form.device)
         target[half : half + turning] = 0
         scale = form.diagonal().mean().clamp_min(1e-200)

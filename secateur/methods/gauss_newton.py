@@ -29,7 +29,8 @@ class GaussNewton:
     by conjugate gradients, preconditioned by c ⊗ C (exact if slopes and inputs were independent
     and channels orthogonal). A few iterations are enough; more fit the calibration text. The step
     is halved until the true error falls on tokens that had no part in it, or dropped. Don't use it
-    with fewer tokens than the MLP has inputs and channels.
+    with fewer tokens than the MLP has inputs and channels; below a few hundred nothing is left to
+    judge by, and nothing changes.
 
     Source: own; Gauss-Newton with conjugate gradients as in Martens' Hessian-free optimisation.
 
