@@ -1,60 +1,42 @@
-"""Perplexity against kept share: one calibration, every budget and temperature.
+"""Perplexity against kept share: every method, every budget, several seeds.
 
-    python benchmarks/frontier.py MODEL CALIBRATION HELD [SECOND] [--seeds 0 1 2]
+    python benchmarks/frontier.py MODEL CALIBRATION HELD SECOND [--seeds 0 1 2] [--rows FILE]
+        [--plot FILE]
 
-Appends nothing and prints a Markdown section; redirect it where it belongs.
+Prints a Markdown section. Each method and seed is measured in a process of its own, so that its
+peak memory is its own. Rows that FILE already holds are not measured again. A method that has a
+temperature is run at several and counted at the one that is best on HELD, budget by budget.
 """
 
 import argparse
+import json
+import math
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
-
-from secateur.allocate.base import Evidence
-from secateur.apply import narrow_block
-from secateur.calibration import Store, calibrate
-from secateur.evaluate.judge import quiet
-from secateur.evaluate.memory import peak_bytes
-from secateur.evaluate.perplexity import perplexity
-from secateur.methods.modegpt import MoDeGPT
-from secateur.model import open_model
-from secateur.plan import make_plan, measure_curves
-from secateur.text import (
-    Calibration,
-    Tokens,
-    calibration_tokens,
-    contiguous,
-    read_documents,
-    token_stream,
-)
+from typing import Any
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-TEMPERATURES = (0.02, 0.03, 0.05, 0.1, 0.2, 1e6)
+TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 LENGTH, WINDOWS = 256, 128
+METHODS = ("auto", "modegpt", "modegpt, knapsack", "modegpt, uniform")
+BASELINE = "modegpt"
+Row = dict[str, Any]
 
 
 def main() -> None:
     arguments = parsed()
-    quiet()
-    model = open_model(arguments.model)
-    texts = {
-        Path(source).name: contiguous(
-            token_stream(read_documents(source), model.tokenizer), LENGTH, WINDOWS
-        )
-        for source in (arguments.held, arguments.second)
-        if source
-    }
-    dense = {name: perplexity(model.module, tokens) for name, tokens in texts.items()}
-    start, rows = time.perf_counter(), []
-    for seed in arguments.seeds:
-        for row in points(arguments, Calibration(arguments.calibration, 128, LENGTH, seed), texts):
-            rows.append({"seed": seed, **row})
-            print(rows[-1], file=sys.stderr, flush=True)
-    print(section(arguments, dense, rows))
-    seconds, memory = time.perf_counter() - start, peak_bytes(model.device)
-    print(f"{seconds:.0f} s in all, peak memory of the process {memory / 1e9:.2f} GB.")
+    if arguments.worker:
+        for row in measured(arguments, *json.loads(arguments.worker)):
+            print(json.dumps(row), flush=True)
+        return
+    rows = gathered(arguments)
+    print(section(arguments, rows))
+    if arguments.plot:
+        draw(arguments, rows)
 
 
 def parsed() -> argparse.Namespace:
@@ -62,63 +44,209 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("calibration")
     parser.add_argument("held")
-    parser.add_argument("second", nargs="?")
+    parser.add_argument("second")
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--multiple-of", type=int, default=8)
+    parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
+    parser.add_argument("--plot", type=Path, help="picture to write (extra: benchmarks)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def points(
-    arguments: argparse.Namespace, calibration: Calibration, texts: dict[str, Tokens]
-) -> Iterator[dict[str, float]]:
-    """One row per temperature and keep, from one set of statistics."""
-    model, store = open_model(arguments.model), Store()
+def gathered(arguments: argparse.Namespace) -> list[Row]:
+    """All rows, from the file or from a process each."""
+    rows: list[Row] = []
+    if arguments.rows and arguments.rows.exists():
+        rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    for seed in arguments.seeds:
+        for name in ("dense", *arguments.methods):
+            if any((row["method"], row["seed"]) == (name, seed) for row in rows):
+                continue
+            command = [sys.executable, __file__, *sys.argv[1:]]
+            command += ["--worker", json.dumps([name, seed])]
+            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            new = [json.loads(line) for line in answer.stdout.splitlines()]
+            rows += new
+            if arguments.rows:
+                with arguments.rows.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in new)
+            print(f"seed {seed}, {name}: {len(new)} rows", file=sys.stderr, flush=True)
+    return rows
+
+
+def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Row]:
+    """One row a budget and temperature; statistics and scores are shared between budgets."""
+    from secateur import (
+        Auto,
+        Calibration,
+        Goal,
+        MoDeGPT,
+        Store,
+        calibrate,
+        calibration_tokens,
+        make_plan,
+        open_model,
+        score,
+    )
+    from secateur.allocate.influence import EntropicInfluence
+    from secateur.allocate.knapsack import Knapsack
+    from secateur.allocate.uniform import Uniform
+    from secateur.apply import narrow_block
+    from secateur.evaluate.judge import quiet
+    from secateur.evaluate.memory import peak_bytes
+    from secateur.evaluate.perplexity import perplexity
+    from secateur.methods.base import SequentialMethod
+    from secateur.propagate import Propagation
+    from secateur.text import contiguous, read_documents, token_stream
+
+    quiet()
+    model = open_model(arguments.model)
+    texts = {
+        Path(source).name: contiguous(
+            token_stream(read_documents(source), model.tokenizer), LENGTH, WINDOWS
+        )
+        for source in (arguments.held, arguments.second)
+    }
+
+    def judged(small: Any) -> dict[str, float]:
+        return {name: perplexity(small.module, tokens) for name, tokens in texts.items()}
+
+    if name == "dense":
+        yield {"method": name, "seed": seed, "perplexity": judged(model)}
+        return
+    kind = Auto if name == "auto" else MoDeGPT
+    allocators = {
+        "auto": [Knapsack()],
+        "modegpt": [EntropicInfluence(t) for t in arguments.temperatures],
+        "modegpt, knapsack": [Knapsack()],
+        "modegpt, uniform": [Uniform()],
+    }[name]
+    calibration = Calibration(arguments.calibration, 128, LENGTH, seed)
     tokens = calibration_tokens(calibration, model.tokenizer)
-    method = MoDeGPT()
-    calibrate(model, tokens, method.needs | method.allocator.needs, store)
-    evidence: Evidence = measure_curves(model, method, store, arguments.multiple_of)
-    for temperature in arguments.temperatures:
-        for keep in arguments.keeps:
-            method = MoDeGPT(keep=keep, temperature=temperature)
-            small = open_model(arguments.model)
-            multiple = arguments.multiple_of
-            plan = make_plan(small, method, evidence, calibration, tokens, multiple)
-            units = small.units(multiple)
+    goal = Goal(multiple_of=arguments.multiple_of)
+    start, store = time.perf_counter(), Store()
+    calibrate(model, tokens, kind.needs, store)
+    evidence = score(model, kind(), store, tokens, allocators[0])
+    before = time.perf_counter() - start
+    for keep in arguments.keeps:
+        for allocator in allocators:
+            small, method = open_model(arguments.model), kind(keep=keep)
+            start = time.perf_counter()
+            plan = make_plan(small, method, evidence, calibration, tokens, goal, allocator)
+            line = None
+            if isinstance(method, SequentialMethod):
+                line = Propagation(small, tokens, method)
             for block in small.blocks:
-                own = [unit for unit in units if unit.block == block.index]
-                statistics = store.get(block.index, method.needs, model.device)
-                narrow_block(block, own, plan.sizes, method, statistics)
-            values = {name: perplexity(small.module, t) for name, t in texts.items()}
-            reached = plan.budget.reached
-            yield {"temperature": temperature, "keep": keep, "reached": reached, **values}
+                units, statistics = (
+                    block.units(goal.multiple_of),
+                    store.get(block.index, kind.needs),
+                )
+                if line is None:
+                    narrow_block(block, units, plan.sizes, method, statistics)
+                else:
+                    line.narrow_block(block, units, plan.sizes, statistics)
+            seconds = before + time.perf_counter() - start
+            yield {
+                "method": name,
+                "seed": seed,
+                "keep": keep,
+                "temperature": getattr(allocator, "temperature", None),
+                "reached": plan.budget.reached,
+                "perplexity": judged(small),
+                "seconds": seconds,
+                "peak_bytes": peak_bytes(model.device),
+            }
 
 
-def section(
-    arguments: argparse.Namespace, dense: dict[str, float], rows: list[dict[str, float]]
-) -> str:
-    """A table per text: temperatures down, budgets across, means over seeds."""
-    seeds = " ".join(map(str, arguments.seeds))
+def best(arguments: argparse.Namespace, rows: list[Row], name: str, keep: float) -> list[Row]:
+    """The rows of a method at a budget, at the temperature that is best on the held-out text."""
+    own = [row for row in rows if row["method"] == name and row["keep"] == keep]
+    held = Path(arguments.held).name
+    groups = {
+        t: [row for row in own if row["temperature"] == t] for t in {r["temperature"] for r in own}
+    }
+    return min(groups.values(), key=lambda g: mean(row["perplexity"][held] for row in g))
+
+
+def excess(arguments: argparse.Namespace, rows: list[Row], name: str, keep: float) -> float:
+    """Mean ln(perplexity / dense perplexity) on the held-out text."""
+    held = Path(arguments.held).name
+    dense = next(row["perplexity"][held] for row in rows if row["method"] == "dense")
+    own = best(arguments, rows, name, keep)
+    return mean(math.log(row["perplexity"][held] / dense) for row in own)
+
+
+def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
+    """A table a text, methods down and budgets across, and what each costs."""
+    seeds, keeps = " ".join(map(str, arguments.seeds)), arguments.keeps
     lines = [
-        f"### {Path(arguments.model).name}, `modegpt`",
+        f"### {Path(arguments.model).name}",
         "",
         f"128 × {LENGTH} calibration tokens of `{Path(arguments.calibration).name}`, perplexity on "
-        f"{WINDOWS} × {LENGTH} tokens, mean over seeds {seeds}; reached share in parentheses.",
+        f"{WINDOWS} × {LENGTH} tokens, mean over seeds {seeds} with the range in parentheses.",
     ]
-    for name, value in dense.items():
-        lines += ["", f"`{name}`, dense {value:.2f}:", ""]
-        lines += ["| temperature | " + " | ".join(f"keep {k:g}" for k in arguments.keeps) + " |"]
-        lines += ["|---" * (len(arguments.keeps) + 1) + "|"]
-        for temperature in arguments.temperatures:
+    head = ["| method | " + " | ".join(f"keep {k:g}" for k in keeps) + " |"]
+    head += ["|---" * (len(keeps) + 1) + "|"]
+    for source in (arguments.held, arguments.second):
+        text = Path(source).name
+        dense = next(row["perplexity"][text] for row in rows if row["method"] == "dense")
+        lines += ["", f"`{text}`, dense {dense:.2f}:", "", *head]
+        for name in arguments.methods:
             cells = []
-            for keep in arguments.keeps:
-                same = [r for r in rows if (r["temperature"], r["keep"]) == (temperature, keep)]
-                reached = mean(r["reached"] for r in same)
-                cells.append(f"{mean(r[name] for r in same):.2f} ({reached:.3f})")
-            label = "uniform" if temperature >= 1e6 else f"{temperature:g}"
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+            for keep in keeps:
+                found = [r["perplexity"][text] for r in best(arguments, rows, name, keep)]
+                cells.append(f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", f"ln(perplexity / dense) on `{Path(arguments.held).name}`", "", *head]
+    for name in arguments.methods:
+        found = [excess(arguments, rows, name, keep) for keep in keeps]
+        lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" for x in found) + " |")
+    if {"auto", BASELINE} <= set(arguments.methods):
+        ratios = [
+            excess(arguments, rows, "auto", k) / excess(arguments, rows, BASELINE, k) for k in keeps
+        ]
+        cells = " | ".join(f"{x:.2f}" for x in ratios)
+        lines.append(f"| **auto, as a share of {BASELINE}** | {cells} |")
+    lines += ["", "| method | temperatures | reached | seconds | peak memory |", "|---" * 5 + "|"]
+    for name in arguments.methods:
+        own = [best(arguments, rows, name, keep) for keep in keeps]
+        warm = ", ".join(f"{g[0]['temperature']:g}" for g in own if g[0]["temperature"])
+        reached = ", ".join(f"{mean(r['reached'] for r in g):.3f}" for g in own)
+        seconds = ", ".join(f"{mean(r['seconds'] for r in g):.0f}" for g in own)
+        memory = max(row["peak_bytes"] for group in own for row in group)
+        lines.append(f"| {name} | {warm or '–'} | {reached} | {seconds} | {memory / 1e9:.2f} GB |")
     return "\n".join(lines) + "\n"
+
+
+def draw(arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Perplexity against kept share, a line a method, a panel a text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, source in zip(panels, (arguments.held, arguments.second), strict=True):
+        text = Path(source).name
+        dense = next(row["perplexity"][text] for row in rows if row["method"] == "dense")
+        for name, marker in zip(arguments.methods, "os^v", strict=False):
+            groups = [best(arguments, rows, name, keep) for keep in arguments.keeps]
+            x = [mean(r["reached"] for r in g) for g in groups]
+            y = [mean(r["perplexity"][text] for r in g) for g in groups]
+            panel.plot(x, y, marker=marker, label=name)
+        panel.axhline(dense, color="black", linestyle=":", label="dense")
+        panel.set(xlabel="kept share of block parameters", ylabel="perplexity", title=text)
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        panel.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+        panel.grid(alpha=0.3, which="both")
+        panel.invert_xaxis()
+    panels[0].legend()
+    figure.suptitle(Path(arguments.model).name)
+    figure.savefig(arguments.plot, dpi=110)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from secateur.apply import narrowed
 from secateur.block import Block
 from secateur.cache import cached_file
+from secateur.errors import InputError
 from secateur.goal import Goal
 from secateur.methods.base import Narrowing
 from secateur.model import Model
@@ -39,11 +41,19 @@ def measured(model: Model, goal: Goal) -> Prices:
 
     and never less at a larger size. What is left of a whole forward pass is fixed. The table is
     kept in the user's cache for this machine, model shape and number format.
+
+    Raises:
+        InputError: the model can't read that many tokens.
     """
+    if model.positions is not None and goal.length > model.positions:
+        raise InputError(
+            f"latency of {goal.length} tokens: the model reads at most {model.positions}; ask for "
+            f"--latency-length {model.positions} or less."
+        )
     own = _identity(model, goal)
     path = cached_file("latency", own)
-    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if not table:
+    table = _read(path)
+    if table is None:
         with torch.inference_mode():
             table = _measure(model, goal)
         write_whole(path, json.dumps(own | table, indent=1))
@@ -51,6 +61,15 @@ def measured(model: Model, goal: Goal) -> Prices:
     prices = {u.name: _between(u, table["nanoseconds"][u.kind]) for u in units}
     whole = sum(prices[u.name][u.size] for u in units)
     return Prices("latency", prices, max(0, table["forward"] - whole))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A table from the cache; what is missing or damaged is measured again."""
+    try:
+        table: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return table if {"nanoseconds", "forward"} <= table.keys() else None
 
 
 def _identity(model: Model, goal: Goal) -> dict[str, Any]:
@@ -62,7 +81,8 @@ def _identity(model: Model, goal: Goal) -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": [platform.node(), platform.machine(), name, torch.get_num_threads()],
         "dtype": str(model.module.dtype),
-        "shape": {k: v for k, v in sorted(config.items()) if isinstance(v, int)},
+        "shape": {k: v for k, v in sorted(config.items()) if isinstance(v, (int, str))},
+        "attention": model.config._attn_implementation,
         "model_type": config["model_type"],
         "batch": goal.batch,
         "length": goal.length,

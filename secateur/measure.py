@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur.apply import narrowed
 from secateur.block import Block
 from secateur.curve import Curve
+from secateur.errors import InputError
 from secateur.methods.base import Solution
 from secateur.model import Model
 from secateur.stream import Stream
@@ -39,7 +40,11 @@ class Divergence:
             self._dense.append((scores.exp(), torch.linalg.vecdot(scores.exp(), scores)))
 
     def of(self, block: Block) -> float:
-        """Divergence of the model as it stands, if nothing before ``block`` has changed."""
+        """Divergence of the model as it stands, if nothing before ``block`` has changed.
+
+        Raises:
+            InputError: it is not finite.
+        """
         total, count, behind = 0.0, 0, self.model.blocks[block.index :]
         for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
             found, mask = (
@@ -49,6 +54,11 @@ class Divergence:
             terms = negentropy - torch.linalg.vecdot(dense, found) + found.logsumexp(-1)
             total += float(terms[mask].double().sum())
             count += int(mask.sum())
+        if not math.isfinite(total):
+            raise InputError(
+                f"block {block.index}: a narrowed model gives NaN or infinite logits; try --dtype "
+                f"float32, or give the method larger ridges."
+            )
         return max(0.0, total / count)
 
     def advance(self, block: Block) -> None:
@@ -99,7 +109,7 @@ def measured_sizes(unit: Unit) -> list[int]:
 
 
 def between(measured: Mapping[int, float], curve: Curve) -> Curve:
-    """Losses at all sizes from measured ones at some, 0 and today's among them.
+    """Losses at all sizes from measured ones at some, the smallest and today's among them.
 
     Between two measured sizes log loss is linear in log error of the unit's own curve; above the
     largest of them it is proportional to that error, as a divergence is to a small squared change.
@@ -108,7 +118,7 @@ def between(measured: Mapping[int, float], curve: Curve) -> Curve:
     values, floor = {}, 0.0
     for size in reversed(sizes):  # a larger size is never taken for worse
         floor = values[size] = max(measured[size], floor)
-    losses = [0.0] * len(curve.errors)
+    losses = [values[sizes[0]]] * len(curve.errors)  # below the first no unit may go
     for low, high in pairwise(sizes):
         a, b = values[low], values[high]
         x, y = curve.at(low), curve.at(high)

@@ -255,6 +255,8 @@ def prepare(
     Raises:
         InputError: anything wrong with the input.
     """
+    if scores is not None and not scores.absolute().parent.is_dir():
+        raise InputError(f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}.")
     with watch.measure("open"):
         model = open_model(source, settings)
         for note in model.obstacles:
@@ -271,7 +273,7 @@ def prepare(
         if not isinstance(method, Plan):
             allocator.check(model.units(goal.multiple_of), prices, chosen.keep)
     own = identity(model, chosen, tokens, allocator.measured)
-    evidence = kept_evidence(own, scores)
+    evidence = kept_evidence(own, model.units(1), scores)
     if evidence is None or not only_plan:
         watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
         if not all(block.index in store for block in model.blocks):

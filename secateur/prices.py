@@ -44,8 +44,8 @@ class Prices:
         return self.spent(units, {unit.name: unit.size for unit in units})
 
     def budget(self, units: Sequence[Unit], keep: float) -> int:
-        """``keep`` of the whole, in whole numbers."""
-        return int(keep * self.whole(units))
+        """``keep`` of the whole, in whole numbers; 0.29 of 100 is 29, whatever floats say."""
+        return int(keep * self.whole(units) * (1 + 1e-12))
 
     def check(self, units: Sequence[Unit], least: Mapping[str, int], keep: float) -> None:
         """Refuse a budget that not even the sizes ``least`` meet.

@@ -1,6 +1,6 @@
 """Scores: what calibration says about every unit, measured once and kept for every budget."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
 from secateur.statistics import Needs
 from secateur.text import Tokens
+from secateur.units import Unit
 from secateur.version import __version__
 from secateur.workspace import write_whole
 
@@ -63,33 +64,49 @@ def identity(model: Model, method: Method, tokens: Tokens, measured: bool) -> di
     }
 
 
-def kept_evidence(own: dict[str, Any], file: Path | None) -> Evidence | None:
+def kept_evidence(own: dict[str, Any], units: Sequence[Unit], file: Path | None) -> Evidence | None:
     """Evidence of this identity from ``file``, or from the user's cache, or None.
 
     Raises:
         InputError: the file is of something else; the message names the field that differs.
     """
-    path = file or cached_file("scores", own)
-    if not path.exists():
-        return None
+    if file is not None:
+        return _evidence(_read(file), own, units, file) if file.exists() else None
+    for measured in sorted({own["measured"], True}):  # what has losses serves those who need none
+        wanted = own | {"measured": measured}
+        path = cached_file("scores", wanted)
+        try:
+            if path.exists():
+                return _evidence(_read(path), wanted, units, path)
+        except InputError:  # a damaged cache is measured again
+            continue
+    return None
+
+
+def _read(path: Path) -> Scores:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"scores {str(path)!r} are larger than any scores; the right file?")
-        scores = Scores.model_validate_json(path.read_bytes())
+        return Scores.model_validate_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"scores {str(path)!r}: {error.strerror}.") from error
     except pydantic.ValidationError as error:
         first: Any = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        if file is None:  # a damaged cache is measured again
-            return None
         raise InputError(f"scores {str(path)!r}: {where}: {first['msg']}.") from error
+
+
+def _evidence(scores: Scores, own: dict[str, Any], units: Sequence[Unit], path: Path) -> Evidence:
     for name, value in own.items():
         if (found := getattr(scores, name)) != value and not (name == "measured" and found):
             raise InputError(
                 f"scores {str(path)!r} are of something else: {name} is {found!r} there and "
                 f"{value!r} here. Name another --scores file, or repeat what they were made with."
             )
+    sizes = {unit.name: unit.size + 1 for unit in units}
+    for field in ("curves", "losses") if scores.losses is not None else ("curves",):
+        if {name: len(curve) for name, curve in getattr(scores, field).items()} != sizes:
+            raise InputError(f"scores {str(path)!r}: {field} don't match the units of the model.")
     return Evidence(
         {name: Curve(errors) for name, errors in scores.curves.items()},
         scores.influence,

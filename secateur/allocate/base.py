@@ -73,14 +73,16 @@ class ShareAllocator(Allocator):
     def shares(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, float]:
-        """The share of every unit, before rounding."""
+        """The share of every unit, before rounding; ``keep`` is of what sizes can change."""
 
     def allocate(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, int]:
         """The shares, rounded to allowed sizes that spend the budget."""
         self.check(units, prices, keep)
-        shares = self.shares(units, evidence, prices, keep)
+        whole = prices.whole(units)
+        changing = max(0.0, (keep * whole - prices.fixed) / (whole - prices.fixed))
+        shares = self.shares(units, evidence, prices, changing)
         ideal = {unit.name: shares[unit.name] * unit.size for unit in units}
         allowed = {unit.name: self.choices(unit) for unit in units}
         return fit(units, allowed, ideal, prices, prices.budget(units, keep))

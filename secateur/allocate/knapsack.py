@@ -93,8 +93,11 @@ class Knapsack(Allocator):
             choices.append(Choice(price, loss, named))
         better: list[Choice] = []
         for choice in sorted(choices, key=lambda c: (c.price, c.loss)):
-            if not better or choice.loss <= better[-1].loss:
-                better.append(choice)
+            if better and choice.loss > better[-1].loss:
+                continue
+            if better and choice.price == better[-1].price:
+                better.pop()  # as good, but smaller
+            better.append(choice)
         return better
 
 

@@ -1,18 +1,22 @@
 """Budgets over blocks and their rounding to allowed sizes."""
 
 import math
-import random
+from itertools import accumulate
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from secateur.allocate.base import Evidence, budget_of, fit
+from secateur.allocate import ALLOCATORS, allocator_class
+from secateur.allocate.base import Evidence, fit
 from secateur.allocate.influence import EntropicInfluence
 from secateur.allocate.uniform import Uniform
 from secateur.errors import InputError
+from secateur.prices import Prices, counted
 from secateur.units import MLP, QueryKey, ValueOutput
 
+TARGETS = ("parameters", "bytes", "flops", "cache")
+every_target = pytest.mark.parametrize("target", TARGETS)
 influences = st.lists(st.floats(0, 1.5), min_size=1, max_size=12)
 temperatures = st.floats(1e-3, 10)
 
@@ -94,88 +98,278 @@ def test_what_the_cap_cuts_off_goes_to_the_others():
         EntropicInfluence(0.05, 0.6).sparsities([0.0, 0.3], [1, 1], 0.7)
 
 
+def mlp(block, size, step=8, hidden=16, biased=0):
+    return MLP(
+        name=f"{block}.mlp",
+        block=block,
+        size=size,
+        step=step,
+        hidden=hidden,
+        least=0,
+        producers=2,
+        biased_producers=biased,
+    )
+
+
+def query_key(block, size, hidden=16, biased=False, rotary=True):
+    return QueryKey(
+        name=f"{block}.qk",
+        block=block,
+        size=size,
+        step=2,
+        hidden=hidden,
+        least=0,
+        heads=4,
+        kv_heads=2,
+        query_bias=biased,
+        key_bias=biased,
+        rotary=rotary,
+    )
+
+
+def value_output(block, size, hidden=16, biased=False, output_biased=False):
+    return ValueOutput(
+        name=f"{block}.vo",
+        block=block,
+        size=size,
+        step=1,
+        hidden=hidden,
+        least=0,
+        heads=4,
+        kv_heads=2,
+        value_bias=biased,
+        output_bias=output_biased,
+    )
+
+
 def units(rng, blocks=3, step=8):
     made = []
     hidden = rng.choice([16, 32, 48])
     bias = rng.random() < 0.5
     for i in range(blocks):
         made += [
-            MLP(f"{i}.mlp", i, rng.randint(step, 90), step, hidden, 2, 2 * bias),
-            QueryKey(f"{i}.qk", i, 2 * rng.randint(1, 8), 2, hidden, 4, 2, bias, bias, True),
-            ValueOutput(
-                f"{i}.vo", i, rng.randint(1, 16), 1, hidden, 4, 2, bias, rng.random() < 0.5
-            ),
+            mlp(i, rng.randint(step, 90), step, hidden, 2 * bias),
+            query_key(i, 2 * rng.randint(1, 8), hidden, bias),
+            value_output(i, rng.randint(1, 16), hidden, bias, rng.random() < 0.5),
         ]
     return made
 
 
-def spent(made, sizes):
-    return sum(unit.parameters(sizes[unit.name]) for unit in made)
+def even_units(blocks=4):
+    return [
+        unit
+        for i in range(blocks)
+        for unit in (
+            mlp(i, 256, hidden=64),
+            query_key(i, 32, 64, rotary=False),
+            value_output(i, 32, 64),
+        )
+    ]
 
 
-def next_steps(made, sizes):
+def timed(rng, made):
+    """Prices as latency has them: uneven steps, free ones among them, and a fixed rest."""
+    table = {}
     for unit in made:
-        allowed = unit.sizes()
-        at = allowed.index(sizes[unit.name])
-        if at + 1 < len(allowed):
-            yield unit.parameters(allowed[at + 1]) - unit.parameters(allowed[at])
+        steps = [rng.choice([0, rng.randint(1, 999)]) for _ in unit.sizes()[1:]]
+        table[unit.name] = dict(zip(unit.sizes(), accumulate(steps, initial=0), strict=True))
+    return Prices("latency", table, rng.randint(0, 5000))
+
+
+def some_prices(rng, made):
+    target = rng.choice([*TARGETS, "latency"])
+    return timed(rng, made) if target == "latency" else counted(made, target, rng.choice([2, 4]))
+
+
+def choices_of(allocator, made):
+    return {unit.name: allocator.choices(unit) for unit in made}
+
+
+def least_of(allocator, made, prices):
+    return prices.spent(made, {n: sizes[0] for n, sizes in choices_of(allocator, made).items()})
+
+
+def next_steps(made, allowed, prices, sizes):
+    """What growing any one unit by one of its allowed steps would cost."""
+    for unit in made:
+        own = allowed[unit.name]
+        at = own.index(sizes[unit.name])
+        if at + 1 < len(own):
+            yield prices.of(unit, own[at + 1]) - prices.of(unit, own[at])
+
+
+def assert_spent_to_the_step(made, allowed, prices, budget, sizes):
+    assert all(sizes[unit.name] in allowed[unit.name] for unit in made)
+    left = budget - prices.spent(made, sizes)
+    assert left >= 0
+    assert all(left < step for step in next_steps(made, allowed, prices, sizes))
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.randoms(use_true_random=False), st.floats(0, 1), st.sampled_from([1, 4, 8]))
-def test_fit_spends_the_budget_to_the_step(rng, keep, step):
+def test_fit_spends_the_budget_to_the_step(rng, share, step):
     made = units(rng, step=step)
+    prices = some_prices(rng, made)
     ideal = {unit.name: rng.random() * unit.size for unit in made}
-    budget = budget_of(made, keep)
-    least = spent(made, {unit.name: unit.sizes()[0] for unit in made})
-    if least > budget:
-        with pytest.raises(InputError, match="out of reach"):
-            fit(made, ideal, budget)
-        return
-    sizes = fit(made, ideal, budget)
-    assert all(sizes[unit.name] in unit.sizes() for unit in made)
-    assert spent(made, sizes) <= budget
-    steps = list(next_steps(made, sizes))
-    assert budget - spent(made, sizes) < min(steps, default=1)
+    allowed = {  # any sizes, in any gaps
+        unit.name: sorted(rng.sample(unit.sizes(), rng.randint(1, len(unit.sizes()))))
+        for unit in made
+    }
+    least = prices.spent(made, {name: own[0] for name, own in allowed.items()})
+    budget = least + int(share * (prices.whole(made) - least))
+    sizes = fit(made, allowed, ideal, prices, budget)
+    assert_spent_to_the_step(made, allowed, prices, budget, sizes)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=200, deadline=None)
+@given(st.randoms(use_true_random=False), st.floats(0, 1), st.sampled_from([1, 4, 8, 16]))
+def test_share_allocators_spend_every_budget_to_the_step(rng, keep, step):
+    made = units(rng, step=step)
+    prices = some_prices(rng, made)
+    assume(prices.whole(made) > prices.fixed)
+    evidence = Evidence({}, [rng.random() for _ in range(3)])
+    for allocator in (Uniform(), EntropicInfluence(0.2, 1.0)):
+        budget = prices.budget(made, keep)
+        if least_of(allocator, made, prices) > budget:
+            with pytest.raises(InputError, match="out of reach"):
+                allocator.allocate(made, evidence, prices, keep)
+            continue
+        sizes = allocator.allocate(made, evidence, prices, keep)
+        assert_spent_to_the_step(made, choices_of(allocator, made), prices, budget, sizes)
+        assert all(sizes.values())  # no unit goes altogether
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_only_who_measures_what_is_lost_lets_a_unit_go(name):
+    allocator = allocator_class(name)()
+    for unit in even_units(1):
+        all_sizes = [0, *range(unit.step, unit.size, unit.step), unit.size]
+        assert allocator.choices(unit) == all_sizes[not allocator.measured :]
+    assert allocator.measured == (name == "knapsack")
+
+
+@every_target
+@pytest.mark.parametrize("allocator", [Uniform(), EntropicInfluence(0.2, 0.95)])
+@pytest.mark.parametrize("keep", [0.3, 0.8])
+def test_every_target_is_met_in_its_own_currency(target, allocator, keep):
+    """The mistake: to spend parameters whatever the target is.
+
+    Free steps are always taken, so a budget of cache leaves the MLPs alone."""
+    made = even_units()
+    prices = counted(made, target, 2)
+    sizes = allocator.allocate(made, Evidence({}, [0.1, 0.2, 0.3, 0.4]), prices, keep)
+    reached = sum(
+        {
+            "parameters": cost.parameters,
+            "bytes": cost.bytes,
+            "flops": cost.flops_per_token,
+            "cache": cost.cache_bytes_per_token,
+        }[target]
+        for cost in (unit.cost(sizes[unit.name], 2) for unit in made)
+    )
+    assert reached == prices.spent(made, sizes)
+    assert keep - 0.01 < reached / prices.whole(made) <= keep
+    by_parameters = allocator.allocate(
+        made, Evidence({}, [0.1, 0.2, 0.3, 0.4]), counted(made, "parameters", 2), keep
+    )
+    if target == "cache":
+        assert all(sizes[unit.name] == unit.size for unit in made if unit.kind == "mlp")
+        assert prices.spent(made, by_parameters) != reached
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_keep_one_gives_full_sizes(rng):
     made = units(rng)
+    prices = some_prices(rng, made)
+    assume(prices.whole(made) > prices.fixed)
     influence = [rng.random() for _ in range(3)]
     for allocator in (Uniform(), EntropicInfluence(0.1, 0.95)):
-        sizes = allocator.allocate(made, Evidence({}, influence), 1.0)
+        sizes = allocator.allocate(made, Evidence({}, influence), prices, 1.0)
         assert sizes == {unit.name: unit.size for unit in made}
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.randoms(use_true_random=False), st.floats(0.55, 0.95))
-def test_sizes_stay_near_their_ideal(rng, keep):
-    made = [
-        unit
-        for i in range(4)
-        for unit in (
-            MLP(f"{i}.mlp", i, 256, 8, 64, 2, 0),
-            QueryKey(f"{i}.qk", i, 32, 2, 64, 4, 2, False, False, True),
-            ValueOutput(f"{i}.vo", i, 32, 1, 64, 4, 2, False, False),
-        )
-    ]
-    influence = [rng.random() for _ in range(4)]
-    allocator = EntropicInfluence(0.5, 0.9)
-    evidence = Evidence({}, influence)
-    shares, sizes = (f(made, evidence, keep) for f in (allocator.shares, allocator.allocate))
-    for unit in made:
-        assert abs(sizes[unit.name] - shares[unit.name] * unit.size) <= 2 * unit.step
+@given(
+    st.randoms(use_true_random=False),
+    st.floats(0.55, 0.95),
+    st.sampled_from(["parameters", "bytes", "flops"]),
+)
+def test_sizes_stay_near_their_ideal(rng, keep, target):
+    made = even_units()
+    prices = counted(made, target, 2)
+    evidence = Evidence({}, [rng.random() for _ in range(4)])
+    for allocator in (Uniform(), EntropicInfluence(0.5, 0.9)):
+        shares = allocator.shares(made, evidence, prices, keep)
+        sizes = allocator.allocate(made, evidence, prices, keep)
+        for unit in made:
+            assert abs(sizes[unit.name] - shares[unit.name] * unit.size) <= 2 * unit.step
 
 
-def test_out_of_reach_names_the_reachable_range():
-    made = units(random.Random(0))
-    least = spent(made, {unit.name: unit.sizes()[0] for unit in made})
-    whole = spent(made, {unit.name: unit.size for unit in made})
-    with pytest.raises(InputError) as caught:
-        fit(made, {unit.name: 0.0 for unit in made}, least - 1)
+def test_uniform_rounds_to_the_budget_and_stays_even():
+    """The mistakes: every size to the nearest allowed one, which overspends; or the rest of the
+    budget all on the first unit."""
+    made = [mlp(i, 96) for i in range(6)]
+    prices, keep = counted(made, "parameters", 2), 54 / 96
+    nearest = {u.name: min(u.sizes(), key=lambda size: abs(size - 54.1)) for u in made}
+    assert prices.spent(made, nearest) > prices.budget(made, keep)
+    sizes = Uniform().allocate(made, Evidence({}), prices, keep)
+    assert sorted(sizes.values()) == [48, 48, 56, 56, 56, 56]
+
+
+def test_influence_weighs_blocks_by_their_price():
+    """The mistake: a plain mean over blocks, which misses the budget where blocks differ."""
+    made = [mlp(0, 2400, 1), mlp(1, 800, 1)]
+    prices, evidence = counted(made, "parameters", 2), Evidence({}, [0.1, 0.3])
+    shares = EntropicInfluence(0.2, 1.0).shares(made, evidence, prices, 0.8)
+    scale = [math.exp(-s / 0.2) for s in (0.1, 0.3)]
+    level = 0.2 * 3200 / (2400 * scale[0] + 800 * scale[1])
+    assert shares == pytest.approx({"0.mlp": 1 - level * scale[0], "1.mlp": 1 - level * scale[1]})
+    sizes = EntropicInfluence(0.2, 1.0).allocate(made, evidence, prices, 0.8)
+    assert sum(sizes.values()) == 2560
+    assert abs(sizes["0.mlp"] - 2400 * shares["0.mlp"]) <= 1
+
+
+@every_target
+@pytest.mark.parametrize("allocator", [Uniform(), EntropicInfluence(1e7, 1.0)])
+def test_out_of_reach_names_the_reachable_range(target, allocator):
+    made = [unit for unit in even_units() if target != "cache" or unit.kind != "mlp"]
+    prices, evidence = counted(made, target, 2), Evidence({}, [0.1, 0.2, 0.3, 0.4])
+    least, whole = least_of(allocator, made, prices), prices.whole(made)
+    with pytest.raises(InputError, match=f"{least:,} of {whole:,}") as caught:
+        allocator.allocate(made, evidence, prices, (least - 1) / whole)
     lowest = float(str(caught.value).split("between ")[1].split()[0])
     assert least / whole <= lowest <= least / whole + 0.001
-    sizes = fit(made, {unit.name: 0.0 for unit in made}, least)
-    assert spent(made, sizes) == least
+    assert least <= prices.spent(made, allocator.allocate(made, evidence, prices, lowest))
+    exact = math.nextafter(least / whole, 1)
+    sizes = allocator.allocate(made, evidence, prices, exact)
+    assert prices.spent(made, sizes) == least
+    with pytest.raises(InputError, match="out of reach"):
+        allocator.check(made, prices, lowest - 0.0011)
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_a_target_that_no_size_changes_is_refused(name):
+    made = [mlp(0, 64)]
+    with pytest.raises(InputError, match="no size changes the bytes of KV cache"):
+        allocator_class(name)().check(made, counted(made, "cache", 2), 0.8)
+
+
+def test_uniform_means_one_share_where_some_of_the_price_is_fixed():
+    """Half of the time is fixed, so keeping 0.7 of all leaves 0.4 of what can shrink."""
+    made = even_units()
+    table = counted(made, "parameters", 2).table
+    prices = Prices("latency", table, Prices("latency", table).whole(made))
+    sizes = Uniform().allocate(made, Evidence({}), prices, 0.7)
+    for unit in made:
+        assert abs(sizes[unit.name] - 0.4 * unit.size) <= 2 * unit.step
+
+
+def test_the_least_share_named_is_enough():
+    unit = mlp(0, 16)
+    for whole, least in ((n, k) for n in (100, 1000) for k in range(1, n)):
+        prices = Prices("parameters", {"0.mlp": {0: 0, 8: least, 16: whole}})
+        with pytest.raises(InputError) as caught:
+            Uniform().check([unit], prices, (least - 0.5) / whole)
+        named = float(str(caught.value).split("between ")[1].split()[0])
+        Uniform().check([unit], prices, named)

@@ -1,0 +1,140 @@
+"""How well predicted loss orders plans: rank correlation with the measured divergence.
+
+    python benchmarks/prediction.py MODEL CALIBRATION HELD [--plans 30] [--keep 0.7]
+
+Two sets of plans: of keeps spread over 0.4 … 0.95, and all of one keep. Each plan is the knapsack's
+after the losses of all units were multiplied by random factors (log-normal), so plans of one keep
+differ in where they spend. Every plan is carried out by the default method, whole, and judged by
+the KL divergence of its output from the dense model's, in nats a token, on text that calibration
+never saw.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from secateur import Auto, Calibration, Model, Store, calibrate, calibration_tokens, score
+from secateur.allocate.base import Evidence
+from secateur.allocate.knapsack import Knapsack
+from secateur.apply import narrow_block
+from secateur.curve import Curve
+from secateur.evaluate.judge import quiet
+from secateur.model import open_model
+from secateur.prices import counted
+from secateur.propagate import Propagation
+from secateur.text import Tokens, contiguous, read_documents, token_stream
+
+LENGTH = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("held")
+    parser.add_argument("--plans", type=int, default=30)
+    parser.add_argument("--keep", type=float, default=0.7)
+    parser.add_argument("--spread", type=float, default=1.0, help="of the log-normal factors")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--multiple-of", type=int, default=8)
+    parser.add_argument("--one-pass", action="store_true", help="no refits behind narrowed blocks")
+    arguments = parser.parse_args()
+    quiet()
+    model, store = open_model(arguments.model), Store()
+    tokens = calibration_tokens(Calibration(arguments.calibration, 128, LENGTH), model.tokenizer)
+    method = Auto()
+    calibrate(model, tokens, method.needs, store)
+    evidence = score(model, method, store, tokens)
+    held = contiguous(
+        token_stream(read_documents(arguments.held), model.tokenizer), LENGTH, arguments.windows
+    )
+    dense = log_probabilities(model, held)
+    generator = np.random.default_rng(0)
+    spread = np.linspace(0.4, 0.95, arguments.plans)
+    for title, keeps in (
+        ("keeps 0.40 to 0.95", spread),
+        (f"keep {arguments.keep:g}", [arguments.keep] * arguments.plans),
+    ):
+        predicted, measured = [], []
+        for keep in keeps:
+            small = open_model(arguments.model)
+            sizes, loss = plan(small, evidence, float(keep), generator, arguments)
+            carry_out(small, sizes, tokens, store, arguments)
+            predicted.append(loss)
+            measured.append(divergence(dense, log_probabilities(small, held)))
+            print(f"{keep:.3f} {loss:.4f} {measured[-1]:.4f}", file=sys.stderr, flush=True)
+        found = spearmanr(predicted, measured).statistic
+        print(
+            f"| {title} | {len(predicted)} | {min(measured):.3f} … {max(measured):.3f} | "
+            f"{found:.3f} |",
+            flush=True,
+        )
+
+
+def plan(
+    model: Model,
+    evidence: Evidence,
+    keep: float,
+    generator: np.random.Generator,
+    arguments: argparse.Namespace,
+) -> tuple[dict[str, int], float]:
+    """Sizes by the knapsack on disturbed losses, and the loss that the true ones predict."""
+    assert evidence.losses is not None
+    units = model.units(arguments.multiple_of)
+    prices = counted(units, "parameters", model.stored.itemsize)
+    factors = np.exp(arguments.spread * generator.standard_normal(len(units)))
+    disturbed = {
+        unit.name: Curve(tuple(float(factor) * e for e in evidence.losses[unit.name].errors))
+        for unit, factor in zip(units, factors, strict=True)
+    }
+    sizes = Knapsack().allocate(units, replace(evidence, losses=disturbed), prices, keep)
+    return sizes, predicted_loss(evidence.losses, sizes)
+
+
+def predicted_loss(losses: Mapping[str, Curve], sizes: Mapping[str, int]) -> float:
+    """The sum of the units' losses, queries and keys of a gone attention left aside."""
+    return sum(
+        losses[name].at(size)
+        for name, size in sizes.items()
+        if not (name.endswith("query_key") and not sizes[name.replace("query_key", "value_output")])
+    )
+
+
+def carry_out(
+    model: Model,
+    sizes: Mapping[str, int],
+    tokens: Tokens,
+    store: Store,
+    arguments: argparse.Namespace,
+) -> None:
+    method = Auto()
+    line = None if arguments.one_pass else Propagation(model, tokens, method)
+    for block in model.blocks:
+        units, statistics = block.units(arguments.multiple_of), store.get(block.index, method.needs)
+        if line is None:
+            narrow_block(block, units, sizes, method, statistics)
+        else:
+            line.narrow_block(block, units, sizes, statistics)
+
+
+def log_probabilities(model: Model, tokens: Tokens) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                model.module(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+                for ids in tokens.ids.split(8)
+            ]
+        )
+
+
+def divergence(dense: torch.Tensor, found: torch.Tensor) -> float:
+    return float((dense.exp() * (dense - found)).sum(-1).mean())
+
+
+if __name__ == "__main__":
+    main()
