@@ -94,12 +94,10 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Ro
     from secateur.allocate.influence import EntropicInfluence
     from secateur.allocate.knapsack import Knapsack
     from secateur.allocate.uniform import Uniform
-    from secateur.apply import narrow_block
     from secateur.evaluate.judge import quiet
     from secateur.evaluate.memory import peak_bytes
     from secateur.evaluate.perplexity import perplexity
-    from secateur.methods.base import SequentialMethod
-    from secateur.propagate import Propagation
+    from secateur.propagate import narrow_blocks
     from secateur.text import contiguous, read_documents, token_stream
 
     quiet()
@@ -136,18 +134,8 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Ro
             small, method = open_model(arguments.model), kind(keep=keep)
             start = time.perf_counter()
             plan = make_plan(small, method, evidence, calibration, tokens, goal, allocator)
-            line = None
-            if isinstance(method, SequentialMethod):
-                line = Propagation(small, tokens, method)
-            for block in small.blocks:
-                units, statistics = (
-                    block.units(goal.multiple_of),
-                    store.get(block.index, kind.needs),
-                )
-                if line is None:
-                    narrow_block(block, units, plan.sizes, method, statistics)
-                else:
-                    line.narrow_block(block, units, plan.sizes, statistics)
+            units = small.units(goal.multiple_of)
+            list(narrow_blocks(small, method, units, plan.sizes, tokens, store))
             seconds = before + time.perf_counter() - start
             yield {
                 "method": name,

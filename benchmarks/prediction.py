@@ -21,12 +21,11 @@ from scipy.stats import spearmanr
 from secateur import Auto, Calibration, Model, Store, calibrate, calibration_tokens, score
 from secateur.allocate.base import Evidence
 from secateur.allocate.knapsack import Knapsack
-from secateur.apply import narrow_block
 from secateur.curve import Curve
 from secateur.evaluate.judge import quiet
 from secateur.model import open_model
 from secateur.prices import counted
-from secateur.propagate import Propagation
+from secateur.propagate import narrow_blocks
 from secateur.text import Tokens, contiguous, read_documents, token_stream
 
 LENGTH = 256
@@ -42,7 +41,6 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=1.0, help="of the log-normal factors")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--multiple-of", type=int, default=8)
-    parser.add_argument("--one-pass", action="store_true", help="no refits behind narrowed blocks")
     arguments = parser.parse_args()
     quiet()
     model, store = open_model(arguments.model), Store()
@@ -56,6 +54,7 @@ def main() -> None:
     dense = log_probabilities(model, held)
     generator = np.random.default_rng(0)
     spread = np.linspace(0.4, 0.95, arguments.plans)
+    print("| plans | number | measured divergence | rank correlation |\n|---|---|---|---|")
     for title, keeps in (
         ("keeps 0.40 to 0.95", spread),
         (f"keep {arguments.keep:g}", [arguments.keep] * arguments.plans),
@@ -64,7 +63,8 @@ def main() -> None:
         for keep in keeps:
             small = open_model(arguments.model)
             sizes, loss = plan(small, evidence, float(keep), generator, arguments)
-            carry_out(small, sizes, tokens, store, arguments)
+            units = small.units(arguments.multiple_of)
+            list(narrow_blocks(small, method, units, sizes, tokens, store))
             predicted.append(loss)
             measured.append(divergence(dense, log_probabilities(small, held)))
             print(f"{keep:.3f} {loss:.4f} {measured[-1]:.4f}", file=sys.stderr, flush=True)
@@ -103,23 +103,6 @@ def predicted_loss(losses: Mapping[str, Curve], sizes: Mapping[str, int]) -> flo
         for name, size in sizes.items()
         if not (name.endswith("query_key") and not sizes[name.replace("query_key", "value_output")])
     )
-
-
-def carry_out(
-    model: Model,
-    sizes: Mapping[str, int],
-    tokens: Tokens,
-    store: Store,
-    arguments: argparse.Namespace,
-) -> None:
-    method = Auto()
-    line = None if arguments.one_pass else Propagation(model, tokens, method)
-    for block in model.blocks:
-        units, statistics = block.units(arguments.multiple_of), store.get(block.index, method.needs)
-        if line is None:
-            narrow_block(block, units, sizes, method, statistics)
-        else:
-            line.narrow_block(block, units, sizes, statistics)
 
 
 def log_probabilities(model: Model, tokens: Tokens) -> torch.Tensor:

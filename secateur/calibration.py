@@ -1,17 +1,21 @@
 """The calibration pass: windows go through the model once, and leave statistics behind."""
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from secateur.errors import InputError
 from secateur.model import Model
 from secateur.observe import observed
 from secateur.statistics import BlockStatistics, Need, Needs, Statistic
 from secateur.stream import Stream
 from secateur.text import Tokens
+from secateur.workspace import write_whole
 
 
 class Store:
@@ -36,6 +40,29 @@ class Store:
                 return file.metadata() is not None
         except (OSError, SafetensorError):  # never written, or damaged: it is measured again
             return False
+
+    def claim(self, own: dict[str, Any]) -> None:
+        """Note in the folder what its statistics are of, or hold it against what is noted there.
+
+        Raises:
+            InputError: they are of something else; the message names the field that differs.
+        """
+        if self.folder is None:
+            return
+        path = self.folder / "identity.json"
+        try:
+            found = json.loads(path.read_text()) if path.exists() else own
+        except ValueError as error:
+            raise InputError(f"statistics {str(self.folder)!r}: {path.name}: {error}.") from error
+        for name, value in own.items():
+            if found.get(name) != value:
+                raise InputError(
+                    f"statistics {str(self.folder)!r} are of something else: {name} is "
+                    f"{found.get(name)!r} there and {value!r} here. Name another folder, or remove "
+                    f"this one."
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(own, indent=1))
 
     def put(self, block: int, statistics: BlockStatistics) -> None:
         """Keep a block's statistics; on disk they appear under their name only when whole."""

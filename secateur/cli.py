@@ -83,6 +83,7 @@ def plan(
     dry_run: bool,
     overwrite: bool,
     scores: Path | None,
+    statistics: Path | None,
     **rest: Any,
 ) -> None:
     """Decide the size of every unit of MODEL; no weight is touched.
@@ -109,7 +110,7 @@ def plan(
     goal = _goal(rest)
     allocator = pipeline.chosen_allocator(method, goal, _allocator(ctx, rest))
     pipeline.check_reach(skeleton(model, settings), method, goal, allocator)
-    with TemporaryDirectory() as statistics:
+    with TemporaryDirectory() as passing:
         made = pipeline.prepare(
             model,
             method,
@@ -118,7 +119,7 @@ def plan(
             settings,
             goal,
             allocator,
-            Store(Path(statistics)),
+            Store(statistics or Path(passing)),
             scores,
             pipeline.Stopwatch(),
             for_terminal(),
@@ -150,6 +151,7 @@ def compress(
     as_json: bool,
     overwrite: bool,
     scores: Path | None,
+    statistics: Path | None,
     **rest: Any,
 ) -> None:
     """Write a smaller checkpoint of MODEL (a folder or hub id) to the new folder OUT.
@@ -181,6 +183,7 @@ def compress(
         goal,
         allocator,
         scores,
+        statistics,
         overwrite,
         for_terminal(),
     )

@@ -138,6 +138,11 @@ calibration_options = stacked(
         help="File to read the units' scores from, or to write them to  [default: a cache]",
     ),
     click.option(
+        "--statistics",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder to keep the calibration's statistics in, or to find them in.",
+    ),
+    click.option(
         "--calibration",
         default="bundled",
         show_default=True,

@@ -14,7 +14,6 @@ from torch import Tensor
 from secateur import report as reporting
 from secateur.allocate.base import Allocator
 from secateur.allocate.plain import PlainWidth
-from secateur.apply import narrow_block
 from secateur.block import inputs_by_outputs
 from secateur.calibration import Store, calibrate
 from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
@@ -31,7 +30,7 @@ from secateur.inputs import (
     text_notes,
     unseen,
 )
-from secateur.methods.base import Method, SequentialMethod
+from secateur.methods.base import Method
 from secateur.model import (
     Model,
     Settings,
@@ -48,7 +47,7 @@ from secateur.plan import (
 )
 from secateur.prices import counted
 from secateur.progress import Progress
-from secateur.propagate import Propagation
+from secateur.propagate import narrow_blocks
 from secateur.report import Report
 from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.stream import TOKENS_PER_BATCH
@@ -92,6 +91,7 @@ def compress(
     goal: Goal | None = None,
     allocator: Allocator | None = None,
     scores: Path | None = None,
+    statistics: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -113,6 +113,8 @@ def compress(
         allocator: what spends the budget; by default the method's own.
         scores: file to read the units' scores from, or to write them to if there is none; by
             default the user's cache.
+        statistics: folder to keep the calibration's statistics in, or to find them in; by default
+            they last as long as the run.
         overwrite: replace ``out`` once the new result is whole.
         progress: who is told how far it is.
 
@@ -174,7 +176,7 @@ def compress(
             settings,
             goal,
             allocator,
-            Store(workspace.folder / "statistics"),
+            Store(statistics or workspace.folder / "statistics"),
             scores,
             watch,
             progress,
@@ -273,6 +275,8 @@ def prepare(
         if not isinstance(method, Plan):
             allocator.check(model.units(goal.multiple_of), prices, chosen.keep)
     own = identity(model, chosen, tokens, allocator.measured)
+    needs = sorted(f"{need.place}.{need.kind.__name__}" for need in chosen.needs)
+    store.claim({key: own[key] for key in ("secateur", "model", "calibration")} | {"needs": needs})
     evidence = kept_evidence(own, model.units(1), scores)
     if evidence is None or not only_plan:
         watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
@@ -305,24 +309,18 @@ def write(
     Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16.
     """
     model, plan = prepared.model, prepared.plan
-    units = model.units(plan.multiple_of)
     dense_width = inputs_by_outputs(model.blocks[0].consumer).shape[0]
     # A plain checkpoint is for any reader, so its tensors have their published names.
     plain = plan.tier == "plain"
     writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
-    method = prepared.method
-    line = None
-    if isinstance(method, SequentialMethod):
-        line = Propagation(model, prepared.tokens, method)
+    units, method = model.units(plan.multiple_of), prepared.method
+    narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
-        for block in model.blocks:
+        while True:
             with watch.measure("apply"):
-                own = [unit for unit in units if unit.block == block.index]
-                statistics = prepared.store.get(block.index, method.needs, model.device)
-                if line is None:
-                    narrow_block(block, own, plan.sizes, method, statistics)
-                else:
-                    line.narrow_block(block, own, plan.sizes, statistics)
+                block = next(narrowed, None)
+            if block is None:
+                break
             with watch.measure("save"):
                 store_block(model, block, writer)
             advance(1)

@@ -1,15 +1,16 @@
 """Blocks narrowed one after the other, each to make good what those before it have lost."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.apply import check_finite, folded_bias, narrow_unit
+from secateur.apply import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.block import Block
-from secateur.methods.base import SequentialMethod
+from secateur.calibration import Store
+from secateur.methods.base import Method, SequentialMethod
 from secateur.model import Model
 from secateur.observe import mixed_values
 from secateur.statistics import BlockStatistics, Cross, Gram, Needs
@@ -18,6 +19,26 @@ from secateur.text import Tokens
 from secateur.units import Unit
 
 ADDITIVE = 0.02  # relative: half precision rounds at every sum
+
+
+def narrow_blocks(
+    model: Model,
+    method: Method,
+    units: Sequence[Unit],
+    sizes: Mapping[str, int],
+    tokens: Tokens,
+    store: Store,
+) -> Iterator[Block]:
+    """Bring every block to its sizes, one after the other; each is given out when it is done."""
+    line = Propagation(model, tokens, method) if isinstance(method, SequentialMethod) else None
+    for block in model.blocks:
+        own = [unit for unit in units if unit.block == block.index]
+        statistics = store.get(block.index, method.needs, model.device)
+        if line is None:
+            narrow_block(block, own, sizes, method, statistics)
+        else:
+            line.narrow_block(block, own, sizes, statistics)
+        yield block
 
 
 class Propagation:

@@ -1,0 +1,50 @@
+"""Statistics that outlast a run: used again, and refused where they are of something else."""
+
+import json
+
+import pytest
+
+from secateur import pipeline
+
+
+@pytest.fixture
+def plan(run, model, text, tmp_path):
+    """A ``plan`` that keeps its statistics, with scores of its own so that it needs them."""
+    folder = tmp_path / "statistics"
+
+    def command(name, *args):
+        given = ["--calibration", text, "--samples", 4, "--length", 32, "--dry-run", "--json"]
+        files = ["--statistics", folder, "--scores", tmp_path / f"{name}.json"]
+        return run("plan", model, *given, *files, *args)
+
+    command.folder = folder
+    return command
+
+
+def test_kept_statistics_are_not_collected_again(plan, monkeypatch):
+    first = plan("first").succeeded()
+    assert len(list(plan.folder.glob("block-*.safetensors"))) == 2
+    monkeypatch.setattr(pipeline, "calibrate", None)
+    assert json.loads(plan("second").succeeded().out) == json.loads(first.out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [(("--seed", 5), "calibration"), (("--method", "modegpt"), "needs")],
+)
+def test_statistics_of_something_else_are_refused(plan, changes, field):
+    plan("first").succeeded()
+    plan("second", *changes).refused("statistics", f"{field} is", "there and")
+
+
+def test_statistics_of_an_older_version_are_refused(plan):
+    plan("first").succeeded()
+    path = plan.folder / "identity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"secateur": "0.0.1"}))
+    plan("second").refused("secateur is '0.0.1' there")
+
+
+def test_a_damaged_identity_is_refused(plan):
+    plan("first").succeeded()
+    (plan.folder / "identity.json").write_text("{")
+    plan("second").refused("identity.json")
