@@ -30,6 +30,7 @@ from secateur.text import contiguous, read_documents, token_stream
 from secateur.units import Unit
 
 LENGTH, WINDOWS = 256, 128
+DEFAULT = Auto()
 ALL = Auto.needs | {Needs.QUERY_ENERGY, Needs.KEY_ENERGY, Needs.VALUE_GRAM}
 
 
@@ -55,7 +56,7 @@ class Older(Auto):
 class OnePass(Method):
     """Another method's solutions, from the statistics of the dense model alone."""
 
-    inner: Auto = Auto()
+    inner: Auto = DEFAULT
 
     name: ClassVar[str] = "one pass"
     needs: ClassVar[frozenset[Need]] = ALL

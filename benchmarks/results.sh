@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Write RESULTS.md from scratch: benchmarks/results.sh DATA [PYTHON]
-# DATA holds models/{stories260K,reference-7m} and text/. Takes a quarter of an hour on two cores.
+# Write RESULTS.md and its pictures from scratch: benchmarks/results.sh DATA [PYTHON]
+# DATA holds models/{stories260K,reference-7m} and text/. Takes two hours on two cores; rows of the
+# frontier that are in benchmarks/frontier-*.jsonl already are not measured again.
 set -euo pipefail
 data=$1
 python=${2:-python}
@@ -15,15 +16,20 @@ section() { # command line of a benchmark, shown with DATA for the folder, then 
 
 {
   cat "$here/preface.md"
-  section frontier.py "${stories[@]}" "$data/text/tinyshakespeare.txt" \
-    --temperatures 0.02 0.03 0.05 0.1 0.2 1e6 --multiple-of 4
-  section frontier.py "${stories[@]}" --keeps 0.911 0.804 0.704 0.605 0.497 \
-    --temperatures 0.02 0.03 0.04 0.05 0.06 --multiple-of 4
-  section frontier.py "${stories[@]}" --keeps 0.911 0.804 0.704 0.605 0.497 \
-    --temperatures 0.02 0.03 0.04 0.05 0.06
+  printf '\n## Frontier\n'
+  section frontier.py "${stories[@]}" "$data/text/tinyshakespeare.txt" --multiple-of 4 \
+    --rows "$here/frontier-stories260K.jsonl" --plot "$here/frontier-stories260K.png"
+  printf '![stories260K](frontier-stories260K.png)\n'
   section frontier.py "${reference[@]}" "$data/text/c4.jsonl" \
-    --temperatures 0.02 0.05 0.1 0.2 1e6
+    --rows "$here/frontier-reference-7m.jsonl" --plot "$here/frontier-reference-7m.png"
+  printf '![reference-7m](frontier-reference-7m.png)\n'
+  printf '\n## Ingredients\n'
+  section ablation.py "${stories[@]}" --multiple-of 4
+  section ablation.py "${reference[@]}"
+  printf '\n## Prediction\n'
+  section prediction.py "${stories[@]}" --multiple-of 4
   printf '\n## Cost\n'
   section cost.py "${reference[@]:0:2}"
+  section cost.py "${reference[@]:0:2}" --method modegpt
 } > "$here/RESULTS.md.partial"
 mv "$here/RESULTS.md.partial" "$here/RESULTS.md"
