@@ -7,6 +7,7 @@ The identity behind most of them: the least error of a linear consumer that sees
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -163,3 +164,31 @@ def backward_elimination(
         state.addr_(inverse[:, worst] / pivots[worst], row, alpha=-1)
         gone[worst] = True
     return removed.flip(0), costs.flip(0)
+
+
+def conjugate_gradients(
+    curved: Callable[[list[Tensor]], list[Tensor]],
+    preconditioned: Callable[[list[Tensor]], list[Tensor]],
+    residual: list[Tensor],
+    iterations: int,
+) -> list[Tensor]:
+    """An approximate solution of ``curved(x) = residual``; stops early where it is exact."""
+    found = [torch.zeros_like(r) for r in residual]
+    direction = toward = preconditioned(residual)
+    size = _dot(residual, toward)
+    for _ in range(iterations):
+        bent = curved(direction)
+        curvature = _dot(direction, bent)
+        if not (size > 0 and curvature > 0):
+            break
+        length = size / curvature
+        found = [x + length * d for x, d in zip(found, direction, strict=True)]
+        residual = [r - length * b for r, b in zip(residual, bent, strict=True)]
+        toward, before = preconditioned(residual), size
+        size = _dot(residual, toward)
+        direction = [t + size / before * d for t, d in zip(toward, direction, strict=True)]
+    return found
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))

@@ -1,13 +1,13 @@
 """The linears before an activation, refitted to what the MLP's output should be."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from secateur.block import Block
-from secateur.linalg import damped_cholesky, least_squares
+from secateur.linalg import conjugate_gradients, damped_cholesky, least_squares
 from secateur.statistics import Cross, Gram
 
 TOKENS = 4096  # at a time
@@ -136,34 +136,6 @@ class GaussNewton:
         what = f"block {block.index}: consumer after the step"
         found = least_squares(gram.mean, cross.mean, block.consumer_weight, self.refit_ridge, what)
         block.set_consumer_weight(found)
-
-
-def conjugate_gradients(
-    curved: Callable[[Parts], Parts],
-    preconditioned: Callable[[Parts], Parts],
-    residual: Parts,
-    iterations: int,
-) -> Parts:
-    """An approximate solution of ``curved(x) = residual``; stops early where it is exact."""
-    found = [torch.zeros_like(r) for r in residual]
-    direction = toward = preconditioned(residual)
-    size = _dot(residual, toward)
-    for _ in range(iterations):
-        bent = curved(direction)
-        curvature = _dot(direction, bent)
-        if not (size > 0 and curvature > 0):
-            break
-        length = size / curvature
-        found = [x + length * d for x, d in zip(found, direction, strict=True)]
-        residual = [r - length * b for r, b in zip(residual, bent, strict=True)]
-        toward, before = preconditioned(residual), size
-        size = _dot(residual, toward)
-        direction = [t + size / before * d for t, d in zip(toward, direction, strict=True)]
-    return found
-
-
-def _dot(a: Parts, b: Parts) -> float:
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
 
 
 def _sum(total: Parts, added: Parts) -> Parts:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from secateur.apply import narrow_mlp
+from secateur.linalg import conjugate_gradients
 from secateur.methods import gauss_newton
 from secateur.methods.base import Narrowing
-from secateur.methods.gauss_newton import GaussNewton, conjugate_gradients
+from secateur.methods.gauss_newton import GaussNewton
 from tests.families import FAMILIES, HIDDEN, WIDTH, stream
 
 MLPS = pytest.mark.parametrize("name", ["llama", "phi3", "opt", "gpt2"])
