@@ -112,7 +112,7 @@ calibration_options = stacked(
         "--tier",
         default="per-layer",
         show_default=True,
-        help="per-layer: every unit its own size; plain: attention untouched and one MLP width, "
+        help="per-layer: every unit its own size; plain: attention keeps its shape, one MLP width, "
         "so that stock classes load the result.",
     ),
     click.option(

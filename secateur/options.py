@@ -1,5 +1,6 @@
 """Fields of a frozen dataclass that are also flags: bounds, help text and their check."""
 
+import math
 from dataclasses import field, fields
 from typing import Any
 
@@ -26,6 +27,8 @@ def checked(thing: Any) -> None:
             raise InputError(f"{thing.name}: {f.name}={value!r} should be a {expected.__name__}.")
         if expected is int and not isinstance(value, int):
             raise InputError(f"{thing.name}: {f.name}={value!r} should be a whole number.")
+        if not math.isfinite(value):
+            raise InputError(f"{thing.name}: {f.name}={value!r} should be finite.")
         if not (low is None or value >= low) or not (high is None or value <= high):
             bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise InputError(f"{thing.name}: {f.name}={value!r} should be {bounds}.")

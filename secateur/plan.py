@@ -259,7 +259,9 @@ def read_plan(path: Path) -> Plan:
     except pydantic.ValidationError as error:
         first: Any = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"plan {str(path)!r}: {where}: {first['msg']}.") from error
+        raise InputError(
+            f"plan {str(path)!r}: {where}: {first['msg']}. A new one comes from `secateur plan`."
+        ) from error
 
 
 def revise(plan: Plan, model: Model, evidence: Evidence, prices: Prices | None = None) -> Plan:

@@ -52,7 +52,7 @@ class Propagation:
     narrowed model's stream. In a block of another form (a norm behind the sum) the targets are the
     dense outputs themselves.
 
-    Five numbers a token and hidden dim are kept: two streams, the targets and the MLP's inputs.
+    Four numbers a token and hidden dim are kept: two streams, the targets and the MLP's inputs.
     """
 
     def __init__(self, model: Model, tokens: Tokens, method: SequentialMethod) -> None:

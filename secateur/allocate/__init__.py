@@ -10,6 +10,7 @@ ALLOCATORS = {
     "uniform": "secateur.allocate.uniform:Uniform",
     "influence": "secateur.allocate.influence:EntropicInfluence",
     "knapsack": "secateur.allocate.knapsack:Knapsack",
+    "plain": "secateur.allocate.plain:PlainWidth",
 }
 
 

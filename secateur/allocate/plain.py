@@ -11,14 +11,14 @@ from secateur.units import Unit
 
 @dataclass(frozen=True)
 class PlainWidth(Allocator):
-    """The largest common MLP width that fits the budget; attention stays as it is.
+    """The largest common MLP width that fits the budget; attention keeps its shape.
 
     Don't use it where the result may carry its own modelling code: every other allocation loses
     less at the same size.
     """
 
     name: ClassVar[str] = "plain"
-    summary: ClassVar[str] = "one MLP width, attention untouched; what --tier plain means"
+    summary: ClassVar[str] = "one MLP width, attention keeps its shape; what --tier plain means"
     source: ClassVar[str] = "a constraint of stock classes"
 
     def choices(self, unit: Unit) -> list[int]:
