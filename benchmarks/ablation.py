@@ -90,10 +90,14 @@ VARIANTS = {
     "auto": Variant(Auto(), Knapsack()),
     "without the Gauss-Newton step": Variant(Auto(iterations=0), Knapsack()),
     "without propagation (and the step)": Variant(Auto(), Knapsack(), sequential=False),
+    "… and Nyström by leverage for the MLP": Variant(
+        Older(kind="mlp"), Knapsack(), sequential=False
+    ),
+    "… and SVD of unmixed values": Variant(
+        Older(kind="value_output"), Knapsack(), sequential=False
+    ),
     "without whole units going": Variant(Auto(), Present()),
-    "Nyström by leverage for the MLP": Variant(Older(kind="mlp"), Knapsack(), sequential=False),
     "CR for query/key": Variant(Older(kind="query_key"), Knapsack()),
-    "SVD of unmixed values": Variant(Older(kind="value_output"), Knapsack(), sequential=False),
     "influence instead of knapsack": Variant(Auto(), EntropicInfluence()),
     "uniform instead of knapsack": Variant(Auto(), Uniform()),
     "tier plain": Variant(Auto(), PlainWidth()),

@@ -13,6 +13,9 @@ from secateur.errors import InputError
 from secateur.version import __version__
 
 if TYPE_CHECKING:
+    from secateur.allocate.influence import EntropicInfluence
+    from secateur.allocate.knapsack import Knapsack
+    from secateur.allocate.uniform import Uniform
     from secateur.calibration import Store, calibrate
     from secateur.evaluate.judge import Questions, Text, judge_apart
     from secateur.goal import Goal
@@ -29,6 +32,9 @@ _HOMES = {
     "Auto": "secateur.methods.auto",
     "Calibration": "secateur.text",
     "Goal": "secateur.goal",
+    "EntropicInfluence": "secateur.allocate.influence",
+    "Knapsack": "secateur.allocate.knapsack",
+    "Uniform": "secateur.allocate.uniform",
     "Method": "secateur.methods.base",
     "MoDeGPT": "secateur.methods.modegpt",
     "Model": "secateur.model",
@@ -50,8 +56,10 @@ _HOMES = {
 __all__ = [
     "Auto",
     "Calibration",
+    "EntropicInfluence",
     "Goal",
     "InputError",
+    "Knapsack",
     "Method",
     "MoDeGPT",
     "Model",
@@ -60,6 +68,7 @@ __all__ = [
     "Settings",
     "Store",
     "Text",
+    "Uniform",
     "__version__",
     "calibrate",
     "calibration_tokens",

@@ -1,6 +1,7 @@
 """The calibration pass: windows go through the model once, and leave statistics behind."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ class Store:
             found = json.loads(path.read_text()) if path.exists() else own
         except ValueError as error:
             raise InputError(f"statistics {str(self.folder)!r}: {path.name}: {error}.") from error
+        if not isinstance(found, dict) or (found is own and any(self.folder.glob("block-*"))):
+            raise InputError(
+                f"statistics {str(self.folder)!r}: nothing says what they are of. Name another "
+                f"folder, or remove this one."
+            )
         for name, value in own.items():
             if found.get(name) != value:
                 raise InputError(
@@ -77,11 +83,12 @@ class Store:
         }
         counts = {_key(need): str(statistic.tokens) for need, statistic in statistics.items()}
         path = self._path(block)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file(tensors, path.with_suffix(".partial"), metadata=counts)
+            save_file(tensors, partial, metadata=counts)
         except SafetensorError as error:
             raise OSError(f"cannot write {path.name}: {error}") from error
-        path.with_suffix(".partial").replace(path)
+        partial.replace(path)
 
     def get(
         self, block: int, needs: Iterable[Need], device: torch.device | str = "cpu"

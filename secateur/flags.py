@@ -130,7 +130,7 @@ calibration_options = stacked(
         default=256,
         show_default=True,
         type=click.IntRange(1),
-        help="Tokens in each of them; 1 is decoding.",
+        help="Tokens in each of them.",
     ),
     click.option(
         "--scores",

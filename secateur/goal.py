@@ -16,11 +16,11 @@ class Goal:
     Attributes:
         target: what ``keep`` is a share of: "parameters", "bytes" or "flops" of what can shrink,
             "cache" (bytes of KV cache), or "latency" of the whole forward pass on this machine.
-        tier: "plain" keeps the shape of attention and gives every MLP one width, so that stock classes
-            load the result; "per-layer" lets every unit have its own size.
+        tier: "plain" keeps the shape of attention and gives every MLP one width, so that stock
+            classes load the result; "per-layer" lets every unit have its own size.
         multiple_of: MLP widths become multiples of this.
         batch: sequences in the forward pass that "latency" is measured on.
-        length: tokens in each of them; 1 stands for decoding.
+        length: tokens in each of them, none before them.
     """
 
     target: Target = "parameters"

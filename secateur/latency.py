@@ -13,7 +13,7 @@ import torch
 
 from secateur.apply import narrowed
 from secateur.block import Block
-from secateur.cache import cached_file
+from secateur.cache import cached_file, keep
 from secateur.errors import InputError
 from secateur.goal import Goal
 from secateur.methods.base import Narrowing
@@ -23,7 +23,6 @@ from secateur.stream import Stream
 from secateur.text import Tokens
 from secateur.units import Unit
 from secateur.version import __version__
-from secateur.workspace import write_whole
 
 POINTS = 9  # sizes measured of each kind of unit; linear between them
 ROUNDS = 7  # of which the fastest counts
@@ -56,7 +55,7 @@ def measured(model: Model, goal: Goal) -> Prices:
     if table is None:
         with torch.inference_mode():
             table = _measure(model, goal)
-        write_whole(path, json.dumps(own | table, indent=1))
+        keep(path, json.dumps(own | table, indent=1))
     units = model.units(goal.multiple_of)
     prices = {u.name: _between(u, table["nanoseconds"][u.kind]) for u in units}
     whole = sum(prices[u.name][u.size] for u in units)
@@ -69,7 +68,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         table: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return table if {"nanoseconds", "forward"} <= table.keys() else None
+    whole = isinstance(table, dict) and {"nanoseconds", "forward"} <= table.keys()
+    return table if whole else None
 
 
 def _identity(model: Model, goal: Goal) -> dict[str, Any]:
@@ -152,6 +152,9 @@ def _arbitrary(block: Block, unit: Unit, size: int) -> Narrowing:
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, from as many as make a timing of :data:`SECONDS`."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     calls, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < SECONDS or not calls:
         run()

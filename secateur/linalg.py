@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from secateur.errors import InputError
+
 COMPACT_EVERY = 64  # steps of an elimination
 
 
@@ -25,7 +27,7 @@ def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, floa
     The ridge is multiplied by ten, with a :class:`DampingWarning`, until the factor exists.
 
     Raises:
-        ValueError: not even a ridge of 1 makes it positive definite, so it is no Gram.
+        InputError: not even a ridge of 1 makes it positive definite, so it is no Gram.
     """
     scale = _scale(gram)
     eye, used = torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge
@@ -36,7 +38,9 @@ def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, floa
                 warnings.warn(f"{what}: ridge raised from {ridge:g} to {used:g}", DampingWarning, 2)
             return factor, used
         used = max(10 * used, 1e-12)
-    raise ValueError(f"{what}: not positive semidefinite")
+    raise InputError(
+        f"{what}: not positive semidefinite; try --dtype float32, more text or larger ridges."
+    )
 
 
 def _scale(gram: Tensor) -> Tensor:

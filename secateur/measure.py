@@ -75,7 +75,8 @@ class Divergence:
 def windows_to_measure(tokens: Tokens, units: int) -> Tokens:
     """As many of the windows as :data:`PASSES` allow, at least two.
 
-    A measurement runs half of the blocks on average.
+    A measurement runs half of the blocks on average. The solutions were fitted to these windows
+    too, so losses are too small where there is little text.
     """
     count = math.ceil(2 * PASSES * len(tokens.ids) / (units * len(SHARES)))
     count = min(len(tokens.ids), max(2, count))

@@ -1,6 +1,7 @@
 """Open a checkpoint and see it as blocks whose weights mean the same in every family."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,9 +134,12 @@ class Model:
 
 
 def fingerprint(model: Model) -> str:
-    """Hash of the weights: every tensor's name, shape and up to 4096 of its numbers."""
+    """Hash of the config and the weights: each tensor's name, shape and up to 4096 numbers."""
     assert model.blocks  # seen as blocks, fused weights have one set of names
-    digest = hashlib.sha256(str(model.config.model_type).encode())
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype"):  # no part of what it computes
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.module.named_parameters():
         flat = parameter.detach().flatten()
         picked = flat[:: max(1, len(flat) // 4096)].to("cpu", model.stored)

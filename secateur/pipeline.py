@@ -276,7 +276,8 @@ def prepare(
             allocator.check(model.units(goal.multiple_of), prices, chosen.keep)
     own = identity(model, chosen, tokens, allocator.measured)
     needs = sorted(f"{need.place}.{need.kind.__name__}" for need in chosen.needs)
-    store.claim({key: own[key] for key in ("secateur", "model", "calibration")} | {"needs": needs})
+    known = ("secateur", "model", "calibration", "dtype")
+    store.claim({key: own[key] for key in known} | {"needs": needs})
     evidence = kept_evidence(own, model.units(1), scores)
     if evidence is None or not only_plan:
         watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)

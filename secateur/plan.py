@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.allocate import allocator_class
 from secateur.allocate.base import Allocator, Evidence
+from secateur.allocate.plain import PlainWidth
 from secateur.errors import InputError, nearest
 from secateur.goal import Goal, Tier
 from secateur.latency import measured
@@ -165,12 +166,14 @@ def make_plan(
 ) -> Plan:
     """Decide the size of every unit from the evidence; no weight is touched.
 
-    ``allocator`` is by default the method's own, ``prices`` are those of the goal.
+    ``allocator`` is by default what the goal's tier demands, or else the method's own; ``prices``
+    are those of the goal.
 
     Raises:
         InputError: the budget is out of reach.
     """
-    goal, allocator = goal or Goal(), allocator or method.allocator
+    goal = goal or Goal()
+    allocator = allocator or (PlainWidth() if goal.tier == "plain" else method.allocator)
     units = model.units(goal.multiple_of)
     prices = prices or prices_of(model, goal)
     sizes = allocator.allocate(units, evidence, prices, method.keep)
@@ -241,7 +244,7 @@ def tier_of(units: Sequence[Unit], sizes: Mapping[str, int]) -> Tier:
     """ "plain" where stock classes can express the sizes: one MLP width, attention untouched."""
     widths = {sizes[unit.name] for unit in units if unit.kind == "mlp"}
     attention = all(sizes[unit.name] == unit.size for unit in units if unit.kind != "mlp")
-    return "plain" if attention and len(widths) == 1 else "per-layer"
+    return "plain" if attention and len(widths) == 1 and min(widths) > 0 else "per-layer"
 
 
 def read_plan(path: Path) -> Plan:
@@ -301,7 +304,8 @@ def match_units(plan: Plan, model: Model) -> list[Unit]:
     """The part of :func:`check_sizes` that needs no weights.
 
     Raises:
-        InputError: unknown or missing units, or a size that a unit may not take.
+        InputError: unknown or missing units, or a size that a unit may not take; queries and keys
+            whose values are gone must be gone too.
     """
     units = {unit.name: unit for unit in model.units(plan.multiple_of)}
     named = [row.unit for row in plan.units]
@@ -314,5 +318,12 @@ def match_units(plan: Plan, model: Model) -> list[Unit]:
             close = min(allowed, key=lambda size: abs(size - row.after))
             raise InputError(
                 f"plan, {row.unit}: size {row.after} is not allowed; the nearest is {close}."
+            )
+    for unit in units.values():
+        values = f"layers.{unit.block}.value_output"
+        if unit.kind == "query_key" and plan.sizes[unit.name] and not plan.sizes[values]:
+            raise InputError(
+                f"plan, {unit.name}: size {plan.sizes[unit.name]} is of no use where {values} is "
+                f"gone; the nearest is 0."
             )
     return list(units.values())

@@ -13,7 +13,7 @@ from secateur.calibration import Store
 from secateur.methods.base import Method, SequentialMethod
 from secateur.model import Model
 from secateur.observe import mixed_values
-from secateur.statistics import BlockStatistics, Cross, Gram, Needs
+from secateur.statistics import BlockStatistics, Cross, Gram, Needs, wide
 from secateur.stream import Stream
 from secateur.text import Tokens
 from secateur.units import Unit
@@ -60,7 +60,7 @@ class Propagation:
         with torch.no_grad():
             self.dense = Stream(model, tokens)
         self.narrow = self.dense.copy()
-        self.targets = torch.empty_like(self.dense.states)
+        self.targets = torch.empty_like(wide(self.dense.states))
         self.inputs = torch.empty_like(self.dense.states)
         self.moved = False
 
@@ -105,10 +105,11 @@ class Propagation:
             before = self.dense.at(batch)
             with watched(block) as seen:
                 after = self.dense.through(block, before)
+            attention = wide(seen.attention)  # differences of large streams need the digits
             if additive is None:
-                rest = after - before - seen.attention - seen.mlp
-                additive = float(rest.norm()) <= ADDITIVE * float(after.norm())
-            self.targets[batch] = (before + seen.attention if additive else seen.attention).cpu()
+                rest = wide(after) - wide(before) - attention - wide(seen.mlp)
+                additive = float(rest.norm()) <= ADDITIVE * float(wide(after).norm())
+            self.targets[batch] = (wide(before) + attention if additive else attention).cpu()
             self.inputs[batch] = seen.mlp.cpu()  # until the narrowed model's inputs are known
             self.dense.put(batch, after)
         assert additive is not None
@@ -128,7 +129,7 @@ class Propagation:
                 self.narrow.through(block, states)
             values = seen.mixed if whole else mixed_values(block, seen.mixed)
             if additive:
-                target = target - states
+                target = target - wide(states)
             gram.update(values, mask=mask)
             cross.update(values, target if bias is None else target - bias, mask=mask)
         return {Needs.MIXED_GRAM: gram, Needs.MIXED_TARGET: cross}
@@ -141,14 +142,15 @@ class Propagation:
             with watched(block, until=block.consumer) as seen:
                 self.narrow.through(block, states)
             if additive:
-                target = self.dense.at(batch) - states - seen.attention
+                target = wide(self.dense.at(batch)) - wide(states) - wide(seen.attention)
             else:
-                target = self.inputs[batch].to(states.device)
+                target = wide(self.inputs[batch].to(states.device))
             if isinstance(bias, Tensor):
                 target = target - bias
             gram.update(seen.hidden, mask=mask)
             cross.update(seen.hidden, target, mask=mask)
-            self.inputs[batch], self.targets[batch] = seen.inputs.cpu(), target.cpu()
+            self.targets[batch] = target.cpu()  # first: it may be a view of the inputs
+            self.inputs[batch] = seen.inputs.cpu()
         return {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
 
 

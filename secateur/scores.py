@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from secateur.allocate.base import Allocator, Evidence
-from secateur.cache import cached_file
+from secateur.cache import cached_file, keep
 from secateur.calibration import Store
 from secateur.curve import Curve
 from secateur.errors import InputError
@@ -33,6 +33,7 @@ class Scores(BaseModel):
         secateur: version that measured it.
         model: fingerprint of the weights.
         calibration: fingerprint of the token windows.
+        dtype: number format that it was computed in.
         method: name of the method.
         options: its fields but for ``keep``, which no score depends on.
         measured: whether losses are in it.
@@ -44,6 +45,7 @@ class Scores(BaseModel):
     secateur: str
     model: str
     calibration: str
+    dtype: str
     method: str
     options: dict[str, int | float | str]
     measured: bool
@@ -58,6 +60,7 @@ def identity(model: Model, method: Method, tokens: Tokens, measured: bool) -> di
         "secateur": __version__,
         "model": fingerprint(model),
         "calibration": tokens.fingerprint,
+        "dtype": str(model.module.dtype).removeprefix("torch."),
         "method": method.name,
         "options": {name: value for name, value in asdict(method).items() if name != "keep"},
         "measured": measured,
@@ -123,7 +126,10 @@ def keep_evidence(own: dict[str, Any], evidence: Evidence, file: Path | None) ->
         curves={name: curve.errors for name, curve in evidence.curves.items()},
         losses=None if losses is None else {name: c.errors for name, c in losses.items()},
     )
-    write_whole(file or cached_file("scores", own), scores.model_dump_json())
+    if file is None:
+        keep(cached_file("scores", own), scores.model_dump_json())
+    else:
+        write_whole(file, scores.model_dump_json())
 
 
 def score(

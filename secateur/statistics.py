@@ -39,7 +39,7 @@ class Statistic(ABC):
 
     def update(self, *values: Tensor, mask: Tensor) -> None:
         """Add a batch: ``values`` (batch, tokens, …)."""
-        added = self.summed(*map(_wide, values), mask=mask).double()
+        added = self.summed(*map(wide, values), mask=mask).double()
         self.total = added if self.total is None else self.total.add_(added)
         self.tokens += int(mask.sum())
 
@@ -71,7 +71,7 @@ class Statistic(ABC):
         return self.total / self.tokens
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
     """At least float32: a sum of squares in float16 overflows, in bfloat16 it loses its digits."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 

@@ -181,8 +181,9 @@ def sample(
 ) -> Tokens:
     """Choose windows of ``length`` tokens at random from the stream, without overlap.
 
-    The stream is cut into consecutive windows, of which ``samples`` are drawn. Where it holds
-    fewer, all of them are taken and the last, shorter one is padded.
+    The stream is cut into consecutive windows, of which ``samples`` are drawn, in random order, so
+    that the first few of them are a sample too. Where it holds fewer, all of them are taken and the
+    last, shorter one is padded.
 
     Raises:
         InputError: the stream is shorter than one window.
@@ -195,7 +196,7 @@ def sample(
     whole, rest = divmod(len(stream), length)
     if whole >= samples:
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(whole, generator=generator)[:samples].sort().values
+        chosen = torch.randperm(whole, generator=generator)[:samples]
         ids = stream[: whole * length].view(whole, length)[chosen]
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     rows = whole + (rest > 1)

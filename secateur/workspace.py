@@ -1,6 +1,7 @@
 """The folder a run works in: hidden beside its output until everything in it is whole."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -144,7 +145,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; an old file of that name is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text)
         partial.replace(path)

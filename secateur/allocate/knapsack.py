@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from secateur.allocate.base import Allocator, Evidence
 from secateur.curve import Curve
+from secateur.errors import InputError
 from secateur.options import option
 from secateur.prices import Prices
 from secateur.units import Unit
@@ -59,7 +60,11 @@ class Knapsack(Allocator):
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, int]:
         """The sizes of least loss."""
-        assert evidence.losses is not None
+        if evidence.losses is None:
+            raise InputError(
+                "the knapsack spends by measured losses, and there are none; ask for them with "
+                "score(..., allocator=Knapsack())."
+            )
         self.check(units, prices, keep)
         budget = prices.budget(units, keep) - prices.fixed
         groups = [

@@ -129,10 +129,11 @@ class NarrowAttention(nn.Module):
                 cache.update(
                     value.new_zeros(len(value), 1, tokens[1], 1), value[:, :1], self.layer_idx
                 )
+            output = self.resid_dropout(self.o_proj(value.new_zeros(*tokens, 0)))
+            if implementation != "eager":
+                return output, None
             length = tokens[1] if cache is None else cache.get_seq_length(self.layer_idx)
-            maps = value.new_zeros(len(value), self.heads, tokens[1], length)
-            output = self.o_proj(value.new_zeros(*tokens, 0))
-            return self.resid_dropout(output), maps if implementation == "eager" else None
+            return output, value.new_zeros(len(value), self.heads, tokens[1], length)
         if cache is not None and self.query_key:
             key, value = cache.update(key, value, self.layer_idx)
         elif cache is not None:  # likewise

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.block import Block
 from secateur.curve import Curve
-from secateur.linalg import least_squares
+from secateur.linalg import damped_cholesky, least_squares
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.cr import per_coordinate
 from secateur.statistics import BlockStatistics, Needs
@@ -66,9 +66,8 @@ class ExactPairs:
         pairs = torch.cat((pairs[:turning], still.view(-1, 2)))
         target = torch.ones(2 * half, dtype=form.dtype, device=form.device)
         target[half : half + turning] = 0
-        scale = form.diagonal().mean().clamp_min(1e-200)
-        eye = torch.eye(2 * half, dtype=form.dtype, device=form.device)
-        inverse = torch.linalg.inv(form + self.ridge * scale * eye)
+        factor, _ = damped_cholesky(form, self.ridge, "pairs of queries and keys")
+        inverse = torch.cholesky_inverse(factor)
         gains, alive = target.clone(), torch.ones(half, dtype=torch.bool, device=form.device)
         removed, losses = [], [form.new_zeros(())]
         for _ in range(half):

@@ -49,8 +49,9 @@ class GaussNewton:
 
         ``inputs`` (tokens, hidden) and ``targets`` (tokens, outputs), the latter without bias.
         """
-        rows = torch.arange(len(inputs), device=inputs.device) // 32 % 8  # every eighth run of 32
-        fit, judge = rows != 7, rows == 7
+        # Every seventh run of 32 tokens judges: at all positions of windows of powers of two.
+        rows = torch.arange(len(inputs), device=inputs.device) // 32 % 7
+        fit, judge = rows != 6, rows == 6
         step = self._step(block, inputs[fit], targets[fit])
         before, weights = self._error(block, inputs[judge], targets[judge]), block.producer_weights
         originals = [weight.clone() for weight in weights]

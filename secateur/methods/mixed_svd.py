@@ -22,9 +22,10 @@ class MixedSVD:
         G_j = Σ_{h reads j} C_h,   G_j^½ W_O = U Σ Vᵀ,   W_V ← W_V E,  E = G_j^-½ U_k
         W_O ← (Eᵀ C E)⁻¹ Eᵀ E[zᵀ t],   t the output's target
 
-    The basis is best for each KV group alone; the refit is joint over all heads, so that one head
-    makes good what another lost. Don't use it where every head must keep a projection of its own
-    that the others know nothing of.
+    The basis is best for a KV group whose heads mix alike; where they differ, it takes their Grams
+    together and leaves out what they share, and so does the curve. The refit is joint over all
+    heads, so that one head makes good what another lost. Don't use it where every head must keep a
+    projection of its own that the others know nothing of.
 
     Source: own; MoDeGPT's algorithm 3 (arXiv 2408.09632) with the Gram behind the attention.
 

@@ -121,7 +121,7 @@ def test_a_plain_sum_is_known_as_one(opened, name, dtype):
         with torch.no_grad():
             assert line._run_dense(block)
         seen, after = look(model, tokens, block, before)
-        assert torch.equal(line.targets, before + seen.attention)
+        assert torch.equal(line.targets, wide(before) + wide(seen.attention))
         assert torch.equal(line.dense.states, after)
 
 
@@ -136,6 +136,20 @@ def test_a_norm_behind_the_sum_is_known_as_no_plain_sum(opened):
         seen, _ = look(model, tokens, block, before)
         assert torch.equal(line.targets, seen.attention)
         assert torch.equal(line.inputs, seen.mlp)
+
+
+def test_targets_outlive_the_inputs_that_take_their_place(opened):
+    """Without a bias to subtract, the target of a block behind a norm was a view of them."""
+    model, tokens = opened("opt_norm_after", "float64"), windows(4)
+    block = model.blocks[0]
+    block.consumer.bias = None
+    line = Propagation(model, tokens, Auto(iterations=0))
+    with torch.no_grad():
+        additive = line._run_dense(block)
+        expected = line.inputs.clone()
+        line._hidden(block, additive)
+    assert not additive
+    assert torch.equal(line.targets, expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox", "opt_norm_after"])
