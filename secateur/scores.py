@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pydantic
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat
 
 from secateur.allocate.base import Allocator, Evidence
 from secateur.cache import cached_file, keep
@@ -49,9 +49,9 @@ class Scores(BaseModel):
     method: str
     options: dict[str, int | float | str]
     measured: bool
-    influence: tuple[float, ...]
-    curves: dict[str, tuple[float, ...]]
-    losses: dict[str, tuple[float, ...]] | None
+    influence: tuple[FiniteFloat, ...]
+    curves: dict[str, tuple[FiniteFloat, ...]]
+    losses: dict[str, tuple[FiniteFloat, ...]] | None
 
 
 def identity(model: Model, method: Method, tokens: Tokens, measured: bool) -> dict[str, Any]:
@@ -106,6 +106,10 @@ def _evidence(scores: Scores, own: dict[str, Any], units: Sequence[Unit], path: 
                 f"scores {str(path)!r} are of something else: {name} is {found!r} there and "
                 f"{value!r} here. Name another --scores file, or repeat what they were made with."
             )
+    if scores.measured and scores.losses is None:
+        raise InputError(f"scores {str(path)!r}: losses are missing, though they were measured.")
+    if len(scores.influence) != 1 + max(unit.block for unit in units):
+        raise InputError(f"scores {str(path)!r}: influence doesn't match the blocks of the model.")
     sizes = {unit.name: unit.size + 1 for unit in units}
     for field in ("curves", "losses") if scores.losses is not None else ("curves",):
         if {name: len(curve) for name, curve in getattr(scores, field).items()} != sizes:

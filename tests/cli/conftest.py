@@ -161,6 +161,16 @@ def room(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def forget(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that empties the user's cache for what follows in the test."""
+
+    def emptied() -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+    return emptied
+
+
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """``run("ls", "--json")`` does what ``secateur ls --json`` does, in this process."""
     from secateur.cli import main

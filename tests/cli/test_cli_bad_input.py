@@ -185,15 +185,30 @@ FLAGS = [
     (("--keep", "abc"), ["--keep", "abc"]),
     (("--keep", "nan"), ["keep", "nan"]),
     (("--keep", "inf"), ["keep", "inf"]),
-    (("--keep", "0.001"), ["keep", "out of reach", "Ask for"]),
+    (("--method=modegpt", "--keep", "0.001"), ["keep", "out of reach", "Ask for"]),
+    (("--allocator=influence", "--keep", "0.001"), ["keep", "out of reach", "Ask for"]),
+    (("--allocator=uniform", "--keep", "0.001"), ["keep", "out of reach", "Ask for"]),
+    (("--target=cache", "--keep", "0.001"), ["keep", "out of reach", "Ask for", "cache"]),
+    (("--tier=plain", "--keep", "0.001"), ["keep", "out of reach", "Ask for"]),
     (("--samples", "0"), ["--samples", "0"]),
     (("--samples", "many"), ["--samples", "many"]),
     (("--length", "1"), ["--length"]),
     (("--length", "129"), ["--length", "129", "128"]),
     (("--multiple-of", "0"), ["--multiple-of"]),
-    (("--temperature", "0"), ["temperature", "0"]),
-    (("--temperature", "nan"), ["temperature", "nan"]),
-    (("--max-sparsity", "2"), ["max_sparsity", "2"]),
+    (("--method=modegpt", "--temperature", "0"), ["influence", "temperature", "0"]),
+    (("--allocator=influence", "--temperature", "nan"), ["influence", "temperature", "nan"]),
+    (("--method=modegpt", "--max-sparsity", "2"), ["influence", "max_sparsity", "2"]),
+    (("--method=modegpt", "--leverage-ridge", "-1"), ["modegpt", "leverage_ridge", "-1"]),
+    (("--ridge", "-1"), ["auto", "ridge", "-1"]),
+    (("--ridge", "nan"), ["auto", "ridge", "nan"]),
+    (("--iterations", "-1"), ["auto", "iterations", "-1"]),
+    (("--iterations", "1.5"), ["--iterations", "1.5"]),
+    (("--cells", "99"), ["knapsack", "cells", "99", "100"]),
+    (("--temperature", "1"), ["--temperature"]),
+    (("--method=modegpt", "--cells", "200"), ["--cells"]),
+    (("--allocator=uniform", "--cells", "200"), ["--cells"]),
+    (("--latency-batch", "0"), ["--latency-batch"]),
+    (("--latency-length", "0"), ["--latency-length"]),
     (("--device", "nonsense"), ["--device", "nonsense", "cpu"]),
     (("--device", "meta"), ["--device", "meta"]),
     (("--device", ""), ["--device"]),
@@ -298,7 +313,7 @@ def test_overwrite_replaces_the_whole_output(compress, room):
 def test_a_failed_overwrite_leaves_the_old_output(compress, room):
     compress("--keep", 0.9).succeeded()
     before = (room / "out" / WEIGHTS).read_bytes()
-    compress("--overwrite", "--keep", 0.001).refused("out of reach")
+    compress("--overwrite", "--keep", 0.001, "--tier", "plain").refused("out of reach")
     assert (room / "out" / WEIGHTS).read_bytes() == before
     assert [entry.name for entry in room.iterdir()] == ["out"]
 
@@ -330,7 +345,8 @@ def test_the_parent_of_the_output_is_made(compress, room):
 
 
 def test_a_failed_run_leaves_no_parent_either(compress, room):
-    compress("--keep", 0.001, out=room / "a" / "b" / "out").refused("out of reach")
+    unreachable = ("--keep", 0.001, "--tier", "plain")
+    compress(*unreachable, out=room / "a" / "b" / "out").refused("out of reach")
     assert list(room.iterdir()) == []
 
 
@@ -386,8 +402,9 @@ def test_a_plan_that_does_not_fit_leaves_what_was_there(run, model, text, room, 
         write(self, content[: len(content) // 2], *args, **options)
         full()
 
-    monkeypatch.setattr(Path, "write_text", half)
     given = ["--calibration", text, "--samples", 4, "--length", 32, "--overwrite"]
+    run("plan", model, *given, "--dry-run").succeeded()  # then the plan is all there is to write
+    monkeypatch.setattr(Path, "write_text", half)
     run("plan", model, *given, "-o", path).refused("No space left")
     assert {p.name: p.read_text() for p in room.iterdir()} == ({"plan.json": old} if old else {})
 
@@ -396,7 +413,7 @@ def test_a_plan_file_that_cannot_be_written_is_refused_first(run, model, text, r
     from secateur import pipeline
 
     given = ["--calibration", text, "--samples", 4, "--length", 32]
-    monkeypatch.setattr(pipeline, "calibrate", lambda *_: pytest.fail("calibrated for nothing"))
+    monkeypatch.setattr(pipeline, "prepare", lambda *_, **__: pytest.fail("worked for nothing"))
     run("plan", model, *given, "-o", room / "nowhere" / "p.json").refused("nowhere")
 
 
@@ -466,8 +483,13 @@ def test_the_defaults_of_the_small_runs_are_valid(compress):
     compress().succeeded()
 
 
-def test_a_budget_out_of_reach_is_refused_before_the_model_is_measured(compress, near, room):
-    compress("--keep", 0.01).refused("out of reach", "ask for between")
+@pytest.mark.parametrize(
+    "flags",
+    [("--method", "modegpt"), ("--allocator", "uniform"), ("--tier", "plain")],
+    ids=" ".join,
+)
+def test_a_budget_out_of_reach_is_refused_before_the_model_is_measured(compress, near, room, flags):
+    compress("--keep", 0.01, *flags).refused("out of reach", "ask for between")
     assert near == []
     assert list(room.iterdir()) == []
 

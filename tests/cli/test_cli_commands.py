@@ -1,6 +1,7 @@
 """``ls``, ``inspect``, ``plan`` and ``eval``: tables for people, JSON for machines."""
 
 import json
+import re
 
 import pytest
 from conftest import SMALL
@@ -24,7 +25,7 @@ def bloom(tmp_path_factory, tokenizer):
 
 def test_ls_shows_methods_options_and_families(run):
     shown = run("ls").succeeded()
-    for word in ("modegpt", "--temperature", "2408.09632", "llama", "gpt_neox"):
+    for word in ("auto", "modegpt", "--temperature", "2408.09632", "llama", "gpt_neox"):
         assert word in shown.out
     assert narrow_enough(shown.out)
     assert shown.err == ""
@@ -32,9 +33,44 @@ def test_ls_shows_methods_options_and_families(run):
 
 def test_ls_json(run):
     content = json.loads(run("ls", "--json").succeeded().out)
-    assert [method["name"] for method in content["methods"]] == ["modegpt"]
-    assert content["methods"][0]["options"]["keep"]["default"] == 0.8
+    methods = {method["name"]: method for method in content["methods"]}
+    assert list(methods) == ["auto", "modegpt"]
+    for method in methods.values():
+        assert method["options"]["keep"]["default"] == 0.8
+    assert set(methods["auto"]["options"]) == {"keep", "ridge", "iterations"}
+    assert {name: method["allocator"] for name, method in methods.items()} == {
+        "auto": "knapsack",
+        "modegpt": "influence",
+    }
+    options = {a["name"]: set(a["options"]) for a in content["allocators"]}
+    assert options == {
+        "uniform": set(),
+        "influence": {"temperature", "max_sparsity"},
+        "knapsack": {"cells"},
+        "plain": set(),
+    }
     assert "llama" in {t for family in content["families"] for t in family["model_types"]}
+
+
+def test_ls_shows_allocators_with_their_options_and_whose_default_they_are(run):
+    shown = run("ls").succeeded().out
+    _, *parts = re.split(r"^(methods|allocators|families)$", shown, flags=re.MULTILINE)
+    entries = {name: entries_of(lines) for name, lines in zip(parts[::2], parts[1::2], strict=True)}
+    assert list(entries["allocators"]) == ["uniform", "influence", "knapsack", "plain"]
+    assert "--" not in entries["allocators"]["uniform"]
+    assert "--temperature" in entries["allocators"]["influence"]
+    assert "(default 0.95)" in entries["allocators"]["influence"]
+    assert "--cells" in entries["allocators"]["knapsack"]
+    assert "(default 20000)" in entries["allocators"]["knapsack"]
+    assert "--temperature" not in entries["methods"]["modegpt"]
+    for method, allocator in (("auto", "knapsack"), ("modegpt", "influence")):
+        assert f"by default {allocator}" in entries["methods"][method]
+
+
+def entries_of(lines):
+    """Name to text of the entries of a group of ``ls``; their options are indented further."""
+    _, *parts = re.split(r"^ {2}(\w+) ", lines, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def test_inspect_counts_what_the_weights_hold(run, model):
@@ -103,10 +139,11 @@ def test_plan_writes_a_file_for_compress(run, model, text, room):
     assert [entry.name for entry in room.iterdir()] == ["p.json"]
 
 
-def test_plan_table_has_a_row_a_block(run, model, text):
+def test_plan_table_has_a_row_a_unit(run, model, text):
     shown = run("plan", model, "--calibration", text, *CALIBRATION, "--dry-run").succeeded()
-    rows = [line for line in shown.out.splitlines() if line.count("→") == 3]
-    assert len(rows) == 2
+    rows = [line.split()[0] for line in shown.out.splitlines() if line.count("→") == 1]
+    kinds = ("mlp", "query_key", "value_output")
+    assert rows == [f"layers.{block}.{kind}" for block in (0, 1) for kind in kinds]
     assert narrow_enough(shown.out)
     assert "asked for 80.00%" in shown.out
 
@@ -123,18 +160,35 @@ def test_plan_json_is_the_file(run, model, text, room):
     assert run(*given).succeeded().out == (room / "p.json").read_text()
 
 
-def test_plan_is_the_same_every_time(run, model, text):
+@pytest.mark.parametrize("method", ["auto", "modegpt"])
+def test_plan_is_the_same_every_time(run, model, text, forget, method):
     given = ["plan", model, "--calibration", text, *CALIBRATION, "--dry-run", "--json"]
-    assert run(*given).out == run(*given).out
-    assert run(*given).out != run(*given, "--seed", 1).out
+    given += ["--method", method]
+    first = run(*given).succeeded().out
+    forget()  # or the scores of the first would serve the second
+    assert run(*given).out == first
+    assert run(*given, "--seed", 1).succeeded().out != first
 
 
 def test_plan_takes_the_options_of_its_method(run, model, text):
     given = ["plan", model, "--calibration", text, *CALIBRATION, "--dry-run", "--json"]
-    plan = json.loads(run(*given, "--temperature", 1e6, "--keep", 0.7).succeeded().out)
-    assert plan["method"]["options"]["temperature"] == 1e6
+    given += ["--method", "modegpt", "--leverage-ridge", 0.5, "--temperature", 1e6, "--keep", 0.7]
+    plan = json.loads(run(*given).succeeded().out)
+    assert plan["method"]["name"] == "modegpt"
+    assert plan["method"]["options"]["leverage_ridge"] == 0.5
+    assert plan["allocator"]["name"] == "influence"
+    assert plan["allocator"]["options"] == {"temperature": 1e6, "max_sparsity": 0.95}
     first, second = ({r["kind"]: r["after"] for r in plan["units"][i : i + 3]} for i in (0, 3))
     assert abs(first["mlp"] - second["mlp"]) <= 8  # hot is uniform
+
+
+def test_plan_takes_the_options_of_the_default_method(run, model, text):
+    given = ["plan", model, "--calibration", text, *CALIBRATION, "--dry-run", "--json"]
+    given += ["--ridge", 0.5, "--iterations", 1, "--cells", 300]
+    plan = json.loads(run(*given).succeeded().out)
+    assert plan["method"]["name"] == "auto"
+    assert plan["method"]["options"] == {"keep": 0.8, "ridge": 0.5, "iterations": 1}
+    assert plan["allocator"] == {"name": "knapsack", "options": {"cells": 300}}
 
 
 def test_a_smaller_keep_keeps_less(run, model, text):
@@ -153,7 +207,7 @@ def test_plan_does_not_replace_a_file_unasked(run, model, text, room):
     run(*given).refused("p.json", "exists", "--overwrite")
     assert (room / "p.json").read_text() == "mine"
     run(*given, "--overwrite").succeeded()
-    assert json.loads((room / "p.json").read_text())["version"] == 1
+    assert json.loads((room / "p.json").read_text())["version"] == 2
 
 
 def test_eval_shows_a_table_and_a_sample(run, model, held, near):

@@ -44,14 +44,26 @@ def test_report_has_its_keys(finished, model, text):
     report = report_of(finished[0])
     assert set(report["dense"]) >= JUDGED
     assert set(report["compressed"]) >= JUDGED
-    assert set(report["budget"]) == {"keep", "of", "reached"}
+    assert set(report["budget"]) == {"keep", "of", "total", "reached", "batch", "length"}
     assert {*STAGES, "calibration_forward"} <= set(report["seconds"])
     assert report["tier"] in ("plain", "per-layer")
-    assert report["method"]["name"] == "modegpt"
+    assert report["method"]["name"] == "auto"
+    assert report["allocator"] == {"name": "knapsack", "options": {"cells": 20_000}}
     assert report["seed"] == 0
     assert {"secateur", "python", "torch", "transformers"} <= set(report["versions"])
     assert report["calibration"]["source"] == str(text)
     assert report["model"]["source"] == str(model)
+
+
+def test_recipe_says_what_was_asked_for(finished, model, text):
+    import yaml
+
+    recipe = yaml.safe_load((finished[0] / "secateur" / "recipe.yaml").read_text())
+    report = report_of(finished[0])
+    assert (recipe["model"], recipe["calibration"]["source"]) == (str(model), str(text))
+    assert (recipe["method"], recipe["allocator"]) == (report["method"], report["allocator"])
+    asked = {"target": "parameters", "multiple_of": 8, "batch": 1, "length": 256}
+    assert recipe["goal"].items() >= asked.items()
 
 
 def test_report_numbers_are_finite_and_plausible(finished):
@@ -84,6 +96,7 @@ def test_parameters_and_budget_are_those_of_the_weights(finished, model):
     compressible = 2 * (3 * 64 * 32 + 2 * 8 * 32 * 6)
     lost = (counts["dense"] - counts["compressed"]) / compressible
     assert report["budget"]["reached"] == pytest.approx(1 - lost)
+    assert report["budget"]["total"] == compressible
     assert 0.78 < report["budget"]["reached"] <= 0.8
 
 
@@ -134,14 +147,16 @@ def test_table_shows_dense_beside_compressed(compress, room):
     assert [entry.name for entry in room.iterdir()] == ["out"]
 
 
-def test_the_same_command_gives_the_same_bytes(finished, compress, room):
+def test_the_same_command_gives_the_same_bytes(finished, compress, room, forget):
+    forget()
     compress().succeeded()
     assert weights(room / "out") == weights(finished[0])
     again, first = ((f / "secateur" / "plan.json").read_text() for f in (room / "out", finished[0]))
     assert again == first
 
 
-def test_a_plan_of_a_run_gives_the_same_bytes(finished, compress, run, model, held, room, near):
+def test_a_plan_of_a_run_gives_the_same_bytes(finished, run, model, held, room, near, forget):
+    forget()
     plan = finished[0] / "secateur" / "plan.json"
     judge = ["--eval", held, "--no-speed", "--eval-windows", 2, "--new-tokens", 4]
     shown = run("compress", model, room / "out", "--plan", plan, *judge).succeeded()
@@ -156,11 +171,15 @@ def test_a_plan_needs_no_other_argument_to_be_repeated(finished, run, model, roo
     assert weights(room / "out") == weights(finished[0])
 
 
-def test_plan_then_compress_is_compress(run, model, text, room, near):
-    given = ["--calibration", text, "--samples", 4, "--length", 32, "--keep", 0.7]
-    judge = ["--no-speed", "--eval-windows", 2, "--new-tokens", 4]
+@pytest.mark.parametrize(
+    "flags", [(), ("--method", "modegpt"), ("--target", "bytes", "--allocator", "uniform")], ids=str
+)
+def test_plan_then_compress_is_compress(run, model, text, held, room, near, forget, flags):
+    given = ["--calibration", text, "--samples", 4, "--length", 32, "--keep", 0.7, *flags]
+    judge = ["--eval", held, "--no-speed", "--eval-windows", 2, "--new-tokens", 4]
     run("plan", model, *given, "-o", room / "plan.json").succeeded()
     run("compress", model, room / "one", "--plan", room / "plan.json", *judge).succeeded()
+    forget()
     run("compress", model, room / "two", *given, *judge).succeeded()
     assert weights(room / "one") == weights(room / "two")
 
@@ -248,19 +267,43 @@ def unknown_method(plan):
 
 
 def unknown_option(plan):
-    plan["method"]["options"]["temprature"] = 0.1
+    plan["method"]["options"]["rigde"] = 0.1
 
 
 def text_for_a_number(plan):
-    plan["method"]["options"]["temperature"] = "hot"
+    plan["method"]["options"]["ridge"] = "hot"
+
+
+def unknown_allocator(plan):
+    plan["allocator"]["name"] = "knapsak"
+
+
+def unknown_allocator_option(plan):
+    plan["allocator"]["options"]["cels"] = 200
+
+
+def text_for_an_allocator_number(plan):
+    plan["allocator"]["options"]["cells"] = "many"
+
+
+def unknown_target(plan):
+    plan["budget"]["of"] = "latncy"
+
+
+def no_batch(plan):
+    plan["budget"]["batch"] = 0
 
 
 def unknown_field(plan):
     plan["unit"] = []
 
 
+def earlier_version(plan):
+    plan["version"] = 1
+
+
 def later_version(plan):
-    plan["version"] = 2
+    plan["version"] = 3
 
 
 def no_text(plan):
@@ -273,15 +316,21 @@ def no_text(plan):
         (set_size("layers.0.mlp", 25), ["layers.0.mlp", "25", "nearest is 24"]),
         (set_size("layers.0.query_key", 3), ["layers.0.query_key", "3"]),
         (set_size("layers.1.mlp", 72), ["layers.1.mlp", "72", "64"]),
-        (set_size("layers.1.mlp", 0), ["after"]),
+        (set_size("layers.1.mlp", -1), ["units.3.after", "0"]),
         (set_size("layers.1.mlp", "all"), ["after"]),
         (drop_unit, ["layers.1.value_output"]),
         (name_twice, ["layers.0.mlp"]),
         (rename_unit, ["layers."]),
         (unknown_method, ["modegtp", "did you mean 'modegpt'"]),
-        (unknown_option, ["temprature"]),
-        (text_for_a_number, ["temperature", "hot"]),
+        (unknown_option, ["rigde", "did you mean 'ridge'"]),
+        (text_for_a_number, ["ridge", "hot"]),
+        (unknown_allocator, ["knapsak", "did you mean 'knapsack'"]),
+        (unknown_allocator_option, ["cels", "did you mean 'cells'"]),
+        (text_for_an_allocator_number, ["cells", "many"]),
+        (unknown_target, ["budget.of", "latency"]),
+        (no_batch, ["budget.batch"]),
         (unknown_field, ["unit"]),
+        (earlier_version, ["version"]),
         (later_version, ["version"]),
         (no_text, ["/no/such/text.txt"]),
     ],
@@ -333,7 +382,14 @@ def test_a_missing_plan_is_refused(replay, tmp_path, room):
         ("--length", 32),
         ("--seed", 1),
         ("--multiple-of", 8),
-        ("--temperature", 0.1),
+        ("--ridge", 0.1),
+        ("--iterations", 1),
+        ("--cells", 200),
+        ("--target", "parameters"),
+        ("--tier", "per-layer"),
+        ("--allocator", "knapsack"),
+        ("--latency-batch", 1),
+        ("--latency-length", 256),
     ],
     ids=str,
 )
@@ -356,9 +412,10 @@ def test_a_compressed_model_can_be_evaluated_and_inspected(finished, run, held, 
     assert shown["parameters"] == report["compressed"]["parameters"]
 
 
+@pytest.mark.parametrize("method", ["auto", "modegpt"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
-def test_other_number_formats(compress, room, dtype):
-    compress("--dtype", dtype).succeeded()
+def test_other_number_formats(compress, room, dtype, method):
+    compress("--dtype", dtype, "--method", method).succeeded()
     assert report_of(room / "out")["budget"]["reached"] <= 0.8
 
 

@@ -6,11 +6,13 @@ import sys
 import pytest
 from conftest import ROOT
 
+BUDGET = ["--keep", "--target", "--tier", "--allocator", "--latency-batch", "--latency-length"]
+BUDGET += ["--multiple-of", "--scores", "--statistics"]
 COMMANDS = {
     "ls": ["--json"],
     "inspect": ["MODEL", "--multiple-of", "--json"],
-    "plan": ["MODEL", "--keep", "--calibration", "--output", "--dry-run", "--overwrite", "--json"],
-    "compress": ["MODEL", "OUT", "--plan", "--method", "--keep", "--calibration", "--samples"],
+    "plan": ["MODEL", *BUDGET, "--calibration", "--output", "--dry-run", "--overwrite", "--json"],
+    "compress": ["MODEL", "OUT", *BUDGET, "--plan", "--method", "--calibration", "--samples"],
     "eval": ["MODEL", "--eval", "--eval-length", "--prompt", "--no-speed", "--device", "--json"],
 }
 HEAVY = "print(sorted({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)))"
@@ -69,13 +71,41 @@ def test_help_imports_nothing_heavy(args):
 @pytest.mark.parametrize("command", ["plan", "compress"])
 def test_help_of_a_method_lists_its_options(run, command, flags):
     shown = run(command, *flags, "--help").succeeded().out
-    for option in ("--temperature", "--max-sparsity", "--leverage-ridge", "[modegpt]"):
+    for option in (
+        "--leverage-ridge",
+        "[modegpt]",
+        "--temperature",
+        "--max-sparsity",
+        "[influence]",
+    ):
         assert option in shown
+    assert "--iterations" not in shown
+    assert "--cells" not in shown
     assert max(map(len, shown.splitlines())) <= 100
 
 
-def test_help_without_a_method_says_where_its_options_are(run):
-    assert "--method modegpt --help" in " ".join(run("compress", "--help").out.split())
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_help_of_the_default_method_lists_its_options(run, command):
+    shown = run(command, "--method", "auto", "--help").succeeded().out
+    for option in ("--ridge", "--iterations", "[auto]", "--cells", "[knapsack]"):
+        assert option in shown
+    assert "--temperature" not in shown
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_help_of_a_method_with_another_allocator_lists_the_options_of_both(run, command):
+    flags = ("--method", "auto", "--allocator", "influence")
+    shown = run(command, *flags, "--help").succeeded().out
+    for option in ("--ridge", "--iterations", "[auto]", "--temperature", "[influence]"):
+        assert option in shown
+    assert "--cells" not in shown
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_help_without_a_method_says_where_its_options_are(run, command):
+    shown = " ".join(run(command, "--help").out.split())
+    assert "--method auto --help" in shown
+    assert "--ridge" not in shown
 
 
 def test_version(run):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pkgutil import resolve_name
 
 import pytest
 from conftest import ROOT, SMALL, sentences
@@ -21,12 +22,17 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
+def made(out):
+    return {name: (out / name).read_bytes() for name in (WEIGHTS, "secateur/plan.json")}
+
+
 @pytest.fixture
-def undisturbed(compress, tmp_path):
-    """The bytes of a run that nothing stopped."""
+def undisturbed(compress, tmp_path, forget):
+    """The bytes of a run that nothing stopped; none of its scores are left."""
     out = tmp_path / "undisturbed" / "out"
     compress(out=out).succeeded()
-    return {name: (out / name).read_bytes() for name in (WEIGHTS, "secateur/plan.json")}
+    forget()
+    return made(out)
 
 
 @pytest.fixture
@@ -57,35 +63,54 @@ def stopped(compress, room, monkeypatch, near):
 
 
 @pytest.mark.parametrize(
-    ("name", "after"),
+    ("owner", "name", "after"),
     [
-        ("judge_apart", 0),
-        ("calibrate", 0),
-        ("make_plan", 0),
-        ("narrow_block", 1),
-        ("write_config", 0),
-        ("judge_apart", 1),
-        ("_write_record", 0),
+        ("pipeline", "judge_apart", 0),
+        ("pipeline", "calibrate", 0),
+        ("pipeline", "score", 0),
+        ("scores", "measure_losses", 1),
+        ("pipeline", "keep_evidence", 0),
+        ("pipeline", "make_plan", 0),
+        ("propagate:Propagation", "narrow_block", 1),
+        ("propagate", "narrow_unit", 3),
+        ("pipeline", "write_config", 0),
+        ("pipeline", "judge_apart", 1),
+        ("pipeline", "_write_record", 0),
     ],
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
-    undisturbed, stopped, compress, room, near, name, after
+    undisturbed, stopped, compress, room, near, owner, name, after
 ):
-    stopped(name, after=after)
+    stopped(name, resolve_name(f"secateur.{owner}"), after)
     assert files(room) == [".out.partial"]
     compress().succeeded()
-    assert {n: (room / "out" / n).read_bytes() for n in undisturbed} == undisturbed
+    assert made(room / "out") == undisturbed
     assert files(room) == ["out"]
     assert len(near) == (2 if (name, after) == ("judge_apart", 0) else 1)
 
 
-def test_finished_stages_are_not_repeated(stopped, compress, room, monkeypatch, near):
+def test_an_interrupted_run_of_a_method_in_one_pass_gives_the_same_bytes(
+    stopped, compress, room, tmp_path, forget
+):
+    from secateur import propagate
+
+    compress("--method", "modegpt", out=tmp_path / "undisturbed" / "out").succeeded()
+    forget()
+    stopped("narrow_block", propagate, after=1, args=["--method", "modegpt"])
+    compress("--method", "modegpt").succeeded()
+    assert made(room / "out") == made(tmp_path / "undisturbed" / "out")
+    assert files(room) == ["out"]
+
+
+def test_finished_stages_are_not_repeated(stopped, compress, room, monkeypatch, near, forget):
     from secateur import pipeline
 
+    forget()
     stopped("write")
     kept = files(room / ".out.partial")
     assert {"dense.json", "statistics", "fingerprint.json"} <= set(kept)
     monkeypatch.setattr(pipeline, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(pipeline, "score", lambda *_: pytest.fail("scored again"))
     compress().succeeded()
     assert len(near) == 1
     assert "result" in json.loads(near[0])["source"]
@@ -95,7 +120,8 @@ def test_a_calibration_cut_short_starts_again(undisturbed, stopped, compress, ro
     from secateur.calibration import Store
 
     stopped("put", owner=Store, after=1)
-    assert files(room / ".out.partial" / "statistics") == ["block-00000.safetensors"]
+    (block,) = (room / ".out.partial" / "statistics").glob("*.safetensors")
+    assert block.name == "block-00000.safetensors"
     compress().succeeded()
     assert (room / "out" / WEIGHTS).read_bytes() == undisturbed[WEIGHTS]
 
@@ -122,6 +148,11 @@ def test_an_interrupted_overwrite_leaves_the_old_output(compress, room, monkeypa
         (("--samples", "3"), "calibration"),
         (("--eval-windows", "1"), "questions"),
         (("--multiple-of", "4"), "multiple_of"),
+        (("--target", "bytes"), "goal: target"),
+        (("--tier", "plain"), "another"),
+        (("--allocator", "uniform"), "allocator: "),
+        (("--cells", "200"), "allocator: cells"),
+        (("--iterations", "1"), "method: iterations"),
         (("--dtype", "bfloat16"), "settings"),
     ],
     ids=str,
@@ -131,7 +162,8 @@ def test_another_command_does_not_take_over_an_unfinished_run(
 ):
     stopped()
     before = files(room / ".out.partial")
-    compress(*flags).refused("unfinished", field, flags[1], "--overwrite")
+    value = () if flags[0] in ("--tier", "--allocator") else flags[1:]  # what differs is a part
+    compress(*flags).refused("unfinished", field, *value, "--overwrite")
     assert files(room / ".out.partial") == before
     compress().succeeded()
     assert len(near) == 1
@@ -226,7 +258,7 @@ def test_a_second_run_beside_it_is_welcome(compress, room):
 
 
 def test_a_failed_run_frees_its_output(compress, room):
-    compress("--keep", 0.001).refused("out of reach")
+    compress("--keep", 0.001, "--tier", "plain").refused("out of reach")
     compress().succeeded()
     assert files(room) == ["out"]
 
@@ -260,7 +292,7 @@ def test_a_killed_run_goes_on(undisturbed, compress, model, text, held, room, ne
     near.clear()
     compress().succeeded()
     assert len(near) == 1
-    assert {n: (room / "out" / n).read_bytes() for n in undisturbed} == undisturbed
+    assert made(room / "out") == undisturbed
     assert files(room) == ["out"]
 
 

@@ -8,6 +8,7 @@ from secateur.apply import folded_bias, narrow_block
 from secateur.methods.auto import Auto
 from secateur.observe import mixed_values
 from secateur.propagate import Propagation, watched
+from secateur.statistics import wide
 from secateur.stream import Stream
 from secateur.text import Tokens
 from tests.families import stream

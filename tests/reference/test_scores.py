@@ -69,7 +69,7 @@ def assert_same(found, expected):
 def test_scores_are_read_back_to_the_last_bit(units, own, evidence, file):
     assert any(0 < loss < 1e-2 for curve in evidence.losses.values() for loss in curve.errors)
     assert_same(kept_evidence(own, units, file), evidence)
-    odd = Evidence({"a": Curve((1.0, 0.1 + 0.2, 5e-324, 0.0))}, (1 / 3, 1e300), None)
+    odd = Evidence({"a": Curve((1.0, 0.1 + 0.2, 5e-324, 0.0))}, (1 / 3,), None)
     keep_evidence(own | {"measured": False}, odd, file)
     unit = MLP("a", 0, 3, 1, 8, 2, 0)
     assert_same(kept_evidence(own | {"measured": False}, [unit], file), odd)
@@ -120,10 +120,10 @@ def test_the_cache_keeps_scores_of_different_things_apart(
 ):
     there = [identity for _, identity in others(opened, model, tokens)]
     for number, one in enumerate(there):
-        keep_evidence(one, replace(evidence, influence=(float(number),)), None)
+        keep_evidence(one, replace(evidence, influence=(float(number),) * 3), None)
     assert kept_evidence(own, units, None) is None
     for number, one in enumerate(there):
-        assert kept_evidence(one, units, None).influence == (number,)
+        assert kept_evidence(one, units, None).influence == (number,) * 3
 
 
 def test_one_changed_weight_is_another_model(opened, tokens, own):
