@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.block import Block, inputs_by_outputs, set_linear
+from secateur.block import Block, inputs_by_outputs, mixed_bias, set_linear
 from secateur.errors import InputError
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
 from secateur.methods.base import Method, Narrowing
@@ -164,12 +164,10 @@ def _head_maps(part: Part, encode: Tensor) -> Part:
 
 def folded_bias(attention: NarrowAttention) -> Tensor | None:
     """The output bias with what the value bias adds, a constant as attention sums to one."""
-    value, output = attention.v_proj, attention.o_proj
-    if value.bias is None:
+    mixed, output = mixed_bias(attention), attention.o_proj
+    if mixed is None:
         return output.bias
-    heads = value.bias.double().view(attention.kv_heads, 1, attention.value)
-    mixed = heads.expand(-1, attention.num_key_value_groups, -1).flatten()
-    constant = output.weight.double() @ mixed
+    constant = output.weight.double() @ mixed.double()
     if output.bias is not None:
         constant = constant + output.bias.double()
     return constant.to(output.weight.dtype)

@@ -153,6 +153,15 @@ class Block:
         )
 
 
+def mixed_bias(attention: NarrowAttention) -> Tensor | None:
+    """What the value bias adds to the output projection's input, as attention sums to one."""
+    bias = attention.v_proj.bias
+    if bias is None:
+        return None
+    heads = bias.view(attention.kv_heads, 1, attention.value)
+    return heads.expand(-1, attention.num_key_value_groups, -1).flatten()
+
+
 def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: Heads) -> NarrowAttention:
     """A full-width NarrowAttention with the weights of ``stock``, in its own layout of pairs."""
     maps = anatomy.project(stock, heads)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from secateur.errors import InputError
+from secateur.errors import InputError, refuse_difference
 from secateur.model import Model
 from secateur.observe import observed
 from secateur.statistics import BlockStatistics, Need, Needs, Statistic
@@ -42,7 +42,7 @@ class Store:
         except (OSError, SafetensorError):  # never written, or damaged: it is measured again
             return False
 
-    def claim(self, own: dict[str, Any]) -> None:
+    def claim(self, own: dict[str, Any], needs: Iterable[Need]) -> None:
         """Note in the folder what its statistics are of, or hold it against what is noted there.
 
         Raises:
@@ -50,6 +50,7 @@ class Store:
         """
         if self.folder is None:
             return
+        own = own | {"needs": sorted(map(_key, needs))}
         path = self.folder / "identity.json"
         try:
             found = json.loads(path.read_text()) if path.exists() else own
@@ -60,13 +61,8 @@ class Store:
                 f"statistics {str(self.folder)!r}: nothing says what they are of. Name another "
                 f"folder, or remove this one."
             )
-        for name, value in own.items():
-            if found.get(name) != value:
-                raise InputError(
-                    f"statistics {str(self.folder)!r} are of something else: {name} is "
-                    f"{found.get(name)!r} there and {value!r} here. Name another folder, or remove "
-                    f"this one."
-                )
+        advice = "Name another folder, or remove this one."
+        refuse_difference(f"statistics {str(self.folder)!r}", found, own, advice)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(own, indent=1))
 

@@ -1,7 +1,8 @@
 """The one error that a user's input can cause."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -18,3 +19,19 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(known)}."
+
+
+def refuse_difference(
+    what: str, there: Mapping[str, Any], here: Mapping[str, Any], advice: str
+) -> None:
+    """Refuse something kept on disk that is of something else.
+
+    Raises:
+        InputError: a field of ``here`` has another value ``there``; the message names the first.
+    """
+    for name, value in here.items():
+        if (found := there.get(name)) != value:
+            raise InputError(
+                f"{what} are of something else: {name} is {found!r} there and {value!r} here. "
+                f"{advice}"
+            )

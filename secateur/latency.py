@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def _measure(model: Model, goal: Goal) -> dict[str, Any]:
     stream = Stream(model, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), rows=goal.batch)
     block, batch = model.blocks[0], stream.batches[0]
     states = stream.at(batch)
+    whole = partial(model.module, input_ids=ids.to(model.device), use_cache=False)
     units = {unit.kind: unit for unit in block.units(1)}
     jobs: dict[tuple[str, int], dict[str, int]] = {}
     for kind, unit in units.items():
@@ -106,9 +108,8 @@ def _measure(model: Model, goal: Goal) -> dict[str, Any]:
     for _ in range(ROUNDS):  # round by round, so that a slow moment hits all alike
         for job, sizes in jobs.items():
             with _at(block, units, sizes):
-                run = lambda: stream.through(block, states)  # noqa: E731
-                seconds[job] = min(seconds[job], _timed(run, states.device))
-        whole = lambda: model.module(input_ids=ids.to(model.device), use_cache=False)  # noqa: E731
+                found = _timed(partial(stream.through, block, states), states.device)
+                seconds[job] = min(seconds[job], found)
         forward = min(forward, _timed(whole, states.device))
     nanoseconds = {}
     for kind, unit in units.items():

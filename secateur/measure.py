@@ -37,7 +37,8 @@ class Divergence:
         self._dense = []
         for batch in self.stream.batches:
             scores = self._logits(batch, self.stream.at(batch), model.blocks).log_softmax(-1)
-            self._dense.append((scores.exp(), torch.linalg.vecdot(scores.exp(), scores)))
+            dense = scores.exp()
+            self._dense.append((dense, torch.linalg.vecdot(dense, scores)))
 
     def of(self, block: Block) -> float:
         """Divergence of the model as it stands, if nothing before ``block`` has changed.
@@ -47,10 +48,8 @@ class Divergence:
         """
         total, count, behind = 0.0, 0, self.model.blocks[block.index :]
         for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
-            found, mask = (
-                self._logits(batch, self.stream.at(batch), behind),
-                self.stream.mask(batch),
-            )
+            found = self._logits(batch, self.stream.at(batch), behind)
+            mask = self.stream.mask(batch)
             terms = negentropy - torch.linalg.vecdot(dense, found) + found.logsumexp(-1)
             total += float(terms[mask].double().sum())
             count += int(mask.sum())

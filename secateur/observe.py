@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.block import Block
+from secateur.block import Block, mixed_bias
 from secateur.statistics import Need, Statistic
 
 
@@ -74,12 +74,8 @@ def unbiased(output: Tensor, linear: nn.Linear) -> Tensor:
 
 def mixed_values(block: Block, values: Tensor) -> Tensor:
     """The output projection's input without what the value bias adds to it."""
-    attention = block.attention
-    bias = attention.v_proj.bias
-    if bias is None:
-        return values
-    heads = bias.view(attention.kv_heads, 1, attention.value)
-    return values - heads.expand(-1, attention.num_key_value_groups, -1).flatten()
+    bias = mixed_bias(block.attention)
+    return values if bias is None else values - bias
 
 
 def _scores(block: Block, args: Any, kwargs: Any) -> tuple[Tensor, ...]:

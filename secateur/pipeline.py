@@ -44,6 +44,7 @@ from secateur.plan import (
     match_units,
     prices_of,
     revise,
+    usual_allocator,
 )
 from secateur.prices import counted
 from secateur.progress import Progress
@@ -133,9 +134,9 @@ def compress(
             raise InputError("a plan brings its own calibration; give one or the other.")
         calibration = own
     else:
-        plan = None
-    goal, calibration = goal or Goal(), calibration or Calibration()
-    allocator = chosen_allocator(method, goal, allocator, plan)
+        plan, goal = None, goal or Goal()
+        allocator = chosen_allocator(method, goal, allocator)
+    calibration = calibration or Calibration()
     questions = questions or Questions(default_texts(calibration), length=calibration.length)
     questions = replace(questions, texts=unseen(questions.texts, calibration))
     source, out = str(source), Path(out).expanduser()
@@ -193,24 +194,18 @@ def compress(
     return report
 
 
-def chosen_allocator(
-    method: Method, goal: Goal, asked: Allocator | None, plan: Plan | None = None
-) -> Allocator:
+def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> Allocator:
     """What spends the budget: what was asked for, or what the tier demands, or the method's own.
 
     Raises:
         InputError: the tier leaves nothing to allocate.
     """
-    if plan is not None and asked is not None:
-        return asked
-    if goal.tier == "plain":
-        if asked is not None and not isinstance(asked, PlainWidth):
-            raise InputError(
-                f"tier plain has one MLP width and nothing to allocate; leave out allocator "
-                f"{asked.name!r}, or ask for tier per-layer."
-            )
-        return PlainWidth()
-    return asked or method.allocator
+    if goal.tier == "plain" and not isinstance(asked, PlainWidth | None):
+        raise InputError(
+            f"tier plain has one MLP width and nothing to allocate; leave out allocator "
+            f"{asked.name!r}, or ask for tier per-layer."
+        )
+    return asked or usual_allocator(method, goal)
 
 
 def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator) -> None:
@@ -275,9 +270,8 @@ def prepare(
         if not isinstance(method, Plan):
             allocator.check(model.units(goal.multiple_of), prices, chosen.keep)
     own = identity(model, chosen, tokens, allocator.measured)
-    needs = sorted(f"{need.place}.{need.kind.__name__}" for need in chosen.needs)
     known = ("secateur", "model", "calibration", "dtype")
-    store.claim({key: own[key] for key in known} | {"needs": needs})
+    store.claim({key: own[key] for key in known}, chosen.needs)
     evidence = kept_evidence(own, model.units(1), scores)
     if evidence is None or not only_plan:
         watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import pydantic
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from secateur.allocate import allocator_class
 from secateur.allocate.base import Allocator, Evidence
@@ -19,19 +18,18 @@ from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
 from secateur.prices import Prices, Target, counted
+from secateur.records import Record, read_record
 from secateur.text import Calibration, Tokens
 from secateur.units import Unit
 from secateur.version import __version__
 
 MAX_PLAN_BYTES = 64 * 2**20
 Built = TypeVar("Built", Method, Allocator)
+#: Nine digits: threads that add in another order change the last ones, and plans must not differ.
+Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.9g}"))]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Base(_Record):
+class Base(Record):
     """The model a plan is for."""
 
     source: str
@@ -39,7 +37,7 @@ class Base(_Record):
     fingerprint: str
 
 
-class CalibrationRecord(_Record):
+class CalibrationRecord(Record):
     """The text a plan rests on; ``fingerprint`` is that of the token windows."""
 
     source: str
@@ -54,14 +52,14 @@ class CalibrationRecord(_Record):
         return Calibration(self.source, self.samples, self.length, self.seed)
 
 
-class Choice(_Record):
+class Choice(Record):
     """The name of a method or an allocator, and all of its fields."""
 
     name: str
     options: dict[str, int | float | str]
 
 
-class Budget(_Record):
+class Budget(Record):
     """What was asked for and what the sizes add up to.
 
     Attributes:
@@ -82,7 +80,7 @@ class Budget(_Record):
     length: int = Field(ge=1)
 
 
-class Row(_Record):
+class Row(Record):
     """One unit: its size before and after, what it costs then, and what that should do.
 
     Attributes:
@@ -99,11 +97,11 @@ class Row(_Record):
     bytes: int
     flops_per_token: int
     cache_bytes_per_token: int
-    predicted_error: float
-    predicted_loss: float | None
+    predicted_error: Figure
+    predicted_loss: Figure | None
 
 
-class Plan(_Record):
+class Plan(Record):
     """Sizes for all units of one model, and where they came from."""
 
     version: Literal[2] = 2
@@ -154,6 +152,11 @@ def _built(kind: type[Built], choice: Choice) -> Built:
     return kind(**dict[str, Any](choice.options))
 
 
+def usual_allocator(method: Method, goal: Goal) -> Allocator:
+    """What spends a budget where none is named: what the tier demands, or the method's own."""
+    return PlainWidth() if goal.tier == "plain" else method.allocator
+
+
 def make_plan(
     model: Model,
     method: Method,
@@ -173,7 +176,7 @@ def make_plan(
         InputError: the budget is out of reach.
     """
     goal = goal or Goal()
-    allocator = allocator or (PlainWidth() if goal.tier == "plain" else method.allocator)
+    allocator = allocator or usual_allocator(method, goal)
     units = model.units(goal.multiple_of)
     prices = prices or prices_of(model, goal)
     sizes = allocator.allocate(units, evidence, prices, method.keep)
@@ -253,18 +256,8 @@ def read_plan(path: Path) -> Plan:
     Raises:
         InputError: the file is missing, too large, no JSON, or not a plan of this version.
     """
-    try:
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise InputError(f"plan {str(path)!r} is larger than any plan; is it the right file?")
-        return Plan.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"plan {str(path)!r}: {error.strerror}.") from error
-    except pydantic.ValidationError as error:
-        first: Any = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(
-            f"plan {str(path)!r}: {where}: {first['msg']}. A new one comes from `secateur plan`."
-        ) from error
+    advice = " A new one comes from `secateur plan`."
+    return read_record(Plan, path, "plan", MAX_PLAN_BYTES, advice)
 
 
 def revise(plan: Plan, model: Model, evidence: Evidence, prices: Prices | None = None) -> Plan:

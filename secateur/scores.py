@@ -5,18 +5,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import FiniteFloat
 
 from secateur.allocate.base import Allocator, Evidence
 from secateur.cache import cached_file, keep
 from secateur.calibration import Store
 from secateur.curve import Curve
-from secateur.errors import InputError
+from secateur.errors import InputError, refuse_difference
 from secateur.measure import Divergence, measure_losses, windows_to_measure
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
+from secateur.records import Record, read_record
 from secateur.statistics import Needs
 from secateur.text import Tokens
 from secateur.units import Unit
@@ -26,7 +26,7 @@ from secateur.workspace import write_whole
 MAX_BYTES = 2**30
 
 
-class Scores(BaseModel):
+class Scores(Record):
     """Evidence on disk, with everything that it depends on.
 
     Attributes:
@@ -38,8 +38,6 @@ class Scores(BaseModel):
         options: its fields but for ``keep``, which no score depends on.
         measured: whether losses are in it.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
     secateur: str
@@ -74,38 +72,30 @@ def kept_evidence(own: dict[str, Any], units: Sequence[Unit], file: Path | None)
         InputError: the file is of something else; the message names the field that differs.
     """
     if file is not None:
-        return _evidence(_read(file), own, units, file) if file.exists() else None
-    for measured in sorted({own["measured"], True}):  # what has losses serves those who need none
+        return (
+            _evidence(read_record(Scores, file, "scores", MAX_BYTES), own, units, file)
+            if file.exists()
+            else None
+        )
+    for measured in sorted({own["measured"], True}):  # one with losses serves too
         wanted = own | {"measured": measured}
         path = cached_file("scores", wanted)
         try:
             if path.exists():
-                return _evidence(_read(path), wanted, units, path)
+                return _evidence(
+                    read_record(Scores, path, "scores", MAX_BYTES), wanted, units, path
+                )
         except InputError:  # a damaged cache is measured again
             continue
     return None
 
 
-def _read(path: Path) -> Scores:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"scores {str(path)!r} are larger than any scores; the right file?")
-        return Scores.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"scores {str(path)!r}: {error.strerror}.") from error
-    except pydantic.ValidationError as error:
-        first: Any = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"scores {str(path)!r}: {where}: {first['msg']}.") from error
-
-
 def _evidence(scores: Scores, own: dict[str, Any], units: Sequence[Unit], path: Path) -> Evidence:
-    for name, value in own.items():
-        if (found := getattr(scores, name)) != value and not (name == "measured" and found):
-            raise InputError(
-                f"scores {str(path)!r} are of something else: {name} is {found!r} there and "
-                f"{value!r} here. Name another --scores file, or repeat what they were made with."
-            )
+    there = {name: getattr(scores, name) for name in own}
+    if scores.measured:  # what has losses serves those who need none
+        own = own | {"measured": True}
+    advice = "Name another --scores file, or repeat what they were made with."
+    refuse_difference(f"scores {str(path)!r}", there, own, advice)
     if scores.measured and scores.losses is None:
         raise InputError(f"scores {str(path)!r}: losses are missing, though they were measured.")
     if len(scores.influence) != 1 + max(unit.block for unit in units):

@@ -1,9 +1,7 @@
 """Budgets over units; one strategy, one file. Names serve the command line and plans."""
 
-from importlib import import_module
-
 from secateur.allocate.base import Allocator
-from secateur.errors import InputError, nearest
+from secateur.named import by_name
 
 #: name → "module:class". Imported only when asked for.
 ALLOCATORS = {
@@ -20,8 +18,5 @@ def allocator_class(name: str) -> type[Allocator]:
     Raises:
         InputError: no allocator has it.
     """
-    if name not in ALLOCATORS:
-        raise InputError(f"unknown allocator {name!r}. {nearest(name, ALLOCATORS)}")
-    module, attribute = ALLOCATORS[name].split(":")
-    found: type[Allocator] = getattr(import_module(module), attribute)
+    found: type[Allocator] = by_name(ALLOCATORS, name, "allocator")
     return found

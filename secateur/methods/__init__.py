@@ -1,9 +1,7 @@
 """One paper, one file. Names serve the command line; in Python, pass the object."""
 
-from importlib import import_module
-
-from secateur.errors import InputError, nearest
 from secateur.methods.base import Method
+from secateur.named import by_name
 
 #: name → "module:class". Imported only when asked for, as importing a method imports torch.
 METHODS = {
@@ -18,8 +16,5 @@ def method_class(name: str) -> type[Method]:
     Raises:
         InputError: no method has it.
     """
-    if name not in METHODS:
-        raise InputError(f"unknown method {name!r}. {nearest(name, METHODS)}")
-    module, attribute = METHODS[name].split(":")
-    found: type[Method] = getattr(import_module(module), attribute)
+    found: type[Method] = by_name(METHODS, name, "method")
     return found

@@ -122,18 +122,18 @@ class GaussNewton:
 
     def _error(self, block: Block, inputs: Tensor, targets: Tensor) -> float:
         consumer, total = block.consumer_weight.to(inputs.dtype), 0.0
-        for start in range(0, len(inputs), TOKENS):
-            found = block.channels(block.produced(inputs[start : start + TOKENS])) @ consumer
-            total += float((targets[start : start + TOKENS] - found).double().square().sum())
+        for piece, target in zip(inputs.split(TOKENS), targets.split(TOKENS), strict=True):
+            found = block.channels(block.produced(piece)) @ consumer
+            total += float((target - found).double().square().sum())
         return total
 
     def _refit(self, block: Block, inputs: Tensor, targets: Tensor) -> None:
         gram, cross = Gram(), Cross()
-        for start in range(0, len(inputs), TOKENS):
-            hidden = block.channels(block.produced(inputs[start : start + TOKENS]))
+        for piece, target in zip(inputs.split(TOKENS), targets.split(TOKENS), strict=True):
+            hidden = block.channels(block.produced(piece))
             mask = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
             gram.update(hidden, mask=mask)
-            cross.update(hidden, targets[start : start + TOKENS], mask=mask)
+            cross.update(hidden, target, mask=mask)
         what = f"block {block.index}: consumer after the step"
         found = least_squares(gram.mean, cross.mean, block.consumer_weight, self.refit_ridge, what)
         block.set_consumer_weight(found)

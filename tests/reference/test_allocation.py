@@ -13,7 +13,7 @@ from secateur.allocate.influence import EntropicInfluence
 from secateur.allocate.uniform import Uniform
 from secateur.errors import InputError
 from secateur.prices import Prices, counted
-from secateur.units import MLP, QueryKey, ValueOutput
+from tests.reference.made import mlp, query_key, value_output
 
 TARGETS = ("parameters", "bytes", "flops", "cache")
 every_target = pytest.mark.parametrize("target", TARGETS)
@@ -96,50 +96,6 @@ def test_what_the_cap_cuts_off_goes_to_the_others():
     assert found[1] / found[2] == pytest.approx(math.exp(4))
     with pytest.raises(InputError, match=r"0\.400"):
         EntropicInfluence(0.05, 0.6).sparsities([0.0, 0.3], [1, 1], 0.7)
-
-
-def mlp(block, size, step=8, hidden=16, biased=0):
-    return MLP(
-        name=f"{block}.mlp",
-        block=block,
-        size=size,
-        step=step,
-        hidden=hidden,
-        least=0,
-        producers=2,
-        biased_producers=biased,
-    )
-
-
-def query_key(block, size, hidden=16, biased=False, rotary=True):
-    return QueryKey(
-        name=f"{block}.qk",
-        block=block,
-        size=size,
-        step=2,
-        hidden=hidden,
-        least=0,
-        heads=4,
-        kv_heads=2,
-        query_bias=biased,
-        key_bias=biased,
-        rotary=rotary,
-    )
-
-
-def value_output(block, size, hidden=16, biased=False, output_biased=False):
-    return ValueOutput(
-        name=f"{block}.vo",
-        block=block,
-        size=size,
-        step=1,
-        hidden=hidden,
-        least=0,
-        heads=4,
-        kv_heads=2,
-        value_bias=biased,
-        output_bias=output_biased,
-    )
 
 
 def units(rng, blocks=3, step=8):

@@ -13,55 +13,11 @@ from secateur.allocate.knapsack import Knapsack
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.prices import Prices, counted
-from secateur.units import MLP, QueryKey, ValueOutput
+from tests.reference.made import mlp, query_key, value_output
 
 TARGETS = ("parameters", "bytes", "flops", "cache")
 GRAIN = 2**20  # losses are multiples of 1 / GRAIN, so that their sums are exact in any order
 rngs = st.randoms(use_true_random=False)
-
-
-def mlp(block, size=32, step=8, hidden=16, biased=0):
-    return MLP(
-        name=f"{block}.mlp",
-        block=block,
-        size=size,
-        step=step,
-        hidden=hidden,
-        least=0,
-        producers=2,
-        biased_producers=biased,
-    )
-
-
-def query_key(block, size, hidden=16, biased=False, rotary=True):
-    return QueryKey(
-        name=f"{block}.qk",
-        block=block,
-        size=size,
-        step=2,
-        hidden=hidden,
-        least=0,
-        heads=4,
-        kv_heads=2,
-        query_bias=biased,
-        key_bias=biased,
-        rotary=rotary,
-    )
-
-
-def value_output(block, size, hidden=16, biased=False, output_biased=False, least=0):
-    return ValueOutput(
-        name=f"{block}.vo",
-        block=block,
-        size=size,
-        step=1,
-        hidden=hidden,
-        least=least,
-        heads=4,
-        kv_heads=2,
-        value_bias=biased,
-        output_bias=output_biased,
-    )
 
 
 def attention(block, width=4, rank=3, biased=False):
