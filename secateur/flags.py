@@ -27,7 +27,7 @@ class MethodCommand(click.Command):
         parser = self.make_parser(ctx)
         parser.ignore_unknown_options = True  # the method's, unknown until it is known
         given = parser.parse_args(list(args))[0]
-        if "method" in given or not set(args) & set(ctx.help_option_names):
+        if {"method", "allocator"} & given.keys() or not set(args) & set(ctx.help_option_names):
             from secateur.allocate import allocator_class
             from secateur.methods import method_class
 

@@ -1,16 +1,16 @@
 """Prices in time: what every size of every unit takes on this machine, measured once and kept."""
 
-import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from secateur.apply import narrowed
 from secateur.block import Block
@@ -20,6 +20,7 @@ from secateur.goal import Goal
 from secateur.methods.base import Narrowing
 from secateur.model import Model
 from secateur.prices import Prices
+from secateur.records import Record, read_record
 from secateur.stream import Stream
 from secateur.text import Tokens
 from secateur.units import Unit
@@ -27,6 +28,7 @@ from secateur.version import __version__
 
 POINTS = 9  # sizes measured of each kind of unit; linear between them
 ROUNDS = 7  # of which the fastest counts
+MOST_BYTES = 2**20
 SECONDS = 0.002  # a timing takes at least this long
 
 
@@ -39,38 +41,56 @@ def measured(model: Model, goal: Goal) -> Prices:
         mlp(k)  = T(mlp k) − T(mlp 0)
         query_key(k) = T(qk k) − T(qk 0),   value_output(k) = T(vo k, qk 0) − T(vo 0, qk 0)
 
-    and never less at a larger size. What is left of a whole forward pass is fixed. The table is
-    kept in the user's cache for this machine, model shape and number format.
+    and never less at a larger size. What is left of a whole forward pass is fixed; a block timed by
+    itself stays in the processor's cache or waits for each launch, so where the parts are more than
+    the whole they are scaled to it. The table is kept in the user's cache for this machine, model
+    shape and number format.
 
     Raises:
         InputError: the model can't read that many tokens.
+    """
+    check_length(model, goal)
+    own, units = _identity(model, goal), model.units(goal.multiple_of)
+    path = cached_file("latency", own)
+    table = _read(path)
+    if table is None or not {unit.kind for unit in units} <= table.nanoseconds.keys():
+        with torch.inference_mode():
+            table = _measure(model, goal, own)
+        keep(path, table.model_dump_json(indent=1))
+    dense = sum(max(table.nanoseconds[unit.kind].values()) for unit in units)
+    scale = min(1.0, table.forward / max(1, dense))
+    prices = {u.name: _between(u, table.nanoseconds[u.kind], scale) for u in units}
+    whole = sum(prices[u.name][u.size] for u in units)
+    return Prices("latency", prices, max(0, table.forward - whole))
+
+
+def check_length(model: Model, goal: Goal) -> None:
+    """Refuse a forward pass over more tokens than the model reads; needs no weights.
+
+    Raises:
+        InputError: it reads fewer.
     """
     if model.positions is not None and goal.length > model.positions:
         raise InputError(
             f"latency of {goal.length} tokens: the model reads at most {model.positions}; ask for "
             f"--latency-length {model.positions} or less."
         )
-    own = _identity(model, goal)
-    path = cached_file("latency", own)
-    table = _read(path)
-    if table is None:
-        with torch.inference_mode():
-            table = _measure(model, goal)
-        keep(path, json.dumps(own | table, indent=1))
-    units = model.units(goal.multiple_of)
-    prices = {u.name: _between(u, table["nanoseconds"][u.kind]) for u in units}
-    whole = sum(prices[u.name][u.size] for u in units)
-    return Prices("latency", prices, max(0, table["forward"] - whole))
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+class Table(Record):
+    """Times measured: of a whole forward pass, and of one unit of each kind at some sizes."""
+
+    of: dict[str, Any]
+    forward: int = Field(ge=0)
+    nanoseconds: dict[str, dict[int, Annotated[int, Field(ge=0)]]]
+
+
+def _read(path: Path) -> Table | None:
     """A table from the cache; what is missing or damaged is measured again."""
     try:
-        table: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_record(Table, path, "latency table", MOST_BYTES)
+    except InputError:
         return None
-    whole = isinstance(table, dict) and {"nanoseconds", "forward"} <= table.keys()
-    return table if whole else None
 
 
 def _identity(model: Model, goal: Goal) -> dict[str, Any]:
@@ -90,7 +110,7 @@ def _identity(model: Model, goal: Goal) -> dict[str, Any]:
     }
 
 
-def _measure(model: Model, goal: Goal) -> dict[str, Any]:
+def _measure(model: Model, goal: Goal, own: dict[str, Any]) -> Table:
     ids = torch.zeros(goal.batch, goal.length, dtype=torch.int64)
     stream = Stream(model, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), rows=goal.batch)
     block, batch = model.blocks[0], stream.batches[0]
@@ -116,10 +136,9 @@ def _measure(model: Model, goal: Goal) -> dict[str, Any]:
         points = _points(unit)
         times = np.maximum.accumulate([seconds[kind, size] for size in points])
         nanoseconds[kind] = {
-            str(size): round(1e9 * float(t - times[0]))
-            for size, t in zip(points, times, strict=True)
+            size: round(1e9 * float(t - times[0])) for size, t in zip(points, times, strict=True)
         }
-    return {"nanoseconds": nanoseconds, "forward": round(1e9 * forward)}
+    return Table(of=own, forward=round(1e9 * forward), nanoseconds=nanoseconds)
 
 
 def _points(unit: Unit) -> list[int]:
@@ -165,7 +184,6 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     return spent / calls
 
 
-def _between(unit: Unit, points: Mapping[str, int]) -> dict[int, int]:
-    sizes = [int(size) for size in points]
-    found = np.interp(unit.sizes(), sizes, list(points.values()))
+def _between(unit: Unit, points: Mapping[int, int], scale: float) -> dict[int, int]:
+    found = scale * np.interp(unit.sizes(), list(points), list(points.values()))
     return {size: int(ns) for size, ns in zip(unit.sizes(), found, strict=True)}

@@ -24,7 +24,8 @@ def checked(thing: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             if isinstance(value, expected):
                 continue
-            raise InputError(f"{thing.name}: {f.name}={value!r} should be a {expected.__name__}.")
+            wanted = {int: "a whole number", float: "a number"}.get(expected, "text")
+            raise InputError(f"{thing.name}: {f.name}={value!r} should be {wanted}.")
         if expected is int and not isinstance(value, int):
             raise InputError(f"{thing.name}: {f.name}={value!r} should be a whole number.")
         if not math.isfinite(value):

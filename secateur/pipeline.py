@@ -30,6 +30,7 @@ from secateur.inputs import (
     text_notes,
     unseen,
 )
+from secateur.latency import check_length
 from secateur.methods.base import Method
 from secateur.model import (
     Model,
@@ -189,7 +190,7 @@ def compress(
             progress.say("reloading in a fresh process")
             small = judge_apart(str(workspace.result), questions, settings, progress, memory, ids)
         report = _report(plan, dense, small, watch, calibration)
-        _write_record(workspace.result, plan, report, questions, settings)
+        _write_record(workspace.result, plan, goal, report, questions, settings)
         workspace.publish()
     return report
 
@@ -214,7 +215,9 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
     Raises:
         InputError: it is out of reach.
     """
-    if goal.target != "latency":
+    if goal.target == "latency":
+        check_length(shapes, goal)
+    else:
         units = shapes.units(goal.multiple_of)
         prices = counted(units, goal.target, shapes.stored.itemsize)
         allocator.check(units, prices, method.keep)
@@ -362,7 +365,7 @@ def _report(
     seconds = dict.fromkeys(("calibrate", "curves", "allocate", "apply", "save", "evaluate"), 0.0)
     return Report(
         {
-            "version": 1,
+            "version": 2,
             "model": plan.base.model_dump(),
             "method": plan.method.model_dump(),
             "allocator": plan.allocator.model_dump(),
@@ -379,19 +382,24 @@ def _report(
 
 
 def _write_record(
-    folder: Path, plan: Plan, report: Report, questions: Questions, settings: Settings
+    folder: Path,
+    plan: Plan,
+    goal: Goal,
+    report: Report,
+    questions: Questions,
+    settings: Settings,
 ) -> None:
     record = folder / "secateur"
     record.mkdir()
     (record / "plan.json").write_text(plan.to_json())
     report.write(record / "report.json")
     recipe = {
-        "version": 1,
+        "version": 2,
         "model": plan.base.source,
         "method": plan.method.model_dump(),
         "allocator": plan.allocator.model_dump(),
         "calibration": plan.calibration.model_dump(exclude={"tokens", "fingerprint"}),
-        "goal": asdict(plan.goal),
+        "goal": asdict(goal),
         "evaluate": asdict(questions) | {"texts": [asdict(text) for text in questions.texts]},
         "settings": asdict(settings),
     }

@@ -18,6 +18,7 @@ from secateur.allocate import ALLOCATORS, allocator_class
 from secateur.allocate.base import Allocator
 from secateur.anatomy import FAMILIES
 from secateur.evaluate.judge import Verdict
+from secateur.flags import DEFAULT_METHOD
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
 from secateur.model import DEMO, Settings, skeleton, unknown_family
@@ -116,6 +117,7 @@ def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, A
         "calibration_bytes": {
             "statistics_per_block": 8 * widest**2,
             "activations_per_1000_tokens": 4000 * config.hidden_size,
+            "propagation_per_1000_tokens": 4 * 4000 * config.hidden_size,
         },
     }
 
@@ -146,7 +148,9 @@ def show_inspection(content: dict[str, Any]) -> None:
     need = content["calibration_bytes"]
     console.print(
         f"calibration holds the model, {size(need['statistics_per_block'])} of statistics for one "
-        f"block at a time and {size(need['activations_per_1000_tokens'])} per 1000 tokens"
+        f"block at a time and {size(need['activations_per_1000_tokens'])} per 1000 tokens; a "
+        f"method that passes errors on, as {DEFAULT_METHOD} does, "
+        f"{size(need['propagation_per_1000_tokens'])} per 1000 tokens while it narrows"
     )
     _next(console, "plan", content["model"], "--keep 0.8 --dry-run")
 

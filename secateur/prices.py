@@ -58,6 +58,11 @@ class Prices:
             raise InputError(f"no size changes the {MEANING[self.target]} of this model.")
         floor = self.spent(units, least)
         if floor > self.budget(units, keep):
+            if floor == whole:
+                raise InputError(
+                    f"keep {keep:.3f} is out of reach: no size that may change here changes the "
+                    f"{MEANING[self.target]}. Choose another --target, --tier or --allocator."
+                )
             raise InputError(
                 f"keep {keep:.3f} is out of reach: with every unit at its smallest the model still "
                 f"keeps {floor / whole:.3f} of its {MEANING[self.target]} ({floor:,} of "

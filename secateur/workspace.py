@@ -129,7 +129,8 @@ def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
     """The innermost entry that differs, by its dotted name."""
     was, new = before.get(name), now.get(name)
     if isinstance(was, dict) and isinstance(new, dict):
-        inner = next(k for k in sorted({*was, *new}) if was.get(k) != new.get(k))
+        by_name = sorted({*was, *new}, key=lambda key: (key != "name", key))  # of what it is, first
+        inner = next(key for key in by_name if was.get(key) != new.get(key))
         deeper, was, new = _difference(inner, was, new)
         return f"{name}: {deeper}", was, new
     return name, was, new

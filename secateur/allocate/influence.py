@@ -39,6 +39,18 @@ class EntropicInfluence(ShareAllocator):
     summary: ClassVar[str] = "one ratio per block, larger where the block changes its input more"
     source: ClassVar[str] = "arXiv 2408.09632, equation 10"
 
+    def check(self, units: Sequence[Unit], prices: Prices, keep: float) -> None:
+        """Refuse what the cap puts out of reach, too."""
+        super().check(units, prices, keep)
+        whole = prices.whole(units)
+        floor = 1 - self.max_sparsity * (whole - prices.fixed) / whole
+        if keep < floor - 1e-12:
+            raise InputError(
+                f"keep {keep:.3f} is out of reach: no block may lose more than "
+                f"{self.max_sparsity:g} of itself. Ask for at least {floor + 0.0005:.3f}, or raise "
+                f"--max-sparsity."
+            )
+
     def shares(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, float]:
@@ -52,17 +64,7 @@ class EntropicInfluence(ShareAllocator):
     def sparsities(
         self, influence: Sequence[float], weights: Sequence[float], mean: float
     ) -> list[float]:
-        """φ per block, with Σ w φ / Σ w = ``mean`` exactly.
-
-        Raises:
-            InputError: the mean is above the cap.
-        """
-        if mean > self.max_sparsity:
-            raise InputError(
-                f"keep {1 - mean:.3f} is out of reach: no block may lose more than "
-                f"{self.max_sparsity:g} of itself. Ask for at least "
-                f"{1 - self.max_sparsity:.3f}, or raise --max-sparsity."
-            )
+        """φ per block, with Σ w φ / Σ w = ``mean`` exactly; ``mean`` is at most the cap."""
         sparsity = [0.0] * len(influence)
         free = {i for i in range(len(influence)) if weights[i] > 0}
         while free:

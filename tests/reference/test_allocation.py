@@ -94,8 +94,17 @@ def test_what_the_cap_cuts_off_goes_to_the_others():
     assert found[0] == 0.6
     assert sum(found) == pytest.approx(1.2, abs=1e-12)
     assert found[1] / found[2] == pytest.approx(math.exp(4))
-    with pytest.raises(InputError, match=r"0\.400"):
-        EntropicInfluence(0.05, 0.6).sparsities([0.0, 0.3], [1, 1], 0.7)
+
+
+@pytest.mark.parametrize("fixed", [0, 100])
+def test_the_cap_names_what_is_within_reach(fixed):
+    """In shares of the target, of which a part may be out of any size's reach."""
+    unit = mlp(0, 100, 1)
+    prices = Prices("latency", {unit.name: {s: s for s in unit.sizes()}}, fixed)
+    allocator, least = EntropicInfluence(0.05, 0.6), (fixed + 40) / (fixed + 100)
+    allocator.check([unit], prices, least)
+    with pytest.raises(InputError, match=f"at least {least:.3f}|at least {least + 0.001:.3f}"):
+        allocator.check([unit], prices, least - 0.01)
 
 
 def units(rng, blocks=3, step=8):

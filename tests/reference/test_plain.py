@@ -114,5 +114,5 @@ def test_out_of_reach_names_the_reachable_range(target, multiple_of):
 def test_a_cache_that_no_width_changes_is_out_of_reach():
     made = units()
     prices = counted(made, "cache", 2)
-    assert "keeps 1.000 of its bytes of KV cache" in refusal(made, prices, 0.9)
+    assert "no size that may change here changes the bytes of KV" in refusal(made, prices, 0.9)
     assert PlainWidth().allocate(made, NOTHING, prices, 1.0) == with_width(made, 90)
