@@ -139,7 +139,7 @@ def main() -> None:
                 cells.append("out of reach")
                 continue
             narrowing = method if variant.sequential else OnePass(inner=method)
-            units = small.units(goal.multiple_of)
+            units = method.units(small, goal.multiple_of)
             list(narrow_blocks(small, narrowing, units, plan.sizes, tokens, store))
             cells.append(f"{perplexity(small.module, held):.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

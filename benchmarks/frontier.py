@@ -134,7 +134,7 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Ro
             small, method = open_model(arguments.model), kind(keep=keep)
             start = time.perf_counter()
             plan = make_plan(small, method, evidence, calibration, tokens, goal, allocator)
-            units = small.units(goal.multiple_of)
+            units = method.units(small, goal.multiple_of)
             list(narrow_blocks(small, method, units, plan.sizes, tokens, store))
             seconds = before + time.perf_counter() - start
             yield {

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.block import Block, inputs_by_outputs, mixed_bias, set_linear
+from secateur.block import Block, inputs_by_outputs, mixed_bias, set_linear, with_constant
 from secateur.errors import InputError
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
 from secateur.methods.base import Method, Narrowing
 from secateur.statistics import BlockStatistics
 from secateur.units import Unit
+
+Part = tuple[Tensor, Tensor | None]  #: weight and bias of a map
 
 
 def narrow_block(
@@ -50,7 +52,12 @@ def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
 
 def narrow_unit(block: Block, unit: Unit, narrowing: Narrowing) -> None:
     """Bring one unit of a block to another size, in place."""
-    narrow = {"mlp": narrow_mlp, "query_key": narrow_query_key, "value_output": narrow_value_output}
+    narrow = {
+        "mlp": narrow_mlp,
+        "heads": narrow_heads,
+        "query_key": narrow_query_key,
+        "value_output": narrow_value_output,
+    }
     narrow[unit.kind](block, narrowing)
 
 
@@ -80,7 +87,32 @@ def narrow_mlp(block: Block, narrowing: Narrowing) -> None:
         kept_bias = bias[rows] if isinstance(bias, Tensor) else None
         set_linear(producer, weight[:, rows].t().contiguous(), kept_bias)
     rows = block.consumer_weight[keep] if narrowing.consumer is None else narrowing.consumer
-    block.set_consumer_weight(rows)
+    block.set_consumer_weight(rows, narrowing.bias)
+
+
+def narrow_heads(block: Block, narrowing: Narrowing) -> None:
+    """Replace the block's attention by one with fewer KV heads and the query heads of those."""
+    old, keep = block.attention, narrowing.keep
+    assert keep is not None
+    q, k, v, o = _parts(old)
+    kept = [_whole_heads(part, keep, old.kv_heads) for part in (q, k, v)]
+    rows = narrowing.consumer
+    if rows is None:
+        rows = block.read("heads")[keep].flatten(0, 1)
+    weight = rows.t().to(o[0].dtype).contiguous()
+    output = (weight, with_constant(o[1], narrowing.bias, o[0].dtype))
+    shape = dict(old.shape)
+    if len(keep):
+        shape |= {"heads": len(keep) * old.num_key_value_groups, "kv_heads": len(keep)}
+    else:  # none left: the heads that there are have no width
+        shape |= {"query_key": 0, "value": 0, "rotary": "none"}
+    _rebuild(block, shape, (*kept, output), None)
+
+
+def _whole_heads(part: Part, keep: Tensor, kv_heads: int) -> Part:
+    weight, bias = part
+    rows = weight.unflatten(0, (kv_heads, -1))[keep].flatten(0, 1)
+    return rows, None if bias is None else bias.view(kv_heads, -1)[keep].flatten()
 
 
 def narrow_query_key(block: Block, narrowing: Narrowing) -> None:
@@ -119,7 +151,7 @@ def narrow_value_output(block: Block, narrowing: Narrowing) -> None:
 
 
 def _rebuild(
-    block: Block, shape: dict[str, Any], parts: "tuple[Part, ...]", pairs: Tensor | None
+    block: Block, shape: dict[str, Any], parts: tuple[Part, ...], pairs: Tensor | None
 ) -> None:
     old = block.attention
     shape["bias"] = "".join(n for n, p in zip("qkvo", parts, strict=True) if p[1] is not None)
@@ -131,9 +163,6 @@ def _rebuild(
     if pairs is not None:
         new.rope_pairs = nn.Buffer(pairs)
     block.replace_attention(new)
-
-
-Part = tuple[Tensor, Tensor | None]
 
 
 def _parts(attention: NarrowAttention) -> tuple[Part, Part, Part, Part]:

@@ -1,5 +1,6 @@
 """One transformer block, with weights that mean the same in every family."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.anatomy import Anatomy, Heads, Projection
+from secateur.anatomy import Anatomy, HeadLayout, Projection
 from secateur.layers.modeling_secateur import AnyConv1D, NarrowAttention, narrow_attention
-from secateur.units import MLP, QueryKey, Unit, ValueOutput
+from secateur.units import MLP, WIDTHS, Heads, QueryKey, Unit, ValueOutput
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Block:
     index: int
     module: nn.Module
     anatomy: Anatomy
-    heads: Heads
+    heads: HeadLayout
     attention: NarrowAttention = field(init=False)
     stock_attention: nn.Module = field(init=False)
 
@@ -76,11 +77,12 @@ class Block:
         """The consumer's weight as (hidden channels, outputs), float64."""
         return inputs_by_outputs(self.consumer).double()
 
-    def set_consumer_weight(self, rows: Tensor) -> None:
-        """Give the consumer another weight, (channels, outputs)."""
+    def set_consumer_weight(self, rows: Tensor, bias: Tensor | None = None) -> None:
+        """Give the consumer another weight, (channels, outputs), and add to its bias."""
         consumer: Any = self.consumer
         dtype = inputs_by_outputs(consumer).dtype
-        set_linear(consumer, rows.t().to(dtype).contiguous(), consumer.bias)
+        rows = rows.t().to(dtype).contiguous()
+        set_linear(consumer, rows, with_constant(consumer.bias, bias, dtype))
 
     @property
     def output_rows(self) -> Tensor:
@@ -90,6 +92,31 @@ class Block:
         rows: Tensor = weight.unflatten(0, (attention.heads, attention.value))
         return rows
 
+    def read(self, kind: str) -> Tensor:
+        """What reads an axis, as (its size, coordinates of each, outputs), float64.
+
+        The coordinates of a KV head are those of all query heads that read it.
+        """
+        if kind == "mlp":
+            return self.consumer_weight.unsqueeze(1)
+        rows: Tensor = self.output_rows.unflatten(0, (self.attention.kv_heads, -1)).flatten(1, 2)
+        return rows
+
+    def parameters_of(self, kind: str) -> list[Tensor]:
+        """Every parameter that goes with a channel or a KV head: (size, …) views, in one order."""
+        if kind == "mlp":
+            parts = [view.t() for view in self.producer_weights]
+            for module, n in self.producers:
+                if isinstance(module.bias, Tensor):
+                    parts += module.bias.unsqueeze(1).chunk(n)
+            return [*parts, inputs_by_outputs(self.consumer)]
+        attention = self.attention
+        maps = (attention.q_proj, attention.k_proj, attention.v_proj)
+        found = [t for m in maps for t in (m.weight, m.bias) if t is not None]
+        return [t.unflatten(0, (attention.kv_heads, -1)) for t in found] + [
+            attention.o_proj.weight.t().unflatten(0, (attention.kv_heads, -1))
+        ]
+
     @property
     def output_weight(self) -> Tensor:
         """The output projection as (kv heads, value width, group × hidden), float64."""
@@ -97,8 +124,13 @@ class Block:
         weight: Tensor = rows.transpose(1, 2).flatten(2)
         return weight
 
-    def units(self, multiple_of: int) -> list[Unit]:
-        """The axes that can shrink; MLP widths go in multiples of ``multiple_of``."""
+    def units(
+        self, multiple_of: int, kinds: Sequence[str] = WIDTHS, biased: bool = False
+    ) -> list[Unit]:
+        """The axes of some kinds that can shrink; MLP widths go in multiples of ``multiple_of``.
+
+        ``biased``: narrowing gives a bias to whatever reads the axis.
+        """
         attention, name = self.attention, f"layers.{self.index}"
         hidden = attention.o_proj.out_features
         producers = self.producers
@@ -110,6 +142,7 @@ class Block:
             hidden=hidden,
             producers=sum(parts for _, parts in producers),
             biased_producers=sum(parts for m, parts in producers if m.bias is not None),
+            new_bias=biased and self.consumer.bias is None,
         )
         units: list[Unit] = [mlp]
         if self.query_key_obstacle is None:
@@ -138,7 +171,21 @@ class Block:
             value_bias=attention.v_proj.bias is not None,
             output_bias=attention.o_proj.bias is not None,
         )
-        return [*units, value_output]
+        heads = Heads(
+            name=f"{name}.heads",
+            block=self.index,
+            size=attention.kv_heads,
+            step=1,
+            hidden=hidden,
+            group=attention.num_key_value_groups,
+            query_key=attention.query_key,
+            value=attention.value,
+            query_bias=attention.q_proj.bias is not None,
+            key_bias=attention.k_proj.bias is not None,
+            value_bias=attention.v_proj.bias is not None,
+            new_bias=biased and attention.o_proj.bias is None,
+        )
+        return [unit for unit in (*units, value_output, heads) if unit.kind in kinds]
 
     @property
     def query_key_obstacle(self) -> str | None:
@@ -153,6 +200,15 @@ class Block:
         )
 
 
+def with_constant(
+    bias: Tensor | None, constant: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """A bias, which may be missing, and a constant, which may be, too."""
+    if constant is None or bias is None:
+        return bias if constant is None else constant.to(dtype)
+    return (bias.double() + constant).to(dtype)
+
+
 def mixed_bias(attention: NarrowAttention) -> Tensor | None:
     """What the value bias adds to the output projection's input, as attention sums to one."""
     bias = attention.v_proj.bias
@@ -162,7 +218,7 @@ def mixed_bias(attention: NarrowAttention) -> Tensor | None:
     return heads.expand(-1, attention.num_key_value_groups, -1).flatten()
 
 
-def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: Heads) -> NarrowAttention:
+def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: HeadLayout) -> NarrowAttention:
     """A full-width NarrowAttention with the weights of ``stock``, in its own layout of pairs."""
     maps = anatomy.project(stock, heads)
     shape = {
@@ -187,7 +243,7 @@ def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: Heads) -> Narro
     return attention
 
 
-def _pairs_first(part: Projection, heads: Heads) -> Projection:
+def _pairs_first(part: Projection, heads: HeadLayout) -> Projection:
     """Reorder each head from (rotating halves, still rest) to (all first halves, all second)."""
     half, rest = heads.rotary // 2, (heads.width - heads.rotary) // 2
     firsts = [*range(half), *range(heads.rotary, heads.rotary + rest)]

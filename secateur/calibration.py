@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from secateur.block import Block
 from secateur.errors import InputError, refuse_difference
 from secateur.model import Model
 from secateur.observe import observed
@@ -132,20 +133,34 @@ def calibrate(
     with torch.inference_mode():
         stream = Stream(model, tokens)
         for block in model.blocks:
-            statistics: dict[Need, Statistic] = {
-                need: need.kind()
-                for need in needs | {Needs.INFLUENCE}
-                if need.place != "scores" or block.query_key_obstacle is None
-            }
-            for batch in stream.batches:
-                mask, before = stream.mask(batch), stream.at(batch)
-                with observed(block, statistics, mask):
-                    after = stream.through(block, before)
-                statistics[Needs.INFLUENCE].update(before, after, mask=mask)
-                stream.put(batch, after)
-            check_finite(statistics)
-            store.put(block.index, statistics)
+            store.put(block.index, collect(stream, block, needs | {Needs.INFLUENCE}))
             advance(1)
+
+
+def collect(
+    stream: Stream, block: Block, needs: Iterable[Need], move: bool = True
+) -> BlockStatistics:
+    """The statistics of one block on a stream that stands before it, and then, to ``move``, behind.
+
+    Raises:
+        InputError: the activations hold NaN or infinite numbers.
+    """
+    statistics: dict[Need, Statistic] = {
+        need: need.kind()
+        for need in needs
+        if need.place != "scores" or block.query_key_obstacle is None
+    }
+    for batch in stream.batches:
+        mask, before = stream.mask(batch), stream.at(batch)
+        with observed(block, statistics, mask):
+            after = stream.through(block, before)
+        for need, statistic in statistics.items():
+            if need.place == "block":
+                statistic.update(before, after, mask=mask)
+        if move:
+            stream.put(batch, after)
+    check_finite(statistics)
+    return statistics
 
 
 def check_finite(statistics: BlockStatistics) -> None:

@@ -148,7 +148,8 @@ def _round(module: nn.Module, dtype: torch.dtype) -> None:
 def attention_changed(block: Block) -> bool:
     """Whether the block's attention differs in shape from the stock one."""
     shape, heads = block.attention.shape, block.heads
-    return bool((shape["query_key"], shape["value"]) != (heads.width, heads.width))
+    stock = {"query_key": heads.width, "value": heads.width, "kv_heads": heads.kv_heads}
+    return any(shape[name] != size for name, size in stock.items())
 
 
 def layout(model: Model, dense_width: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from secateur.prices import Prices
 from secateur.records import Record, read_record
 from secateur.stream import Stream
 from secateur.text import Tokens
-from secateur.units import Unit
+from secateur.units import WIDTHS, Unit
 from secateur.version import __version__
 
 POINTS = 9  # sizes measured of each kind of unit; linear between them
@@ -32,13 +32,13 @@ MOST_BYTES = 2**20
 SECONDS = 0.002  # a timing takes at least this long
 
 
-def measured(model: Model, goal: Goal) -> Prices:
+def measured(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
     """Nanoseconds of a forward pass over ``goal.batch`` × ``goal.length`` tokens.
 
     All blocks of a dense model have one shape, so the first stands for all. Its units are timed one
     by one, the others at full size:
 
-        mlp(k)  = T(mlp k) − T(mlp 0)
+        mlp(k)  = T(mlp k) − T(mlp 0),  heads(k) = T(heads k) − T(heads 0)
         query_key(k) = T(qk k) − T(qk 0),   value_output(k) = T(vo k, qk 0) − T(vo 0, qk 0)
 
     and never less at a larger size. What is left of a whole forward pass is fixed; a block timed by
@@ -50,7 +50,7 @@ def measured(model: Model, goal: Goal) -> Prices:
         InputError: the model can't read that many tokens.
     """
     check_length(model, goal)
-    own, units = _identity(model, goal), model.units(goal.multiple_of)
+    own = _identity(model, goal)
     path = cached_file("latency", own)
     table = _read(path)
     if table is None or not {unit.kind for unit in units} <= table.nanoseconds.keys():
@@ -116,7 +116,7 @@ def _measure(model: Model, goal: Goal, own: dict[str, Any]) -> Table:
     block, batch = model.blocks[0], stream.batches[0]
     states = stream.at(batch)
     whole = partial(model.module, input_ids=ids.to(model.device), use_cache=False)
-    units = {unit.kind: unit for unit in block.units(1)}
+    units = {unit.kind: unit for unit in block.units(1, (*WIDTHS, "heads"))}
     jobs: dict[tuple[str, int], dict[str, int]] = {}
     for kind, unit in units.items():
         for size in _points(unit):
@@ -160,7 +160,7 @@ def _at(block: Block, units: Mapping[str, Unit], sizes: Mapping[str, int]) -> It
 def _arbitrary(block: Block, unit: Unit, size: int) -> Narrowing:
     """Any narrowing of the right shape: weights don't change how long a product takes."""
     device, heads = block.attention.o_proj.weight.device, block.attention.kv_heads
-    if unit.kind == "mlp":
+    if unit.kind in ("mlp", "heads"):
         return Narrowing(keep=torch.arange(size, device=device))
     if unit.kind == "query_key":
         half = torch.arange(size // 2, device=device)

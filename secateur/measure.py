@@ -62,8 +62,7 @@ class Divergence:
 
     def advance(self, block: Block) -> None:
         """Go on to behind ``block``."""
-        for batch in self.stream.batches:
-            self.stream.put(batch, self.stream.through(block, self.stream.at(batch)))
+        self.stream.advance(block)
 
     def _logits(self, batch: slice, states: Tensor, blocks: Sequence[Block]) -> Tensor:
         for block in blocks:

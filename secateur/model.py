@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +21,11 @@ from transformers import (
 )
 
 from secateur import bundled
-from secateur.anatomy import FAMILIES, Anatomy, Heads, find
+from secateur.anatomy import FAMILIES, Anatomy, HeadLayout, find
 from secateur.block import Block
 from secateur.errors import InputError, nearest
 from secateur.text import expanded
-from secateur.units import Unit
+from secateur.units import WIDTHS, Unit
 
 DEMO = "demo"
 DTYPES = {
@@ -119,7 +120,7 @@ class Model:
         anatomy = self.anatomy
         if anatomy is None:
             raise InputError(unknown_family(self.config.model_type))
-        heads = Heads.of(self.config, anatomy.rotary)
+        heads = HeadLayout.of(self.config, anatomy.rotary)
         modules: Any = self.module.base_model.get_submodule(anatomy.blocks)
         return [Block(i, module, anatomy, heads) for i, module in enumerate(modules)]
 
@@ -128,9 +129,11 @@ class Model:
         """Why some widths must stay, each reason once."""
         return sorted({b.query_key_obstacle for b in self.blocks if b.query_key_obstacle})
 
-    def units(self, multiple_of: int) -> list[Unit]:
-        """All axes that can shrink, block by block."""
-        return [unit for block in self.blocks for unit in block.units(multiple_of)]
+    def units(
+        self, multiple_of: int, kinds: Sequence[str] = WIDTHS, biased: bool = False
+    ) -> list[Unit]:
+        """All axes of some kinds that can shrink, block by block."""
+        return [unit for b in self.blocks for unit in b.units(multiple_of, kinds, biased)]
 
 
 def fingerprint(model: Model) -> str:

@@ -152,7 +152,7 @@ def compress(
     if plan is None:
         check_reach(shapes, method, goal, allocator)
     else:
-        match_units(plan, shapes)
+        match_units(plan, shapes, method)
     workspace = Workspace(out, overwrite)
     inputs = {
         "secateur": reporting.versions()["secateur"],
@@ -218,7 +218,7 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
     if goal.target == "latency":
         check_length(shapes, goal)
     else:
-        units = shapes.units(goal.multiple_of)
+        units = method.units(shapes, goal.multiple_of)
         prices = counted(units, goal.target, shapes.stored.itemsize)
         allocator.check(units, prices, method.keep)
 
@@ -261,21 +261,23 @@ def prepare(
         model = open_model(source, settings)
         for note in model.obstacles:
             progress.say(f"note: {note}")
-        for note in text_notes(calibration, tokens, model.units(goal.multiple_of)):
+        chosen = method.build_method() if isinstance(method, Plan) else method
+        units = chosen.units(model, goal.multiple_of)
+        for note in text_notes(calibration, tokens, units):
             progress.say(f"note: {note}")
-    chosen = method.build_method() if isinstance(method, Plan) else method
     if isinstance(method, Plan):
-        check_sizes(method, model)
+        check_sizes(method, model, chosen)
     with watch.measure("allocate"):
         if goal.target == "latency":
             progress.say("timing the units on this machine, unless that was done before")
-        prices = prices_of(model, goal)
+        prices = prices_of(model, units, goal)
         if not isinstance(method, Plan):
-            allocator.check(model.units(goal.multiple_of), prices, chosen.keep)
-    own = identity(model, chosen, tokens, allocator.measured)
+            allocator.check(units, prices, chosen.keep)
+    own, every = identity(model, chosen, tokens, allocator), chosen.units(model, 1)
+    needs = chosen.needs | allocator.needs
     known = ("secateur", "model", "calibration", "dtype")
-    store.claim({key: own[key] for key in known}, chosen.needs)
-    evidence = kept_evidence(own, model.units(1), scores)
+    store.claim({key: own[key] for key in known}, needs)
+    evidence = kept_evidence(own, every, scores)
     if evidence is None or not only_plan:
         watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
         if not all(block.index in store for block in model.blocks):
@@ -283,10 +285,9 @@ def prepare(
                 watch.measure("calibrate"),
                 progress.stage("calibrating, block by block", len(model.blocks)) as advance,
             ):
-                calibrate(model, tokens, chosen.needs, store, advance)
+                calibrate(model, tokens, needs, store, advance)
     if evidence is None:
-        units = len(model.units(1))
-        with watch.measure("curves"), progress.stage("scoring units", units) as advance:
+        with watch.measure("curves"), progress.stage("scoring units", len(every)) as advance:
             evidence = score(model, chosen, store, tokens, allocator, advance)
         keep_evidence(own, evidence, scores)
     if not allocator.measured:  # whatever the cache holds, the same command gives the same plan
@@ -295,7 +296,7 @@ def prepare(
         if isinstance(method, Plan):
             if method.calibration.fingerprint != tokens.fingerprint:
                 progress.say("note: this plan was made from other calibration tokens")
-            plan = revise(method, model, evidence, prices)
+            plan = revise(method, model, chosen, evidence, prices)
         else:
             plan = make_plan(model, chosen, evidence, calibration, tokens, goal, allocator, prices)
     return Prepared(model, tokens, store, chosen, plan)
@@ -313,7 +314,8 @@ def write(
     # A plain checkpoint is for any reader, so its tensors have their published names.
     plain = plan.tier == "plain"
     writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
-    units, method = model.units(plan.multiple_of), prepared.method
+    method = prepared.method
+    units = method.units(model, plan.multiple_of)
     narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         while True:
@@ -426,7 +428,7 @@ def save(
         RunError: the reloaded checkpoint differs from the model in memory.
     """
     method = method or plan.build_method()
-    check_sizes(plan, model)
+    check_sizes(plan, model, method)
     prepared = Prepared(model, tokens, store, method, plan)
     workspace, progress = Workspace(Path(out), overwrite), Progress()
     settings = Settings(

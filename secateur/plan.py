@@ -177,8 +177,8 @@ def make_plan(
     """
     goal = goal or Goal()
     allocator = allocator or usual_allocator(method, goal)
-    units = model.units(goal.multiple_of)
-    prices = prices or prices_of(model, goal)
+    units = method.units(model, goal.multiple_of)
+    prices = prices or prices_of(model, units, goal)
     sizes = allocator.allocate(units, evidence, prices, method.keep)
     return Plan(
         secateur=__version__,
@@ -199,11 +199,11 @@ def make_plan(
     )
 
 
-def prices_of(model: Model, goal: Goal) -> Prices:
+def prices_of(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
     """The prices of a goal: counted, or for latency measured (once a machine, then cached)."""
     if goal.target == "latency":
-        return measured(model, goal)
-    return counted(model.units(goal.multiple_of), goal.target, model.stored.itemsize)
+        return measured(model, units, goal)
+    return counted(units, goal.target, model.stored.itemsize)
 
 
 def _budget(
@@ -247,7 +247,9 @@ def tier_of(units: Sequence[Unit], sizes: Mapping[str, int]) -> Tier:
     """ "plain" where stock classes can express the sizes: one MLP width, attention untouched."""
     widths = {sizes[unit.name] for unit in units if unit.kind == "mlp"}
     attention = all(sizes[unit.name] == unit.size for unit in units if unit.kind != "mlp")
-    return "plain" if attention and len(widths) == 1 and min(widths) > 0 else "per-layer"
+    stock = not any(unit.new_bias and sizes[unit.name] < unit.size for unit in units)
+    plain = stock and attention and len(widths) == 1 and min(widths) > 0
+    return "plain" if plain else "per-layer"
 
 
 def read_plan(path: Path) -> Plan:
@@ -260,14 +262,20 @@ def read_plan(path: Path) -> Plan:
     return read_record(Plan, path, "plan", MAX_PLAN_BYTES, advice)
 
 
-def revise(plan: Plan, model: Model, evidence: Evidence, prices: Prices | None = None) -> Plan:
+def revise(
+    plan: Plan,
+    model: Model,
+    method: Method,
+    evidence: Evidence,
+    prices: Prices | None = None,
+) -> Plan:
     """Recompute what follows from the sizes of a plan that may have been edited.
 
     Raises:
         InputError: the plan is for another model, or a size is not allowed.
     """
-    units = check_sizes(plan, model)
-    prices = prices or prices_of(model, plan.goal)
+    units = check_sizes(plan, model, method)
+    prices = prices or prices_of(model, units, plan.goal)
     rows = _rows(units, plan.sizes, evidence, model.stored)
     return plan.model_copy(
         update={
@@ -278,7 +286,7 @@ def revise(plan: Plan, model: Model, evidence: Evidence, prices: Prices | None =
     )
 
 
-def check_sizes(plan: Plan, model: Model) -> list[Unit]:
+def check_sizes(plan: Plan, model: Model, method: Method) -> list[Unit]:
     """Hold a plan against a model and give the model's units.
 
     Raises:
@@ -290,17 +298,17 @@ def check_sizes(plan: Plan, model: Model) -> list[Unit]:
             f"the plan is for another model: its base.fingerprint is {plan.base.fingerprint}, that "
             f"of {model.source!r} is {found}. Make a new one with `secateur plan`."
         )
-    return match_units(plan, model)
+    return match_units(plan, model, method)
 
 
-def match_units(plan: Plan, model: Model) -> list[Unit]:
+def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
     """The part of :func:`check_sizes` that needs no weights.
 
     Raises:
         InputError: unknown or missing units, or a size that a unit may not take; queries and keys
             whose values are gone must be gone too.
     """
-    units = {unit.name: unit for unit in model.units(plan.multiple_of)}
+    units = {unit.name: unit for unit in method.units(model, plan.multiple_of)}
     named = [row.unit for row in plan.units]
     if len(set(named)) != len(named) or set(named) != set(units):
         odd = sorted(set(named) ^ set(units)) or sorted({n for n in named if named.count(n) > 1})

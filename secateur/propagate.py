@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.apply import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.block import Block
-from secateur.calibration import Store
+from secateur.calibration import Store, collect
 from secateur.methods.base import Method, SequentialMethod
 from secateur.model import Model
 from secateur.observe import mixed_values
@@ -31,13 +31,20 @@ def narrow_blocks(
 ) -> Iterator[Block]:
     """Bring every block to its sizes, one after the other; each is given out when it is done."""
     line = Propagation(model, tokens, method) if isinstance(method, SequentialMethod) else None
+    stream = Stream(model, tokens) if method.rereads else None
     for block in model.blocks:
         own = [unit for unit in units if unit.block == block.index]
-        statistics = store.get(block.index, method.needs, model.device)
+        if stream is not None:
+            with torch.no_grad():
+                statistics = collect(stream, block, method.needs, move=False)
+        else:
+            statistics = store.get(block.index, method.needs, model.device)
         if line is None:
             narrow_block(block, own, sizes, method, statistics)
         else:
             line.narrow_block(block, own, sizes, statistics)
+        if stream is not None:
+            stream.advance(block)
         yield block
 
 
@@ -90,8 +97,7 @@ class Propagation:
             mask, device = self.dense.tokens.mask, self.narrow.model.device
             self.method.refine(block, self.inputs[mask].to(device), self.targets[mask].to(device))
         check_finite(block)
-        for batch in self.narrow.batches:
-            self.narrow.put(batch, self.narrow.through(block, self.narrow.at(batch)))
+        self.narrow.advance(block)
 
     def _apply(
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics

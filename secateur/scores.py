@@ -17,7 +17,6 @@ from secateur.measure import Divergence, measure_losses, windows_to_measure
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
 from secateur.records import Record, read_record
-from secateur.statistics import Needs
 from secateur.text import Tokens
 from secateur.units import Unit
 from secateur.version import __version__
@@ -36,23 +35,25 @@ class Scores(Record):
         dtype: number format that it was computed in.
         method: name of the method.
         options: its fields but for ``keep``, which no score depends on.
+        reading: what the allocator read of every block.
         measured: whether losses are in it.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     secateur: str
     model: str
     calibration: str
     dtype: str
     method: str
     options: dict[str, int | float | str]
+    reading: str
     measured: bool
-    influence: tuple[FiniteFloat, ...]
+    readings: tuple[tuple[FiniteFloat, ...], ...]
     curves: dict[str, tuple[FiniteFloat, ...]]
     losses: dict[str, tuple[FiniteFloat, ...]] | None
 
 
-def identity(model: Model, method: Method, tokens: Tokens, measured: bool) -> dict[str, Any]:
+def identity(model: Model, method: Method, tokens: Tokens, allocator: Allocator) -> dict[str, Any]:
     """The fields that say what scores are of."""
     return {
         "secateur": __version__,
@@ -61,7 +62,8 @@ def identity(model: Model, method: Method, tokens: Tokens, measured: bool) -> di
         "dtype": str(model.module.dtype).removeprefix("torch."),
         "method": method.name,
         "options": {name: value for name, value in asdict(method).items() if name != "keep"},
-        "measured": measured,
+        "reading": allocator.reading,
+        "measured": allocator.measured,
     }
 
 
@@ -98,15 +100,15 @@ def _evidence(scores: Scores, own: dict[str, Any], units: Sequence[Unit], path: 
     refuse_difference(f"scores {str(path)!r}", there, own, advice)
     if scores.measured and scores.losses is None:
         raise InputError(f"scores {str(path)!r}: losses are missing, though they were measured.")
-    if len(scores.influence) != 1 + max(unit.block for unit in units):
-        raise InputError(f"scores {str(path)!r}: influence doesn't match the blocks of the model.")
+    if len(scores.readings) != 1 + max(unit.block for unit in units):
+        raise InputError(f"scores {str(path)!r}: readings don't match the blocks of the model.")
     sizes = {unit.name: unit.size + 1 for unit in units}
     for field in ("curves", "losses") if scores.losses is not None else ("curves",):
         if {name: len(curve) for name, curve in getattr(scores, field).items()} != sizes:
             raise InputError(f"scores {str(path)!r}: {field} don't match the units of the model.")
     return Evidence(
         {name: Curve(errors) for name, errors in scores.curves.items()},
-        scores.influence,
+        scores.readings,
         None if scores.losses is None else {n: Curve(x) for n, x in scores.losses.items()},
     )
 
@@ -116,7 +118,7 @@ def keep_evidence(own: dict[str, Any], evidence: Evidence, file: Path | None) ->
     losses = evidence.losses
     scores = Scores(
         **own,
-        influence=tuple(evidence.influence),
+        readings=tuple(evidence.readings),
         curves={name: curve.errors for name, curve in evidence.curves.items()},
         losses=None if losses is None else {name: c.errors for name, c in losses.items()},
     )
@@ -134,23 +136,23 @@ def score(
     allocator: Allocator | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Evidence:
-    """Every unit's predicted error at every size, every block's influence, and measured losses.
+    """Every unit's predicted error at every size, readings of every block, and measured losses.
 
     Losses only where ``allocator``, by default the method's own, spends by them. One evidence
     serves every budget, target and multiple. ``advance`` is told how many units are done.
     """
     allocator = allocator or method.allocator
-    units = model.units(1)
+    units, needs = method.units(model, 1), method.needs | allocator.needs
     curves: dict[str, Curve] = {}
     losses: dict[str, Curve] = {}
-    influence: list[float] = []
+    readings: list[tuple[float, ...]] = []
     with torch.no_grad():
         divergence = None
         if allocator.measured:
             divergence = Divergence(model, windows_to_measure(tokens, len(units)))
         for block in model.blocks:
-            statistics = store.get(block.index, method.needs | {Needs.INFLUENCE}, model.device)
-            influence.append(float(statistics[Needs.INFLUENCE].mean))
+            statistics = store.get(block.index, needs, model.device)
+            readings.append(allocator.read(block, statistics))
             own = [unit for unit in units if unit.block == block.index]
             solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
             curves |= {name: solution.curve for name, solution in solutions.items()}
@@ -158,4 +160,4 @@ def score(
                 advance(len(own))
             else:
                 losses |= measure_losses(divergence, block, own, solutions, advance)
-    return Evidence(curves, influence, losses if allocator.measured else None)
+    return Evidence(curves, readings, losses if allocator.measured else None)

@@ -99,6 +99,23 @@ class Energy(Statistic):
         return values[0][mask].square().sum(0)
 
 
+class Moments(Statistic):
+    """Σ x and Σ x² of every coordinate of (batch, tokens, n) activations: (2, n).
+
+    Both in float64, as a variance is a small difference of large sums where a mean is large.
+    """
+
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        rows = values[0][mask].double()
+        return torch.stack((rows.sum(0), rows.square().sum(0)))
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean squared deviation from the mean: (n)."""
+        first, second = self.mean.unbind()
+        return (second - first.square()).clamp_min(0.0)
+
+
 class Influence(Statistic):
     """Σ (1 − cosine) between a block's input and output, both (batch, tokens, hidden).
 
@@ -194,6 +211,10 @@ class Needs:
     VALUE_GRAM: ClassVar = Need("value", HeadGram)
     INFLUENCE: ClassVar = Need("block", Influence)
     MIXED_GRAM: ClassVar = Need("mixed", Gram)
+    HIDDEN_ENERGY: ClassVar = Need("hidden", Energy)
+    MIXED_ENERGY: ClassVar = Need("mixed", Energy)
+    HIDDEN_MOMENTS: ClassVar = Need("hidden", Moments)
+    MIXED_MOMENTS: ClassVar = Need("mixed", Moments)
     PAIR_SCORES: ClassVar = Need("scores", PairScores)
     HIDDEN_TARGET: ClassVar = Need("hidden", Cross)
     MIXED_TARGET: ClassVar = Need("mixed", Cross)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur.block import Block
@@ -72,6 +73,12 @@ class Stream:
         output = block.module(states, *call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
+
+    @torch.no_grad()
+    def advance(self, block: Block) -> None:
+        """Move all batches on to behind a block."""
+        for batch in self.batches:
+            self.put(batch, self.through(block, self.at(batch)))
 
     def logits(self, batch: slice, states: Tensor) -> Tensor:
         """What the model's head makes of the states of a batch behind the last block."""

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 INDEX_BYTES = 8  # a kept rotary pair is stored as int64
+WIDTHS = ("mlp", "query_key", "value_output")
+WHOLE_HEADS = ("mlp", "heads")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Unit(ABC):
         step: sizes other than today's are multiples of this.
         hidden: width of the residual stream.
         least: smallest size; 0 where the unit may go altogether.
+        new_bias: whether its reader has no bias today and gets one when it is narrowed.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Unit(ABC):
     step: int
     hidden: int
     least: int = field(default=0, kw_only=True)
+    new_bias: bool = field(default=False, kw_only=True)
 
     @property
     @abstractmethod
@@ -68,6 +72,8 @@ class Unit(ABC):
     def cost(self, size: int, itemsize: int) -> Cost:
         """The price at ``size`` when a stored number takes ``itemsize`` bytes."""
         parameters = self.parameters(size)
+        if self.new_bias and size < self.size:
+            parameters += self.hidden
         return Cost(
             parameters=parameters,
             bytes=parameters * itemsize + self.index_bytes(size),
@@ -149,3 +155,30 @@ class ValueOutput(Unit):
 
     def cached(self, size: int) -> int:
         return size * self.kv_heads or 1  # the cache counts tokens by what it holds
+
+
+@dataclass(frozen=True)
+class Heads(Unit):
+    """KV heads of a block, each with the query heads that read it; they stay or go as a whole."""
+
+    group: int  #: query heads that read a KV head
+    query_key: int
+    value: int
+    query_bias: bool
+    key_bias: bool
+    value_bias: bool
+
+    @property
+    def kind(self) -> str:
+        return "heads"
+
+    def matrix_parameters(self, size: int) -> int:
+        return size * self.hidden * (self.group + 1) * (self.query_key + self.value)
+
+    def parameters(self, size: int) -> int:
+        queries_and_keys = self.group * self.query_bias + self.key_bias
+        biases = self.query_key * queries_and_keys + self.value * self.value_bias
+        return self.matrix_parameters(size) + size * biases
+
+    def cached(self, size: int) -> int:
+        return size * (self.query_key + self.value) or 1

@@ -8,6 +8,7 @@ ALLOCATORS = {
     "uniform": "secateur.allocate.uniform:Uniform",
     "influence": "secateur.allocate.influence:EntropicInfluence",
     "knapsack": "secateur.allocate.knapsack:Knapsack",
+    "fluctuation": "secateur.allocate.fluctuation:Fluctuation",
     "plain": "secateur.allocate.plain:PlainWidth",
 }
 

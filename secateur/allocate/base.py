@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from secateur.block import Block
 from secateur.curve import Curve
 from secateur.options import checked
 from secateur.prices import Prices
+from secateur.statistics import BlockStatistics, Need, Needs
 from secateur.units import Unit
 
 
@@ -17,13 +19,13 @@ class Evidence:
 
     Attributes:
         curves: unit name → predicted error of the unit's own output.
-        influence: of every block.
+        readings: of every block, what the allocator has read from it.
         losses: unit name → measured divergence of the model's output, in nats a token, while that
             unit alone is narrowed; None where the allocator does not need it.
     """
 
     curves: Mapping[str, Curve]
-    influence: Sequence[float] = ()
+    readings: Sequence[tuple[float, ...]] = ()
     losses: Mapping[str, Curve] | None = None
 
 
@@ -39,6 +41,17 @@ class Allocator(ABC):
     source: ClassVar[str]
     #: whether it spends by the losses of :class:`Evidence`, which cost forward passes to measure
     measured: ClassVar[bool] = False
+    #: statistics that :meth:`read` wants
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.INFLUENCE})
+
+    @property
+    def reading(self) -> str:
+        """What :meth:`read` reads, with all options that it depends on."""
+        return "influence"
+
+    def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
+        """What it wants to know of a dense block, beside its curves: here, the block influence."""
+        return (float(statistics[Needs.INFLUENCE].mean),)
 
     def __post_init__(self) -> None:
         checked(self)

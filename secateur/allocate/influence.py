@@ -55,10 +55,11 @@ class EntropicInfluence(ShareAllocator):
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, float]:
         """1 − φ of the unit's block."""
-        weights = [0] * len(evidence.influence)
+        influence = [reading[0] for reading in evidence.readings]
+        weights = [0] * len(influence)
         for unit in units:
             weights[unit.block] += prices.of(unit, unit.size)
-        sparsity = self.sparsities(evidence.influence, weights, 1 - keep)
+        sparsity = self.sparsities(influence, weights, 1 - keep)
         return {unit.name: 1 - sparsity[unit.block] for unit in units}
 
     def sparsities(

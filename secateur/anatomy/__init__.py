@@ -3,7 +3,7 @@
 Nothing here imports transformers, so that the families are known while it is being imported.
 """
 
-from secateur.anatomy.base import Anatomy, Heads, Projection, Projections
+from secateur.anatomy.base import Anatomy, HeadLayout, Projection, Projections
 from secateur.anatomy.gpt2 import GPT2
 from secateur.anatomy.gpt_neox import GPT_NEOX
 from secateur.anatomy.llama import LLAMA
@@ -13,7 +13,7 @@ from secateur.anatomy.qwen import QWEN2, QWEN3
 
 FAMILIES: tuple[Anatomy, ...] = (LLAMA, QWEN2, QWEN3, PHI3, OPT, GPT2, GPT_NEOX)
 
-__all__ = ["FAMILIES", "Anatomy", "Heads", "Projection", "Projections", "find"]
+__all__ = ["FAMILIES", "Anatomy", "HeadLayout", "Projection", "Projections", "find"]
 
 
 def find(model_type: str) -> Anatomy | None:

@@ -24,7 +24,7 @@ class Projections(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadLayout:
     """Head layout of one attention: counts, width of a head, and how many of its dims rotate."""
 
     heads: int
@@ -33,7 +33,7 @@ class Heads:
     rotary: int
 
     @classmethod
-    def of(cls, config: Any, rotary: bool) -> "Heads":
+    def of(cls, config: Any, rotary: bool) -> "HeadLayout":
         """Read the layout from a transformers config."""
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -67,7 +67,7 @@ class Anatomy:
     model_types: tuple[str, ...]
     blocks: str
     attention: str
-    project: Callable[[nn.Module, Heads], Projections]
+    project: Callable[[nn.Module, HeadLayout], Projections]
     producers: tuple[tuple[str, int], ...]
     activation: str
     consumer: str
@@ -75,10 +75,10 @@ class Anatomy:
     rotary: bool
 
 
-def separate(q: str, k: str, v: str, o: str) -> Callable[[nn.Module, Heads], Projections]:
+def separate(q: str, k: str, v: str, o: str) -> Callable[[nn.Module, HeadLayout], Projections]:
     """For families that keep the four maps in four linears with these names."""
 
-    def project(attention: nn.Module, _: Heads) -> Projections:
+    def project(attention: nn.Module, _: HeadLayout) -> Projections:
         return Projections(*(linear(attention.get_submodule(name)) for name in (q, k, v, o)))
 
     return project

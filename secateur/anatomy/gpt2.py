@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from secateur.anatomy.base import Anatomy, Heads, Projection, Projections, split
+from secateur.anatomy.base import Anatomy, HeadLayout, Projection, Projections, split
 
 
-def project(attention: nn.Module, heads: Heads) -> Projections:
+def project(attention: nn.Module, heads: HeadLayout) -> Projections:
     """The fused Conv1D holds all queries, then all keys, then all values."""
     width = heads.heads * heads.width
     q, k, v = split(conv1d(attention.get_submodule("c_attn")), width, width, width)

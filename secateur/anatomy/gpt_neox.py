@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from secateur.anatomy.base import Anatomy, Heads, Projection, Projections, linear
+from secateur.anatomy.base import Anatomy, HeadLayout, Projection, Projections, linear
 
 
-def project(attention: nn.Module, heads: Heads) -> Projections:
+def project(attention: nn.Module, heads: HeadLayout) -> Projections:
     """Each head's rows in the fused linear are its query, its key, its value."""
     fused = linear(attention.get_submodule("query_key_value"))
     parts = (heads.heads, 3, heads.width)

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from secateur.anatomy.base import Anatomy, Heads, Projections, linear, split
+from secateur.anatomy.base import Anatomy, HeadLayout, Projections, linear, split
 
 
-def project(attention: nn.Module, heads: Heads) -> Projections:
+def project(attention: nn.Module, heads: HeadLayout) -> Projections:
     """The fused linear holds all queries, then all keys, then all values."""
     kv = heads.kv_heads * heads.width
     fused = linear(attention.get_submodule("qkv_proj"))

@@ -7,6 +7,8 @@ from secateur.named import by_name
 METHODS = {
     "auto": "secateur.methods.auto:Auto",
     "modegpt": "secateur.methods.modegpt:MoDeGPT",
+    "flap": "secateur.methods.flap:FLAP",
+    "wanda-sp": "secateur.methods.wanda_sp:WandaSP",
 }
 
 

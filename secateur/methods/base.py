@@ -12,10 +12,11 @@ from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.options import checked, option
 from secateur.statistics import BlockStatistics, Need
-from secateur.units import Unit
+from secateur.units import WIDTHS, Unit
 
 if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
+    from secateur.model import Model
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Narrowing:
     """What replaces an axis z of width n by one of width k: z W becomes (z E) Ŵ.
 
     Attributes:
-        keep: the kept coordinates, in order: (k) for an MLP, (kv heads, k) for query/key. None
-            where E is a dense basis.
+        keep: the kept coordinates, in order: (k) for an MLP or for KV heads, (kv heads, k) for
+            query/key. None where E is a dense basis.
         encode: E, (kv heads, n, k), multiplied into the values, or into the queries of the heads
             that read a KV head, whose keys are selected. None where E selects.
         consumer: Ŵ in place of the consumer's rows: (k, outputs) for an MLP, (heads · k, outputs)
             for value/output. None leaves the kept rows as they are.
+        bias: a constant for the consumer's output in place of what is gone, (outputs).
 
     Value/output without ``encode`` keeps its width, and only the consumer changes.
     """
@@ -36,6 +38,7 @@ class Narrowing:
     keep: Tensor | None = None
     encode: Tensor | None = None
     consumer: Tensor | None = None
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class Method(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[Need]]
+    #: the axes that it narrows
+    kinds: ClassVar[tuple[str, ...]] = WIDTHS
+    #: whether a block's statistics are read once more, behind the narrowed blocks before it
+    rereads: ClassVar[bool] = False
     keep: float = option(0.8, "share of the target that stays")
 
     def __post_init__(self) -> None:
@@ -73,6 +80,15 @@ class Method(ABC):
     @abstractmethod
     def allocator(self) -> "Allocator":
         """What spends the budget when nothing else is asked for."""
+
+    @property
+    def biased(self) -> bool:
+        """Whether narrowing makes up for what is gone by a bias."""
+        return False
+
+    def units(self, model: "Model", multiple_of: int) -> list[Unit]:
+        """All axes of a model that it can narrow, block by block."""
+        return model.units(multiple_of, self.kinds, self.biased)
 
     @abstractmethod
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:

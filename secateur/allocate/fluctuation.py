@@ -1,0 +1,88 @@
+"""FLAP's allocation: one threshold over all blocks' standardised fluctuations."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Evidence, ShareAllocator
+from secateur.block import Block
+from secateur.prices import Prices
+from secateur.statistics import BlockStatistics, Moments, Need, Needs
+from secateur.units import Unit
+
+
+def fluctuations(kind: str, block: Block, statistics: BlockStatistics) -> Tensor:
+    """Var(x_j) ‖W_j‖² of what a matrix reads: (channels, 1), or (KV heads, coordinates of each)."""
+    rows = block.read(kind)
+    moments = statistics[Needs.HIDDEN_MOMENTS if kind == "mlp" else Needs.MIXED_MOMENTS]
+    assert isinstance(moments, Moments)
+    found: Tensor = moments.variance.view(rows.shape[:2]) * rows.square().sum(2)
+    return found
+
+
+@dataclass(frozen=True)
+class Fluctuation(ShareAllocator):
+    """The widths that FLAP's global threshold leaves, for any method.
+
+    Channels' fluctuations, and coordinates' squared ones averaged over a KV head, are standardised
+    in every block,
+
+        z = (s − mean s) / std s
+
+    and the largest z stay, whatever block they are of, until their price is the budget. Don't use
+    it where measured losses are at hand: what a z is worth differs from block to block.
+
+    Source: arXiv 2312.11983, section 3.3.
+    """
+
+    name: ClassVar[str] = "fluctuation"
+    summary: ClassVar[str] = "one threshold over standardised fluctuations of all blocks"
+    source: ClassVar[str] = "arXiv 2312.11983"
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_MOMENTS, Needs.MIXED_MOMENTS})
+
+    @property
+    def reading(self) -> str:
+        """Standardised scores."""
+        return "fluctuations"
+
+    def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
+        """z of the KV heads, then of the channels."""
+        heads = standardised(fluctuations("heads", block, statistics).square()).mean(1)
+        channels = standardised(fluctuations("mlp", block, statistics)).squeeze(1)
+        return tuple(torch.cat((heads, channels)).tolist())
+
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
+        """The share of channels, or of KV heads, above the threshold."""
+        blocks, owners, scores, weights = len(evidence.readings), [], [], []
+        whole = {(u.block, u.kind == "mlp"): 0 for u in units}
+        for unit in units:
+            whole[unit.block, unit.kind == "mlp"] += prices.of(unit, unit.size)
+        mlps = {unit.block: unit.size for unit in units if unit.kind == "mlp"}
+        for block in range(blocks):
+            reading = evidence.readings[block]
+            heads = len(reading) - mlps[block]
+            for position, z in enumerate(reading):
+                mlp = position >= heads
+                owners.append((block, mlp))
+                scores.append(z)
+                weights.append(whole.get((block, mlp), 0) / (mlps[block] if mlp else heads))
+        order = torch.tensor(scores).argsort(descending=True, stable=True)
+        spent = torch.tensor(weights, dtype=torch.float64)[order].cumsum(0)
+        kept = order[spent <= keep * float(spent[-1]) * (1 + 1e-12)].tolist()
+        share = dict.fromkeys(whole, 0.0)
+        counts = {owner: owners.count(owner) for owner in share}
+        for index in kept:
+            share[owners[index]] += 1 / counts[owners[index]]
+        return {unit.name: share[unit.block, unit.kind == "mlp"] for unit in units}
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1; nothing but zeros where all are equal."""
+    spread = scores.std(correction=1) if scores.numel() > 1 else scores.new_zeros(())
+    centred = scores - scores.mean()
+    return centred / spread if float(spread) > 0 else torch.zeros_like(centred)

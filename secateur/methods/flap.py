@@ -1,0 +1,73 @@
+"""FLAP: channels whose activation varies least are replaced by its mean."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.fluctuation import Fluctuation, fluctuations
+from secateur.block import Block, mixed_bias
+from secateur.methods.scored import ScoredMethod
+from secateur.options import option
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class FLAP(ScoredMethod):
+    """Fluctuation-based pruning: a bias takes the place of the mean, so the variance is the loss.
+
+    With x_j a coordinate that W reads, over all tokens,
+
+        wifv_j = Var(x_j) · ‖W_j‖²        the expected squared error of x_j → E x_j
+        b     += Σ_gone E x_j · W_j
+
+    Channels go by wifv, KV heads by the sum of wifv² over their query heads' coordinates, as the
+    published code has it. Don't use it below some 0.7, or where a runtime has no place for biases
+    (``bias`` 0 leaves them out).
+
+    Source: An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+    arXiv 2312.11983, equations 5 to 8.
+    """
+
+    compensate: int = option(1, "1 makes up for what is gone by a bias, 0 does not", 0, 1)
+
+    name: ClassVar[str] = "flap"
+    summary: ClassVar[str] = "channels and heads that fluctuate least, replaced by their mean"
+    source: ClassVar[str] = "arXiv 2312.11983"
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_MOMENTS, Needs.MIXED_MOMENTS})
+
+    @property
+    def allocator(self) -> Allocator:
+        """One threshold for all standardised scores."""
+        return Fluctuation()
+
+    @property
+    def biased(self) -> bool:
+        """A bias stands for the mean."""
+        return bool(self.compensate)
+
+    def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """What to rank by."""
+        found = fluctuations(unit.kind, block, statistics)
+        return found.squeeze(1) if unit.kind == "mlp" else found.square().sum(1)
+
+    def errors(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """The expected squared error."""
+        return fluctuations(unit.kind, block, statistics).sum(1)
+
+    def bias(
+        self, unit: Unit, block: Block, statistics: BlockStatistics, gone: Tensor
+    ) -> Tensor | None:
+        """What the mean of all that is gone would have added."""
+        if not self.compensate:
+            return None
+        rows = block.read(unit.kind)
+        need = Needs.HIDDEN_MOMENTS if unit.kind == "mlp" else Needs.MIXED_MOMENTS
+        mean = statistics[need].mean[0]
+        if unit.kind == "heads" and (own := mixed_bias(block.attention)) is not None:
+            mean = mean + own
+        means = mean.view(rows.shape[:2])
+        constant: Tensor = means[gone].flatten() @ rows[gone].flatten(0, 1)
+        return constant

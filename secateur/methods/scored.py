@@ -1,0 +1,50 @@
+"""Methods that give every channel and every KV head one number and remove the smallest."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.block import Block
+from secateur.curve import Curve
+from secateur.methods.base import Method, Narrowing, Solution
+from secateur.statistics import BlockStatistics
+from secateur.units import WHOLE_HEADS, Unit
+
+
+class ScoredMethod(Method):
+    """Ranks MLP channels and whole KV heads, and refits nothing but perhaps a bias.
+
+    Cheap, and what most structured pruning does. Don't use such a method where a few percent of
+    perplexity matter: what stays is not adapted to what is gone.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = WHOLE_HEADS
+
+    @abstractmethod
+    def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """What every channel or KV head is worth, (size)."""
+
+    def errors(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """What removing it adds to the predicted error, (size), at least 0; here the score."""
+        return self.scores(unit, block, statistics)
+
+    def bias(
+        self, unit: Unit, block: Block, statistics: BlockStatistics, gone: Tensor
+    ) -> Tensor | None:
+        """A constant that makes up for channels or heads ``gone``, (outputs); here none."""
+        return None
+
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The best scores stay."""
+        scores = self.scores(unit, block, statistics).double()
+        order = torch.sort(scores, descending=True, stable=True).indices
+        lost = self.errors(unit, block, statistics).double()[order]
+        tail = torch.cat((lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)))
+
+        def at(size: int) -> Narrowing:
+            keep, gone = torch.sort(order[:size]).values, torch.sort(order[size:]).values
+            return Narrowing(keep=keep, bias=self.bias(unit, block, statistics, gone))
+
+        return Solution(Curve.of(tail), at)

@@ -1,0 +1,48 @@
+"""Wanda-sp: weight times activation norm, block after block."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.uniform import Uniform
+from secateur.block import Block
+from secateur.methods.scored import ScoredMethod
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class WandaSP(ScoredMethod):
+    """Wanda's score summed over whole channels and heads, read behind what is already narrowed.
+
+    With x what a matrix W reads and o its outputs,
+
+        s_j = ‖x_j‖ · mean_o |W_jo|,   a KV head's is the sum over its query heads' coordinates
+
+    Statistics of a block come from the model whose earlier blocks are narrowed. Don't use it below
+    some 0.8: nothing makes up for what is gone.
+
+    Source: An et al., "Fluctuation-based Adaptive Structured Pruning", arXiv 2312.11983, which has
+    it as its baseline; Sun et al., arXiv 2306.11695, equation 1, for the score.
+    """
+
+    name: ClassVar[str] = "wanda-sp"
+    summary: ClassVar[str] = "channels and heads by weight times activation norm, sequential"
+    source: ClassVar[str] = "arXiv 2306.11695, 2312.11983"
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_ENERGY, Needs.MIXED_ENERGY})
+    rereads: ClassVar[bool] = True
+
+    @property
+    def allocator(self) -> Allocator:
+        """One ratio for all."""
+        return Uniform()
+
+    def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """Norm times mean weight, summed over what goes together."""
+        need = Needs.HIDDEN_ENERGY if unit.kind == "mlp" else Needs.MIXED_ENERGY
+        rows = block.read(unit.kind)  # size, coordinates of each, outputs
+        norms = statistics[need].mean.view(rows.shape[:2]).sqrt()
+        scores: Tensor = (norms * rows.abs().mean(2)).sum(1)
+        return scores
