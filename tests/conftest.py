@@ -57,10 +57,10 @@ def opened(dense: Callable[[str], Path]) -> Callable[..., Model]:
 
 @pytest.fixture(scope="session")
 def calibrated(opened: Callable[..., Model]) -> Callable[[str], Calibrated]:
-    """Variant name to statistics for all methods; not to be changed."""
+    """Variant name to statistics for all methods and their allocators; not to be changed."""
     needs = frozenset()
     for method in map(method_class, METHODS):
-        needs |= method.needs
+        needs |= method.needs | method().allocator.needs
 
     @cache
     def statistics(name: str) -> Calibrated:

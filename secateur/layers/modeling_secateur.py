@@ -100,7 +100,7 @@ class NarrowAttention(nn.Module):
         query = self.q_proj(hidden_states).view(*tokens, self.heads, self.query_key)
         key = self.k_proj(hidden_states).view(*tokens, self.kv_heads, self.query_key)
         value = self.v_proj(hidden_states).view(*tokens, self.kv_heads, self.value).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and self.query_key:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.rotary != "none" and position_embeddings is not None:

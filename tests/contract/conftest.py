@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,42 @@ from secateur.methods.base import Method
 from secateur.pipeline import Prepared, Stopwatch, write
 from secateur.plan import revise
 from secateur.progress import Progress
+from secateur.units import Unit
 from tests.conftest import Calibrated
 from tests.families import FAMILIES
 
 READER = Path(__file__).with_name("reader.py")
 KINDS = ("full", "plain", "layered", "mixed", "gone")
+
+#: Methods that are tested on every variant, and the variants that every method is tested on: one
+#: without biases, one with biases everywhere, one with norms in its heads. The rest is slow.
+EVERYWHERE = ("auto", "modegpt", "flap")
+ALWAYS = ("llama", "gpt2", "qwen3")
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers are looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        asked = parameters(item)
+        every = asked.get("method", EVERYWHERE[0]) in EVERYWHERE
+        if not every and asked.get("name", ALWAYS[0]) not in ALWAYS:
+            item.add_marker(pytest.mark.slow)
+
+
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    found: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    return found
+
+
+def methods(applies: Callable[[type[Method]], bool]) -> Any:
+    """The test is for methods to which something applies."""
+    names = [name for name in METHODS if applies(method_class(name))]
+    return pytest.mark.parametrize("method", names, indirect=True)
+
+
+def narrowing(kind: str) -> Any:
+    """The test is for methods that narrow this kind of units."""
+    return methods(lambda method: kind in method.kinds)
 
 
 @dataclass(frozen=True)
@@ -90,26 +121,42 @@ def planned(
 def resized(plan: Plan, model: Model, evidence: Evidence, sizes: dict[str, int]) -> Plan:
     """The plan with some sizes edited by hand."""
     rows = tuple(r.model_copy(update={"after": sizes.get(r.unit, r.before)}) for r in plan.units)
-    return revise(plan.model_copy(update={"units": rows}), model, evidence)
+    plan = plan.model_copy(update={"units": rows})
+    return revise(plan, model, plan.build_method(), evidence)
 
 
-def sizes_of(kind: str) -> dict[str, int]:
-    """Hand-made sizes; units that are not named stay as they are."""
+def sizes_of(kind: str, units: dict[str, Unit]) -> dict[str, int]:
+    """Hand-made sizes of those of ``units`` that don't stay as they are."""
     if kind == "plain":
-        return {f"layers.{i}.mlp": 40 for i in range(3)}
-    if kind == "gone":  # the scores of one block, the attention of another, an MLP
-        return {
+        wanted = {f"layers.{i}.mlp": 40 for i in range(3)}
+    elif kind == "gone":  # the scores of one block, the attention of another, an MLP
+        wanted = {
             "layers.0.query_key": 0,
+            "layers.0.heads": 1,
             "layers.1.query_key": 0,
             "layers.1.value_output": 0,
+            "layers.1.heads": 0,
             "layers.2.mlp": 0,
         }
-    return {
-        "layers.1.mlp": 24,
-        "layers.1.query_key": 4,
-        "layers.2.mlp": 48,
-        "layers.2.value_output": 3,
-    }
+    else:
+        wanted = {
+            "layers.1.mlp": 24,
+            "layers.1.query_key": 4,
+            "layers.1.heads": 1,
+            "layers.2.mlp": 48,
+            "layers.2.value_output": 3,
+        }
+        if (heads := units.get("layers.2.heads")) is not None:
+            wanted[heads.name] = heads.size - 1
+    return {name: max(size, units[name].least) for name, size in wanted.items() if name in units}
+
+
+def for_stock_classes(method: type[Method], keep: float) -> Method:
+    """The method without biases that stock classes may have no place for."""
+    if method().biased:
+        assert "compensate" in {field.name for field in fields(method)}
+        return method(keep=keep, compensate=0)
+    return method(keep=keep)
 
 
 @pytest.fixture(scope="session")
@@ -123,12 +170,10 @@ def write_to(
 
     def make(folder: Path, method: type[Method], name: str, kind: str) -> Written:
         model, data = opened(name), calibrated(name)
-        plan = planned(model, name, method(keep=1.0 if kind == "full" else 0.7))
+        made = for_stock_classes(method, 0.7) if kind == "plain" else method(keep=0.7)
+        plan = planned(model, name, replace(made, keep=1.0) if kind == "full" else made)
         if kind in ("plain", "mixed", "gone"):
-            units = {unit.name: unit for unit in model.units(8)}
-            sizes = {
-                u: max(size, units[u].least) for u, size in sizes_of(kind).items() if u in units
-            }
+            sizes = sizes_of(kind, {unit.name: unit for unit in made.units(model, 8)})
             plan = resized(plan, model, scored(name, method), sizes)
         prepared = Prepared(model, data.tokens, data.store, plan.build_method(), plan)
         memory, ids = write(prepared, folder, Stopwatch(), Progress())
@@ -164,12 +209,18 @@ class Reading:
 
 @pytest.fixture(scope="session")
 def readings(
-    tmp_path_factory: pytest.TempPathFactory, written: Callable[[str, str], Written]
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    written: Callable[[str, str], Written],
+    method: type[Method],
 ) -> Callable[[str], Callable[[str, str], Reading]]:
     """Route to a look-up by variant and kind.
 
     Routes: "secateur" imports it; "stranger" cannot, and trusts the code beside the weights.
+    Variants that no test asks for are not written.
     """
+    asked = [parameters(item) for item in request.session.items]
+    names = {own.get("name") for own in asked if own.get("method") == method.name}
 
     @cache
     def started() -> dict[str, tuple[Path, subprocess.Popen[str]]]:
@@ -179,7 +230,7 @@ def readings(
         kinds = KINDS if route == "stranger" else ("layered", "mixed", "gone")
         folder = tmp_path_factory.mktemp(route)
         jobs = {}
-        for name in FAMILIES:
+        for name in (name for name in FAMILIES if name in names):
             for kind in kinds:
                 made = written(name, kind)
                 ids = made.ids.tolist()

@@ -89,7 +89,7 @@ def read(source: str, ids: list[int], trust: dict[str, bool], again: Path) -> An
         said["alone"] = torch.cat(alone)
         model.set_attn_implementation("eager")
         maps = model(input_ids=prompt, use_cache=False, output_attentions=True).attentions
-        said["attentions"] = torch.stack([a[0] for a in maps])
+        said |= {f"attentions.{i}": a[0] for i, a in enumerate(maps)}
         cache = model(input_ids=prompt, use_cache=True).past_key_values
         facts["cache"] = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
 

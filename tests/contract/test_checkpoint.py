@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from secateur import pipeline
 from secateur.checkpoint import Writer
 from tests.contract.conftest import logits, spread
-from tests.families import FAMILIES, HIDDEN, NORMED
+from tests.families import FAMILIES, HIDDEN
 
 ROUTES = [
     ("stranger", "plain"),
@@ -73,14 +73,20 @@ def test_a_loaded_checkpoint_saves_and_loads_again(readings, name, route, kind):
 
 @every_family
 @every_route
-def test_attention_maps_are_given_out(readings, name, route, kind):
-    maps = readings(route)(name, kind).tensors["attentions"]
-    assert maps.shape == (3, 4, 24, 24)
-    paid = torch.ones(3, 4, 24)
-    if kind == "gone" and name not in NORMED:
-        paid[1] = 0  # that block has no attention left
-    torch.testing.assert_close(maps.sum(-1), paid)
-    assert bool((maps.triu(1) == 0).all())
+def test_attention_maps_are_given_out(readings, written, name, route, kind):
+    said, rows = readings(route)(name, kind).tensors, written(name, kind).plan.units
+    for i in range(3):
+        own = {row.kind: row for row in rows if row.unit.startswith(f"layers.{i}.")}
+        values = own.get("heads", own.get("value_output"))
+        heads, paid = 4, 1.0
+        if values is not None and values.after == 0:
+            paid = 0.0  # that block has no attention left
+        elif "heads" in own:
+            heads = 4 * values.after // values.before
+        maps = said[f"attentions.{i}"]
+        assert maps.shape == (heads, 24, 24)
+        torch.testing.assert_close(maps.sum(-1), torch.full((heads, 24), paid))
+        assert bool((maps.triu(1) == 0).all())
 
 
 @every_family
@@ -112,11 +118,11 @@ def stored(made):
 
 @every_family
 @pytest.mark.parametrize("kind", ["plain", "layered", "mixed", "gone"])
-def test_bytes_on_disk_are_those_of_the_plan(dense, opened, written, name, kind):
+def test_bytes_on_disk_are_those_of_the_plan(dense, opened, written, method, name, kind):
     """Fails for zero-filled tensors of full size, for stale biases and for uncounted indices."""
     made = written(name, kind)
     before = load_file(dense(name) / "model.safetensors")
-    price = {u.name: u.cost(u.size, 4).bytes for u in opened(name).units(8)}
+    price = {u.name: u.cost(u.size, 4).bytes for u in method().units(opened(name), 8)}
     saved = sum(price[row.unit] - row.bytes for row in made.plan.units)
     sizes = [sum(t.nbytes for t in tensors.values()) for tensors in (before, stored(made))]
     assert sizes[0] - sizes[1] == saved > 0
@@ -147,21 +153,25 @@ def test_weights_on_disk_are_narrow_and_changed(dense, opened, written, name):
         "k_proj": attention.kv_heads,
         "v_proj": attention.kv_heads,
     }
-    for kind, out in (("query_key", ("q_proj", "k_proj")), ("value_output", ("v_proj",))):
-        for i in range(3):
-            if f"layers.{i}.{kind}" not in widths:
-                continue
-            for projection in out:
-                found = [k for k in after if f".{i}." in k and k.endswith(f".{projection}.weight")]
-                for key in found:  # where the attention did not change, maps may be fused
-                    assert after[key].shape[0] // heads[projection] == widths[f"layers.{i}.{kind}"]
+    each = {"query_key": 1, "value_output": 1, "heads": attention.kv_heads / attention.value}
+    narrowed = {
+        "query_key": ("q_proj", "k_proj"),
+        "value_output": ("v_proj",),
+        "heads": ("q_proj", "k_proj", "v_proj"),
+    }
+    for row in made.plan.units:
+        for projection in narrowed.get(row.kind, ()):
+            layer = row.unit.removeprefix("layers").removesuffix(row.kind)
+            found = [k for k in after if layer in k and k.endswith(f".{projection}.weight")]
+            for key in found:  # where the attention did not change, maps may be fused
+                assert after[key].shape[0] / heads[projection] * each[row.kind] == row.after
 
 
 @every_family
 @pytest.mark.parametrize("kind", ["layered", "mixed", "gone"])
-def test_cache_is_as_narrow_as_the_plan_says(opened, readings, written, name, kind):
+def test_cache_is_as_narrow_as_the_plan_says(opened, readings, written, method, name, kind):
     made = written(name, kind)
-    units = {u.name: u for u in opened(name).units(8)}
+    units = {u.name: u for u in method().units(opened(name), 8)}
     facts, full = (readings("stranger")(name, k).facts for k in (kind, "full"))
     saved = sum(
         units[row.unit].cost(row.before, 4).cache_bytes_per_token - row.cache_bytes_per_token

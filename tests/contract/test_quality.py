@@ -8,8 +8,9 @@ import torch
 from secateur.apply import narrow_block
 from secateur.errors import InputError
 from secateur.methods.base import Narrowing, Solution
+from secateur.methods.scored import ScoredMethod
 from secateur.statistics import Needs
-from tests.contract.conftest import logits
+from tests.contract.conftest import logits, methods
 from tests.families import FAMILIES, stream
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -20,16 +21,20 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("multiple_of", [2, 8])
 def test_budget_is_met_to_the_step(opened, planned, method, name, keep, multiple_of):
     model = opened(name)
-    units = {unit.name: unit for unit in model.units(multiple_of)}
-    total = sum(unit.parameters(unit.size) for unit in units.values())
+    units = {unit.name: unit for unit in method().units(model, multiple_of)}
+
+    def price(unit, size):
+        return units[unit].cost(size, 4).parameters
+
+    total = sum(price(unit.name, unit.size) for unit in units.values())
     allowed = {name: method().allocator.choices(unit) for name, unit in units.items()}
-    least = sum(unit.parameters(allowed[unit.name][0]) for unit in units.values())
+    least = sum(price(name, sizes[0]) for name, sizes in allowed.items())
     if least > int(keep * total):
         with pytest.raises(InputError, match=f"{least / total:.3f}"):
             planned(model, name, method(keep=keep), multiple_of)
         return
     plan = planned(model, name, method(keep=keep), multiple_of)
-    spent = sum(units[row.unit].parameters(row.after) for row in plan.units)
+    spent = sum(price(row.unit, row.after) for row in plan.units)
     steps = []
     gone = {
         row.unit.split(".")[1] for row in plan.units if row.kind == "value_output" and not row.after
@@ -40,7 +45,7 @@ def test_budget_is_met_to_the_step(opened, planned, method, name, keep, multiple
         sizes = allowed[row.unit]
         at = sizes.index(row.after)
         if at + 1 < len(sizes):
-            steps.append(units[row.unit].parameters(sizes[at + 1]) - row.parameters)
+            steps.append(price(row.unit, sizes[at + 1]) - row.parameters)
     assert plan.budget.total == total
     assert plan.budget.reached == spent / total <= keep
     assert spent == sum(row.parameters for row in plan.units)
@@ -54,7 +59,7 @@ def test_budget_is_met_to_the_step(opened, planned, method, name, keep, multiple
 def test_predicted_error_falls_with_size(opened, calibrated, method, name):
     made, store = method(), calibrated(name).store
     for block in opened(name).blocks[:2]:
-        for unit in block.units(8):
+        for unit in block.units(8, made.kinds, made.biased):
             curve = made.solve(unit, block, store.get(block.index, made.needs)).curve
             errors = [curve.at(size) for size in range(unit.size + 1)]
             assert errors[0] == pytest.approx(1)
@@ -63,8 +68,8 @@ def test_predicted_error_falls_with_size(opened, calibrated, method, name):
 
 
 def random_choice(unit, size, block, generator):
-    """Any channels, pairs or directions of the same number, and the rows that belong to them."""
-    if unit.kind == "mlp":
+    """As many channels, heads, pairs or directions, and the rows that belong to them."""
+    if unit.kind in ("mlp", "heads"):
         keep = torch.randperm(unit.size, generator=generator)[:size].sort().values
         return Narrowing(keep=keep)
     heads = block.heads.kv_heads
@@ -96,7 +101,7 @@ def damage(opened, calibrated, name, kind, share, chooser=None, method=None):
     ids = stream(128, seed=5).view(4, 32)
     before = logits(model.module, ids)
     for block in model.blocks:
-        units = [unit for unit in block.units(4) if kind in (unit.kind, "all")]
+        units = [u for u in block.units(4, method.kinds, method.biased) if kind in (u.kind, "all")]
         sizes = {u.name: max(u.step, int(share * u.size) // u.step * u.step) for u in units}
         statistics = store.get(block.index, method.needs)
         narrow_block(block, units, sizes, chooser or method, statistics)
@@ -113,25 +118,55 @@ def test_measured_error_falls_with_size(opened, calibrated, method, name):
 
 
 @every_family
-@pytest.mark.parametrize("kind", ["mlp", "query_key", "value_output"])
-def test_measured_error_beats_a_random_choice(opened, calibrated, method, name, kind):
-    if all(unit.kind != kind for unit in opened(name).units(8)):
-        pytest.skip("this family keeps that width")
-    made, random = method(), []
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        chooser = Chosen(lambda u, size, b, _, g=generator: random_choice(u, size, b, g))
-        random.append(damage(opened, calibrated, name, kind, 0.5, chooser, made))
-    own = damage(opened, calibrated, name, kind, 0.5, method=made)
-    assert own < sum(random) / len(random)
+def test_measured_error_beats_a_random_choice(opened, calibrated, method, name):
+    made = method()
+    for kind in dict.fromkeys(unit.kind for unit in made.units(opened(name), 8)):
+        random = []
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            chooser = Chosen(lambda u, size, b, _, g=generator: random_choice(u, size, b, g))
+            random.append(damage(opened, calibrated, name, kind, 0.5, chooser, made))
+        own = damage(opened, calibrated, name, kind, 0.5, method=made)
+        assert own < sum(random) / len(random), kind
 
 
+def what_is_read(model, block, kind, ids):
+    """What reads an axis reads at ids: (tokens, size, coordinates of each)."""
+    reader, seen = block.consumer if kind == "mlp" else block.attention.o_proj, []
+    handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    logits(model.module, ids)
+    handle.remove()
+    return seen[0].reshape(ids.numel(), *block.read(kind).shape[:2])
+
+
+@methods(lambda method: issubclass(method, ScoredMethod))
+@every_family
+def test_what_scores_keep_is_worth_more_than_what_they_remove(opened, calibrated, method, name):
+    """By what the reader makes of it; the mistake: the order upside down."""
+    made, data, model = method(), calibrated(name), opened(name, "float64")
+    block = model.blocks[1]
+    for unit in block.units(4, made.kinds, made.biased):
+        seen, rows = what_is_read(model, block, unit.kind, data.tokens.ids), block.read(unit.kind)
+        solution = made.solve(unit, block, data.store.get(1, made.needs))
+
+        def lost(gone, seen=seen, rows=rows):
+            output = seen[:, gone].flatten(1) @ rows[gone].flatten(0, 1)
+            centred = output - output.mean(0) if made.biased else output
+            return float(centred.square().sum())
+
+        for size in (unit.size // 2, unit.size // 4 or 1, 1):
+            kept = set(solution.at(size).keep.tolist())
+            best = solution.at(unit.size - size).keep.tolist()
+            assert lost([i for i in range(unit.size) if i not in kept]) < lost(best), unit.name
+
+
+@methods(lambda method: "mlp" in method.kinds and not issubclass(method, ScoredMethod))
 @every_family
 def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, name):
     """And the refit matters: the mistake of slicing without it costs more."""
     made, data, model = method(), calibrated(name), opened(name, "float64")
     block, seen = model.blocks[1], []
-    unit = block.units(4)[0]
+    unit = block.units(4, made.kinds)[0]
     handle = block.consumer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     logits(model.module, data.tokens.ids)
     handle.remove()
@@ -150,13 +185,13 @@ def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, nam
         assert measured < 0.98 * without or measured < 1e-6  # only dead channels were left out
 
 
+@methods(lambda method: Needs.VALUE_GRAM in method.needs)
 @every_family
 def test_predicted_value_error_is_the_measured_one(opened, calibrated, method, name):
+    """Of methods that look at values before attention mixes them."""
     made, data, model = method(), calibrated(name), opened(name, "float64")
-    if Needs.VALUE_GRAM not in made.needs:
-        pytest.skip("judged behind the attention, in tests/reference")
     block, seen = model.blocks[1], []
-    unit = block.units(4)[-1]
+    unit = next(u for u in block.units(4, made.kinds) if u.kind == "value_output")
     attention = block.attention
     handle = attention.v_proj.register_forward_hook(lambda _, __, out: seen.append(out))
     logits(model.module, data.tokens.ids)

@@ -1,8 +1,8 @@
 """Narrowing without narrowing: hooks on a stock dense model that do what a narrow one should.
 
-The MLP's consumer reads the kept channels alone, the output projection reads mixed values through
-E, dropped query and key coordinates are set to zero. No shape changes in front of either consumer,
-and none of the package's attention code is involved.
+The MLP's consumer reads the kept channels alone, the output projection reads the kept heads alone
+or mixed values through E, dropped query and key coordinates are set to zero. No shape changes in
+front of either consumer, and none of the package's attention code is involved.
 """
 
 from collections.abc import Iterator, Mapping
@@ -69,6 +69,10 @@ def narrowed(model: Any, name: str, narrowings: Narrowings) -> Iterator[Any]:
                 consumer = block.get_submodule(family.consumer)
                 hook = _kept_channels(own["mlp"], consumer)
                 stack.callback(consumer.register_forward_hook(hook).remove)
+            if "heads" in own:
+                output = attention.get_submodule(family.names[-1])
+                hook = _kept_heads(own["heads"], output, len(rows["k"][1]))
+                stack.callback(output.register_forward_hook(hook).remove)
             edits = {}
             if "query_key" in own:
                 width = rows["q"][1].shape[1]
@@ -104,9 +108,24 @@ def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | float]:
 def _kept_channels(narrowing: Narrowing, consumer: Any) -> Any:
     weight, bias = _weight_and_bias(consumer)
     rows = weight[narrowing.keep] if narrowing.consumer is None else narrowing.consumer
+    bias = bias if narrowing.bias is None else bias + narrowing.bias
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> Tensor:
         return args[0][..., narrowing.keep] @ rows.to(args[0].dtype) + bias
+
+    return hook
+
+
+def _kept_heads(narrowing: Narrowing, output: Any, kv_heads: int) -> Any:
+    """What query heads of dropped KV heads have mixed, value biases included, is not read."""
+    weight, bias = _weight_and_bias(output)
+    each = len(weight) // kv_heads  # coordinates of the query heads that share a KV head
+    kept = (narrowing.keep.unsqueeze(1) * each + torch.arange(each)).flatten()
+    rows = weight[kept] if narrowing.consumer is None else narrowing.consumer
+    bias = bias if narrowing.bias is None else bias + narrowing.bias
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], __: Any) -> Tensor:
+        return args[0][..., kept] @ rows.to(args[0].dtype) + bias
 
     return hook
 
