@@ -43,6 +43,10 @@ class Prices:
         """The price of the dense model."""
         return self.spent(units, {unit.name: unit.size for unit in units})
 
+    def still(self, units: Sequence[Unit]) -> int:
+        """The price of what no size changes, units of one size included."""
+        return self.fixed + sum(self.of(unit, unit.size) for unit in units if unit.fixed)
+
     def budget(self, units: Sequence[Unit], keep: float) -> int:
         """``keep`` of the whole, in whole numbers; 0.29 of 100 is 29, whatever floats say."""
         return int(keep * self.whole(units) * (1 + 1e-12))

@@ -149,11 +149,16 @@ def score(
     with torch.no_grad():
         divergence = None
         if allocator.measured:
-            divergence = Divergence(model, windows_to_measure(tokens, len(units)))
+            changing = sum(not unit.fixed for unit in units)
+            divergence = Divergence(model, windows_to_measure(tokens, changing))
         for block in model.blocks:
             statistics = store.get(block.index, needs, model.device)
             readings.append(allocator.read(block, statistics))
-            own = [unit for unit in units if unit.block == block.index]
+            whole = [unit for unit in units if unit.block == block.index and unit.fixed]
+            for unit in whole:  # it never changes, so it never errs
+                curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
+            advance(len(whole))
+            own = [unit for unit in units if unit.block == block.index and not unit.fixed]
             solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
             curves |= {name: solution.curve for name, solution in solutions.items()}
             if divergence is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 INDEX_BYTES = 8  # a kept rotary pair is stored as int64
 WIDTHS = ("mlp", "query_key", "value_output")
 WHOLE_HEADS = ("mlp", "heads")
+DEPTH = ("block",)
+STREAM = ("residual",)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Unit(ABC):
     def index_bytes(self, size: int) -> int:
         """Bytes of stored indices."""
         return 0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it has but one size, and is listed for what it costs."""
+        return self.least == self.size
 
     def sizes(self) -> list[int]:
         """All sizes it may take, ascending: multiples of the step, then today's.
@@ -182,3 +189,27 @@ class Heads(Unit):
 
     def cached(self, size: int) -> int:
         return size * (self.query_key + self.value) or 1
+
+
+@dataclass(frozen=True)
+class WholeBlock(Unit):
+    """A block as a whole, of size 1; it stays or goes.
+
+    Its price is that of its MLP and its heads. Norms and the biases of what reads an axis go with
+    it, but are counted by no unit, so that ``keep`` is a share of the same total for every method.
+    """
+
+    parts: tuple[Unit, ...]
+
+    @property
+    def kind(self) -> str:
+        return "block"
+
+    def matrix_parameters(self, size: int) -> int:
+        return size * sum(part.matrix_parameters(part.size) for part in self.parts)
+
+    def parameters(self, size: int) -> int:
+        return size * sum(part.parameters(part.size) for part in self.parts)
+
+    def cached(self, size: int) -> int:
+        return size * sum(part.cached(part.size) for part in self.parts)

@@ -1,5 +1,6 @@
 """The contract of an allocator, and the rounding that makes any allocation meet its budget."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,11 @@ class Allocator(ABC):
         Raises:
             InputError: not even the smallest sizes meet it; the message says what is within reach.
         """
-        prices.check(units, {unit.name: self.choices(unit)[0] for unit in units}, keep)
+        least = {unit.name: self.choices(unit)[0] for unit in units}
+        blocks = [unit for unit in units if unit.kind == "block"]
+        if blocks and not any(least[unit.name] for unit in blocks):  # one has to stay
+            least[min(blocks, key=lambda unit: prices.of(unit, unit.size)).name] = 1
+        prices.check(units, least, keep)
 
     @abstractmethod
     def allocate(
@@ -86,19 +91,44 @@ class ShareAllocator(Allocator):
     def shares(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, float]:
-        """The share of every unit, before rounding; ``keep`` is of what sizes can change."""
+        """The share of every unit, before rounding; ``keep`` is of what these units cost."""
 
     def allocate(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, int]:
         """The shares, rounded to allowed sizes that spend the budget."""
         self.check(units, prices, keep)
-        whole = prices.whole(units)
-        changing = max(0.0, (keep * whole - prices.fixed) / (whole - prices.fixed))
-        shares = self.shares(units, evidence, prices, changing)
-        ideal = {unit.name: shares[unit.name] * unit.size for unit in units}
+        whole, still = prices.whole(units), prices.still(units)
+        # Where nothing that changes has a price, keep is 1.
+        share = max(0.0, (keep * whole - still) / (whole - still)) if whole > still else 1.0
+        shares = self.shares([u for u in units if not u.fixed], evidence, prices, share)
+        ideal = {u.name: u.size if u.fixed else shares[u.name] * u.size for u in units}
         allowed = {unit.name: self.choices(unit) for unit in units}
         return fit(units, allowed, ideal, prices, prices.budget(units, keep))
+
+
+def poured(
+    logs: Sequence[float], weights: Sequence[float], mean: float, most: float
+) -> list[float]:
+    """min(most, c · exp(log)) each, with the c at which the mean by ``weights`` is ``mean``.
+
+    What ``most``, at least ``mean``, cuts off goes to the others (water-filling), so the mean is
+    exact. 0 where there is no weight.
+    """
+    found = [0.0] * len(logs)
+    free = {i for i in range(len(logs)) if weights[i] > 0}
+    while free:
+        capped = sum(weights[i] * found[i] for i in range(len(logs)) if i not in free)
+        # Shifting all exponents changes nothing but keeps the largest of them at 1.
+        highest = max(logs[i] for i in free)
+        scale = {i: math.exp(logs[i] - highest) for i in free}
+        mass = sum(weights[i] * scale[i] for i in free)
+        level = max(0.0, mean * sum(weights) - capped) / mass
+        over = {i for i in free if level * scale[i] > most * (1 + 1e-12)}
+        for i in over or free:
+            found[i] = most if over else level * scale[i]
+        free -= over or free
+    return found
 
 
 def fit(

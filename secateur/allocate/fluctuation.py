@@ -76,8 +76,8 @@ class Fluctuation(ShareAllocator):
         kept = order[spent <= keep * float(spent[-1]) * (1 + 1e-12)].tolist()
         share = dict.fromkeys(whole, 0.0)
         counts = {owner: owners.count(owner) for owner in share}
-        for index in kept:
-            share[owners[index]] += 1 / counts[owners[index]]
+        for owner in (owners[index] for index in kept if owners[index] in share):
+            share[owner] += 1 / counts[owner]
         return {unit.name: share[unit.block, unit.kind == "mlp"] for unit in units}
 
 

@@ -1,11 +1,10 @@
 """MoDeGPT's allocation: more room for blocks that change their input more."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.allocate.base import Evidence, ShareAllocator
+from secateur.allocate.base import Evidence, ShareAllocator, poured
 from secateur.errors import InputError
 from secateur.options import option
 from secateur.prices import Prices
@@ -43,7 +42,7 @@ class EntropicInfluence(ShareAllocator):
         """Refuse what the cap puts out of reach, too."""
         super().check(units, prices, keep)
         whole = prices.whole(units)
-        floor = 1 - self.max_sparsity * (whole - prices.fixed) / whole
+        floor = 1 - self.max_sparsity * (whole - prices.still(units)) / whole
         if keep < floor - 1e-12:
             raise InputError(
                 f"keep {keep:.3f} is out of reach: no block may lose more than "
@@ -66,17 +65,5 @@ class EntropicInfluence(ShareAllocator):
         self, influence: Sequence[float], weights: Sequence[float], mean: float
     ) -> list[float]:
         """φ per block, with Σ w φ / Σ w = ``mean`` exactly; ``mean`` is at most the cap."""
-        sparsity = [0.0] * len(influence)
-        free = {i for i in range(len(influence)) if weights[i] > 0}
-        while free:
-            capped = sum(weights[i] * sparsity[i] for i in range(len(influence)) if i not in free)
-            # Shifting all exponents changes nothing but keeps the largest of them at 1.
-            lowest = min(influence[i] for i in free)
-            scale = {i: math.exp((lowest - influence[i]) / self.temperature) for i in free}
-            mass = sum(weights[i] * scale[i] for i in free)
-            level = max(0.0, mean * sum(weights) - capped) / mass
-            over = {i for i in free if level * scale[i] > self.max_sparsity * (1 + 1e-12)}
-            for i in over or free:
-                sparsity[i] = self.max_sparsity if over else level * scale[i]
-            free -= over or free
-        return sparsity
+        logs = [-value / self.temperature for value in influence]
+        return poured(logs, weights, mean, self.max_sparsity)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -67,6 +67,8 @@ class Method(ABC):
     needs: ClassVar[frozenset[Need]]
     #: the axes that it narrows
     kinds: ClassVar[tuple[str, ...]] = WIDTHS
+    #: the axes that stay whole, and that a budget counts all the same: ``keep`` means one thing
+    spared: ClassVar[tuple[str, ...]] = ()
     #: whether a block's statistics are read once more, behind the narrowed blocks before it
     rereads: ClassVar[bool] = False
     keep: float = option(0.8, "share of the target that stays")
@@ -87,8 +89,9 @@ class Method(ABC):
         return False
 
     def units(self, model: "Model", multiple_of: int) -> list[Unit]:
-        """All axes of a model that it can narrow, block by block."""
-        return model.units(multiple_of, self.kinds, self.biased)
+        """All axes of a model that count, block by block; those that it spares have one size."""
+        found = model.units(multiple_of, (*self.kinds, *self.spared), self.biased)
+        return [replace(u, least=u.size) if u.kind in self.spared else u for u in found]
 
     @abstractmethod
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:

@@ -21,6 +21,10 @@ influences = st.lists(st.floats(0, 1.5), min_size=1, max_size=12)
 temperatures = st.floats(1e-3, 10)
 
 
+def of_influence(*values):
+    return Evidence({}, [(value,) for value in values])
+
+
 def mean(values, weights):
     return math.fsum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
@@ -192,7 +196,7 @@ def test_share_allocators_spend_every_budget_to_the_step(rng, keep, step):
     made = units(rng, step=step)
     prices = some_prices(rng, made)
     assume(prices.whole(made) > prices.fixed)
-    evidence = Evidence({}, [rng.random() for _ in range(3)])
+    evidence = of_influence(*(rng.random() for _ in range(3)))
     for allocator in (Uniform(), EntropicInfluence(0.2, 1.0)):
         budget = prices.budget(made, keep)
         if least_of(allocator, made, prices) > budget:
@@ -222,7 +226,7 @@ def test_every_target_is_met_in_its_own_currency(target, allocator, keep):
     Free steps are always taken, so a budget of cache leaves the MLPs alone."""
     made = even_units()
     prices = counted(made, target, 2)
-    sizes = allocator.allocate(made, Evidence({}, [0.1, 0.2, 0.3, 0.4]), prices, keep)
+    sizes = allocator.allocate(made, of_influence(0.1, 0.2, 0.3, 0.4), prices, keep)
     reached = sum(
         {
             "parameters": cost.parameters,
@@ -235,7 +239,7 @@ def test_every_target_is_met_in_its_own_currency(target, allocator, keep):
     assert reached == prices.spent(made, sizes)
     assert keep - 0.01 < reached / prices.whole(made) <= keep
     by_parameters = allocator.allocate(
-        made, Evidence({}, [0.1, 0.2, 0.3, 0.4]), counted(made, "parameters", 2), keep
+        made, of_influence(0.1, 0.2, 0.3, 0.4), counted(made, "parameters", 2), keep
     )
     if target == "cache":
         assert all(sizes[unit.name] == unit.size for unit in made if unit.kind == "mlp")
@@ -250,7 +254,7 @@ def test_keep_one_gives_full_sizes(rng):
     assume(prices.whole(made) > prices.fixed)
     influence = [rng.random() for _ in range(3)]
     for allocator in (Uniform(), EntropicInfluence(0.1, 0.95)):
-        sizes = allocator.allocate(made, Evidence({}, influence), prices, 1.0)
+        sizes = allocator.allocate(made, of_influence(*influence), prices, 1.0)
         assert sizes == {unit.name: unit.size for unit in made}
 
 
@@ -263,7 +267,7 @@ def test_keep_one_gives_full_sizes(rng):
 def test_sizes_stay_near_their_ideal(rng, keep, target):
     made = even_units()
     prices = counted(made, target, 2)
-    evidence = Evidence({}, [rng.random() for _ in range(4)])
+    evidence = of_influence(*(rng.random() for _ in range(4)))
     for allocator in (Uniform(), EntropicInfluence(0.5, 0.9)):
         shares = allocator.shares(made, evidence, prices, keep)
         sizes = allocator.allocate(made, evidence, prices, keep)
@@ -285,7 +289,7 @@ def test_uniform_rounds_to_the_budget_and_stays_even():
 def test_influence_weighs_blocks_by_their_price():
     """The mistake: a plain mean over blocks, which misses the budget where blocks differ."""
     made = [mlp(0, 2400, 1), mlp(1, 800, 1)]
-    prices, evidence = counted(made, "parameters", 2), Evidence({}, [0.1, 0.3])
+    prices, evidence = counted(made, "parameters", 2), of_influence(0.1, 0.3)
     shares = EntropicInfluence(0.2, 1.0).shares(made, evidence, prices, 0.8)
     scale = [math.exp(-s / 0.2) for s in (0.1, 0.3)]
     level = 0.2 * 3200 / (2400 * scale[0] + 800 * scale[1])
@@ -299,7 +303,7 @@ def test_influence_weighs_blocks_by_their_price():
 @pytest.mark.parametrize("allocator", [Uniform(), EntropicInfluence(1e7, 1.0)])
 def test_out_of_reach_names_the_reachable_range(target, allocator):
     made = [unit for unit in even_units() if target != "cache" or unit.kind != "mlp"]
-    prices, evidence = counted(made, target, 2), Evidence({}, [0.1, 0.2, 0.3, 0.4])
+    prices, evidence = counted(made, target, 2), of_influence(0.1, 0.2, 0.3, 0.4)
     least, whole = least_of(allocator, made, prices), prices.whole(made)
     with pytest.raises(InputError, match=f"{least:,} of {whole:,}") as caught:
         allocator.allocate(made, evidence, prices, (least - 1) / whole)
