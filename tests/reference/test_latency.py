@@ -16,6 +16,7 @@ from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.goal import Goal
 from secateur.latency import measured
+from secateur.methods.flap import FLAP
 from secateur.plan import prices_of
 from tests.families import FAMILIES
 
@@ -36,9 +37,15 @@ def llama(opened):
 
 
 def widths(block):
-    """MLP, query/key and value width of a block as it stands."""
+    """MLP, query/key and value width and KV heads of a block as it stands."""
     attention = block.attention
-    return inputs_by_outputs(block.consumer).shape[0], attention.query_key, attention.value
+    own = attention.query_key, attention.value, attention.kv_heads
+    return inputs_by_outputs(block.consumer).shape[0], *own
+
+
+def timed(model, goal=GOAL):
+    """Prices of all widths."""
+    return measured(model, model.units(goal.multiple_of), goal)
 
 
 @pytest.fixture
@@ -55,7 +62,7 @@ def clock(monkeypatch):
         seen, whole = [], []
         hooks.append(model.module.register_forward_hook(lambda *_: whole.append(True)))
 
-        def timed(run, device):
+        def clocked(run, device):
             whole.clear()
             output = run()
             if whole:
@@ -67,7 +74,7 @@ def clock(monkeypatch):
             seen.append(widths(model.blocks[0]))
             return of_block(*seen[-1]) * 1e-9
 
-        monkeypatch.setattr(latency, "_timed", timed)
+        monkeypatch.setattr(latency, "_timed", clocked)
         return seen
 
     yield start
@@ -79,15 +86,15 @@ def never(*_):
     pytest.fail("this was timed before")
 
 
-def linear(mlp, query_key, value):
-    return 700 + 40 * mlp + 90 * query_key + 110 * value
+def linear(mlp, query_key, value, heads):
+    return 700 + 40 * mlp + 90 * query_key + 110 * value + 130 * heads
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_neox", "opt", "qwen3"])
 def test_times_that_add_up_give_their_parts(opened, clock, name):
     model = opened(name)
     seen = clock(model, linear)
-    prices = measured(model, GOAL)
+    prices = timed(model)
     rate = {"mlp": 40, "query_key": 90, "value_output": 110}
     units = model.units(1)
     assert set(prices.table) == {unit.name for unit in units}
@@ -106,7 +113,28 @@ def test_times_that_add_up_give_their_parts(opened, clock, name):
         assert {unit.least, unit.size} <= {sizes[place] for sizes in seen if sizes}
 
 
-def padded(mlp, query_key, value):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_whole_heads_are_timed_with_their_full_width(opened, clock, name):
+    """Of the same table as widths are, for whatever units are asked about."""
+    model = opened(name)
+    seen = clock(model, linear)
+    units = FLAP().units(model, GOAL.multiple_of)
+    prices = measured(model, units, GOAL)
+    assert set(prices.table) == {unit.name for unit in units}
+    full = widths(model.blocks[0])
+    gone = linear(full[0], 0, 0, full[3])  # what is left of it has no width
+    for unit in units:
+        expected = [40 * size for size in unit.sizes()]
+        if unit.kind == "heads":
+            expected = [max(0, linear(*full[:3], size) - gone) for size in unit.sizes()]
+            expected[0] = 0
+        assert list(prices.table[unit.name].values()) == pytest.approx(expected, abs=1)
+    assert prices.whole(units) == FORWARD
+    assert {(*full[:3], size) for size in range(1, full[3])} <= set(seen)
+    assert timed(model).table["layers.0.mlp"] == prices.table["layers.0.mlp"]
+
+
+def padded(mlp, query_key, value, heads=0):
     """A fused kernel pads queries, keys and values to one width."""
     return 700 + 40 * mlp + 300 * max(query_key, value) + 7 * query_key * value
 
@@ -115,7 +143,7 @@ def test_an_attention_costs_what_its_two_widths_cost_together(llama, clock):
     """The mistake: values timed beside full queries and keys, whose padding hides them; or the
     other way round, and what both share is counted twice or never."""
     seen = clock(llama, padded)
-    prices = measured(llama, GOAL)
+    prices = timed(llama)
     units = [unit for unit in llama.units(1) if unit.block == 0]
     _, query_key, value = units
     for size in query_key.sizes():  # beside full values
@@ -126,19 +154,19 @@ def test_an_attention_costs_what_its_two_widths_cost_together(llama, clock):
     together = prices.of(query_key, 8) + prices.of(value, 8)
     assert together == padded(56, 8, 8) - padded(56, 0, 0)
     assert {s[1] for s in seen if s and s[2] < 8} == {0}
-    assert {s[0] for s in seen if s and s[1:] != (8, 8)} == {56}
+    assert {s[0] for s in seen if s and s[1:] != (8, 8, 2)} == {56}
 
 
 def test_between_the_timed_sizes_prices_are_linear(llama, clock):
-    def curved(mlp, query_key, value):
+    def curved(mlp, query_key, value, heads):
         return mlp**2 + 5 * query_key**2 + 3 * value**3
 
     clock(llama, curved)
-    prices = measured(llama, GOAL)
+    prices = timed(llama)
     mlp, query_key, value = (unit for unit in llama.units(1) if unit.block == 2)
-    timed = list(range(0, 57, 7))
+    points = list(range(0, 57, 7))
     for size in mlp.sizes():
-        expected = np.interp(size, timed, [k**2 for k in timed])
+        expected = np.interp(size, points, [k**2 for k in points])
         assert prices.of(mlp, size) == int(expected + 1e-6)
     assert prices.of(mlp, 7) == 49
     assert prices.of(mlp, 10) == 49 + 3 * (14**2 - 49) // 7 != 100
@@ -148,9 +176,9 @@ def test_between_the_timed_sizes_prices_are_linear(llama, clock):
 
 def test_multiples_read_the_same_table(llama, clock, monkeypatch):
     clock(llama, linear)
-    fine = measured(llama, GOAL)
+    fine = timed(llama)
     monkeypatch.setattr(latency, "_timed", never)
-    coarse = measured(llama, Goal("latency", multiple_of=24, batch=2, length=24))
+    coarse = timed(llama, Goal("latency", multiple_of=24, batch=2, length=24))
     units = llama.units(24)
     assert list(coarse.table["layers.1.mlp"]) == [0, 24, 48, 56]
     for unit in units:
@@ -162,7 +190,7 @@ def test_multiples_read_the_same_table(llama, clock, monkeypatch):
 def test_noise_never_makes_a_larger_size_cheaper(llama, clock, seed):
     rng = random.Random(seed)
     clock(llama, lambda *sizes: linear(*sizes) + rng.randint(0, 3000), 1000)
-    prices = measured(llama, GOAL)
+    prices = timed(llama)
     for unit in llama.units(1):
         found = [prices.of(unit, size) for size in unit.sizes()]
         assert found[0] == 0
@@ -181,7 +209,7 @@ def test_the_fastest_of_several_rounds_counts(llama, clock, monkeypatch):
 
     seen = clock(llama, hiccups)
     monkeypatch.setattr(latency, "ROUNDS", 4)
-    prices = measured(llama, GOAL)
+    prices = timed(llama)
     assert seen.count(None) == 4
     for unit, rate in zip(llama.blocks[0].units(1), (40, 90, 110), strict=True):
         assert prices.of(unit, unit.size) == rate * unit.size
@@ -195,7 +223,7 @@ def test_the_model_is_as_it_was(opened, monkeypatch, name):
     before = {name: t.clone() for name, t in model.module.state_dict().items()}
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "_timed", lambda run, device: float(run() is None))
-    measured(model, GOAL)
+    timed(model)
     after = model.module.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -206,13 +234,14 @@ def test_the_model_is_as_it_was(opened, monkeypatch, name):
 
 def test_the_second_time_nothing_is_timed(llama, opened, clock, monkeypatch, cache_folder):
     clock(llama, linear)
-    first = measured(llama, GOAL)
+    first = timed(llama)
     (file,) = cache_folder.iterdir()
     kept = file.read_bytes()
     monkeypatch.setattr(latency, "_timed", never)
-    assert measured(llama, GOAL) == first
-    assert measured(opened("llama"), GOAL) == first
-    assert prices_of(llama, GOAL) == first
+    assert timed(llama) == first
+    assert timed(opened("llama")) == first
+    assert prices_of(llama, llama.units(1), GOAL) == first
+    assert measured(llama, FLAP().units(llama, 1), GOAL).whole(FLAP().units(llama, 1)) == FORWARD
     assert file.read_bytes() == kept
     assert "torch" in json.loads(kept)["of"]
 
@@ -231,18 +260,18 @@ def test_the_second_time_nothing_is_timed(llama, opened, clock, monkeypatch, cac
 def test_anything_else_is_timed_anew(llama, opened, monkeypatch, goal, name, dtype):
     calls = []
 
-    def timed(run, device):
+    def counting(run, device):
         calls.append(run())
         return 1e-6 * len(calls)
 
     monkeypatch.setattr(latency, "ROUNDS", 1)
-    monkeypatch.setattr(latency, "_timed", timed)
-    measured(llama, GOAL)
+    monkeypatch.setattr(latency, "_timed", counting)
+    timed(llama)
     once = len(calls)
     assert once
-    measured(llama, GOAL)
+    timed(llama)
     assert len(calls) == once
-    measured(opened(name, dtype), goal)
+    timed(opened(name, dtype), goal)
     assert len(calls) > once
     if goal is not GOAL:  # the pass that is timed is the one that was asked for
         assert calls[once].shape[:2] == (goal.batch, goal.length)
@@ -250,9 +279,9 @@ def test_anything_else_is_timed_anew(llama, opened, monkeypatch, goal, name, dty
 
 def test_a_budget_below_what_is_fixed_says_what_is_within_reach(llama, clock):
     clock(llama, linear, 40_000)
-    prices, units = measured(llama, GOAL), llama.units(1)
+    prices, units = timed(llama), llama.units(1)
     flat = {u.name: Curve((1.0,) * u.size + (0.0,)) for u in units}
-    evidence = Evidence(flat, (0.1, 0.2, 0.3), flat)
+    evidence = Evidence(flat, ((0.1,), (0.2,), (0.3,)), flat)
     for allocator in (Knapsack(), Uniform()):
         smallest = {unit.name: allocator.choices(unit)[0] for unit in units}
         least = prices.spent(units, smallest)
@@ -284,24 +313,24 @@ def test_a_budget_below_what_is_fixed_says_what_is_within_reach(llama, clock):
 )
 def test_a_damaged_cache_is_measured_again(llama, clock, cache_folder, damage):
     clock(llama, linear)
-    first = measured(llama, GOAL)
+    first = timed(llama)
     (file,) = cache_folder.iterdir()
     file.write_text(damage(file.read_text()))
-    assert measured(llama, GOAL) == first
+    assert timed(llama) == first
 
 
 def test_more_tokens_than_positions_are_refused(opened, clock):
     model = opened("gpt2")
     clock(model, linear)
     with pytest.raises(InputError, match="64"):
-        measured(model, Goal("latency", length=65))
+        timed(model, Goal("latency", length=65))
 
 
 def test_a_real_clock_gives_prices_that_grow(llama, monkeypatch):
     """Enough tokens that an MLP is no noise."""
     monkeypatch.setattr(latency, "SECONDS", 0.0005)
     goal = Goal("latency", multiple_of=8, batch=16, length=64)
-    prices, units = measured(llama, goal), llama.units(8)
+    prices, units = timed(llama, goal), llama.units(8)
     for unit in units:
         found = [prices.of(unit, size) for size in unit.sizes()]
         assert found == sorted(found)

@@ -24,6 +24,7 @@ from secateur.measure import (
     windows_to_measure,
 )
 from secateur.methods.auto import Auto
+from secateur.methods.flap import FLAP
 from secateur.methods.base import Narrowing
 from secateur.methods.modegpt import MoDeGPT
 from secateur.scores import score
@@ -281,14 +282,14 @@ def test_losses_of_a_block_are_its_divergences(opened, calibrated, padded):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("method", [Auto(), MoDeGPT()])
+@pytest.mark.parametrize("method", [Auto(), MoDeGPT(), FLAP()])
 def test_evidence_has_losses_only_for_who_spends_by_them(opened, calibrated, method):
     model, data, told = opened("qwen3"), calibrated("qwen3"), []
-    units = {unit.name: unit for unit in model.units(1)}
+    units = {unit.name: unit for unit in method.units(model, 1)}
     found = score(model, method, data.store, data.tokens, advance=told.append)
     assert sum(told) == len(units)
     assert set(found.curves) == set(units)
-    assert len(found.influence) == len(model.blocks)
+    assert len(found.readings) == len(model.blocks)
     assert (found.losses is not None) == method.allocator.measured
     asked = score(model, method, data.store, data.tokens, Knapsack())
     assert asked.curves == found.curves

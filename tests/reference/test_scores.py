@@ -9,6 +9,7 @@ import torch
 from secateur import Calibration, Goal, Settings, pipeline
 from secateur import scores as module
 from secateur.allocate.base import Evidence
+from secateur.allocate.fluctuation import Fluctuation
 from secateur.allocate.influence import EntropicInfluence
 from secateur.allocate.knapsack import Knapsack
 from secateur.cache import cached_file
@@ -51,7 +52,7 @@ def units(model):
 
 @pytest.fixture
 def own(model, tokens):
-    return identity(model, Auto(), tokens, True)
+    return identity(model, Auto(), tokens, Knapsack())
 
 
 @pytest.fixture
@@ -63,13 +64,13 @@ def file(own, evidence, tmp_path):
 def assert_same(found, expected):
     assert found.curves == expected.curves
     assert found.losses == expected.losses
-    assert tuple(found.influence) == tuple(expected.influence)
+    assert tuple(found.readings) == tuple(expected.readings)
 
 
 def test_scores_are_read_back_to_the_last_bit(units, own, evidence, file):
     assert any(0 < loss < 1e-2 for curve in evidence.losses.values() for loss in curve.errors)
     assert_same(kept_evidence(own, units, file), evidence)
-    odd = Evidence({"a": Curve((1.0, 0.1 + 0.2, 5e-324, 0.0))}, (1 / 3,), None)
+    odd = Evidence({"a": Curve((1.0, 0.1 + 0.2, 5e-324, 0.0))}, ((1 / 3, 0.7),), None)
     keep_evidence(own | {"measured": False}, odd, file)
     unit = MLP("a", 0, 3, 1, 8, 2, 0)
     assert_same(kept_evidence(own | {"measured": False}, [unit], file), odd)
@@ -89,17 +90,19 @@ def test_no_file_yet_is_no_error(units, own, tmp_path):
 
 def others(opened, model, tokens):
     """Of something else in one field each: field, identity there, what tells the two apart."""
-    here, fewer = identity(model, Auto(), tokens, True), Tokens(tokens.ids[1:], tokens.mask[1:])
+    spending, fewer = Knapsack(), Tokens(tokens.ids[1:], tokens.mask[1:])
+    here = identity(model, Auto(), tokens, spending)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "__version__", "0.0.1")
-        older = identity(model, Auto(), tokens, True)
-    yield "model", identity(opened("qwen2"), Auto(), tokens, True)
-    yield "calibration", identity(model, Auto(), fewer, True)
+        older = identity(model, Auto(), tokens, spending)
+    yield "model", identity(opened("qwen2"), Auto(), tokens, spending)
+    yield "calibration", identity(model, Auto(), fewer, spending)
     yield "method", here | {"method": "modegpt"}
-    yield "options", identity(model, Auto(ridge=0.0625), tokens, True)
-    yield "options", identity(model, Auto(iterations=7), tokens, True)
+    yield "options", identity(model, Auto(ridge=0.0625), tokens, spending)
+    yield "options", identity(model, Auto(iterations=7), tokens, spending)
     yield "secateur", older
-    yield "measured", identity(model, Auto(), tokens, False)
+    yield "measured", identity(model, Auto(), tokens, EntropicInfluence())
+    yield "reading", identity(model, Auto(), tokens, Fluctuation()) | {"measured": True}
 
 
 def test_scores_of_something_else_are_refused_with_both_values(
@@ -120,17 +123,17 @@ def test_the_cache_keeps_scores_of_different_things_apart(
 ):
     there = [identity for _, identity in others(opened, model, tokens)]
     for number, one in enumerate(there):
-        keep_evidence(one, replace(evidence, influence=(float(number),) * 3), None)
+        keep_evidence(one, replace(evidence, readings=((float(number),),) * 3), None)
     assert kept_evidence(own, units, None) is None
     for number, one in enumerate(there):
-        assert kept_evidence(one, units, None).influence == (number,) * 3
+        assert kept_evidence(one, units, None).readings == ((number,),) * 3
 
 
 def test_one_changed_weight_is_another_model(opened, tokens, own):
     changed = opened("llama")
     with torch.no_grad():
         changed.blocks[2].consumer.weight[0, 0] += 1
-    assert identity(changed, Auto(), tokens, True)["model"] != own["model"]
+    assert identity(changed, Auto(), tokens, Knapsack())["model"] != own["model"]
 
 
 DAMAGES = {
@@ -138,10 +141,10 @@ DAMAGES = {
     "empty": (lambda _: "", "Invalid JSON"),
     "of another kind": (lambda _: "[1, 2]", "the file"),
     "without curves": (lambda text: edited(text, curves=None), "curves"),
-    "lacking a field": (lambda text: edited(text, drop="influence"), "influence"),
-    "with a word for a number": (lambda text: edited(text, influence=["much"]), "influence.0"),
+    "lacking a field": (lambda text: edited(text, drop="readings"), "readings"),
+    "with a word for a number": (lambda text: edited(text, readings=[["much"]]), "readings.0.0"),
     "with more fields": (lambda text: edited(text, more=1), "more"),
-    "of a later version": (lambda text: edited(text, version=2), "version"),
+    "of a later version": (lambda text: edited(text, version=3), "version"),
 }
 
 
@@ -185,7 +188,7 @@ def test_a_file_larger_than_any_scores_is_not_read(units, monkeypatch, own, file
 def test_scores_with_losses_serve_an_allocator_without(units, model, tokens, evidence, file):
     assert Knapsack().measured
     assert not EntropicInfluence().measured
-    without = identity(model, Auto(), tokens, EntropicInfluence().measured)
+    without = identity(model, Auto(), tokens, EntropicInfluence())
     assert_same(kept_evidence(without, units, file), evidence)
     keep_evidence(without, replace(evidence, losses=None), file)
     assert kept_evidence(without, units, file).losses is None
@@ -193,11 +196,12 @@ def test_scores_with_losses_serve_an_allocator_without(units, model, tokens, evi
 
 def test_keep_does_not_matter(units, model, tokens, evidence, file):
     for keep in (0.1, 0.5, 1.0):
-        own = identity(model, Auto(keep=keep), tokens, True)
+        own = identity(model, Auto(keep=keep), tokens, Knapsack())
         assert "keep" not in own["options"]
         assert_same(kept_evidence(own, units, file), evidence)
     keep_evidence(own, evidence, None)
-    assert kept_evidence(identity(model, Auto(keep=0.3), tokens, True), units, None) is not None
+    own = identity(model, Auto(keep=0.3), tokens, Knapsack())
+    assert kept_evidence(own, units, None) is not None
 
 
 def test_scores_are_measured_once_for_all_budgets(
