@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from secateur.block import Block
 from secateur.errors import InputError, refuse_difference
+from secateur.gradients import collect_gradients, needs_gradients
 from secateur.model import Model
 from secateur.observe import observed
 from secateur.statistics import BlockStatistics, Need, Needs, Statistic
@@ -125,15 +126,20 @@ def calibrate(
 
     One pass: the hidden states of all windows are kept, each block runs over them once, and a
     block's statistics leave memory before the next block's begin when the store is a folder.
-    ``advance`` is told how many blocks are done.
+    ``advance`` is told how many blocks are done. Statistics of gradients take a backward pass of
+    the whole model first; see :func:`~secateur.gradients.collect_gradients` for its memory.
 
     Raises:
-        InputError: the activations hold NaN or infinite numbers.
+        InputError: the activations or gradients hold NaN or infinite numbers.
     """
+    gradients = collect_gradients(model, tokens, needs)
+    for statistics in gradients.values():
+        check_finite(statistics)
     with torch.inference_mode():
         stream = Stream(model, tokens)
         for block in model.blocks:
-            store.put(block.index, collect(stream, block, needs | {Needs.INFLUENCE}))
+            found = collect(stream, block, needs | {Needs.INFLUENCE})
+            store.put(block.index, {**found, **gradients[block.index]})
             advance(1)
 
 
@@ -142,13 +148,17 @@ def collect(
 ) -> BlockStatistics:
     """The statistics of one block on a stream that stands before it, and then, to ``move``, behind.
 
+    Those of gradients are left out: no stream gives them.
+
     Raises:
         InputError: the activations hold NaN or infinite numbers.
     """
     statistics: dict[Need, Statistic] = {
         need: need.kind()
         for need in needs
-        if need.place != "scores" or block.query_key_obstacle is None
+        if not needs_gradients(need)
+        and (need.place != "scores" or block.query_key_obstacle is None)
+        and (need.place != "between" or block.anatomy.pre_norm is not None)
     }
     for batch in stream.batches:
         mask, before = stream.mask(batch), stream.at(batch)
@@ -157,6 +167,8 @@ def collect(
         for need, statistic in statistics.items():
             if need.place == "block":
                 statistic.update(before, after, mask=mask)
+            if need.place == "behind":
+                statistic.update(after, mask=mask)
         if move:
             stream.put(batch, after)
     check_finite(statistics)

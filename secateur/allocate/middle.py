@@ -1,0 +1,61 @@
+"""LLM-Pruner's allocation: one ratio for the blocks in the middle, none for those at the ends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.allocate.base import Allocator, Evidence, fit
+from secateur.options import option
+from secateur.prices import Prices
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class Middle(Allocator):
+    """The first and the last blocks stay whole; all others keep one share of every unit.
+
+    With B what is to be spent and P_in, P_out the price of the units within and at the ends,
+
+        share = (B − P_out) / P_in   within,   1 at the ends
+
+    so ``keep`` is kept of the whole model, not of the blocks within. Of 32 blocks the defaults
+    leave the first four and the last two, as published; of few blocks they leave none. Don't use it
+    where measured losses are to be had: they know which blocks matter.
+
+    Source: arXiv 2305.11627, section 4.1.
+    """
+
+    first: float = option(0.125, "share of the blocks that stays whole, from the first", 0.0, 1.0)
+    last: float = option(0.0625, "share of the blocks that stays whole, up to the last", 0.0, 1.0)
+
+    name: ClassVar[str] = "middle"
+    summary: ClassVar[str] = "one ratio for the blocks in the middle; first and last stay whole"
+    source: ClassVar[str] = "arXiv 2305.11627"
+
+    def whole(self, units: Sequence[Unit]) -> set[str]:
+        """Names of the units at the ends; shares of blocks are rounded down."""
+        blocks = 1 + max(unit.block for unit in units)
+        low, high = int(self.first * blocks + 1e-9), blocks - int(self.last * blocks + 1e-9)
+        return {unit.name for unit in units if not low <= unit.block < high}
+
+    def allowed(self, units: Sequence[Unit]) -> dict[str, list[int]]:
+        """Today's size at the ends, any within."""
+        whole = self.whole(units)
+        return {u.name: [u.size] if u.name in whole else self.choices(u) for u in units}
+
+    def check(self, units: Sequence[Unit], prices: Prices, keep: float) -> None:
+        """Refuse what the ends put out of reach."""
+        prices.check(units, {name: sizes[0] for name, sizes in self.allowed(units).items()}, keep)
+
+    def allocate(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, int]:
+        """One share for all units within, rounded to sizes that spend the budget."""
+        self.check(units, prices, keep)
+        whole, budget = self.whole(units), prices.budget(units, keep)
+        price = {unit.name: prices.of(unit, unit.size) for unit in units}
+        ends = sum(price[name] for name in whole)
+        within = sum(price.values()) - ends
+        share = max(0.0, (keep * prices.whole(units) - prices.fixed - ends) / max(within, 1))
+        ideal = {u.name: u.size * (1.0 if u.name in whole else share) for u in units}
+        return fit(units, self.allowed(units), ideal, prices, budget)

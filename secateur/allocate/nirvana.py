@@ -1,0 +1,107 @@
+"""NIRVANA's allocation: one threshold for all channels, one for all heads, γ between them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Evidence, ShareAllocator
+from secateur.block import Block
+from secateur.gradients import LOGITS
+from secateur.options import option
+from secateur.prices import Prices
+from secateur.statistics import BlockStatistics, Need
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class TwoThresholds(ShareAllocator):
+    """The widths that two global thresholds on NIRVANA's saliency leave, for any method.
+
+    Of all channels the fraction p_m goes, of all KV heads p_a, those of least saliency whatever
+    block they are of. With P_m and P_a the prices of all MLPs and attentions,
+
+        p_m = γ p_a,   p_m P_m + p_a P_a = (1 − keep) (P_m + P_a)
+
+    Every block keeps a head and the smallest MLP. Where one fraction reaches what then can go, the
+    other takes the rest. The last one at a threshold may go in part, so that the budget is met
+    exactly before sizes are rounded. Don't use it where measured losses are at hand: γ was tuned on
+    Llama models.
+
+    Source: arXiv 2509.14230, section 4.
+
+    Attributes:
+        gamma: γ; the published one for 8 billion parameters.
+    """
+
+    gamma: float = option(3.36, "fraction of channels that goes for one of heads", 0.0)
+
+    name: ClassVar[str] = "nirvana"
+    summary: ClassVar[str] = "one threshold over all channels, one over all heads, in a set ratio"
+    source: ClassVar[str] = "arXiv 2509.14230"
+    needs: ClassVar[frozenset[Need]] = frozenset(LOGITS.values())
+
+    @property
+    def reading(self) -> str:
+        """Saliencies."""
+        return "logit saliencies"
+
+    def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
+        """The number of KV heads, their saliencies, then those of the channels."""
+        heads, channels = (statistics[LOGITS[kind]].mean[0] for kind in ("heads", "mlp"))
+        return (float(len(heads)), *heads.tolist(), *channels.tolist())
+
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
+        """The share of channels, or of KV heads, that stay in the unit's block."""
+        least = {(u.block, u.kind): self.choices(u)[0] for u in units}
+        heads, channels = [], []
+        for block, reading in enumerate(evidence.readings):
+            count = int(reading[0])
+            stay = least.get((block, "heads"), 1), least.get((block, "mlp"), 1)
+            heads.append(_removable(reading[1 : 1 + count], stay[0]))
+            channels.append(_removable(reading[1 + count :], stay[1]))
+        price = {True: 0, False: 0}
+        for unit in units:
+            price[unit.kind == "mlp"] += prices.of(unit, unit.size)
+        p_m, p_a = self.fractions(price[True], price[False], keep, _most(channels), _most(heads))
+        kept = {True: _above(channels, p_m), False: _above(heads, p_a)}
+        return {unit.name: kept[unit.kind == "mlp"][unit.block] for unit in units}
+
+    def fractions(
+        self, mlp: float, attention: float, keep: float, most_m: float = 1.0, most_a: float = 1.0
+    ) -> tuple[float, float]:
+        """p_m and p_a from the prices of both and the most that can go of either."""
+        gone = (1 - keep) * (mlp + attention)
+        if mlp == 0:  # what costs nothing stays
+            return 0.0, min(most_a, gone / attention)
+        if attention == 0:
+            return min(most_m, gone / mlp), 0.0
+        p_m = min(most_m, self.gamma * gone / (attention + self.gamma * mlp))
+        p_a = min(most_a, (gone - p_m * mlp) / attention)
+        return min(most_m, (gone - p_a * attention) / mlp), p_a
+
+
+def _removable(saliencies: Sequence[float], least: int) -> Tensor:
+    """Saliencies of a block, infinite for the ``least`` largest, which stay."""
+    found = torch.tensor(saliencies, dtype=torch.float64)
+    found[found.topk(min(least, len(found))).indices] = torch.inf
+    return found
+
+
+def _most(blocks: Sequence[Tensor]) -> float:
+    """The fraction that can go."""
+    every = torch.cat(list(blocks))
+    return float(every.isfinite().double().mean())
+
+
+def _above(blocks: Sequence[Tensor], fraction: float) -> list[float]:
+    """The share of each block that stays when ``fraction`` of all goes, least first."""
+    every = torch.cat(list(blocks))
+    rank = torch.empty_like(every)
+    rank[every.argsort(stable=True)] = torch.arange(len(every), dtype=every.dtype)
+    stays = (rank + 1 - fraction * len(every)).clamp(0, 1)
+    return [float(part.mean()) for part in stays.split([len(block) for block in blocks])]

@@ -1,0 +1,64 @@
+"""LLM-Pruner: what the loss loses, by its gradient, with a whole channel or KV head."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.middle import Middle
+from secateur.block import Block
+from secateur.errors import InputError, nearest
+from secateur.gradients import CURVED_LOSS, LOSS
+from secateur.methods.scored import ScoredMethod
+from secateur.options import option
+from secateur.statistics import BlockStatistics, Need
+from secateur.units import Unit
+
+#: the form of the score → the row of the statistic
+FORMS = {"element": 0, "vector": 1, "second": 2, "mix": 3}
+
+
+@dataclass(frozen=True)
+class LLMPruner(ScoredMethod):
+    """Taylor expansion of the loss over all parameters that go together.
+
+    With w the parameters of a channel or KV head (its query heads' too), g the gradient of the mean
+    next-token loss and F = E g² over windows, ``taylor`` chooses
+
+        element   Σ |g∘w|
+        vector    |Σ g∘w|
+        second    Σ ½ w² F
+        mix       Σ |g∘w − ½ w² F|
+
+    Don't use it where a backward pass does not fit in memory, nor below some 0.8 without training
+    afterwards: nothing makes up for what is gone.
+
+    Source: Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models", arXiv
+    2305.11627, equations 3 to 5; summation over the group.
+    """
+
+    taylor: str = option("element", "form of the score: element, vector, second or mix")
+
+    name: ClassVar[str] = "llm-pruner"
+    summary: ClassVar[str] = "channels and heads that the loss's gradient misses least"
+    source: ClassVar[str] = "arXiv 2305.11627"
+    needs: ClassVar[frozenset[Need]] = frozenset(LOSS.values())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.taylor not in FORMS:
+            raise InputError(f"--taylor {self.taylor!r}: {nearest(self.taylor, FORMS)}")
+        if self.taylor in ("second", "mix"):  # dearer, so collected only where it is asked for
+            object.__setattr__(self, "needs", frozenset(CURVED_LOSS.values()))
+
+    @property
+    def allocator(self) -> Allocator:
+        """One ratio for the blocks in the middle."""
+        return Middle()
+
+    def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """What the loss loses, as far as the form tells."""
+        form = FORMS[self.taylor]
+        need = (LOSS if form < 2 else CURVED_LOSS)[unit.kind]
+        return statistics[need].mean[form].abs()

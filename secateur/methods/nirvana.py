@@ -1,0 +1,46 @@
+"""NIRVANA: what the highest logits lose with a whole channel or KV head."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.nirvana import TwoThresholds
+from secateur.block import Block
+from secateur.gradients import LOGITS
+from secateur.methods.scored import ScoredMethod
+from secateur.statistics import BlockStatistics, Need
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class Nirvana(ScoredMethod):
+    """Saliency of a functional of the logits that needs no labels.
+
+    With z the logits over the tokens t of a window and the vocabulary v, w all parameters that go
+    with a channel or a KV head, its query heads' among them,
+
+        f = mean over windows and v of max_t z_tv,   s = Σ |w ∘ ∂f/∂w|
+
+    which bounds how far a sign step of an optimiser on f moves without it. Don't use it where a
+    backward pass does not fit in memory, nor below some 0.8 without training afterwards: nothing
+    makes up for what is gone.
+
+    Source: Ai et al., "NIRVANA: Structured Pruning Reimagined for Large Language Models
+    Compression", arXiv 2509.14230, and its published code for the functional.
+    """
+
+    name: ClassVar[str] = "nirvana"
+    summary: ClassVar[str] = "channels and heads that the highest logits miss least"
+    source: ClassVar[str] = "arXiv 2509.14230"
+    needs: ClassVar[frozenset[Need]] = frozenset(LOGITS.values())
+
+    @property
+    def allocator(self) -> Allocator:
+        """A threshold for the channels and one for the heads of all blocks."""
+        return TwoThresholds()
+
+    def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """What the functional loses at most, to first order."""
+        return statistics[LOGITS[unit.kind]].mean[0]
