@@ -29,10 +29,9 @@ def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, floa
     Raises:
         InputError: not even a ridge of 1 makes it positive definite, so it is no Gram.
     """
-    scale = _scale(gram)
-    eye, used = torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge
+    used = ridge
     while used <= max(1.0, ridge):
-        factor, failed = torch.linalg.cholesky_ex(gram + used * scale * eye)
+        factor, failed = torch.linalg.cholesky_ex(damped(gram, used))
         if not bool(failed):
             if used > ridge:
                 warnings.warn(f"{what}: ridge raised from {ridge:g} to {used:g}", DampingWarning, 2)
@@ -41,6 +40,12 @@ def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, floa
     raise InputError(
         f"{what}: not positive semidefinite; try --dtype float32, more text or larger ridges."
     )
+
+
+def damped(gram: Tensor, ridge: float) -> Tensor:
+    """``gram + ridge · mean(diag gram) · I``."""
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return gram + ridge * _scale(gram) * eye
 
 
 def _scale(gram: Tensor) -> Tensor:
@@ -71,6 +76,27 @@ def nested_errors(
     return tails(rows)
 
 
+def refit_errors(
+    gram: Tensor, weight: Tensor, order: Tensor, ridge: float, what: str = "error curve"
+) -> Tensor:
+    """E‖xW − x_S Ŵ‖² for S = the first k channels of ``order``, k = 0 … n, where a ridge refits.
+
+    Ŵ minimises E‖xW − x_S Ŵ‖² + λ‖W − Ŵ‖², so it is no plain least squares fit. With H = C + λI =
+    LLᵀ in that order, taking out channel i changes the weight by −n_i aᵢᵀ, n_i a column of L⁻ᵀ and
+    aᵢ a row of LᵀW, whatever went before. So the changes add up, H weighs them as Σ ‖aᵢ‖², and
+
+        E(k) = Σ_{i ≥ k} ‖aᵢ‖² − λ Σ_{i, j ≥ k} ⟨n_i, n_j⟩ ⟨aᵢ, a_j⟩
+    """
+    factor, used = damped_cholesky(gram[order][:, order], ridge, what)
+    rows = factor.t() @ weight[order]
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    inner = (inverse @ inverse.t()) * (rows @ rows.t())
+    changed = 2 * inner.triu().sum(1) - inner.diagonal()
+    errors = tails(rows.square().sum(1)) - used * _scale(gram) * tails(changed)
+    return errors.clamp_min(0).flip(0).cummax(0).values.flip(0)  # falls, whatever rounding does
+
+
 def tails(parts: Tensor) -> Tensor:
     """What is left out when the first k of n parts stay, for k = 0 … n."""
     return torch.cat((parts.flip(0).cumsum(0).flip(0), parts.new_zeros(1)))
@@ -87,6 +113,15 @@ def decoder(gram: Tensor, keep: Tensor, ridge: float, what: str = "refit") -> Te
     target = gram[keep]
     target[torch.arange(len(keep)), keep] += used * _scale(kept)
     return torch.cholesky_solve(target, factor)
+
+
+def energies(weight: Tensor) -> Tensor:
+    """The squared singular values of a matrix, ascending; those that rounding made are zero."""
+    weight = weight.double()
+    gram = weight @ weight.mT if weight.shape[0] < weight.shape[1] else weight.mT @ weight
+    found: Tensor = torch.linalg.eigvalsh(gram)
+    floor = torch.finfo(gram.dtype).eps * len(gram) * found[-1:]
+    return torch.where(found > floor, found, 0.0)
 
 
 def roots(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -134,7 +169,7 @@ def least_squares(
 
 
 def backward_elimination(
-    gram: Tensor, cross: Tensor, ridge: float, what: str = "elimination"
+    gram: Tensor, cross: Tensor, ridge: float, what: str = "elimination", width: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Which features a least squares fit can spare: the order, best first, and E(k) for k = 0 … n.
 
@@ -145,10 +180,15 @@ def backward_elimination(
 
     so each step removes the cheapest and the costs add up to the error of the joint fit (optimal
     brain surgeon; ZipLM, arXiv 2302.04089, section 3.1). E(k) is above the error of all features.
+
+    With ``width`` above 1 blocks of as many neighbours leave as a whole, order and errors are of
+    blocks, and a block M costs tr Ŵ_Mᵀ [H⁻¹]_MM⁻¹ Ŵ_M.
     """
     size = len(gram)
     factor, _ = damped_cholesky(gram, ridge, what)
     state = torch.cat((torch.cholesky_inverse(factor), torch.cholesky_solve(cross, factor)), 1)
+    if width > 1:
+        return _block_elimination(state, width)
     alive = torch.arange(size, device=gram.device)
     gone = torch.zeros(size, dtype=torch.bool, device=gram.device)
     removed, costs = torch.empty_like(alive), gram.new_zeros(size + 1)
@@ -167,6 +207,28 @@ def backward_elimination(
         row = state[worst].clone()
         state.addr_(inverse[:, worst] / pivots[worst], row, alpha=-1)
         gone[worst] = True
+    return removed.flip(0), costs.flip(0)
+
+
+def _block_elimination(state: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """:func:`backward_elimination` of blocks, from [H⁻¹ Ŵ]; what is gone is dropped at once."""
+    alive = torch.arange(len(state) // width, device=state.device)
+    removed, costs = torch.empty_like(alive), state.new_zeros(len(alive) + 1)
+    for step in range(len(removed)):
+        count, size = len(alive), len(state)
+        inverse, rows = state[:, :size], state[:, size:].unflatten(0, (count, width))
+        blocks = inverse.reshape(count, width, count, width)
+        pivots = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        cost = (rows * torch.linalg.solve(pivots, rows)).sum((1, 2))
+        worst = cost.argmin()
+        costs[step + 1] = costs[step] + cost[worst]
+        removed[step] = alive[worst]
+        left = torch.arange(count, device=state.device) != worst
+        stays = left.repeat_interleave(width)
+        own, rest = state[~stays], state[stays]
+        rest = rest - rest[:, :size][:, ~stays] @ torch.linalg.solve(pivots[worst], own)
+        columns = torch.cat((stays, stays.new_ones(state.shape[1] - size)))
+        state, alive = rest[:, columns], alive[left]
     return removed.flip(0), costs.flip(0)
 
 

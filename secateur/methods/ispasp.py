@@ -1,0 +1,113 @@
+"""i-SpaSP: the channels and heads that a sparse recovery of the output finds."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.uniform import Uniform
+from secateur.block import Block
+from secateur.curve import Curve
+from secateur.linalg import damped
+from secateur.methods.base import Narrowing, Solution
+from secateur.methods.refitted import RefittedMethod, coordinates, narrowing, problem, refitted
+from secateur.options import option
+from secateur.statistics import BlockStatistics
+from secateur.units import Unit
+
+GRID = 16  #: sizes between which the curve of a large unit is linear
+
+
+@dataclass(frozen=True)
+class ISpaSP(RefittedMethod):
+    """CoSaMP for the output y = Σ_j x_j W_j of channels or heads j: the k that make most of it.
+
+    All that it needs is the Gram of what they add, M_ij = E⟨x_i W_i, x_j W_j⟩. Beginning with S
+    empty, for a fixed size k:
+
+        importance   |Σ_{i ∉ S} M_ji|      what x_j W_j shares with the residual y − Σ_S x_i W_i
+        merge        T = S ∪ the 2k most important
+        cut          S = the k of T with the largest M_jj
+
+    The S of least residual over all iterations stays. As published nothing is refitted; with
+    ``refit`` residual and consumer are those of the least squares fit. Don't use it without
+    ``refit`` for less than some 0.8.
+
+    Source: Wolfe and Kyrillidis, "i-SpaSP: Structured Neural Pruning via Sparse Signal Recovery",
+    arXiv 2112.04905, algorithm 1; CoSaMP, arXiv 0803.2392.
+    """
+
+    iterations: int = option(20, "of merging and cutting", 1)
+    refit: int = option(0, "1 refits what reads the kept channels and heads, 0 does not", 0, 1)
+
+    name: ClassVar[str] = "ispasp"
+    summary: ClassVar[str] = "channels and heads by sparse recovery of the output (CoSaMP)"
+    source: ClassVar[str] = "arXiv 2112.04905"
+
+    @property
+    def allocator(self) -> Allocator:
+        """One ratio for all."""
+        return Uniform()
+
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """A set for each size that is asked for; the curve is linear between some of them."""
+        gram, weight, width = problem(unit, block, statistics)
+        hessian = damped(gram, self.ridge)
+        parts = (gram * (weight @ weight.t())).unflatten(0, (-1, width)).unflatten(2, (-1, width))
+        shared = parts.sum((1, 3))  # M
+
+        def rows(keep: Tensor) -> Tensor | None:
+            return refitted(hessian, weight, keep, width, unit.name) if self.refit else None
+
+        def residual(keep: Tensor) -> tuple[Tensor, float]:
+            """What everything shares with the residual, and its energy."""
+            if (fitted := rows(keep)) is None:
+                gone = torch.ones_like(shared[0])
+                gone[keep] = 0
+                lost = shared @ gone
+                return lost, float(gone @ lost)
+            change = weight.clone()
+            change[coordinates(keep, width)] -= fitted
+            moved = gram @ change
+            return (moved * weight).sum(1).view(-1, width).sum(1), float((moved * change).sum())
+
+        @cache
+        def recovered(size: int) -> tuple[Tensor, float]:
+            return recover(shared.diagonal(), residual, size, self.iterations)
+
+        def at(size: int) -> Narrowing:
+            keep, _ = recovered(size)
+            return narrowing(unit, block, keep, rows(keep))
+
+        sizes = sorted({*range(0, unit.size, -(-unit.size // GRID)), unit.size})
+        errors = np.interp(range(unit.size + 1), sizes, [recovered(k)[1] for k in sizes])
+        errors = np.maximum.accumulate(errors.clip(0, errors[0])[::-1])[::-1]
+        return Solution(Curve.of(torch.from_numpy(errors.copy())), at)
+
+
+def recover(
+    energies: Tensor, residual: Callable[[Tensor], tuple[Tensor, float]], size: int, iterations: int
+) -> tuple[Tensor, float]:
+    """The best support of a size that CoSaMP's iterations meet, ascending, and its residual."""
+    keep = torch.arange(len(energies) if size == len(energies) else 0, device=energies.device)
+    shared, error = residual(keep)
+    if size in (0, len(energies)):
+        return keep, error
+    best, least = keep, math.inf
+    for _ in range(iterations):
+        important = torch.sort(shared.abs(), descending=True, stable=True).indices[: 2 * size]
+        merged = torch.cat((keep, important)).unique()
+        strongest = torch.sort(energies[merged], descending=True, stable=True).indices[:size]
+        before, keep = keep, torch.sort(merged[strongest]).values
+        if torch.equal(before, keep):
+            break
+        shared, error = residual(keep)
+        if error < least:
+            best, least = keep, error
+    return best, least

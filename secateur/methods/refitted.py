@@ -1,0 +1,93 @@
+"""Methods that choose MLP channels and whole KV heads by a Gram and refit what reads them."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.block import Block, mixed_bias
+from secateur.curve import Curve
+from secateur.linalg import damped, least_squares, refit_errors
+from secateur.methods.base import Method, Narrowing, Solution
+from secateur.options import option
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import WHOLE_HEADS, Heads, Unit
+
+if TYPE_CHECKING:
+    from secateur.model import Model
+
+
+@dataclass(frozen=True)
+class RefittedMethod(Method):
+    """Chooses channels and KV heads, and refits the consumer at every size.
+
+    With x what the consumer W reads, C = E xᵀx and S the coordinates that stay,
+
+        Ŵ = (C_SS + λI)⁻¹ (C_S: + λ I_S:) W,   λ = ridge · mean of the diagonal of C
+
+    which is W with what all removals of the optimal brain surgeon add to it. C leaves out what
+    value biases add to x: a constant, as attention sums to one. Where a head goes or its rows
+    change, that constant would give something else; the output projection's bias makes up for it.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = WHOLE_HEADS
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_GRAM, Needs.MIXED_GRAM})
+    ridge: float = option(0.01, "ridge of the Grams, relative to the mean of their diagonals", 0.0)
+
+    def units(self, model: "Model", multiple_of: int) -> list[Unit]:
+        """Narrowed heads get an output bias where values have one."""
+        return [
+            replace(
+                unit,
+                new_bias=unit.value_bias and model.blocks[unit.block].attention.o_proj.bias is None,
+            )
+            if isinstance(unit, Heads)
+            else unit
+            for unit in super().units(model, multiple_of)
+        ]
+
+
+def problem(unit: Unit, block: Block, statistics: BlockStatistics) -> tuple[Tensor, Tensor, int]:
+    """C, W as (coordinates, outputs), and the coordinates of a channel or KV head."""
+    rows = block.read(unit.kind)
+    gram = statistics[Needs.HIDDEN_GRAM if unit.kind == "mlp" else Needs.MIXED_GRAM].mean
+    return gram, rows.flatten(0, 1), rows.shape[1]
+
+
+def coordinates(which: Tensor, width: int) -> Tensor:
+    """The coordinates of some channels or KV heads, one after the other."""
+    own = torch.arange(width, device=which.device)
+    return (which.unsqueeze(1) * width + own).flatten()
+
+
+def refitted(hessian: Tensor, weight: Tensor, keep: Tensor, width: int, what: str) -> Tensor:
+    """Rows of the consumer for channels or heads ``keep``: H_SS⁻¹ H_S: W."""
+    at = coordinates(keep, width)
+    kept = hessian[at]
+    return least_squares(kept[:, at], kept @ weight, weight[at], 0.0, what)
+
+
+def narrowing(unit: Unit, block: Block, keep: Tensor, rows: Tensor | None) -> Narrowing:
+    """Kept channels or heads, with other rows of the consumer or, for None, with their own."""
+    bias = None
+    if unit.kind == "heads" and (own := mixed_bias(block.attention)) is not None:
+        dense, means = block.read(unit.kind), own.double()
+        at, dense = coordinates(keep, dense.shape[1]), dense.flatten(0, 1)
+        bias = means @ dense - means[at] @ (dense[at] if rows is None else rows)
+    return Narrowing(keep=keep, consumer=rows, bias=bias)
+
+
+def in_order(
+    unit: Unit, block: Block, statistics: BlockStatistics, order: Tensor, ridge: float
+) -> Solution:
+    """The first channels or heads of an order stay, and what reads them is refitted."""
+    gram, weight, width = problem(unit, block, statistics)
+    hessian = damped(gram, ridge)
+    errors = refit_errors(gram, weight, coordinates(order, width), ridge, unit.name)[::width]
+
+    def at(size: int) -> Narrowing:
+        keep = torch.sort(order[:size]).values
+        return narrowing(unit, block, keep, refitted(hessian, weight, keep, width, unit.name))
+
+    return Solution(Curve.of(errors), at)

@@ -1,0 +1,78 @@
+"""Judging whole plans before any is chosen: all units narrowed at once, from pieces kept ready."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from secateur.apply import narrowed
+from secateur.calibration import Store
+from secateur.measure import Divergence
+from secateur.methods.base import Method, Narrowing
+from secateur.model import Model
+from secateur.text import Tokens
+from secateur.units import Unit
+
+WINDOWS = 16  #: calibration windows to judge on
+
+
+class Stitched:
+    """Divergence of the model with every unit at some size, from the dense model.
+
+    What replaces each unit at each of its ``allowed`` sizes is solved once, from statistics of the
+    dense model, and kept; a :class:`~secateur.methods.base.SequentialMethod` knows no targets here.
+    Consumers are kept in the model's number format, on the CPU.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: Method,
+        units: Sequence[Unit],
+        allowed: Mapping[str, Sequence[int]],
+        store: Store,
+        tokens: Tokens,
+    ) -> None:
+        self.model = model
+        self.units = [unit for unit in units if not unit.fixed]
+        self._pieces: dict[tuple[str, int], Narrowing] = {}
+        with torch.no_grad():
+            windows = Tokens(tokens.ids[:WINDOWS], tokens.mask[:WINDOWS])
+            self._divergence = Divergence(model, windows)
+            for block in model.blocks:
+                statistics = store.get(block.index, method.needs, model.device)
+                for unit in self.units:
+                    if unit.block != block.index:
+                        continue
+                    solution = method.solve(unit, block, statistics)
+                    for size in allowed[unit.name]:
+                        if size < unit.size:
+                            piece = _moved(solution.at(size), torch.device("cpu"))
+                            self._pieces[unit.name, size] = _stored(piece, model.module.dtype)
+
+    @torch.no_grad()
+    def __call__(self, sizes: Mapping[str, int]) -> float:
+        """In nats a token; the model is left as it was.
+
+        Raises:
+            InputError: it is not finite.
+        """
+        with ExitStack() as stack:
+            for unit in self.units:
+                if sizes[unit.name] < unit.size:
+                    piece = _moved(self._pieces[unit.name, sizes[unit.name]], self.model.device)
+                    stack.enter_context(narrowed(self.model.blocks[unit.block], unit, piece))
+            return self._divergence.of(self.model.blocks[0])
+
+
+def _moved(narrowing: Narrowing, device: torch.device) -> Narrowing:
+    parts = {field.name: getattr(narrowing, field.name) for field in fields(narrowing)}
+    return Narrowing(**{n: t.to(device) if isinstance(t, Tensor) else t for n, t in parts.items()})
+
+
+def _stored(narrowing: Narrowing, dtype: torch.dtype) -> Narrowing:
+    """Its consumer as it will be stored, which takes least room."""
+    rows = narrowing.consumer
+    return narrowing if rows is None else replace(narrowing, consumer=rows.to(dtype))
