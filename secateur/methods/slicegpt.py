@@ -1,0 +1,89 @@
+"""SliceGPT: the residual stream in the basis of its principal directions, and fewer of them."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.uniform import Uniform
+from secateur.block import Block
+from secateur.curve import Curve
+from secateur.errors import InputError, nearest
+from secateur.linalg import tails
+from secateur.methods.base import Method, Narrowing, Solution
+from secateur.options import option
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import STREAM, Unit
+
+
+ORIENTATIONS = ("random", "pca")
+
+
+@dataclass(frozen=True)
+class SliceGPT(Method):
+    """One width for the residual stream of all blocks, by PCA behind every attention and MLP.
+
+    With x the stream at one place, C = E xᵀx over all tokens and E its first k eigenvectors,
+
+        x ← x E,   W_in ← Eᵀ diag(γ) W_in,   W_out ← W_out E',   shortcut Eᵀ E'
+        lost: Σ_{i>k} λ_i
+
+    where E' is of the next place; an RMS norm says the same in any orthonormal basis. C is read
+    behind what is sliced already. The damping of C that is published adds to all λ alike and
+    changes no eigenvector, so there is none here.
+
+    Every block gains two k × k matrices. Don't use it for a small cut: down to some 0.9 (0.8 where
+    blocks are small beside the stream) k is spent on shortcuts that cost more than they save.
+
+    Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
+    Columns", arXiv 2401.15024, sections 3.2 to 3.4.
+    """
+
+    orientation: str = option("random", "of the kept directions: random, or pca (by energy)")
+    orientation_seed: int = option(0, "of the random one", 0)
+
+    name: ClassVar[str] = "slicegpt"
+    summary: ClassVar[str] = "residual stream rotated to its principal directions and sliced"
+    source: ClassVar[str] = "arXiv 2401.15024"
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.BETWEEN_GRAM, Needs.BEHIND_GRAM})
+    kinds: ClassVar[tuple[str, ...]] = STREAM
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.orientation not in ORIENTATIONS:
+            raise InputError(
+                f"orientation {self.orientation!r}: {nearest(self.orientation, ORIENTATIONS)}"
+            )
+
+    @property
+    def allocator(self) -> Allocator:
+        """There is one size: the largest that fits."""
+        return Uniform()
+
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The stream at one place, whose Gram is all of ``statistics``."""
+        (stream,) = statistics.values()
+        values, vectors = torch.linalg.eigh(stream.mean)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+
+        def at(size: int) -> Narrowing:
+            kept = vectors[:, :size]
+            return Narrowing(encode=kept @ self._mix(size).to(kept))
+
+        return Solution(Curve.of(tails(values)), at)
+
+    def _mix(self, size: int) -> Tensor:
+        """A rotation of the kept directions, the same at every place.
+
+        Ordered by energy, the first coordinates are far larger than the others, which half
+        precision pays for; mixed, all are alike. The model computes the same.
+        """
+        if self.orientation == "pca":
+            return torch.eye(size, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(self.orientation_seed)
+        mix: Tensor = torch.linalg.qr(
+            torch.randn(size, size, generator=generator, dtype=torch.float64)
+        ).Q
+        return mix
