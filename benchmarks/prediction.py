@@ -2,11 +2,12 @@
 
     python benchmarks/prediction.py MODEL CALIBRATION HELD [--plans 30] [--keep 0.7]
 
-Two sets of plans: of keeps spread over 0.4 … 0.95, and all of one keep. Each plan is the knapsack's
-after the losses of all units were multiplied by random factors (log-normal), so plans of one keep
-differ in where they spend. Every plan is carried out by the default method, whole, and judged by
-the KL divergence of its output from the dense model's, in nats a token, on text that calibration
-never saw.
+Three sets of plans: of keeps spread over 0.4 … 0.95, and two of one keep. Each plan is the
+knapsack's after the losses of all units were multiplied by random factors, log-normal with a
+standard deviation σ of the logarithm, so plans of one keep differ in where they spend: from next to
+best (σ 0.1) to poor (σ 2), and all moderately disturbed (σ 1). Every plan is carried out by the
+default method, whole, and judged by the KL divergence of its output from the dense model's, in nats
+a token, on text that calibration never saw.
 """
 
 import argparse
@@ -38,7 +39,6 @@ def main() -> None:
     parser.add_argument("held")
     parser.add_argument("--plans", type=int, default=30)
     parser.add_argument("--keep", type=float, default=0.7)
-    parser.add_argument("--spread", type=float, default=1.0, help="of the log-normal factors")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--multiple-of", type=int, default=8)
     arguments = parser.parse_args()
@@ -53,21 +53,23 @@ def main() -> None:
     )
     dense = log_probabilities(model, held)
     generator = np.random.default_rng(0)
-    spread = np.linspace(0.4, 0.95, arguments.plans)
+    number, keep = arguments.plans, arguments.keep
     print("| plans | number | measured divergence | rank correlation |\n|---|---|---|---|")
-    for title, keeps in (
-        ("keeps 0.40 to 0.95", spread),
-        (f"keep {arguments.keep:g}", [arguments.keep] * arguments.plans),
+    for title, keeps, sigmas in (
+        ("keep 0.40 to 0.95, σ 1", np.linspace(0.4, 0.95, number), np.ones(number)),
+        (f"keep {keep:g}, σ 0.1 to 2", np.full(number, keep), np.linspace(0.1, 2, number)),
+        (f"keep {keep:g}, σ 1", np.full(number, keep), np.ones(number)),
     ):
         predicted, measured = [], []
-        for keep in keeps:
+        for share, sigma in zip(keeps, sigmas, strict=True):
+            factors = np.exp(sigma * generator.standard_normal(len(model.units(1))))
             small = open_model(arguments.model)
-            sizes, loss = plan(small, evidence, float(keep), generator, arguments)
+            sizes, loss = plan(small, evidence, float(share), factors, arguments)
             units = small.units(arguments.multiple_of)
             list(narrow_blocks(small, method, units, sizes, tokens, store))
             predicted.append(loss)
             measured.append(divergence(dense, log_probabilities(small, held)))
-            print(f"{keep:.3f} {loss:.4f} {measured[-1]:.4f}", file=sys.stderr, flush=True)
+            print(f"{share:.3f} {loss:.4f} {measured[-1]:.4f}", file=sys.stderr, flush=True)
         found = spearmanr(predicted, measured).statistic
         print(
             f"| {title} | {len(predicted)} | {min(measured):.3f} … {max(measured):.3f} | "
@@ -80,14 +82,13 @@ def plan(
     model: Model,
     evidence: Evidence,
     keep: float,
-    generator: np.random.Generator,
+    factors: np.ndarray,
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, int], float]:
     """Sizes by the knapsack on disturbed losses, and the loss that the true ones predict."""
     assert evidence.losses is not None
     units = model.units(arguments.multiple_of)
     prices = counted(units, "parameters", model.stored.itemsize)
-    factors = np.exp(arguments.spread * generator.standard_normal(len(units)))
     disturbed = {
         unit.name: Curve(tuple(float(factor) * e for e in evidence.losses[unit.name].errors))
         for unit, factor in zip(units, factors, strict=True)
