@@ -18,7 +18,7 @@ WHOLE = {
     "flops": 2 * PARAMETERS,
     "cache": 2 * 2 * (8 + 8) * 4,
 }
-ALLOCATORS = ("uniform", "influence", "knapsack")
+ALLOCATORS = ("uniform", "influence", "knapsack", "fluctuation")
 TIMES = {  # nanoseconds of a machine that tests can rely on; 2400 of them are fixed
     "nanoseconds": {
         "mlp": {0: 0, 64: 6400},
@@ -285,16 +285,18 @@ def test_an_unknown_name_is_refused(refused, compress, near, room, command, flag
 # The tier that stock classes load
 
 
-@pytest.mark.parametrize("method", ["auto", "modegpt"])
-def test_the_plain_tier_is_one_width_and_stock_code(compress, room, method):
+@pytest.mark.parametrize(
+    ("flags", "kinds"), [(("auto",), 2), (("modegpt",), 2), (("flap", "--compensate", 0), 1)]
+)
+def test_the_plain_tier_is_one_width_and_stock_code(compress, room, flags, kinds):
     from transformers import LlamaForCausalLM
 
-    compress("--tier", "plain", "--keep", 0.7, "--method", method).succeeded()
+    compress("--tier", "plain", "--keep", 0.7, "--method", *flags).succeeded()
     written = json.loads((room / "out" / "secateur" / "plan.json").read_text())
     report = json.loads((room / "out" / "secateur" / "report.json").read_text())
     assert written["tier"] == report["tier"] == "plain"
     untouched = [row for row in written["units"] if row["kind"] != "mlp"]
-    assert len(untouched) == 4
+    assert len(untouched) == 2 * kinds
     assert all(row["after"] == row["before"] for row in untouched)
     assert set(sizes(written, "mlp").values()) == {32}  # the largest eighth within the budget
     assert not list((room / "out").glob("*.py"))
@@ -303,6 +305,22 @@ def test_the_plain_tier_is_one_width_and_stock_code(compress, room, method):
     assert "auto_map" not in config
     assert opened(room / "out") is LlamaForCausalLM
     assert numbers_on_disk(room / "out") == report["compressed"]["parameters"]
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_biases_that_stock_classes_have_no_place_for_are_refused(
+    refused, compress, near, room, command
+):
+    flags, words = (
+        ("--tier", "plain", "--keep", 0.7, "--method", "flap"),
+        ["flap", "--compensate 0"],
+    )
+    if command == "plan":
+        refused(*flags, words=words)
+    else:
+        compress(*flags).refused(*words)
+        assert list(room.iterdir()) == []
+    assert near == []
 
 
 def test_the_other_tier_brings_its_code_along(compress, room):
@@ -528,10 +546,10 @@ def cut(field, unit):
         (cut("curves", "layers.0.value_output"), "knapsack"),
         (cut("losses", "layers.0.mlp"), "knapsack"),
         (lambda content: content.update(losses=None), "knapsack"),
-        (lambda content: content.update(influence=[0.5]), "influence"),
-        (lambda content: content.update(version=2), "knapsack"),
+        (lambda content: content.update(readings=[[0.5]]), "influence"),
+        (lambda content: content.update(version=1), "knapsack"),
         (lambda content: content.update(more=1), "knapsack"),
-        (lambda content: content.pop("influence"), "knapsack"),
+        (lambda content: content.pop("readings"), "knapsack"),
     ],
     ids=[
         "no curve",
@@ -541,7 +559,7 @@ def cut(field, unit):
         "short loss",
         "no losses",
         "too few blocks",
-        "later version",
+        "earlier version",
         "more",
         "less",
     ],

@@ -6,6 +6,9 @@ import re
 import pytest
 from conftest import SMALL
 
+from secateur.allocate import ALLOCATORS
+from secateur.methods import METHODS
+
 CALIBRATION = ["--samples", "4", "--length", "32"]
 JUDGE = ["--no-speed", "--eval-windows", "2", "--new-tokens", "4", "--eval-length", "32"]
 
@@ -34,21 +37,18 @@ def test_ls_shows_methods_options_and_families(run):
 def test_ls_json(run):
     content = json.loads(run("ls", "--json").succeeded().out)
     methods = {method["name"]: method for method in content["methods"]}
-    assert list(methods) == ["auto", "modegpt"]
+    assert list(methods) == list(METHODS)
     for method in methods.values():
         assert method["options"]["keep"]["default"] == 0.8
     assert set(methods["auto"]["options"]) == {"keep", "ridge", "iterations"}
-    assert {name: method["allocator"] for name, method in methods.items()} == {
-        "auto": "knapsack",
-        "modegpt": "influence",
-    }
+    assert set(methods["flap"]["options"]) == {"keep", "compensate"}
+    allocators = {"auto": "knapsack", "modegpt": "influence", "flap": "fluctuation"}
+    assert {name: methods[name]["allocator"] for name in allocators} == allocators
     options = {a["name"]: set(a["options"]) for a in content["allocators"]}
-    assert options == {
-        "uniform": set(),
-        "influence": {"temperature", "max_sparsity"},
-        "knapsack": {"cells"},
-        "plain": set(),
-    }
+    assert list(options) == list(ALLOCATORS)
+    assert options["uniform"] == options["plain"] == options["fluctuation"] == set()
+    assert options["influence"] == {"temperature", "max_sparsity"}
+    assert options["knapsack"] == {"cells"}
     assert "llama" in {t for family in content["families"] for t in family["model_types"]}
 
 
@@ -56,7 +56,8 @@ def test_ls_shows_allocators_with_their_options_and_whose_default_they_are(run):
     shown = run("ls").succeeded().out
     _, *parts = re.split(r"^(methods|allocators|families)$", shown, flags=re.MULTILINE)
     entries = {name: entries_of(lines) for name, lines in zip(parts[::2], parts[1::2], strict=True)}
-    assert list(entries["allocators"]) == ["uniform", "influence", "knapsack", "plain"]
+    assert list(entries["allocators"]) == list(ALLOCATORS)
+    assert list(entries["methods"]) == list(METHODS)
     assert "--" not in entries["allocators"]["uniform"]
     assert "--temperature" in entries["allocators"]["influence"]
     assert "(default 0.95)" in entries["allocators"]["influence"]
@@ -69,7 +70,7 @@ def test_ls_shows_allocators_with_their_options_and_whose_default_they_are(run):
 
 def entries_of(lines):
     """Name to text of the entries of a group of ``ls``; their options are indented further."""
-    _, *parts = re.split(r"^ {2}(\w+) ", lines, flags=re.MULTILINE)
+    _, *parts = re.split(r"^ {2}([\w-]+) ", lines, flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
@@ -160,7 +161,7 @@ def test_plan_json_is_the_file(run, model, text, room):
     assert run(*given).succeeded().out == (room / "p.json").read_text()
 
 
-@pytest.mark.parametrize("method", ["auto", "modegpt"])
+@pytest.mark.parametrize("method", ["auto", "modegpt", "flap"])
 def test_plan_is_the_same_every_time(run, model, text, forget, method):
     given = ["plan", model, "--calibration", text, *CALIBRATION, "--dry-run", "--json"]
     given += ["--method", method]

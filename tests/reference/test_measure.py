@@ -24,8 +24,8 @@ from secateur.measure import (
     windows_to_measure,
 )
 from secateur.methods.auto import Auto
-from secateur.methods.flap import FLAP
 from secateur.methods.base import Narrowing
+from secateur.methods.flap import FLAP
 from secateur.methods.modegpt import MoDeGPT
 from secateur.scores import score
 from secateur.text import Tokens, sample
