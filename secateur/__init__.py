@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from secateur.pipeline import compress, save
     from secateur.plan import Plan, make_plan
     from secateur.scores import score
+    from secateur.select import select_calibration
     from secateur.text import Calibration, calibration_tokens
 
 _HOMES = {
@@ -49,6 +50,7 @@ _HOMES = {
     "judge_apart": "secateur.evaluate.judge",
     "make_plan": "secateur.plan",
     "score": "secateur.scores",
+    "select_calibration": "secateur.select",
     "open_model": "secateur.model",
     "save": "secateur.pipeline",
 }
@@ -78,6 +80,7 @@ __all__ = [
     "open_model",
     "save",
     "score",
+    "select_calibration",
 ]
 
 

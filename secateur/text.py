@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from secateur import bundled
-from secateur.errors import InputError
+from secateur.errors import InputError, nearest
 
 BUNDLED = "bundled"
 SUFFIXES = {".txt", ".md", ".rst", ".text", ".raw", ".py"}
 SET_ASIDE = 0.8  # calibration never sees what lies behind this share of its text
 MAX_CHARACTERS = 16_000_000  # of a source, from its start: some four million tokens
 PIECE = 100_000  # characters tokenised at a time
+#: how windows may be chosen; see select.py
+SELECTIONS = ("none", "kl", "leverage", "dpp")
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,23 @@ class Calibration:
         samples: number of windows.
         length: tokens in a window.
         seed: of the choice of windows.
+        select: "none" draws windows at random; "kl", "leverage" and "dpp" choose among more, see
+            :func:`~secateur.select.select_calibration`.
+        windows: what was chosen, as places among the consecutive windows of the text; empty until
+            then, and where windows are drawn at random.
     """
 
     source: str = BUNDLED
     samples: int = 128
     length: int = 256
     seed: int = 0
+    select: str = "none"
+    windows: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.select not in SELECTIONS:
+            known = nearest(self.select, SELECTIONS)
+            raise InputError(f"--select-calibration {self.select!r}: {known}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for plans and reports."""
@@ -195,16 +209,37 @@ def sample(
         )
     whole, rest = divmod(len(stream), length)
     if whole >= samples:
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(whole, generator=generator)[:samples]
-        ids = stream[: whole * length].view(whole, length)[chosen]
-        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+        return windows_at(stream, drawn(whole, seed)[:samples], length, name)
     rows = whole + (rest > 1)
     ids = torch.zeros(rows * length, dtype=torch.int64)
     used = min(len(stream), rows * length)
     ids[:used] = stream[:used]
     mask = torch.arange(rows * length) < used
     return Tokens(ids.view(rows, length), mask.view(rows, length))
+
+
+def drawn(whole: int, seed: int) -> list[int]:
+    """All places of whole windows in random order."""
+    order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))
+    return [int(place) for place in order]
+
+
+def windows_at(
+    stream: Tensor, places: Sequence[int], length: int, name: str = "calibration text"
+) -> Tokens:
+    """Those of the stream's consecutive windows that stand at some places, in their order.
+
+    Raises:
+        InputError: the stream is too short to have one of them.
+    """
+    whole = len(stream) // length
+    if missing := [place for place in places if not 0 <= place < whole]:
+        raise InputError(
+            f"{name} has {whole} windows of {length} tokens, and window {missing[0]} was chosen: "
+            f"it is another text. Choose again, with `secateur plan`."
+        )
+    ids = stream[: whole * length].view(whole, length)[list(places)]
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
 def contiguous(
@@ -226,14 +261,28 @@ def contiguous(
     return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def calibration_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
-    """The windows that a :class:`Calibration` means, from the part of the text not set aside.
+def calibration_stream(calibration: Calibration, tokenizer: Any) -> Tensor:
+    """The part of the text that calibration may see, as one row of ids.
 
     Raises:
-        InputError: the text is missing, unreadable, empty or too short.
+        InputError: the text is missing, unreadable or empty.
     """
     stream = token_stream(read_documents(calibration.source), tokenizer)
     if calibration.source != BUNDLED:  # whose judging split is another text
         stream = stream[: int(SET_ASIDE * len(stream))]
+    return stream
+
+
+def calibration_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
+    """The windows that a :class:`Calibration` means, from the part of the text not set aside.
+
+    Those that were chosen, or else as many drawn at random.
+
+    Raises:
+        InputError: the text is missing, unreadable, empty or too short.
+    """
+    stream, length = calibration_stream(calibration, tokenizer), calibration.length
     name = f"calibration text {calibration.source!r}"
-    return sample(stream, calibration.samples, calibration.length, calibration.seed, name)
+    if calibration.windows:
+        return windows_at(stream, calibration.windows, length, name)
+    return sample(stream, calibration.samples, length, calibration.seed, name)

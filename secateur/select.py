@@ -1,0 +1,265 @@
+"""Which windows of a text calibrate: chosen among more than are needed, instead of at random.
+
+What is chosen is a list of places in the text, so a plan that holds it is made again from the same
+windows, without choosing. The choice is kept in the user's cache under all that it depends on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Allocator, Evidence
+from secateur.allocate.uniform import Uniform
+from secateur.cache import cached_file, keep
+from secateur.calibration import Store, calibrate
+from secateur.errors import InputError
+from secateur.goal import Goal
+from secateur.methods.base import Method
+from secateur.model import Model, fingerprint
+from secateur.plan import prices_of, usual_allocator
+from secateur.records import Record, read_record
+from secateur.scores import score
+from secateur.stitch import WINDOWS, Stitched
+from secateur.stream import Stream
+from secateur.text import Calibration, Tokens, calibration_stream, drawn, windows_at
+from secateur.version import __version__
+
+POOL = 4  #: windows to choose from, for each that is chosen
+DRAWS = 4  #: random draws to compare by divergence
+RANK = 1e-12  #: energy below which a direction is none, relative to the largest
+JITTER = 1e-6  #: added to similarities of 1, so that copies of a window can be told apart
+MAX_BYTES = 2**26
+
+
+class Choice(Record):
+    """A choice on disk; what it is of is in the name of its file."""
+
+    windows: tuple[int, ...]
+
+
+def select_calibration(
+    model: Model,
+    calibration: Calibration,
+    method: Method | None = None,
+    goal: Goal | None = None,
+    allocator: Allocator | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Calibration:
+    """The calibration with its windows chosen as its ``select`` says; the model stays as it was.
+
+    - "leverage": of :data:`POOL` times as many random windows, drawn with chances in proportion to
+      the summed :func:`leverage` of their tokens before the middle block.
+    - "dpp": of as many, those that :func:`most_diverse` finds by the mean state of a window there.
+    - "kl": of :data:`DRAWS` random draws the one with the least divergence of the model that
+      ``method`` narrows by it, on windows that are in none of them; see :func:`divergences`.
+
+    Choosing again gives the same. ``method``, ``goal`` and ``allocator``, by default the method's
+    own, serve "kl" alone. ``advance`` is told how many of :data:`DRAWS` are done.
+
+    Raises:
+        InputError: the text holds too little to choose from, or the method can't be judged so.
+    """
+    if calibration.select == "none" or calibration.windows:
+        return calibration
+    stream, wanted = calibration_stream(calibration, model.tokenizer), calibration.samples
+    name, length = f"calibration text {calibration.source!r}", calibration.length
+    order = drawn(len(stream) // length, calibration.seed)
+    by_kl = calibration.select == "kl"
+    judged = min(WINDOWS, max(2, wanted // 4)) if by_kl else 0
+    if len(order) <= wanted + judged:
+        raise InputError(
+            f"{name} is too short to choose from: it has {len(order)} windows of {length} tokens, "
+            f"and {wanted + judged} leave no choice. Give more text, fewer --samples or a smaller "
+            f"--length, or leave --select-calibration out."
+        )
+    pool = order if by_kl else order[: POOL * wanted]
+    tokens = windows_at(stream, pool, length, name)
+    own = _identity(model, calibration, tokens)
+    if by_kl:
+        if method is None:
+            raise InputError("--select-calibration kl compares narrowed models; name a method.")
+        goal = goal or Goal()
+        allocator = cheap(model, method, goal, allocator or usual_allocator(method, goal))
+        own |= {"method": {"name": method.name, **asdict(method)}, "goal": asdict(goal)}
+        own |= {"allocator": {"name": allocator.name, **asdict(allocator)}}
+    path = cached_file("calibration", own)
+    if (kept := _kept(path, order, wanted)) is not None:
+        return replace(calibration, windows=kept)
+    if by_kl:
+        assert method is not None
+        assert goal is not None
+        assert allocator is not None
+        draws = random_draws(len(order) - judged, wanted, calibration.seed)
+        found = divergences(
+            model,
+            method,
+            goal,
+            allocator,
+            [_part(tokens, draw) for draw in draws],
+            _part(tokens, range(len(order) - judged, len(order))),
+            advance,
+        )
+        chosen = draws[found.index(min(found))]
+    else:
+        states, mask = middle_states(model, tokens), tokens.mask
+        if calibration.select == "leverage":
+            generator = torch.Generator().manual_seed(calibration.seed)
+            chances = leverage(states, mask).sum(1)
+            chosen = torch.multinomial(chances, wanted, generator=generator).tolist()
+        else:
+            real = mask.unsqueeze(-1)
+            means = (states * real).double().sum(1) / real.sum(1)
+            chosen, _ = most_diverse(similarity(means), wanted)
+    windows = tuple(pool[place] for place in chosen)
+    keep(path, Choice(windows=windows).model_dump_json())
+    return replace(calibration, windows=windows)
+
+
+def _identity(model: Model, calibration: Calibration, pool: Tokens) -> dict[str, Any]:
+    return {
+        "secateur": __version__,
+        "model": fingerprint(model),
+        "dtype": str(model.module.dtype).removeprefix("torch."),
+        "pool": pool.fingerprint,
+        "calibration": calibration.as_dict(),
+        "sizes": [POOL, DRAWS, WINDOWS],
+    }
+
+
+def _kept(path: Path, order: Sequence[int], wanted: int) -> tuple[int, ...] | None:
+    """A choice that was made before, or None; a damaged one is made again."""
+    try:
+        found = read_record(Choice, path, "choice of windows", MAX_BYTES).windows
+    except InputError:
+        return None
+    return found if len(set(found)) == wanted and set(found) <= set(order) else None
+
+
+def _part(tokens: Tokens, places: Sequence[int]) -> Tokens:
+    return Tokens(tokens.ids[list(places)], tokens.mask[list(places)])
+
+
+def random_draws(count: int, wanted: int, seed: int) -> list[list[int]]:
+    """Draws of ``wanted`` places below ``count``; the first takes the first ones.
+
+    Places are in random order already, so the first draw is the one that is made without a choice.
+    """
+    return [[*range(wanted)]] + [drawn(count, seed + i)[:wanted] for i in range(1, DRAWS)]
+
+
+def cheap(model: Model, method: Method, goal: Goal, allocator: Allocator) -> Allocator:
+    """The allocator, or one share for all units in place of one that measures or compares losses.
+
+    Raises:
+        InputError: the method has units that no share serves, or that run through all blocks.
+    """
+    kinds = {unit.kind for unit in method.units(model, goal.multiple_of)}
+    dear = allocator.measured or allocator.searches
+    if "residual" in kinds or (dear and "block" in kinds):
+        raise InputError(
+            f"--select-calibration kl can't judge {method.name!r} cheaply: it narrows more than "
+            f"one block at a time. Choose leverage or dpp."
+        )
+    return Uniform() if dear else allocator
+
+
+def divergences(
+    model: Model,
+    method: Method,
+    goal: Goal,
+    allocator: Allocator,
+    draws: Sequence[Tokens],
+    judged: Tokens,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[float]:
+    """For each draw, the divergence on ``judged`` of the model narrowed by what the draw says.
+
+    In nats a token. Every block is narrowed by statistics of the dense model: nothing is measured
+    again behind narrowed blocks, and nothing propagated. The model is left as it was.
+    """
+    units, found = method.units(model, goal.multiple_of), []
+    prices = prices_of(model, units, goal)
+    for tokens in draws:
+        with TemporaryDirectory() as folder:
+            store = Store(Path(folder))
+            calibrate(model, tokens, method.needs | allocator.needs, store)
+            evidence = Evidence({})
+            if not isinstance(allocator, Uniform):
+                evidence = score(model, method, store, tokens, allocator)
+            sizes = allocator.allocate(units, evidence, prices, method.keep)
+            one = {name: [size] for name, size in sizes.items()}
+            found.append(Stitched(model, method, units, one, store, judged)(sizes))
+        advance(1)
+    return found
+
+
+def middle_states(model: Model, tokens: Tokens) -> Tensor:
+    """The hidden states before the middle block, (windows, length, hidden), on the CPU."""
+    with torch.inference_mode():
+        stream = Stream(model, tokens)
+        for block in model.blocks[: len(model.blocks) // 2]:
+            stream.advance(block)
+    return stream.states
+
+
+def leverage(states: Tensor, mask: Tensor) -> Tensor:
+    """Statistical leverage of every real token among all of them, 0 for others: (windows, length).
+
+    With X the tokens' states as rows and C = XᵀX = V Λ Vᵀ over the directions that have energy,
+
+        ℓ_i = x_iᵀ C⁺ x_i = ‖x_i V Λ^-½‖²,   Σ ℓ_i = rank X
+
+    A token that no others explain has 1, one of n copies at most 1/n.
+    """
+    gram = torch.zeros(states.shape[-1], states.shape[-1], dtype=torch.float64)
+    for window, real in zip(states, mask, strict=True):
+        rows = window[real].double()
+        gram += rows.t() @ rows
+    values, vectors = torch.linalg.eigh(gram)
+    there = values > RANK * values[-1]
+    whitening = vectors[:, there] / values[there].sqrt()
+    found = torch.zeros(mask.shape, dtype=torch.float64)
+    for scores, window in zip(found, states, strict=True):
+        scores.copy_((window.double() @ whitening).square().sum(1))
+    return found * mask
+
+
+def similarity(features: Tensor) -> Tensor:
+    """Gaussian kernel of the rows of (windows, features), its width their median distance.
+
+    Of full rank where rows differ, so that more windows than features can be told apart.
+    """
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    above = distances[torch.ones_like(distances, dtype=torch.bool).triu(1)]
+    width = above[above > 0].median() if bool((above > 0).any()) else distances.new_ones(())
+    kernel = torch.exp(-0.5 * (distances / width).square())
+    return kernel + JITTER * torch.eye(len(features), dtype=kernel.dtype)
+
+
+def most_diverse(kernel: Tensor, count: int) -> tuple[list[int], list[float]]:
+    """Greedy maximum of log det K_S over sets of ``count`` rows: the order, and what each adds.
+
+    The one that adds most comes next. What i adds to S is log of its Schur complement,
+
+        log det K_S∪i − log det K_S = log (K_ii − K_iS K_SS⁻¹ K_Si)
+
+    which a Cholesky factor that grows by a row a step keeps for all rows. That is the greedy mode
+    of a determinantal point process (Chen et al., arXiv 1709.05135, algorithm 1).
+    """
+    left, factor = kernel.diagonal().clone(), kernel.new_zeros(count, len(kernel))
+    chosen: list[int] = []
+    gains: list[float] = []
+    for step in range(count):
+        best = int(left.argmax())
+        chosen.append(best)
+        gains.append(float(left[best].log()))
+        above = factor[:step]
+        factor[step] = (kernel[best] - above[:, best] @ above) / left[best].sqrt()
+        left -= factor[step].square()
+        left[chosen] = -torch.inf
+    return chosen, gains
