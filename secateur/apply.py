@@ -48,6 +48,8 @@ def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
         for module, weight, bias in before:
             set_linear(module, weight, bias if isinstance(bias, Tensor) else None)
         block.replace_attention(attention)
+        if unit.kind == "block":
+            block.put_back()
 
 
 def narrow_unit(block: Block, unit: Unit, narrowing: Narrowing) -> None:
@@ -57,8 +59,14 @@ def narrow_unit(block: Block, unit: Unit, narrowing: Narrowing) -> None:
         "heads": narrow_heads,
         "query_key": narrow_query_key,
         "value_output": narrow_value_output,
+        "block": remove_block,
     }
     narrow[unit.kind](block, narrowing)
+
+
+def remove_block(block: Block, narrowing: Narrowing) -> None:
+    """Let a block hand on what it gets, and a constant for what is gone."""
+    block.remove(narrowing.bias)
 
 
 def check_finite(block: Block) -> None:
@@ -160,6 +168,7 @@ def _rebuild(
     modules = (new.q_proj, new.k_proj, new.v_proj, new.o_proj)
     for module, part in zip(modules, parts, strict=True):
         set_linear(module, *part)
+    new.q_norm, new.k_norm = old.q_norm, old.k_norm  # the stock ones may have another order
     if pairs is not None:
         new.rope_pairs = nn.Buffer(pairs)
     block.replace_attention(new)

@@ -1,6 +1,7 @@
 """One transformer block, with weights that mean the same in every family."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.anatomy import Anatomy, HeadLayout, Projection
 from secateur.layers.modeling_secateur import AnyConv1D, NarrowAttention, narrow_attention
-from secateur.units import MLP, WIDTHS, Heads, QueryKey, Unit, ValueOutput
+from secateur.units import MLP, WIDTHS, Heads, QueryKey, Unit, ValueOutput, WholeBlock
 
 
 @dataclass
@@ -19,7 +20,9 @@ class Block:
 
     Creating it replaces the block's attention by a :class:`NarrowAttention` of full width with
     the same weights, so that statistics and narrowing meet one kind of attention everywhere.
-    ``stock_attention`` keeps the replaced module, which shares its weights where it can.
+    ``stock_attention`` keeps the replaced module, which shares its weights where it can, and
+    ``stock_linears`` the sizes of the MLP's linears. A block that is ``gone`` hands on what it
+    gets.
     """
 
     index: int
@@ -28,6 +31,8 @@ class Block:
     heads: HeadLayout
     attention: NarrowAttention = field(init=False)
     stock_attention: nn.Module = field(init=False)
+    stock_linears: dict[str, dict[str, Any]] = field(init=False)
+    gone: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.stock_attention = self.module.get_submodule(self.anatomy.attention)
@@ -35,6 +40,29 @@ class Block:
 
         for path in (*(path for path, _ in self.anatomy.producers), self.anatomy.consumer):
             self.module.set_submodule(path, may_be_empty(self.module.get_submodule(path)))
+        self.stock_linears = self.linears
+
+    def remove(self, constant: Tensor | None = None) -> None:
+        """Hand on what comes in, plus a constant; :meth:`put_back` undoes it."""
+
+        def passed(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+            if constant is not None:
+                hidden_states = hidden_states + constant.to(hidden_states)
+            return (hidden_states,) if self.anatomy.in_tuple else hidden_states
+
+        self.gone, self.module.forward = True, passed
+
+    def put_back(self) -> None:
+        """Compute again."""
+        if self.gone:
+            self.gone = False
+            del self.module.forward
+
+    @property
+    def linears(self) -> dict[str, dict[str, Any]]:
+        """Path of each of the MLP's linears to its sizes, as a checkpoint has them."""
+        paths = [path for path, _ in self.anatomy.producers] + [self.anatomy.consumer]
+        return {path: _sizes(self.module.get_submodule(path)) for path in paths}
 
     def replace_attention(self, attention: NarrowAttention) -> None:
         """Put another attention in the block."""
@@ -84,6 +112,19 @@ class Block:
         rows = rows.t().to(dtype).contiguous()
         set_linear(consumer, rows, with_constant(consumer.bias, bias, dtype))
 
+    def add_constant(self, constant: Tensor | None) -> None:
+        """Add to the consumer's bias, which is new where there was none."""
+        if constant is not None:
+            self.set_consumer_weight(inputs_by_outputs(self.consumer), constant)
+
+    @property
+    def sums(self) -> bool:
+        """Whether a constant in the consumer's output reaches the stream: no norm stands behind."""
+        attribute = self.anatomy.norms_first
+        if attribute is not None and not getattr(self.module, attribute):
+            return False
+        return not self.anatomy.norms_behind
+
     @property
     def output_rows(self) -> Tensor:
         """The output projection's weight as (heads, value width, hidden), float64."""
@@ -102,20 +143,43 @@ class Block:
         rows: Tensor = self.output_rows.unflatten(0, (self.attention.kv_heads, -1)).flatten(1, 2)
         return rows
 
-    def parameters_of(self, kind: str) -> list[Tensor]:
-        """Every parameter that goes with a channel or a KV head: (size, …) views, in one order."""
+    def parameters_of(
+        self, kind: str, of: Callable[[Tensor], Tensor] = lambda parameter: parameter
+    ) -> list[Tensor]:
+        """Every parameter that goes with a channel or a KV head: (size, …) views, in one order.
+
+        ``of`` puts something of the same shape, its gradient for one, in the place of each.
+        """
         if kind == "mlp":
-            parts = [view.t() for view in self.producer_weights]
+
+            def inputs_first(module: nn.Module) -> Tensor:
+                assert isinstance(module.weight, Tensor)
+                weight = of(module.weight)
+                return weight.t() if isinstance(module, nn.Linear) else weight
+
+            found = [
+                part.t()
+                for module, n in self.producers
+                for part in inputs_first(module).chunk(n, 1)
+            ]
             for module, n in self.producers:
                 if isinstance(module.bias, Tensor):
-                    parts += module.bias.unsqueeze(1).chunk(n)
-            return [*parts, inputs_by_outputs(self.consumer)]
+                    found += of(module.bias).unsqueeze(1).chunk(n)
+            return [*found, inputs_first(self.consumer)]
         attention = self.attention
         maps = (attention.q_proj, attention.k_proj, attention.v_proj)
-        found = [t for m in maps for t in (m.weight, m.bias) if t is not None]
-        return [t.unflatten(0, (attention.kv_heads, -1)) for t in found] + [
-            attention.o_proj.weight.t().unflatten(0, (attention.kv_heads, -1))
-        ]
+        parts = [of(t) for m in maps for t in (m.weight, m.bias) if t is not None]
+        parts.append(of(attention.o_proj.weight).t())
+        return [part.unflatten(0, (attention.kv_heads, -1)) for part in parts]
+
+    def matrices(self, kind: str) -> list[Tensor]:
+        """The matrices that an axis is a side of, or of whose heads it is, either way round."""
+        if kind == "mlp":
+            return [*self.producer_weights, inputs_by_outputs(self.consumer)]
+        a = self.attention
+        queries, values = [a.q_proj, a.k_proj], [a.v_proj, a.o_proj]
+        own = {"query_key": queries, "value_output": values, "heads": queries + values}
+        return [linear.weight for linear in own[kind]]
 
     @property
     def output_weight(self) -> Tensor:
@@ -178,6 +242,7 @@ class Block:
             step=1,
             hidden=hidden,
             group=attention.num_key_value_groups,
+            least=0 if self.heads_obstacle is None else attention.kv_heads,
             query_key=attention.query_key,
             value=attention.value,
             query_bias=attention.q_proj.bias is not None,
@@ -185,7 +250,17 @@ class Block:
             value_bias=attention.v_proj.bias is not None,
             new_bias=biased and attention.o_proj.bias is None,
         )
-        return [unit for unit in (*units, value_output, heads) if unit.kind in kinds]
+        whole = WholeBlock(
+            name=f"{name}.block",
+            block=self.index,
+            size=1,
+            step=1,
+            hidden=hidden,
+            parts=(mlp, heads),
+            # the block before it takes the constant that stands for it
+            new_bias=biased and self.index > 0 and self.sums and self.consumer.bias is None,
+        )
+        return [unit for unit in (*units, value_output, heads, whole) if unit.kind in kinds]
 
     @property
     def query_key_obstacle(self) -> str | None:
@@ -198,6 +273,14 @@ class Block:
             "queries and keys stay at full width: this family normalises inside its heads, and a "
             "norm over fewer dims is another norm"
         )
+
+
+    @property
+    def heads_obstacle(self) -> str | None:
+        """Why the KV heads of this block must stay, or None."""
+        if self.attention.q_norm is None or self.anatomy.head_norms == "shared":
+            return None
+        return "whole heads stay: this family's norms of queries and keys are made for all of them"
 
 
 def with_constant(
@@ -229,11 +312,22 @@ def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: HeadLayout) -> 
         "bias": "".join(n for n, p in zip("qkvo", maps, strict=True) if p.bias is not None),
         "rotary": "all" if heads.rotary else "none",
     }
+    if heads.rotary and heads.doubled:
+        shape["doubled"] = True
+    if anatomy.soft_cap is not None:
+        cap = getattr(stock.config, anatomy.soft_cap)
+        shape |= {} if cap is None else {"soft_cap": cap}
+    if anatomy.head_norms != "shared":
+        shape["head_norms"] = anatomy.head_norms
     with torch.device("meta"):
         attention = narrow_attention(stock, shape).train(stock.training)
     q, k, v, o = maps
-    if 0 < heads.rotary < heads.width:
-        q, k = (_pairs_first(p, heads) for p in (q, k))
+    order = torch.tensor(heads.pairs, device=q.weight.device)
+    if heads.pairs != sorted(heads.pairs):
+        q, k = (_reordered(p, order) for p in (q, k))
+        for name, norm in (("q_norm", attention.q_norm), ("k_norm", attention.k_norm)):
+            if norm is not None:
+                setattr(attention, name, _reordered_norm(norm, order))
     for module, part in zip(
         (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
         (q, k, v, o),
@@ -243,16 +337,22 @@ def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: HeadLayout) -> 
     return attention
 
 
-def _pairs_first(part: Projection, heads: HeadLayout) -> Projection:
-    """Reorder each head from (rotating halves, still rest) to (all first halves, all second)."""
-    half, rest = heads.rotary // 2, (heads.width - heads.rotary) // 2
-    firsts = [*range(half), *range(heads.rotary, heads.rotary + rest)]
-    seconds = [*range(half, heads.rotary), *range(heads.rotary + rest, heads.width)]
-    order = torch.tensor(firsts + seconds, device=part.weight.device)
-    weight = part.weight.view(-1, heads.width, part.weight.shape[1])[:, order].flatten(0, 1)
+def _reordered(part: Projection, order: Tensor) -> Projection:
+    """The same map with the dims of every head in another order."""
+    heads = (-1, len(order))
+    weight = part.weight.unflatten(0, heads)[:, order].flatten(0, 1)
     if part.bias is None:
         return Projection(weight, None)
-    return Projection(weight, part.bias.view(-1, heads.width)[:, order].flatten())
+    return Projection(weight, part.bias.view(heads)[:, order].flatten())
+
+
+def _reordered_norm(norm: nn.Module, order: Tensor) -> nn.Module:
+    """A copy of a norm inside heads, for dims in another order."""
+    made = copy.deepcopy(norm)
+    for parameter in made.parameters():
+        heads = parameter.data.unflatten(-1, (-1, len(order)))
+        parameter.data = heads[..., order].flatten(-2)
+    return made
 
 
 def inputs_by_outputs(module: nn.Module) -> Tensor:
@@ -260,6 +360,11 @@ def inputs_by_outputs(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(module, nn.Linear) else weight
+
+
+def _sizes(linear: nn.Module) -> dict[str, Any]:
+    inputs, outputs = inputs_by_outputs(linear).shape
+    return {"out": outputs, "in": inputs, "bias": linear.bias is not None}
 
 
 def may_be_empty(linear: nn.Module) -> nn.Module:

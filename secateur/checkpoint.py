@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.block import Block, inputs_by_outputs
+from secateur.depth import place, renumber
 from secateur.goal import Tier
 from secateur.layers import modeling_secateur
 from secateur.model import Model
+from secateur.residual import residual_layout
 
 SHARD_BYTES = 4 * 2**30
 
@@ -94,16 +96,20 @@ def published_name(module: PreTrainedModel) -> Callable[[str, Tensor], str]:
 
 
 def block_prefix(model: Model, block: Block) -> str:
-    """Name of a block in the whole model's state dict, with a dot behind."""
+    """Name of a block in the state dict of what is written, with a dot behind."""
     assert model.anatomy is not None
-    return f"{model.module.base_model_prefix}.{model.anatomy.blocks}.{block.index}."
+    return f"{model.module.base_model_prefix}.{model.anatomy.blocks}.{place(model, block)}."
 
 
 def store_block(model: Model, block: Block, writer: Writer) -> None:
     """Write a finished block, and round its weights in memory as the file has them.
 
-    An attention that no unit changed is written in the family's own layout, fused or not.
+    An attention that no unit changed is written in the family's own layout, fused or not. Of a
+    block that is gone nothing is written.
     """
+    if block.gone:
+        return
+    renumber(model, block)
     prefix = block_prefix(model, block)
     _round(block.module, model.stored)
     _round(block.stock_attention, model.stored)
@@ -149,36 +155,37 @@ def attention_changed(block: Block) -> bool:
     """Whether the block's attention differs in shape from the stock one."""
     shape, heads = block.attention.shape, block.heads
     stock = {"query_key": heads.width, "value": heads.width, "kv_heads": heads.kv_heads}
-    return any(shape[name] != size for name, size in stock.items())
+    return "hidden" in shape or any(shape[name] != size for name, size in stock.items())
 
 
-def layout(model: Model, dense_width: int) -> dict[str, Any]:
+def layout(model: Model) -> dict[str, Any]:
     """The ``secateur`` block of config.json: the shape of everything that is not stock."""
     assert model.anatomy is not None
     layers = []
     for block in model.blocks:
         layer: dict[str, Any] = {}
-        if inputs_by_outputs(block.consumer).shape[0] != dense_width:
-            paths = [path for path, _ in block.anatomy.producers] + [block.anatomy.consumer]
-            layer["linears"] = {path: _size(block.module.get_submodule(path)) for path in paths}
+        stock = block.stock_linears
+        if changed := {path: own for path, own in block.linears.items() if own != stock[path]}:
+            layer["linears"] = changed
         if attention_changed(block):
             layer["attention"] = block.attention.shape
         layers.append(layer)
-    return {
+    shapes: dict[str, Any] = {
         "version": 1,
         "blocks": model.anatomy.blocks,
         "attention": model.anatomy.attention,
         "layers": layers,
     }
+    if (residual := residual_layout(model)) is not None:
+        shapes["residual"] = residual
+    return shapes
 
 
-def _size(linear: nn.Module) -> dict[str, Any]:
-    inputs, outputs = inputs_by_outputs(linear).shape
-    return {"out": outputs, "in": inputs, "bias": linear.bias is not None}
+def write_config(model: Model, tier: Tier, folder: Path) -> None:
+    """Write config.json, generation config, tokenizer and, where needed, the modelling code.
 
-
-def write_config(model: Model, tier: Tier, dense_width: int, folder: Path) -> None:
-    """Write config.json, generation config, tokenizer and, where needed, the modelling code."""
+    What is gone must have left the model (:func:`~secateur.depth.close_ranks`).
+    """
     anatomy, config = model.anatomy, model.config
     assert anatomy is not None
     fields = config.to_dict()
@@ -198,7 +205,7 @@ def write_config(model: Model, tier: Tier, dense_width: int, folder: Path) -> No
             "AutoModel": f"{code}.{prefix}{base}",
             "AutoModelForCausalLM": f"{code}.{prefix}{stock}",
         }
-        fields["secateur"] = layout(model, dense_width)
+        fields["secateur"] = layout(model)
         shutil.copy(str(modeling_secateur.__file__), folder)
     fields.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

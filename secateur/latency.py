@@ -23,7 +23,7 @@ from secateur.prices import Prices
 from secateur.records import Record, read_record
 from secateur.stream import Stream
 from secateur.text import Tokens
-from secateur.units import WIDTHS, Unit
+from secateur.units import DEPTH, EVERY_BLOCK, WIDTHS, Unit
 from secateur.version import __version__
 
 POINTS = 9  # sizes measured of each kind of unit; linear between them
@@ -49,6 +49,7 @@ def measured(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
     Raises:
         InputError: the model can't read that many tokens.
     """
+    check_timed(units)
     check_length(model, goal)
     own = _identity(model, goal)
     path = cached_file("latency", own)
@@ -62,6 +63,20 @@ def measured(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
     prices = {u.name: _between(u, table.nanoseconds[u.kind], scale) for u in units}
     whole = sum(prices[u.name][u.size] for u in units)
     return Prices("latency", prices, max(0, table.forward - whole))
+
+
+def check_timed(units: Sequence[Unit]) -> None:
+    """Refuse units that no single block has.
+
+    Raises:
+        InputError: one runs through all blocks.
+    """
+    through = [unit.name for unit in units if unit.block == EVERY_BLOCK]
+    if through:
+        raise InputError(
+            f"latency is timed in one block, and unit {through[0]!r} runs through all of them; "
+            f"choose another --target, e.g. parameters."
+        )
 
 
 def check_length(model: Model, goal: Goal) -> None:
@@ -116,7 +131,7 @@ def _measure(model: Model, goal: Goal, own: dict[str, Any]) -> Table:
     block, batch = model.blocks[0], stream.batches[0]
     states = stream.at(batch)
     whole = partial(model.module, input_ids=ids.to(model.device), use_cache=False)
-    units = {unit.kind: unit for unit in block.units(1, (*WIDTHS, "heads"))}
+    units = {unit.kind: unit for unit in block.units(1, (*WIDTHS, "heads", *DEPTH))}
     jobs: dict[tuple[str, int], dict[str, int]] = {}
     for kind, unit in units.items():
         for size in _points(unit):
@@ -160,7 +175,7 @@ def _at(block: Block, units: Mapping[str, Unit], sizes: Mapping[str, int]) -> It
 def _arbitrary(block: Block, unit: Unit, size: int) -> Narrowing:
     """Any narrowing of the right shape: weights don't change how long a product takes."""
     device, heads = block.attention.o_proj.weight.device, block.attention.kv_heads
-    if unit.kind in ("mlp", "heads"):
+    if unit.kind in ("mlp", "heads", "block"):
         return Narrowing(keep=torch.arange(size, device=device))
     if unit.kind == "query_key":
         half = torch.arange(size // 2, device=device)

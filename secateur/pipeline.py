@@ -14,9 +14,9 @@ from torch import Tensor
 from secateur import report as reporting
 from secateur.allocate.base import Allocator
 from secateur.allocate.plain import PlainWidth
-from secateur.block import inputs_by_outputs
 from secateur.calibration import Store, calibrate
 from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
+from secateur.depth import close_ranks
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
@@ -30,7 +30,8 @@ from secateur.inputs import (
     text_notes,
     unseen,
 )
-from secateur.latency import check_length
+from secateur.latency import check_length, check_timed
+from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import (
     Model,
@@ -52,12 +53,15 @@ from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
 from secateur.report import Report
 from secateur.scores import identity, keep_evidence, kept_evidence, score
+from secateur.select import DRAWS, select_calibration
 from secateur.stream import TOKENS_PER_BATCH
 from secateur.text import (
     Calibration,
     Tokens,
+    calibration_tokens,
     read_documents,
 )
+from secateur.units import DEPTH
 from secateur.workspace import Workspace
 
 TESTIMONY_TOKENS = 24
@@ -201,7 +205,8 @@ def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> All
     Raises:
         InputError: the tier leaves nothing to allocate.
     """
-    if goal.tier == "plain" and not isinstance(asked, PlainWidth | None):
+    shaped = goal.tier == "plain" and method.kinds != DEPTH
+    if shaped and not isinstance(asked, PlainWidth | None):
         raise InputError(
             f"tier plain has one MLP width and nothing to allocate; leave out allocator "
             f"{asked.name!r}, or ask for tier per-layer."
@@ -213,12 +218,20 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
     """Refuse a budget out of reach before any weight is read; latency has to be measured first.
 
     Raises:
-        InputError: it is out of reach.
+        InputError: it is out of reach, or the method is no use for the model or the tier.
     """
+    check_served(method, shapes)
+    units = method.units(shapes, goal.multiple_of)
+    if goal.tier == "plain" and any(u.new_bias and len(allocator.choices(u)) > 1 for u in units):
+        raise InputError(
+            f"tier plain: {method.name} adds biases, for which stock classes of this family have no "
+            f"place. Leave them out (--compensate 0), or ask for tier per-layer."
+        )
     if goal.target == "latency":
+        check_timed(units)
+        allocator.check_units(units)
         check_length(shapes, goal)
     else:
-        units = method.units(shapes, goal.multiple_of)
         prices = counted(units, goal.target, shapes.stored.itemsize)
         allocator.check(units, prices, method.keep)
 
@@ -259,9 +272,9 @@ def prepare(
         raise InputError(f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}.")
     with watch.measure("open"):
         model = open_model(source, settings)
-        for note in model.obstacles:
-            progress.say(f"note: {note}")
         chosen = method.build_method() if isinstance(method, Plan) else method
+        for note in model.obstacles_of(chosen.kinds):
+            progress.say(f"note: {note}")
         units = chosen.units(model, goal.multiple_of)
         for note in text_notes(calibration, tokens, units):
             progress.say(f"note: {note}")
@@ -273,12 +286,23 @@ def prepare(
         prices = prices_of(model, units, goal)
         if not isinstance(method, Plan):
             allocator.check(units, prices, chosen.keep)
+    if calibration.select != "none" and not calibration.windows:
+        with (
+            watch.measure("select"),
+            progress.stage("choosing calibration text", DRAWS) as advance,
+        ):
+            calibration = select_calibration(model, calibration, chosen, goal, allocator, advance)
+            tokens = calibration_tokens(calibration, model.tokenizer)
+    if calibration.windows:
+        count = len(calibration.windows)
+        progress.say(f"calibrating on {count} windows chosen by {calibration.select}")
     own, every = identity(model, chosen, tokens, allocator), chosen.units(model, 1)
     needs = chosen.needs | allocator.needs
     known = ("secateur", "model", "calibration", "dtype")
     store.claim({key: own[key] for key in known}, needs)
     evidence = kept_evidence(own, every, scores)
-    if evidence is None or not only_plan:
+    searches = allocator.searches and not isinstance(method, Plan)
+    if evidence is None or not only_plan or searches:
         watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
         if not all(block.index in store for block in model.blocks):
             with (
@@ -298,7 +322,11 @@ def prepare(
                 progress.say("note: this plan was made from other calibration tokens")
             plan = revise(method, model, chosen, evidence, prices)
         else:
-            plan = make_plan(model, chosen, evidence, calibration, tokens, goal, allocator, prices)
+            if searches:
+                progress.say("searching: every candidate is judged on calibration text")
+            plan = make_plan(
+                model, chosen, evidence, calibration, tokens, goal, allocator, prices, store
+            )
     return Prepared(model, tokens, store, chosen, plan)
 
 
@@ -310,7 +338,6 @@ def write(
     Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16.
     """
     model, plan = prepared.model, prepared.plan
-    dense_width = inputs_by_outputs(model.blocks[0].consumer).shape[0]
     # A plain checkpoint is for any reader, so its tensors have their published names.
     plain = plan.tier == "plain"
     writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
@@ -329,7 +356,8 @@ def write(
     with watch.measure("save"):
         store_rest(model, writer)
         writer.finish()
-        write_config(model, plan.tier, dense_width, folder)
+        close_ranks(model)
+        write_config(model, plan.tier, folder)
     with watch.measure("evaluate"):
         ids = prepared.tokens.ids[0, :TESTIMONY_TOKENS].clone()
         return testimony(model.module, ids), ids
@@ -400,7 +428,7 @@ def _write_record(
         "model": plan.base.source,
         "method": plan.method.model_dump(),
         "allocator": plan.allocator.model_dump(),
-        "calibration": plan.calibration.model_dump(exclude={"tokens", "fingerprint"}),
+        "calibration": plan.calibration.model_dump(exclude={"tokens", "fingerprint", "windows"}),
         "goal": asdict(goal),
         "evaluate": asdict(questions) | {"texts": [asdict(text) for text in questions.texts]},
         "settings": asdict(settings),

@@ -1,7 +1,7 @@
 """The plan: which unit gets which size. Plain data, readable, editable, replayable."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 from secateur.allocate import allocator_class
 from secateur.allocate.base import Allocator, Evidence
 from secateur.allocate.plain import PlainWidth
+from secateur.calibration import Store
 from secateur.errors import InputError, nearest
 from secateur.goal import Goal, Tier
 from secateur.latency import measured
@@ -19,8 +20,9 @@ from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
 from secateur.prices import Prices, Target, counted
 from secateur.records import Record, read_record
+from secateur.stitch import Stitched
 from secateur.text import Calibration, Tokens
-from secateur.units import Unit
+from secateur.units import DEPTH, Unit
 from secateur.version import __version__
 
 MAX_PLAN_BYTES = 64 * 2**20
@@ -38,7 +40,10 @@ class Base(Record):
 
 
 class CalibrationRecord(Record):
-    """The text a plan rests on; ``fingerprint`` is that of the token windows."""
+    """The text a plan rests on; ``fingerprint`` is that of the token windows.
+
+    ``select`` says how the windows were chosen, ``windows`` which ones, unless at random.
+    """
 
     source: str
     samples: int = Field(ge=1)
@@ -46,10 +51,14 @@ class CalibrationRecord(Record):
     seed: int
     tokens: int
     fingerprint: str
+    select: str = "none"
+    windows: tuple[int, ...] = ()
 
     def choice(self) -> Calibration:
         """The choice of text that led to these tokens."""
-        return Calibration(self.source, self.samples, self.length, self.seed)
+        return Calibration(
+            self.source, self.samples, self.length, self.seed, self.select, self.windows
+        )
 
 
 class Choice(Record):
@@ -154,7 +163,8 @@ def _built(kind: type[Built], choice: Choice) -> Built:
 
 def usual_allocator(method: Method, goal: Goal) -> Allocator:
     """What spends a budget where none is named: what the tier demands, or the method's own."""
-    return PlainWidth() if goal.tier == "plain" else method.allocator
+    shaped = goal.tier == "plain" and method.kinds != DEPTH  # whole blocks leave no odd shapes
+    return PlainWidth() if shaped else method.allocator
 
 
 def make_plan(
@@ -166,11 +176,13 @@ def make_plan(
     goal: Goal | None = None,
     allocator: Allocator | None = None,
     prices: Prices | None = None,
+    store: Store | None = None,
 ) -> Plan:
     """Decide the size of every unit from the evidence; no weight is touched.
 
     ``allocator`` is by default what the goal's tier demands, or else the method's own; ``prices``
-    are those of the goal.
+    are those of the goal. An allocator that searches needs the ``store`` with the statistics, to
+    judge the models that its candidates would give.
 
     Raises:
         InputError: the budget is out of reach.
@@ -179,6 +191,11 @@ def make_plan(
     allocator = allocator or usual_allocator(method, goal)
     units = method.units(model, goal.multiple_of)
     prices = prices or prices_of(model, units, goal)
+    if allocator.searches and store is not None:
+        allocator.check(units, prices, method.keep)
+        allowed = {unit.name: allocator.choices(unit) for unit in units}
+        judge = Stitched(model, method, units, allowed, store, tokens)
+        evidence = replace(evidence, judge=judge)
     sizes = allocator.allocate(units, evidence, prices, method.keep)
     return Plan(
         secateur=__version__,
@@ -244,11 +261,16 @@ def _rows(
 
 
 def tier_of(units: Sequence[Unit], sizes: Mapping[str, int]) -> Tier:
-    """ "plain" where stock classes can express the sizes: one MLP width, attention untouched."""
-    widths = {sizes[unit.name] for unit in units if unit.kind == "mlp"}
-    attention = all(sizes[unit.name] == unit.size for unit in units if unit.kind != "mlp")
+    """ "plain" where stock classes can express the sizes: one MLP width, attention untouched.
+
+    Whole blocks may be missing, as long as no constant takes their place.
+    """
     stock = not any(unit.new_bias and sizes[unit.name] < unit.size for unit in units)
-    plain = stock and attention and len(widths) == 1 and min(widths) > 0
+    gone = {unit.block for unit in units if unit.kind == "block" and not sizes[unit.name]}
+    left = [unit for unit in units if unit.block not in gone]
+    widths = {sizes[unit.name] for unit in left if unit.kind == "mlp"}
+    attention = all(sizes[unit.name] == unit.size for unit in left if unit.kind != "mlp")
+    plain = stock and attention and len(widths) <= 1 and 0 not in widths
     return "plain" if plain else "per-layer"
 
 
@@ -320,6 +342,9 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
             raise InputError(
                 f"plan, {row.unit}: size {row.after} is not allowed; the nearest is {close}."
             )
+    blocks = [unit.name for unit in units.values() if unit.kind == "block"]
+    if blocks and not any(plan.sizes[name] for name in blocks):
+        raise InputError(f"plan: no block is left; give {blocks[0]} or another one size 1.")
     for unit in units.values():
         values = f"layers.{unit.block}.value_output"
         if unit.kind == "query_key" and plan.sizes[unit.name] and not plan.sizes[values]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from secateur.calibration import Store, collect
 from secateur.methods.base import Method, SequentialMethod
 from secateur.model import Model
 from secateur.observe import mixed_values
+from secateur.residual import sliced_blocks
 from secateur.statistics import BlockStatistics, Cross, Gram, Needs, wide
 from secateur.stream import Stream
 from secateur.text import Tokens
-from secateur.units import Unit
+from secateur.units import EVERY_BLOCK, Unit
 
-ADDITIVE = 0.02  # relative: half precision rounds at every sum
+ADDITIVE = 0.02  # of what a block adds; and this many roundings of its output, in half precision
+ROUNDINGS = 2
 
 
 def narrow_blocks(
@@ -29,11 +32,23 @@ def narrow_blocks(
     tokens: Tokens,
     store: Store,
 ) -> Iterator[Block]:
-    """Bring every block to its sizes, one after the other; each is given out when it is done."""
+    """Bring every block to its sizes, one after the other; each is given out when it is done.
+
+    Where blocks behind it go, a block takes the constants that stand for them. Those of blocks that
+    none is left before are dropped.
+    """
+    for unit in units:
+        if unit.block == EVERY_BLOCK and sizes[unit.name] < unit.size:
+            yield from sliced_blocks(model, method, unit, sizes[unit.name], tokens)
+            return
     line = Propagation(model, tokens, method) if isinstance(method, SequentialMethod) else None
     stream = Stream(model, tokens) if method.rereads else None
     for block in model.blocks:
         own = [unit for unit in units if unit.block == block.index]
+        if _goes(block, sizes):
+            block.remove()  # its constant is in a block before it
+            yield block
+            continue
         if stream is not None:
             with torch.no_grad():
                 statistics = collect(stream, block, method.needs, move=False)
@@ -43,9 +58,17 @@ def narrow_blocks(
             narrow_block(block, own, sizes, method, statistics)
         else:
             line.narrow_block(block, own, sizes, statistics)
+        for later in takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :]):
+            (unit,) = (u for u in units if u.block == later.index and u.kind == "block")
+            statistics = store.get(later.index, method.needs, model.device)
+            block.add_constant(method.solve(unit, later, statistics).at(0).bias)
         if stream is not None:
             stream.advance(block)
         yield block
+
+
+def _goes(block: Block, sizes: Mapping[str, int]) -> bool:
+    return sizes.get(f"layers.{block.index}.block") == 0
 
 
 class Propagation:
@@ -56,8 +79,9 @@ class Propagation:
         t_attention = x + attention(x) − x̂,   t_mlp = y − x̂ − attention(x̂)
 
     for a block y = x + attention + mlp, whether one reads the other's output or not; x̂ is the
-    narrowed model's stream. In a block of another form (a norm behind the sum) the targets are the
-    dense outputs themselves.
+    narrowed model's stream. In a block of another form the targets are the dense outputs
+    themselves: a norm behind a consumer, or behind the sum, takes back what would be added to make
+    up for x̂, and scales a block's outputs by what no least squares knows.
 
     Four numbers a token and hidden dim are kept: two streams, the targets and the MLP's inputs.
     """
@@ -113,8 +137,7 @@ class Propagation:
                 after = self.dense.through(block, before)
             attention = wide(seen.attention)  # differences of large streams need the digits
             if additive is None:
-                rest = wide(after) - wide(before) - attention - wide(seen.mlp)
-                additive = float(rest.norm()) <= ADDITIVE * float(wide(after).norm())
+                additive = block.sums and _adds_up(before, attention + wide(seen.mlp), after)
             self.targets[batch] = (wide(before) + attention if additive else attention).cpu()
             self.inputs[batch] = seen.mlp.cpu()  # until the narrowed model's inputs are known
             self.dense.put(batch, after)
@@ -160,6 +183,13 @@ class Propagation:
         return {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
 
 
+def _adds_up(before: Tensor, added: Tensor, after: Tensor) -> bool:
+    """Whether a block's output is its input plus what it adds, but for rounding."""
+    rest = float((wide(after) - wide(before) - added).norm())
+    rounding = ROUNDINGS * torch.finfo(after.dtype).eps * float(wide(after).norm())
+    return rest <= ADDITIVE * float(added.norm()) + rounding
+
+
 class Seen:
     """What passed through a block: (batch, tokens, …)."""
 
@@ -193,7 +223,8 @@ def watched(block: Block, until: nn.Module | None = None) -> Iterator[Seen]:
 
     def giving(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def note(module: nn.Module, args: Any, output: Tensor) -> None:
-            setattr(seen, name, output.reshape(*shape, -1))
+            seen_now = output.reshape(*shape, -1)
+            setattr(seen, name, seen_now.clone())  # a block may add to it in place
 
         return note
 

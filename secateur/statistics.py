@@ -23,6 +23,8 @@ class Statistic(ABC):
     """
 
     most_tokens: ClassVar[int | None] = None
+    #: what it sums, for messages
+    what: ClassVar[str] = "activations"
 
     def __init__(self, total: Tensor | None = None, tokens: int = 0) -> None:
         self.total = total
@@ -65,8 +67,8 @@ class Statistic(ABC):
             raise InputError("calibration saw no token; give it more text.")
         if not bool(torch.isfinite(self.total).all()):
             raise InputError(
-                "calibration met NaN or infinite activations; try --dtype float32, or check the "
-                "model with `secateur eval`."
+                f"calibration met NaN or infinite {self.what}; try --dtype float32, or check the "
+                f"model with `secateur eval`."
             )
         return self.total / self.tokens
 
@@ -128,6 +130,28 @@ class Influence(Statistic):
         return (1 - torch.cosine_similarity(before, after, -1)).sum()
 
 
+class Change(Statistic):
+    """What a block makes of its input x, with y its output, both (batch, tokens, hidden).
+
+    Σ (y − x), Σ ‖y − x‖² and Σ ‖y‖² behind one another, in float64: (hidden + 2).
+    """
+
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        before, after = (value[mask].double() for value in values)
+        change = after - before
+        energies = torch.stack((change.square().sum(), after.square().sum()))
+        return torch.cat((change.sum(0), energies))
+
+
+class Angle(Statistic):
+    """Σ arccos(cosine) / π between a block's input and output, both (batch, tokens, hidden)."""
+
+    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
+        before, after = (value[mask].double() for value in values)
+        cosine = torch.cosine_similarity(before, after, -1).clamp(-1, 1)
+        return cosine.arccos().sum() / torch.pi
+
+
 class Cross(Statistic):
     """Σ xᵀt of features (batch, tokens, n) and targets (batch, tokens, outputs): (n, outputs)."""
 
@@ -155,14 +179,15 @@ class PairScores(Statistic):
 
     Takes queries (batch, heads, tokens, width) and keys (batch, kv heads, tokens, width) after
     rotation, the first already scaled; values (batch, heads, tokens, any) in a basis in which the
-    output's metric is the identity; which pairs turn (pairs), bool; and how many tokens back a
-    query sees, itself counted.
+    output's metric is the identity; which pairs turn (pairs), bool; how many tokens back a query
+    sees, itself counted; and, where scores are soft-capped, the cap c. Then the softmax is taken of
+    c tanh(S / c), and S_p counts times the slope 1 − tanh²(S[t, s] / c) there.
     """
 
     most_tokens = 4096
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        query, key, value, turning, window = values
+        query, key, value, turning, window, *cap = values
         group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None]
         tokens = torch.arange(mask.shape[1], device=mask.device)
         back = tokens.unsqueeze(1) - tokens
@@ -172,10 +197,15 @@ class PairScores(Statistic):
         for row in range(len(query)):
             for head in range(query.shape[1]):
                 q, k, u = query[row, head], key[row, head // group], value[row, head]
-                weights = (q @ k.t()).masked_fill(unseen, -torch.inf).softmax(-1)
+                scores = q @ k.t()
+                slopes = scores.new_ones(())
+                if cap:
+                    bent = (scores / cap[0]).tanh()
+                    scores, slopes = bent * cap[0], 1 - bent.square()
+                weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
                 read = torch.cat((u, one), 1)  # the column of ones gives the mean of S_p
                 products = k.unsqueeze(2) * read.unsqueeze(1)  # tokens, coordinates, any + 1
-                mixed = (weights @ products.flatten(1)).view_as(products)
+                mixed = (weights * slopes @ products.flatten(1)).view_as(products)
                 (q1, q2), (m1, m2) = q.unsqueeze(2).chunk(2, 1), mixed.chunk(2, 1)
                 first = torch.where(turn, q1 * m1 + q2 * m2, q1 * m1)
                 second = torch.where(turn, q1 * m2 - q2 * m1, q2 * m2)
@@ -192,7 +222,8 @@ class Need(NamedTuple):
     Places: "hidden" (MLP hidden channels, as the consumer reads them), "query" and "key" (heads
     before rotation, after any norm inside them), "value" (heads without bias), "mixed" (values
     without bias, mixed by attention, as the output projection reads them), "scores" (see
-    :class:`PairScores`), "block" (input and output of the block).
+    :class:`PairScores`), "block" (input and output of the block), "between" and "behind" (the
+    residual stream behind attention, where blocks have it, and behind the block).
     """
 
     place: str
@@ -210,11 +241,15 @@ class Needs:
     KEY_ENERGY: ClassVar = Need("key", Energy)
     VALUE_GRAM: ClassVar = Need("value", HeadGram)
     INFLUENCE: ClassVar = Need("block", Influence)
+    ANGLE: ClassVar = Need("block", Angle)
+    CHANGE: ClassVar = Need("block", Change)
     MIXED_GRAM: ClassVar = Need("mixed", Gram)
     HIDDEN_ENERGY: ClassVar = Need("hidden", Energy)
     MIXED_ENERGY: ClassVar = Need("mixed", Energy)
     HIDDEN_MOMENTS: ClassVar = Need("hidden", Moments)
     MIXED_MOMENTS: ClassVar = Need("mixed", Moments)
     PAIR_SCORES: ClassVar = Need("scores", PairScores)
+    BETWEEN_GRAM: ClassVar = Need("between", Gram)
+    BEHIND_GRAM: ClassVar = Need("behind", Gram)
     HIDDEN_TARGET: ClassVar = Need("hidden", Cross)
     MIXED_TARGET: ClassVar = Need("mixed", Cross)

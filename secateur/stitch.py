@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from secateur.apply import narrowed
+from secateur.block import Block
 from secateur.calibration import Store
 from secateur.measure import Divergence
 from secateur.methods.base import Method, Narrowing
@@ -23,7 +25,8 @@ class Stitched:
 
     What replaces each unit at each of its ``allowed`` sizes is solved once, from statistics of the
     dense model, and kept; a :class:`~secateur.methods.base.SequentialMethod` knows no targets here.
-    Consumers are kept in the model's number format, on the CPU.
+    Consumers are kept in the model's number format, on the CPU, and so are the hidden states before
+    the first block: in a plan that begins like the last one, only what is behind runs again.
     """
 
     def __init__(
@@ -41,6 +44,9 @@ class Stitched:
         with torch.no_grad():
             windows = Tokens(tokens.ids[:WINDOWS], tokens.mask[:WINDOWS])
             self._divergence = Divergence(model, windows)
+            self._first = self._divergence.stream.states.clone()
+            self._last: list[tuple[int, ...]] = []  # sizes of the last plan, block by block
+            self._at = 0  # the block that the stream stands before
             for block in model.blocks:
                 statistics = store.get(block.index, method.needs, model.device)
                 for unit in self.units:
@@ -64,7 +70,21 @@ class Stitched:
                 if sizes[unit.name] < unit.size:
                     piece = _moved(self._pieces[unit.name, sizes[unit.name]], self.model.device)
                     stack.enter_context(narrowed(self.model.blocks[unit.block], unit, piece))
-            return self._divergence.of(self.model.blocks[0])
+            return self._divergence.of(self._reached(sizes))
+
+    def _reached(self, sizes: Mapping[str, int]) -> Block:
+        """The first block of other sizes than last time; the stream is brought before it."""
+        blocks, stream = self.model.blocks, self._divergence.stream
+        own = [tuple(sizes[u.name] for u in self.units if u.block == b.index) for b in blocks]
+        pairs = zip(own[:-1], self._last, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if same < self._at:
+            stream.states.copy_(self._first)
+            self._at = 0
+        for block in blocks[self._at : same]:
+            stream.advance(block)
+        self._at, self._last = same, own
+        return blocks[same]
 
 
 def _moved(narrowing: Narrowing, device: torch.device) -> Narrowing:

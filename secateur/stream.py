@@ -1,6 +1,6 @@
 """Windows on their way through a model: hidden states, one block at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +67,12 @@ class Stream:
         other.__dict__ = {**self.__dict__, "states": self.states.clone()}
         return other
 
-    def through(self, block: Block, states: Tensor) -> Tensor:
-        """What a block makes of the states of a batch."""
+    def through(
+        self, block: Block, states: Tensor, forward: Callable[..., Any] | None = None
+    ) -> Tensor:
+        """What a block makes of the states of a batch, or what ``forward`` does in its place."""
         call = self._calls[len(states)][block.index]
-        output = block.module(states, *call.args, **call.kwargs)
+        output = (forward or block.module)(states, *call.args, **call.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
@@ -103,15 +105,19 @@ def _blocks_bypassed(blocks: Sequence[Block], states: Tensor | None = None) -> I
     seen = _Seen()
     seen.calls = []
 
-    def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.states = hidden_states
         seen.calls.append(_Call(args, kwargs))
-        return hidden_states if states is None else states
+        given = hidden_states if states is None else states
+        return (given, None) if blocks[0].anatomy.in_tuple else given
 
+    gone = [block.module.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:
             block.module.forward = note
         yield seen
     finally:
-        for block in blocks:
+        for block, own in zip(blocks, gone, strict=True):
             del block.module.forward
+            if own is not None:
+                block.module.forward = own

@@ -8,6 +8,7 @@ WIDTHS = ("mlp", "query_key", "value_output")
 WHOLE_HEADS = ("mlp", "heads")
 DEPTH = ("block",)
 STREAM = ("residual",)
+EVERY_BLOCK = -1
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Unit(ABC):
 
     Attributes:
         name: for example ``layers.3.mlp``.
-        block: index of its block.
+        block: index of its block; EVERY_BLOCK where it runs through all of them.
         size: width today.
         step: sizes other than today's are multiples of this.
         hidden: width of the residual stream.
@@ -63,6 +64,10 @@ class Unit(ABC):
         """Bytes of stored indices."""
         return 0
 
+    def beside(self, size: int) -> int:
+        """Parameters that shrink along and that no unit counts; of its bytes alone."""
+        return 0
+
     @property
     def fixed(self) -> bool:
         """Whether it has but one size, and is listed for what it costs."""
@@ -76,14 +81,16 @@ class Unit(ABC):
         below = (size for size in range(0, self.size, self.step) if size >= self.least)
         return [*below, self.size]
 
+    def added(self, size: int) -> int:
+        """Parameters of a bias that is new at ``size``."""
+        return self.hidden if self.new_bias and size < self.size else 0
+
     def cost(self, size: int, itemsize: int) -> Cost:
         """The price at ``size`` when a stored number takes ``itemsize`` bytes."""
-        parameters = self.parameters(size)
-        if self.new_bias and size < self.size:
-            parameters += self.hidden
+        parameters = self.parameters(size) + self.added(size)
         return Cost(
             parameters=parameters,
-            bytes=parameters * itemsize + self.index_bytes(size),
+            bytes=(parameters + self.beside(size)) * itemsize + self.index_bytes(size),
             flops_per_token=2 * self.matrix_parameters(size),
             cache_bytes_per_token=self.cached(size) * itemsize,
         )
@@ -195,8 +202,9 @@ class Heads(Unit):
 class WholeBlock(Unit):
     """A block as a whole, of size 1; it stays or goes.
 
-    Its price is that of its MLP and its heads. Norms and the biases of what reads an axis go with
-    it, but are counted by no unit, so that ``keep`` is a share of the same total for every method.
+    Its price is that of its MLP and its heads, so that ``keep`` is a share of the same total for
+    every method. Its norms and the biases of what reads an axis go with it uncounted; so a bias
+    that takes its place in another block comes uncounted, too.
     """
 
     parts: tuple[Unit, ...]
@@ -211,5 +219,46 @@ class WholeBlock(Unit):
     def parameters(self, size: int) -> int:
         return size * sum(part.parameters(part.size) for part in self.parts)
 
+    def added(self, size: int) -> int:
+        return 0
+
     def cached(self, size: int) -> int:
         return size * sum(part.cached(part.size) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Residual(Unit):
+    """Width of the residual stream, one for the whole model.
+
+    Counted are the MLPs and heads of all blocks, as for every other method, and the shortcuts that
+    a narrower stream needs, two matrices a block. They make sizes just below today's cost more than
+    today's.
+    """
+
+    parts: tuple[Unit, ...]  #: MLP and heads of every block
+    shortcuts: int
+    norms: int  #: norms over the stream
+    biases: int  #: biases added to it
+    embeddings: int  #: rows of the embedding and, where it is another matrix, of the head
+    tied: int  #: rows of a head that is the embedding today and can't stay so
+
+    @property
+    def kind(self) -> str:
+        return "residual"
+
+    def matrix_parameters(self, size: int) -> int:
+        whole = sum(part.matrix_parameters(part.size) for part in self.parts)
+        matrices = whole // self.size * size
+        return matrices + (self.shortcuts * size**2 if size < self.size else 0)
+
+    def parameters(self, size: int) -> int:
+        whole = sum(part.parameters(part.size) for part in self.parts)
+        rest = whole - self.matrix_parameters(self.size)  # biases of what reads the stream
+        return self.matrix_parameters(size) + rest
+
+    def cached(self, size: int) -> int:
+        return sum(part.cached(part.size) for part in self.parts)
+
+    def beside(self, size: int) -> int:
+        rows = self.norms + self.biases + self.embeddings
+        return size * (rows + (self.tied if size < self.size else 0))

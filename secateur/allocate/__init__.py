@@ -9,6 +9,15 @@ ALLOCATORS = {
     "influence": "secateur.allocate.influence:EntropicInfluence",
     "knapsack": "secateur.allocate.knapsack:Knapsack",
     "fluctuation": "secateur.allocate.fluctuation:Fluctuation",
+    "angular": "secateur.allocate.angular:Angular",
+    "alpha": "secateur.allocate.alpha:AlphaPruning",
+    "farms": "secateur.allocate.alpha:FARMS",
+    "welore": "secateur.allocate.welore:WeLore",
+    "middle": "secateur.allocate.middle:Middle",
+    "nirvana": "secateur.allocate.nirvana:TwoThresholds",
+    "greedy": "secateur.allocate.greedy:Greedy",
+    "least-error": "secateur.allocate.least_error:LeastError",
+    "spdy": "secateur.allocate.spdy:SPDY",
     "plain": "secateur.allocate.plain:PlainWidth",
 }
 

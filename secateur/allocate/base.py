@@ -2,16 +2,17 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.block import Block
 from secateur.curve import Curve
+from secateur.errors import InputError
 from secateur.options import checked
 from secateur.prices import Prices
 from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import Unit
+from secateur.units import EVERY_BLOCK, Unit
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,14 @@ class Evidence:
         readings: of every block, what the allocator has read from it.
         losses: unit name → measured divergence of the model's output, in nats a token, while that
             unit alone is narrowed; None where the allocator does not need it.
+        judge: measured divergence of the model with all units at given sizes, by name; only for an
+            allocator that searches.
     """
 
     curves: Mapping[str, Curve]
     readings: Sequence[tuple[float, ...]] = ()
     losses: Mapping[str, Curve] | None = None
+    judge: Callable[[Mapping[str, int]], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Allocator(ABC):
     source: ClassVar[str]
     #: whether it spends by the losses of :class:`Evidence`, which cost forward passes to measure
     measured: ClassVar[bool] = False
+    #: whether it compares whole plans by the judge of :class:`Evidence`
+    searches: ClassVar[bool] = False
+    #: whether it looks at every block by itself
+    by_blocks: ClassVar[bool] = True
     #: statistics that :meth:`read` wants
     needs: ClassVar[frozenset[Need]] = frozenset({Needs.INFLUENCE})
 
@@ -61,17 +69,35 @@ class Allocator(ABC):
         """The sizes that it may give to a unit, ascending; here no unit goes altogether."""
         return [size for size in unit.sizes() if size > 0]
 
+    def least(self, units: Sequence[Unit], prices: Prices) -> dict[str, int]:
+        """The sizes that leave least of a model."""
+        least = {unit.name: self.choices(unit)[0] for unit in units}
+        blocks = [unit for unit in units if unit.kind == "block"]
+        if blocks and not any(least[unit.name] for unit in blocks):  # one has to stay
+            least[min(blocks, key=lambda unit: prices.of(unit, unit.size)).name] = 1
+        return least
+
+    def check_units(self, units: Sequence[Unit]) -> None:
+        """Refuse units that it can't spend over.
+
+        Raises:
+            InputError: one runs through all blocks, and it looks at every block by itself.
+        """
+        through = [unit.name for unit in units if unit.block == EVERY_BLOCK]
+        if self.by_blocks and through:
+            raise InputError(
+                f"allocator {self.name!r} goes by blocks, and unit {through[0]!r} runs through all "
+                f"of them; leave the allocator out, or choose 'uniform'."
+            )
+
     def check(self, units: Sequence[Unit], prices: Prices, keep: float) -> None:
         """Refuse a budget that is out of reach, before anything is measured.
 
         Raises:
             InputError: not even the smallest sizes meet it; the message says what is within reach.
         """
-        least = {unit.name: self.choices(unit)[0] for unit in units}
-        blocks = [unit for unit in units if unit.kind == "block"]
-        if blocks and not any(least[unit.name] for unit in blocks):  # one has to stay
-            least[min(blocks, key=lambda unit: prices.of(unit, unit.size)).name] = 1
-        prices.check(units, least, keep)
+        self.check_units(units)
+        prices.check(units, self.least(units, prices), keep)
 
     @abstractmethod
     def allocate(

@@ -60,15 +60,11 @@ class Knapsack(Allocator):
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, int]:
         """The sizes of least loss."""
-        if evidence.losses is None:
-            raise InputError(
-                "the knapsack spends by measured losses, and there are none; ask for them with "
-                "score(..., allocator=Knapsack())."
-            )
+        losses = self.losses(evidence)
         self.check(units, prices, keep)
         budget = prices.budget(units, keep) - prices.fixed
         groups = [
-            self._group(list(own), prices, evidence.losses)
+            self._group(list(own), prices, losses)
             for _, own in groupby(units, key=lambda unit: (unit.block, unit.kind == "mlp"))
         ]
         spare = budget - sum(group[0].price for group in groups)
@@ -78,6 +74,19 @@ class Knapsack(Allocator):
         chosen = least_loss(groups, measure, spare // measure)
         chosen = _spend(groups, chosen, budget)
         return {name: size for choice in chosen for name, size in choice.sizes.items()}
+
+    def losses(self, evidence: Evidence) -> Mapping[str, Curve]:
+        """What is summed.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        if evidence.losses is None:
+            raise InputError(
+                "the knapsack spends by measured losses, and there are none; ask for them with "
+                "score(..., allocator=Knapsack())."
+            )
+        return evidence.losses
 
     def _group(
         self, units: list[Unit], prices: Prices, losses: Mapping[str, Curve]

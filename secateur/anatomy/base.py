@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from secateur.anatomy.pre_norm import PRE_NORMS, PreNorm
+
 
 class Projection(NamedTuple):
     """Weight (outputs, inputs) and bias (outputs) of one linear map, in the stock head layout."""
@@ -25,12 +27,23 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Head layout of one attention: counts, width of a head, and how many of its dims rotate."""
+    """Head layout of one attention.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: key/value heads.
+        width: of a head.
+        rotary: how many of its dims rotate; they stand first.
+        interleaved: whether neighbours are a rotary pair, and not the members of two halves.
+        doubled: whether the rotary tables hold every number twice in a row, and not in two halves.
+    """
 
     heads: int
     kv_heads: int
     width: int
     rotary: int
+    interleaved: bool = False
+    doubled: bool = False
 
     @classmethod
     def of(cls, config: Any, rotary: bool) -> "HeadLayout":
@@ -40,6 +53,29 @@ class HeadLayout:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
         return cls(heads, kv_heads, width, int(width * share) if rotary else 0)
+
+    @property
+    def pairs(self) -> list[int]:
+        """Dims of a head, the first members of all pairs before the second ones.
+
+        Dims at rest are paired like halves.
+        """
+        turning, still = [*range(self.rotary)], [*range(self.rotary, self.width)]
+        half, rest = self.rotary // 2, len(still) // 2
+        first, second = turning[:half], turning[half:]
+        if self.interleaved:
+            first, second = turning[::2], turning[1::2]
+        return [*first, *still[:rest], *second, *still[rest:]]
+
+
+def as_in_config(heads: HeadLayout, config: Any, block: int) -> HeadLayout:
+    """The common keys of the config say it all, and for all blocks."""
+    return heads
+
+
+def served(config: Any) -> str | None:
+    """Every config of the family is served."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -61,6 +97,16 @@ class Anatomy:
         consumer: the linear that reads the hidden channels.
         width_key: the config key of the MLP width.
         rotary: whether positions turn queries and keys.
+        norms_first: attribute of a block that is false where its norms stand behind its sums; None
+            where they never do.
+        norms_behind: whether attention and MLP each have a norm behind them, before the sum.
+        layout: corrects the head layout for a config and a block.
+        soft_cap: config key of the bound on attention scores, or None.
+        head_norms: how queries and keys are normalised, where they are: "shared" takes every head
+            by one norm, "own" by a weight with a row a head, "list" by a list of norms with the
+            heads on axis 1, "joint" takes all heads as one vector.
+        in_tuple: whether a block gives its output in a tuple.
+        refusal: takes a config, says why it is not served, or None.
     """
 
     family: str
@@ -73,6 +119,22 @@ class Anatomy:
     consumer: str
     width_key: str
     rotary: bool
+    norms_first: str | None = None
+    norms_behind: bool = False
+    layout: Callable[[HeadLayout, Any, int], HeadLayout] = as_in_config
+    soft_cap: str | None = None
+    head_norms: str = "shared"
+    in_tuple: bool = False
+    refusal: Callable[[Any], str | None] = served
+
+    @property
+    def pre_norm(self) -> PreNorm | None:
+        """The norms that read the residual stream, where it can turn to another basis."""
+        return PRE_NORMS.get(self.model_types[0])
+
+    def heads(self, config: Any, block: int) -> HeadLayout:
+        """The head layout of a block."""
+        return self.layout(HeadLayout.of(config, self.rotary), config, block)
 
 
 def separate(q: str, k: str, v: str, o: str) -> Callable[[nn.Module, HeadLayout], Projections]:

@@ -13,4 +13,5 @@ OPT = Anatomy(
     consumer="fc2",
     width_key="ffn_dim",
     rotary=False,
+    norms_first="do_layer_norm_before",
 )

@@ -1,7 +1,13 @@
 """One paper, one file. Names serve the command line; in Python, pass the object."""
 
+from typing import TYPE_CHECKING
+
+from secateur.errors import InputError
 from secateur.methods.base import Method
 from secateur.named import by_name
+
+if TYPE_CHECKING:
+    from secateur.model import Model
 
 #: name → "module:class". Imported only when asked for, as importing a method imports torch.
 METHODS = {
@@ -9,6 +15,16 @@ METHODS = {
     "modegpt": "secateur.methods.modegpt:MoDeGPT",
     "flap": "secateur.methods.flap:FLAP",
     "wanda-sp": "secateur.methods.wanda_sp:WandaSP",
+    "slicegpt": "secateur.methods.slicegpt:SliceGPT",
+    "ziplm": "secateur.methods.ziplm:ZipLM",
+    "obspa": "secateur.methods.obspa:OBSPA",
+    "ispasp": "secateur.methods.ispasp:ISpaSP",
+    "cfsp": "secateur.methods.cfsp:CFSP",
+    "llm-pruner": "secateur.methods.llm_pruner:LLMPruner",
+    "nirvana": "secateur.methods.nirvana:Nirvana",
+    "shortgpt": "secateur.methods.shortgpt:ShortGPT",
+    "sleb": "secateur.methods.sleb:SLEB",
+    "replace": "secateur.methods.replace:Replace",
 }
 
 
@@ -20,3 +36,18 @@ def method_class(name: str) -> type[Method]:
     """
     found: type[Method] = by_name(METHODS, name, "method")
     return found
+
+
+def check_served(method: Method, model: "Model") -> None:
+    """Refuse a model on which a method can change nothing; needs no weights.
+
+    Raises:
+        InputError: what stands in the way, and which methods can serve it.
+    """
+    obstacle = method.obstacle(model)
+    if obstacle is not None:
+        able = [name for name in METHODS if method_class(name)().obstacle(model) is None]
+        raise InputError(
+            f"method {method.name!r} can't serve a model of type {model.config.model_type!r}: "
+            f"{obstacle}. Methods that can: {', '.join(able)}."
+        )

@@ -1,0 +1,82 @@
+"""Whole units taken away one by one, each time the one that the model misses least."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+from secateur.allocate.base import Allocator, Evidence
+from secateur.errors import InputError
+from secateur.options import option
+from secateur.prices import Prices
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class Greedy(Allocator):
+    """Backward elimination of whole units, the model judged anew after each.
+
+    With R the units that are gone and D(R) the divergence of the model without them,
+
+        R ← R ∪ {argmin_u D(R ∪ {u})}   until Σ_{u ∉ R} price_u ≤ budget
+
+    The first and the last ``ends`` blocks lose nothing, and an attention goes as one. What the last
+    step freed too much of comes back, as far as it fits, the last to go first. To take n of L units
+    takes some n · L judgements, of half a forward pass each where units are blocks. Don't use it
+    over many small units.
+
+    Source: Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of
+    Transformer Blocks", arXiv 2402.09025, algorithm 1.
+    """
+
+    ends: int = option(1, "blocks at either end of the model that lose nothing", 0)
+
+    name: ClassVar[str] = "greedy"
+    summary: ClassVar[str] = "whole units go one by one, each judged on the model without it"
+    source: ClassVar[str] = "arXiv 2402.09025"
+    searches: ClassVar[bool] = True
+
+    def choices(self, unit: Unit) -> list[int]:
+        """All or, where it may go, nothing."""
+        return [unit.size] if unit.least else [0, unit.size]
+
+    def least(self, units: Sequence[Unit], prices: Prices) -> dict[str, int]:
+        """Nothing of all that may go."""
+        least = {unit.name: unit.size for unit in units}
+        for group in self._groups(units):
+            least |= {unit.name: 0 for unit in group}
+        smallest = super().least(units, prices)  # which knows that some block has to stay
+        return {name: size or smallest[name] for name, size in least.items()}
+
+    def allocate(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, int]:
+        """What is left when the budget is met."""
+        judge = evidence.judge
+        if judge is None:
+            raise InputError(
+                "greedy judges narrowed models, and there is no judge; give make_plan the store "
+                "with the statistics."
+            )
+        self.check(units, prices, keep)
+        budget, sizes = prices.budget(units, keep), {unit.name: unit.size for unit in units}
+        left, gone = self._groups(units), []
+        while prices.spent(units, sizes) > budget:
+            losses = [judge(sizes | {unit.name: 0 for unit in group}) for group in left]
+            gone.append(left.pop(losses.index(min(losses))))
+            sizes |= {unit.name: 0 for unit in gone[-1]}
+        for group in reversed(gone):
+            back = sizes | {unit.name: unit.size for unit in group}
+            if prices.spent(units, back) <= budget:
+                sizes = back
+        return sizes
+
+    def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
+        """What may go, as it goes."""
+        last = max(unit.block for unit in units) - self.ends
+        groups = [
+            list(own)
+            for _, own in groupby(units, key=lambda unit: (unit.block, unit.kind == "mlp"))
+        ]
+        free = [group for group in groups if not any(unit.least for unit in group)]
+        return [group for group in free if self.ends <= group[0].block <= last]

@@ -1,0 +1,56 @@
+"""Replacement by a constant: a block goes, and its mean change stays as a bias."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.least_error import LeastError
+from secateur.block import Block
+from secateur.curve import Curve
+from secateur.methods.base import Method, Narrowing, Solution
+from secateur.options import option
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import DEPTH, Unit
+
+
+@dataclass(frozen=True)
+class Replace(Method):
+    """Depth pruning where the mean of what a block adds takes its place.
+
+    With x what a block gets and y what it gives, over all tokens,
+
+        y → x + b,   b = E(y − x),   error (E‖y − x‖² − ‖b‖²) / E‖y‖²
+
+    The MLP of the last block that stays before it adds b, exactly. Where none stays before it, or
+    norms stand behind sums, there is no place for b, and it is left out of the error. Don't use it
+    where stock classes without such a bias should load the result (``compensate`` 0 leaves it out).
+
+    Source: own; the mean of FLAP (arXiv 2312.11983), for whole blocks.
+    """
+
+    compensate: int = option(1, "1 makes up for what is gone by a bias, 0 does not", 0, 1)
+
+    name: ClassVar[str] = "replace"
+    summary: ClassVar[str] = "whole blocks, each replaced by the mean of what it adds"
+    source: ClassVar[str] = "own; arXiv 2312.11983 for blocks"
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.CHANGE})
+    kinds: ClassVar[tuple[str, ...]] = DEPTH
+
+    @property
+    def allocator(self) -> Allocator:
+        """The least sum of errors."""
+        return LeastError()
+
+    @property
+    def biased(self) -> bool:
+        """A bias stands for the mean."""
+        return bool(self.compensate)
+
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The mean, and what it leaves."""
+        means = statistics[Needs.CHANGE].mean
+        constant, (change, whole) = means[:-2], means[-2:].tolist()
+        if not (self.compensate and block.sums and block.index > 0):
+            return Solution(Curve((change / whole, 0.0)), lambda _: Narrowing())
+        error = max(0.0, change - float(constant.square().sum())) / whole
+        return Solution(Curve((error, 0.0)), lambda _: Narrowing(bias=constant))

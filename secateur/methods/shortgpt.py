@@ -1,0 +1,45 @@
+"""ShortGPT: whole blocks go, those first that turn their input least."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.least_error import LeastError
+from secateur.block import Block
+from secateur.curve import Curve
+from secateur.methods.base import Method, Narrowing, Solution
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import DEPTH, Unit
+
+
+@dataclass(frozen=True)
+class ShortGPT(Method):
+    """Depth pruning by block influence, read once from the dense model.
+
+    With x what a block gets and y what it gives, over all tokens,
+
+        influence = 1 − E cos(x, y)
+
+    The least goes first; nothing makes up for it. Every kernel keeps its shape, so time falls as
+    much as parameters do. Don't use it where more than some tenth should go: blocks are judged one
+    by one, and generation breaks down long before widths narrowed by as much would.
+
+    Source: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You
+    Expect", arXiv 2403.03853, equation 1.
+    """
+
+    name: ClassVar[str] = "shortgpt"
+    summary: ClassVar[str] = "whole blocks, those of least influence first"
+    source: ClassVar[str] = "arXiv 2403.03853"
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.INFLUENCE})
+    kinds: ClassVar[tuple[str, ...]] = DEPTH
+
+    @property
+    def allocator(self) -> Allocator:
+        """The least sum of influences."""
+        return LeastError()
+
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """The influence where the block is gone."""
+        influence = max(0.0, float(statistics[Needs.INFLUENCE].mean))
+        return Solution(Curve((influence, 0.0)), lambda _: Narrowing())
