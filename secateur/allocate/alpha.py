@@ -1,0 +1,159 @@
+"""AlphaPruning and FARMS: less room for blocks whose spectra have lighter tails."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Evidence, ShareAllocator, poured
+from secateur.block import Block
+from secateur.linalg import energies
+from secateur.options import option
+from secateur.prices import Prices
+from secateur.statistics import BlockStatistics, Need
+from secateur.units import Unit
+
+AROUND = (0.95, 1.5)  #: where the tail may begin, relative to the histogram's peak
+NO_TAIL = 100.0  #: the exponent of a spectrum that has no tail
+
+
+@dataclass(frozen=True)
+class AlphaPruning(ShareAllocator):
+    """One ratio per block, by the exponent of the power law that its eigenvalues end in.
+
+    With λ the eigenvalues of WᵀW of a matrix in ascending order, and the tail beginning at the k-th
+    of n,
+
+        α = 1 + n_k / Σ_{i≥k} ln(λ_i / λ_k),   n_k = n − k + 1
+
+    k is the one near the peak of the histogram of log λ at which the Kolmogorov-Smirnov distance of
+    the tail to the power law is least. The mean α over a block's matrices, from the least to the
+    largest of all blocks, is mapped to r_l from 1 − spread to 1 + spread, and the block loses
+
+        φ_l = min(1, c · r_l),   c such that Σ w_l φ_l = 1 − keep
+
+    w_l being its share of the price. What the cap cuts off is poured over the other blocks. Weights
+    only: no text has a say in it. Don't use it where there is some, or for matrices with few dozen
+    rows, of whose tails a handful of eigenvalues tell.
+
+    Source: Lu et al., "AlphaPruning", arXiv 2410.10912 (NeurIPS 2024), section 3.
+
+    Attributes:
+        spread: half the distance between the least and the largest ratio, before the cap.
+    """
+
+    spread: float = option(0.2, "how far ratios differ from 1; 0 is uniform", 0.0, 0.99)
+
+    name: ClassVar[str] = "alpha"
+    summary: ClassVar[str] = "one ratio per block, by the tails of its matrices' spectra"
+    source: ClassVar[str] = "arXiv 2410.10912"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    @property
+    def reading(self) -> str:
+        """The mean exponent."""
+        return "alpha"
+
+    def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
+        """The mean exponent over all matrices of the block."""
+        matrices = [*block.matrices("heads"), *block.matrices("mlp")]
+        found = [hill(self.spectrum(matrix)) for matrix in matrices]
+        return (math.fsum(found) / len(found),)
+
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """Eigenvalues of WᵀW."""
+        return energies(weight)
+
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
+        """1 − φ of the unit's block."""
+        exponents = [reading[0] for reading in evidence.readings]
+        weights = [0] * len(exponents)
+        for unit in units:
+            weights[unit.block] += prices.of(unit, unit.size)
+        sparsity = self.sparsities(exponents, weights, 1 - keep)
+        return {unit.name: 1 - sparsity[unit.block] for unit in units}
+
+    def sparsities(
+        self, exponents: Sequence[float], weights: Sequence[float], mean: float
+    ) -> list[float]:
+        """φ per block, with Σ w φ / Σ w = ``mean`` exactly."""
+        low, high = min(exponents), max(exponents)
+        way = [(a - low) / (high - low) if high > low else 0.5 for a in exponents]
+        ratios = [1 - self.spread + 2 * self.spread * w for w in way]
+        return poured([math.log(r) for r in ratios], weights, mean, 1.0)
+
+
+@dataclass(frozen=True)
+class FARMS(AlphaPruning):
+    """AlphaPruning on square windows: the shape of a matrix has no say in its exponent.
+
+    Even the spectrum of noise depends on a matrix's aspect ratio. So eigenvalues are taken from
+    square windows and pooled before the exponent is. A window is as wide as the matrix's shorter
+    side, at most ``window``; windows cover the matrix, overlapping only as far as that takes. (The
+    paper has 10 to 15 offsets a side, which repeat the same entries at ten times the cost.) Don't
+    use it where :class:`AlphaPruning` is no good either.
+
+    Source: Hu et al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias", arXiv
+    2506.06280 (ICML 2025).
+
+    Attributes:
+        window: side of a window; the paper's 2000 is half the width of the models it is for.
+    """
+
+    window: int = option(2000, "most rows and columns of a window", 2)
+
+    name: ClassVar[str] = "farms"
+    summary: ClassVar[str] = "the same, on square windows of them"
+    source: ClassVar[str] = "arXiv 2506.06280"
+
+    @property
+    def reading(self) -> str:
+        """The mean exponent, and the windows."""
+        return f"alpha of windows, {self.window}"
+
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """Eigenvalues of all windows together."""
+        return torch.cat([energies(window) for window in windows(weight, self.window)])
+
+
+def windows(weight: Tensor, most: int) -> Iterator[Tensor]:
+    """Square windows, of at most ``most`` rows, that cover a matrix."""
+    side = min(most, *weight.shape)
+    rows, columns = (_offsets(length, side) for length in weight.shape)
+    for row in rows:
+        for column in columns:
+            yield weight[row : row + side, column : column + side]
+
+
+def _offsets(length: int, side: int) -> list[int]:
+    count = math.ceil(length / side)
+    return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
+
+
+def hill(eigenvalues: Tensor) -> float:
+    """The exponent of the power law in the tail of positive numbers; zeros are left out."""
+    found = eigenvalues[eigenvalues > 0].double().cpu().sort().values
+    logs, best = found.log(), (math.inf, NO_TAIL)
+    if len(found) < 3 or float(logs[-1] - logs[0]) < 1e-9:
+        return NO_TAIL
+    bins = math.ceil(2 * len(found) ** (1 / 3))  # Rice's rule
+    peak = int(torch.histc(logs, bins).argmax())
+    edge, width = float(logs[0]), float(logs[-1] - logs[0]) / bins
+    low = edge + peak * width + math.log(AROUND[0])
+    high = edge + peak * width + max(width, math.log(AROUND[1]))
+    longest = len(logs) - max(3, math.isqrt(len(logs)))  # fewer would fit by chance
+    first = min(int((logs < low).sum()), longest)
+    last = min(int((logs <= high).sum()), longest + 1)
+    for k in range(first, max(first + 1, last)):
+        above = logs[k:] - logs[k]
+        count = len(above)
+        alpha = min(NO_TAIL, 1 + count / max(float(above.sum()), 1e-12))
+        expected = 1 - (above * (1 - alpha)).exp()
+        seen = torch.arange(count, dtype=above.dtype, device=above.device) / count
+        best = min(best, (float((expected - seen).abs().max()), alpha))
+    return best[1]

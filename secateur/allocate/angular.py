@@ -1,0 +1,76 @@
+"""CFSP's allocation: more room for blocks that turn the stream by a larger angle."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from secateur.allocate.base import Evidence, ShareAllocator
+from secateur.block import Block
+from secateur.options import option
+from secateur.prices import Prices
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import Unit
+
+MARGIN = 1.05  #: how far below 1 the largest share of a contracted allocation stays, as published
+
+
+@dataclass(frozen=True)
+class Angular(ShareAllocator):
+    """One share per block, a sigmoid of its angle.
+
+    With s_l the mean over tokens of arccos(cos(x, y)) / π between a block's input and output, and
+    m the mean by price,
+
+        g_l = σ(slope · (s_l − mean s)),   share_l = keep · g_l / m
+
+    Where the largest share would reach 1 all are drawn to the mean, g_l ← m + t (g_l − m), until
+    it is below 1; the mean stays ``keep`` exactly. Published is a sum over tokens divided by 10⁴:
+    with its 128 × 2048 tokens that is a slope of 26.2, with other text it would be another
+    allocation. Don't use it where units inside a block differ in how much they hurt.
+
+    Source: arXiv 2409.13199, section 3.2, and the released code for the constants.
+    """
+
+    slope: float = option(26.2, "of the sigmoid over angles; 0 is uniform", 0.0)
+
+    name: ClassVar[str] = "angular"
+    summary: ClassVar[str] = "one share per block, larger where the block turns its input further"
+    source: ClassVar[str] = "arXiv 2409.13199"
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.ANGLE})
+
+    @property
+    def reading(self) -> str:
+        """The mean angle."""
+        return "angle"
+
+    def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
+        """The angle between input and output, as a share of π."""
+        return (float(statistics[Needs.ANGLE].mean),)
+
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
+        """The share of the unit's block."""
+        angles = [reading[0] for reading in evidence.readings]
+        weights = [0] * len(angles)
+        for unit in units:
+            weights[unit.block] += prices.of(unit, unit.size)
+        share = self.of_blocks(angles, weights, keep)
+        return {unit.name: share[unit.block] for unit in units}
+
+    def of_blocks(
+        self, angles: Sequence[float], weights: Sequence[float], keep: float
+    ) -> list[float]:
+        """Shares of which the mean by ``weights`` is ``keep`` and the largest at most 1."""
+        middle, whole = math.fsum(angles) / len(angles), sum(weights)
+        if not whole:
+            return [keep] * len(angles)
+        grades = [0.5 * (1 + math.tanh(0.5 * self.slope * (s - middle))) for s in angles]
+        mean = math.fsum(w * g for w, g in zip(weights, grades, strict=True)) / whole
+        away = [g / mean - 1 for g in grades]
+        furthest = max(a for a, w in zip(away, weights, strict=True) if w)
+        draw = 1.0
+        if furthest > 0 and keep * (1 + furthest) >= 1:
+            draw = (1 / keep - 1) / MARGIN / furthest
+        return [keep * (1 + draw * a) for a in away]

@@ -1,0 +1,110 @@
+"""WeLore's allocation: one threshold on normalised singular values for the whole model."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Evidence, ShareAllocator
+from secateur.block import Block
+from secateur.linalg import energies
+from secateur.prices import Prices
+from secateur.statistics import BlockStatistics, Need
+from secateur.units import Unit
+
+HALVINGS = 60
+
+
+@dataclass(frozen=True)
+class WeLore(ShareAllocator):
+    """The share of singular values above one threshold, for any method.
+
+    With σ the singular values of a matrix,
+
+        σ̃ = (σ − min σ) / (max σ − min σ),   kept = #(σ̃ ≥ k) / #σ
+
+    and a unit's share is that of its matrices, weighed by their entries. The one k for all matrices
+    is found by bisection, as the price falls with k: the target is the budget, not a mean rank.
+    Only widths come of it; no matrix is factorised. Weights only, and one outlying singular value
+    makes all others of its matrix look small, as published. Don't use it where there is text to
+    calibrate on.
+
+    Source: Jaiswal et al., "From GaLore to WeLore", arXiv 2407.11239, section 3.
+    """
+
+    name: ClassVar[str] = "welore"
+    summary: ClassVar[str] = "singular values above one threshold for the whole model"
+    source: ClassVar[str] = "arXiv 2407.11239"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    @property
+    def reading(self) -> str:
+        """Normalised singular values."""
+        return "normalised singular values"
+
+    def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
+        """Of every matrix its entries, how many singular values it has, and these, ascending."""
+        found: list[float] = []
+        for matrix in (*block.matrices("heads"), *block.matrices("mlp")):
+            values = normalised(energies(matrix).sqrt())
+            found += [matrix.numel(), len(values), *values.tolist()]
+        return tuple(found)
+
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
+        """The shares at the threshold that spends the budget."""
+        spectra = [list(_matrices(reading)) for reading in evidence.readings]
+        whole = {unit.name: prices.of(unit, unit.size) for unit in units}
+
+        def at(threshold: float) -> dict[str, float]:
+            return {u.name: kept(_own(u.kind, spectra[u.block]), threshold) for u in units}
+
+        low, high = 0.0, 2.0  # all stay at 0, none at 2
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            spent = sum(whole[name] * share for name, share in at(middle).items())
+            low, high = (middle, high) if spent > keep * sum(whole.values()) else (low, middle)
+        return at(high if keep < 1 else 0.0)
+
+
+def normalised(values: Tensor) -> Tensor:
+    """From 0 to 1; all 1 where none is larger than another, as nothing is there to spare."""
+    low, high = values.min(), values.max()
+    spread = float(high - low)
+    if spread <= 1e-9 * float(high):
+        return torch.ones_like(values)
+    return (values - low) / spread
+
+
+def kept(matrices: Sequence[tuple[float, tuple[float, ...]]], threshold: float) -> float:
+    """The share of singular values at or above a threshold, by the entries of their matrices."""
+    entries = sum(size for size, _ in matrices)
+    above = (size * (1 - bisect_left(values, threshold) / len(values)) for size, values in matrices)
+    return sum(above) / entries
+
+
+def _matrices(reading: Sequence[float]) -> list[tuple[float, tuple[float, ...]]]:
+    """Entries and normalised singular values of q, k, v, o and the MLP's matrices."""
+    found, at = [], 0
+    while at < len(reading):
+        count = int(reading[at + 1])
+        found.append((reading[at], tuple(reading[at + 2 : at + 2 + count])))
+        at += 2 + count
+    return found
+
+
+def _own(
+    kind: str, matrices: Sequence[tuple[float, tuple[float, ...]]]
+) -> Sequence[tuple[float, tuple[float, ...]]]:
+    """Those of a block's matrices that a unit is a side of; of a whole block all."""
+    own = {
+        "query_key": slice(0, 2),
+        "value_output": slice(2, 4),
+        "heads": slice(0, 4),
+        "mlp": slice(4, None),
+    }
+    return matrices[own.get(kind, slice(None))]

@@ -1,0 +1,65 @@
+"""CFSP: MLP channels by activation and relative weight, blocks by the angle that they turn."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.angular import Angular
+from secateur.allocate.base import Allocator
+from secateur.block import Block
+from secateur.methods.scored import ScoredMethod
+from secateur.options import option
+from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.units import Unit
+
+
+@dataclass(frozen=True)
+class CFSP(ScoredMethod):
+    """Channels by ‖x_j‖ times their share of the weights around them; attention stays whole.
+
+    With x the channels as W_down reads them, D = W_down and U, G what makes them,
+
+        s_j = ‖x_j‖ · mean_i (share_D + share_U + share_G)
+        share_D = |D_ji| ‖x_j‖ / Σ |D_ji| ‖x_j‖,   share_U = |U_ij| / Σ |U_ij|,   share_G likewise
+
+    where i runs over the hidden dims and Σ over the channels, which compete. ``within`` takes Σ
+    over a channel's own weights, as the released code does: all shares then average to the same
+    number, and s_j is the activation norm and nothing else. Blocks share the budget by
+    :class:`Angular`. Don't use it below some 0.8: attention counts in what ``keep`` is a share of
+    but gives nothing, so the MLPs pay for it.
+
+    Source: Wang et al., "CFSP", arXiv 2409.13199 (COLING 2025), equation 8.
+    """
+
+    within: int = option(0, "1 weighs a channel against itself: the released code's score", 0, 1)
+
+    name: ClassVar[str] = "cfsp"
+    summary: ClassVar[str] = "MLP channels by activation and share of the weights"
+    source: ClassVar[str] = "arXiv 2409.13199"
+    kinds: ClassVar[tuple[str, ...]] = ("mlp",)
+    spared: ClassVar[tuple[str, ...]] = ("heads",)
+    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_ENERGY})
+
+    @property
+    def allocator(self) -> Allocator:
+        """The published allocation."""
+        return Angular()
+
+    def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """Norm times mean share."""
+        norms = statistics[Needs.HIDDEN_ENERGY].mean.sqrt()
+        read = block.consumer_weight.abs() * norms.unsqueeze(1)  # channels, hidden
+        weights = [read, *(made.double().abs().t() for made in block.producer_weights)]
+        scores: Tensor = norms * sum(self._shares(w).mean(1) for w in weights)
+        return scores
+
+    def _shares(self, weights: Tensor) -> Tensor:
+        whole = weights.sum(1 if self.within else 0, keepdim=True)
+        return weights / torch.where(whole > 0, whole, 1.0)
+
+    def errors(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
+        """The energy that a channel adds to the output."""
+        energy: Tensor = statistics[Needs.HIDDEN_ENERGY].mean
+        return energy * block.consumer_weight.square().sum(1)
