@@ -252,7 +252,11 @@ def _calibration(options: dict[str, Any]) -> "Calibration":
     from secateur.text import Calibration
 
     return Calibration(
-        options["calibration"], options["samples"], options["length"], options["seed"]
+        options["calibration"],
+        options["samples"],
+        options["length"],
+        options["seed"],
+        options["select_calibration"],
     )
 
 
@@ -280,6 +284,7 @@ def _refuse_beside_plan(ctx: click.Context) -> None:
     kinds = (ctx.meta[METHOD_KEY], ctx.meta[ALLOCATOR_KEY])
     own = {option.name for kind in kinds for option in field_options(kind)}
     own |= {"method", "keep", "calibration", "samples", "length", "seed", "multiple_of"}
+    own |= {"select_calibration"}
     own |= {"target", "tier", "allocator", "latency_batch", "latency_length"}
     for name in sorted(str(n) for n in own):
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:

@@ -63,11 +63,16 @@ def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.P
         click.Option(
             [f"--{field.name.replace('_', '-')}"],
             type=type(field.default),
-            help=f"[{kind.name}] {field.metadata['help']}  [default: {field.default:g}]",
+            help=f"[{kind.name}] {field.metadata['help']}  [default: {shown(field.default)}]",
         )
         for field in fields(kind)
         if field.name != "keep"
     ]
+
+
+def shown(value: Any) -> str:
+    """The value of an option, as short as it can be."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -164,6 +169,14 @@ calibration_options = stacked(
         help="Tokens in a window.",
     ),
     click.option("--seed", default=0, show_default=True, help="Of the choice of samples."),
+    click.option(
+        "--select-calibration",
+        default="none",
+        show_default=True,
+        help="How to choose the windows: none (at random), kl (of several random draws the one "
+        "whose cheaply narrowed model is nearest to the dense one), leverage (windows with tokens "
+        "that others don't explain), dpp (windows unlike each other).",
+    ),
     click.option(
         "--multiple-of",
         default=8,

@@ -33,19 +33,23 @@ class Middle(Allocator):
     source: ClassVar[str] = "arXiv 2305.11627"
 
     def whole(self, units: Sequence[Unit]) -> set[str]:
-        """Names of the units at the ends; shares of blocks are rounded down."""
+        """Names of the units at the ends and of those that can't shrink.
+
+        Shares of blocks are rounded down.
+        """
         blocks = 1 + max(unit.block for unit in units)
         low, high = int(self.first * blocks + 1e-9), blocks - int(self.last * blocks + 1e-9)
-        return {unit.name for unit in units if not low <= unit.block < high}
+        return {unit.name for unit in units if unit.fixed or not low <= unit.block < high}
 
     def allowed(self, units: Sequence[Unit]) -> dict[str, list[int]]:
         """Today's size at the ends, any within."""
         whole = self.whole(units)
         return {u.name: [u.size] if u.name in whole else self.choices(u) for u in units}
 
-    def check(self, units: Sequence[Unit], prices: Prices, keep: float) -> None:
-        """Refuse what the ends put out of reach."""
-        prices.check(units, {name: sizes[0] for name, sizes in self.allowed(units).items()}, keep)
+    def least(self, units: Sequence[Unit], prices: Prices) -> dict[str, int]:
+        """The ends stay whole, too."""
+        whole = self.whole(units)
+        return super().least(units, prices) | {u.name: u.size for u in units if u.name in whole}
 
     def allocate(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float

@@ -1,6 +1,6 @@
 """NIRVANA's allocation: one threshold for all channels, one for all heads, γ between them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,18 +57,18 @@ class TwoThresholds(ShareAllocator):
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, float]:
         """The share of channels, or of KV heads, that stay in the unit's block."""
-        least = {(u.block, u.kind): self.choices(u)[0] for u in units}
-        heads, channels = [], []
-        for block, reading in enumerate(evidence.readings):
-            count = int(reading[0])
-            stay = least.get((block, "heads"), 1), least.get((block, "mlp"), 1)
-            heads.append(_removable(reading[1 : 1 + count], stay[0]))
-            channels.append(_removable(reading[1 + count :], stay[1]))
-        price = {True: 0, False: 0}
+        price, left = {True: 0, False: 0}, {True: dict[int, Tensor](), False: dict[int, Tensor]()}
         for unit in units:
-            price[unit.kind == "mlp"] += prices.of(unit, unit.size)
-        p_m, p_a = self.fractions(price[True], price[False], keep, _most(channels), _most(heads))
-        kept = {True: _above(channels, p_m), False: _above(heads, p_a)}
+            mlp, reading = unit.kind == "mlp", evidence.readings[unit.block]
+            count = 1 + int(reading[0])
+            least = self.choices(unit)[0] if unit.kind in ("mlp", "heads") else 1
+            own = reading[count:] if mlp else reading[1:count]
+            left[mlp][unit.block] = _removable(own, least)
+            price[mlp] += prices.of(unit, unit.size)
+        p_m, p_a = self.fractions(
+            price[True], price[False], keep, _most(left[True]), _most(left[False])
+        )
+        kept = {True: _above(left[True], p_m), False: _above(left[False], p_a)}
         return {unit.name: kept[unit.kind == "mlp"][unit.block] for unit in units}
 
     def fractions(
@@ -92,16 +92,18 @@ def _removable(saliencies: Sequence[float], least: int) -> Tensor:
     return found
 
 
-def _most(blocks: Sequence[Tensor]) -> float:
+def _most(blocks: Mapping[int, Tensor]) -> float:
     """The fraction that can go."""
-    every = torch.cat(list(blocks))
-    return float(every.isfinite().double().mean())
+    return float(torch.cat([*blocks.values()]).isfinite().double().mean()) if blocks else 0.0
 
 
-def _above(blocks: Sequence[Tensor], fraction: float) -> list[float]:
+def _above(blocks: Mapping[int, Tensor], fraction: float) -> dict[int, float]:
     """The share of each block that stays when ``fraction`` of all goes, least first."""
-    every = torch.cat(list(blocks))
+    if not blocks:
+        return {}
+    every = torch.cat([*blocks.values()])
     rank = torch.empty_like(every)
     rank[every.argsort(stable=True)] = torch.arange(len(every), dtype=every.dtype)
     stays = (rank + 1 - fraction * len(every)).clamp(0, 1)
-    return [float(part.mean()) for part in stays.split([len(block) for block in blocks])]
+    parts = stays.split([len(block) for block in blocks.values()])
+    return {block: float(part.mean()) for block, part in zip(blocks, parts, strict=True)}
