@@ -1,5 +1,6 @@
 """Predicted error against size, the common currency of methods and allocators."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,3 +21,9 @@ class Curve:
         """From absolute errors at sizes 0 … n; the error at size 0 is the whole energy."""
         whole = errors[0].clamp_min(1e-300)
         return cls(tuple((errors / whole).clamp(0, 1).tolist()))
+
+    @classmethod
+    def mean(cls, curves: Sequence["Curve"]) -> "Curve":
+        """The mean of several of one length."""
+        columns = zip(*(curve.errors for curve in curves), strict=True)
+        return cls(tuple(sum(column) / len(curves) for column in columns))

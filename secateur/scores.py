@@ -14,11 +14,13 @@ from secateur.calibration import Store
 from secateur.curve import Curve
 from secateur.errors import InputError, refuse_difference
 from secateur.measure import Divergence, measure_losses, windows_to_measure
+from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
 from secateur.records import Record, read_record
+from secateur.residual import place_curves
 from secateur.text import Tokens
-from secateur.units import Unit
+from secateur.units import EVERY_BLOCK, Unit
 from secateur.version import __version__
 from secateur.workspace import write_whole
 
@@ -100,7 +102,8 @@ def _evidence(scores: Scores, own: dict[str, Any], units: Sequence[Unit], path: 
     refuse_difference(f"scores {str(path)!r}", there, own, advice)
     if scores.measured and scores.losses is None:
         raise InputError(f"scores {str(path)!r}: losses are missing, though they were measured.")
-    if len(scores.readings) != 1 + max(unit.block for unit in units):
+    blocks = 1 + max(unit.block for unit in units)  # 0 where one unit runs through all
+    if blocks and len(scores.readings) != blocks:
         raise InputError(f"scores {str(path)!r}: readings don't match the blocks of the model.")
     sizes = {unit.name: unit.size + 1 for unit in units}
     for field in ("curves", "losses") if scores.losses is not None else ("curves",):
@@ -141,8 +144,12 @@ def score(
     Losses only where ``allocator``, by default the method's own, spends by them. One evidence
     serves every budget, target and multiple. ``advance`` is told how many units are done.
     """
+    check_served(method, model)
     allocator = allocator or method.allocator
     units, needs = method.units(model, 1), method.needs | allocator.needs
+    allocator.check_units(units)
+    through = [unit for unit in units if unit.block == EVERY_BLOCK]
+    places: dict[str, list[Curve]] = {unit.name: [] for unit in through}
     curves: dict[str, Curve] = {}
     losses: dict[str, Curve] = {}
     readings: list[tuple[float, ...]] = []
@@ -154,6 +161,8 @@ def score(
         for block in model.blocks:
             statistics = store.get(block.index, needs, model.device)
             readings.append(allocator.read(block, statistics))
+            for unit in through:
+                places[unit.name] += place_curves(method, unit, block, statistics)
             whole = [unit for unit in units if unit.block == block.index and unit.fixed]
             for unit in whole:  # it never changes, so it never errs
                 curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
@@ -165,4 +174,6 @@ def score(
                 advance(len(own))
             else:
                 losses |= measure_losses(divergence, block, own, solutions, advance)
+    curves |= {name: Curve.mean(found) for name, found in places.items()}
+    advance(len(through))
     return Evidence(curves, readings, losses if allocator.measured else None)

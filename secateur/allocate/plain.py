@@ -20,6 +20,7 @@ class PlainWidth(Allocator):
     name: ClassVar[str] = "plain"
     summary: ClassVar[str] = "one MLP width, attention keeps its shape; what --tier plain means"
     source: ClassVar[str] = "a constraint of stock classes"
+    by_blocks: ClassVar[bool] = False
 
     def choices(self, unit: Unit) -> list[int]:
         """Every width of an MLP, and today's of anything else."""
@@ -31,6 +32,8 @@ class PlainWidth(Allocator):
         """The same MLP size everywhere."""
         self.check(units, prices, keep)
         budget, mlps = prices.budget(units, keep), [u for u in units if u.kind == "mlp"]
+        if not mlps:
+            return {unit.name: unit.size for unit in units}
         common = set.intersection(*(set(self.choices(unit)) for unit in mlps))
         whole = {unit.name: unit.size for unit in units}
         options = [whole | {unit.name: size for unit in mlps} for size in sorted(common)]

@@ -16,6 +16,7 @@ class Uniform(ShareAllocator):
     name: ClassVar[str] = "uniform"
     summary: ClassVar[str] = "the same share of every unit"
     source: ClassVar[str] = "a baseline"
+    by_blocks: ClassVar[bool] = False
 
     def shares(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float

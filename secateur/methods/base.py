@@ -27,7 +27,8 @@ class Narrowing:
         keep: the kept coordinates, in order: (k) for an MLP or for KV heads, (kv heads, k) for
             query/key. None where E is a dense basis.
         encode: E, (kv heads, n, k), multiplied into the values, or into the queries of the heads
-            that read a KV head, whose keys are selected. None where E selects.
+            that read a KV head, whose keys are selected; (n, k), orthonormal, for the residual
+            stream, from which E also tells what reads and writes it. None where E selects.
         consumer: Ŵ in place of the consumer's rows: (k, outputs) for an MLP, (heads · k, outputs)
             for value/output. None leaves the kept rows as they are.
         bias: a constant for the consumer's output in place of what is gone, (outputs).
@@ -93,9 +94,18 @@ class Method(ABC):
         found = model.units(multiple_of, (*self.kinds, *self.spared), self.biased)
         return [replace(u, least=u.size) if u.kind in self.spared else u for u in found]
 
+    def obstacle(self, model: "Model") -> str | None:
+        """Why it can change nothing in a model, or None."""
+        if any(not unit.fixed for unit in self.units(model, 1)):
+            return None
+        return "; ".join(model.obstacles_of(self.kinds))
+
     @abstractmethod
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
-        """The unit at every size; touches no weight."""
+        """The unit at every size; touches no weight.
+
+        A unit that runs through all blocks is solved once a place, whose statistic comes alone.
+        """
 
 
 class SequentialMethod(Method):
