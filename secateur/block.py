@@ -274,7 +274,6 @@ class Block:
             "norm over fewer dims is another norm"
         )
 
-
     @property
     def heads_obstacle(self) -> str | None:
         """Why the KV heads of this block must stay, or None."""

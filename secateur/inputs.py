@@ -3,10 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
-from secateur.anatomy import find
 from secateur.errors import InputError
 from secateur.evaluate.judge import Text
-from secateur.model import Settings, locate, open_tokenizer, positions, read_config, unknown_family
+from secateur.model import (
+    Settings,
+    anatomy_of,
+    locate,
+    not_served,
+    open_tokenizer,
+    positions,
+    read_config,
+)
 from secateur.text import BUNDLED, SET_ASIDE, Calibration, Tokens, calibration_tokens, expanded
 from secateur.units import Unit
 
@@ -68,8 +75,8 @@ def read_calibration(source: str, calibration: Calibration, settings: Settings) 
         InputError: the model or its family is unknown, or the text does not do.
     """
     config = read_config(source, settings)
-    if find(config.model_type) is None:
-        raise InputError(unknown_family(config.model_type))
+    if anatomy_of(config) is None:
+        raise InputError(not_served(config))
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
             f"model {source!r} is quantised, and narrowing needs its numbers; start from the "

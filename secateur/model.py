@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from secateur import bundled
-from secateur.anatomy import FAMILIES, Anatomy, HeadLayout, find
+from secateur.anatomy import FAMILIES, Anatomy, find
 from secateur.block import Block
 from secateur.errors import InputError, nearest
 from secateur.text import expanded
-from secateur.units import WIDTHS, Unit
+from secateur.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
 
 DEMO = "demo"
 DTYPES = {
@@ -119,10 +119,12 @@ class Model:
         """
         anatomy = self.anatomy
         if anatomy is None:
-            raise InputError(unknown_family(self.config.model_type))
-        heads = HeadLayout.of(self.config, anatomy.rotary)
+            raise InputError(not_served(self.config))
         modules: Any = self.module.base_model.get_submodule(anatomy.blocks)
-        return [Block(i, module, anatomy, heads) for i, module in enumerate(modules)]
+        return [
+            Block(i, module, anatomy, anatomy.heads(self.config, i))
+            for i, module in enumerate(modules)
+        ]
 
     @property
     def obstacles(self) -> list[str]:
@@ -132,8 +134,51 @@ class Model:
     def units(
         self, multiple_of: int, kinds: Sequence[str] = WIDTHS, biased: bool = False
     ) -> list[Unit]:
-        """All axes of some kinds that can shrink, block by block."""
-        return [unit for b in self.blocks for unit in b.units(multiple_of, kinds, biased)]
+        """All axes of some kinds that can shrink: block by block, then what runs through all."""
+        units = [unit for b in self.blocks for unit in b.units(multiple_of, kinds, biased)]
+        residual = "residual" in kinds and self.residual_obstacle is None
+        return [*units, self._residual(multiple_of)] if residual else units
+
+    def obstacles_of(self, kinds: Sequence[str]) -> list[str]:
+        """Why axes of some kinds must stay, each reason once."""
+        found = {self.residual_obstacle} if "residual" in kinds else set()
+        if "query_key" in kinds:
+            found |= {block.query_key_obstacle for block in self.blocks}
+        if "heads" in kinds:
+            found |= {block.heads_obstacle for block in self.blocks}
+        return sorted(reason for reason in found if reason)
+
+    @property
+    def residual_obstacle(self) -> str | None:
+        """Why the width of the residual stream must stay, or None."""
+        anatomy = self.anatomy
+        if anatomy is None or anatomy.pre_norm is not None:
+            return None
+        return (
+            "the residual stream stays at full width: it turns to another basis only where all "
+            "that reads it is behind RMS norms, ahead of attention and of the MLP, which add to it"
+        )
+
+    def _residual(self, multiple_of: int) -> Residual:
+        blocks, parts = self.blocks, [u for b in self.blocks for u in b.units(1, WHOLE_HEADS)]
+        readers = [linear for b in blocks for linear in (b.attention.o_proj, b.consumer)]
+        embedding: Any = self.module.get_input_embeddings()
+        head: Any = self.module.get_output_embeddings()
+        tied = head.weight is embedding.weight
+        return Residual(
+            name="residual",
+            block=EVERY_BLOCK,
+            size=parts[0].hidden,
+            step=multiple_of,
+            hidden=parts[0].hidden,
+            least=1,
+            parts=tuple(parts),
+            shortcuts=2 * len(blocks),
+            norms=2 * len(blocks) + 1,
+            biases=sum(linear.bias is not None for linear in readers),
+            embeddings=len(embedding.weight) + (0 if tied else len(head.weight)),
+            tied=len(head.weight) if tied else 0,
+        )
 
 
 def fingerprint(model: Model) -> str:
@@ -157,8 +202,21 @@ def positions(config: Any) -> int | None:
     return found
 
 
-def unknown_family(model_type: str) -> str:
-    """What can be done with a model of a family that no anatomy describes."""
+def anatomy_of(config: Any) -> Anatomy | None:
+    """What is coupled in a model of this config, or None where it is not served."""
+    found = find(config.model_type)
+    return None if found is None or found.refusal(config) is not None else found
+
+
+def not_served(config: Any) -> str:
+    """Why no anatomy describes a model, and what can be done with it."""
+    model_type: str = config.model_type
+    family = find(model_type)
+    if family is not None:
+        return (
+            f"{family.refusal(config)}. Models of family {family.family} without that can be "
+            f"narrowed; `secateur inspect` and `secateur eval` take this one too."
+        )
     if model_type.startswith("secateur_"):
         return "this checkpoint is already compressed; start from the original model instead."
     served = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
@@ -198,7 +256,7 @@ def skeleton(source: str, settings: Settings) -> Model:
         ) from error
     stored = getattr(config, "dtype", None) or torch.float32
     nothing: Any = None
-    return Model(source, module, nothing, stored, find(config.model_type))
+    return Model(source, module, nothing, stored, anatomy_of(config))
 
 
 def read_config(source: str, settings: Settings) -> Any:
@@ -264,7 +322,7 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             f"model {source!r}: {len(missing)} weights are missing from the checkpoint, "
             f"{missing[0]} first. Fetch the model again."
         )
-    anatomy = find(config.model_type)
+    anatomy = anatomy_of(config)
     if anatomy is not None:
         lost = [k for k in loaded["unexpected_keys"] if f".{anatomy.blocks}." in f".{k}"]
         if lost:

@@ -25,17 +25,25 @@ def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -
     def hidden(_: nn.Module, args: Any) -> None:
         feed("hidden", args[0].reshape(*mask.shape, -1))
 
+    def heads(output: Tensor) -> Tensor:
+        if attention.q_norm is not None and attention.shape.get("head_norms") == "list":
+            output = output.transpose(1, 2)
+        return output.reshape(*mask.shape, -1, attention.query_key)
+
     def query(_: nn.Module, args: Any, output: Tensor) -> None:
-        feed("query", output.reshape(*mask.shape, -1, attention.query_key))
+        feed("query", heads(output))
 
     def key(_: nn.Module, args: Any, output: Tensor) -> None:
-        feed("key", output.reshape(*mask.shape, -1, attention.query_key))
+        feed("key", heads(output))
 
     def value(_: nn.Module, args: Any, output: Tensor) -> None:
         feed("value", unbiased(output, attention.v_proj).reshape(*mask.shape, -1, attention.value))
 
     def mixed(_: nn.Module, args: Any) -> None:
         feed("mixed", mixed_values(block, args[0]))
+
+    def between(_: nn.Module, args: Any) -> None:
+        feed("between", args[0].reshape(*mask.shape, -1))
 
     def scores(_: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal projecting
@@ -52,6 +60,9 @@ def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -
         "value": (attention.v_proj.register_forward_hook, value),
         "mixed": (attention.o_proj.register_forward_pre_hook, mixed),
     }
+    if block.anatomy.pre_norm is not None:
+        norm = block.module.get_submodule(block.anatomy.pre_norm.mlp_norm)
+        hooks["between"] = norm.register_forward_pre_hook, between
     with ExitStack() as stack:
         places = {need.place for need in statistics}
         for place, (register, hook) in hooks.items():
@@ -92,4 +103,5 @@ def _scores(block: Block, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
     value = value.repeat_interleave(attention.num_key_value_groups, 1)
     turning = torch.arange(attention.query_key // 2, device=query.device) < block.heads.rotary // 2
     window = torch.tensor(attention.sliding_window or query.shape[2], device=query.device)
-    return query * attention.scaling, key, value @ root.to(value.dtype), turning, window
+    cap = () if attention.soft_cap is None else (query.new_tensor(attention.soft_cap),)
+    return query * attention.scaling, key, value @ root.to(value.dtype), turning, window, *cap

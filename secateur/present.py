@@ -18,10 +18,10 @@ from secateur.allocate import ALLOCATORS, allocator_class
 from secateur.allocate.base import Allocator
 from secateur.anatomy import FAMILIES
 from secateur.evaluate.judge import Verdict
-from secateur.flags import DEFAULT_METHOD
+from secateur.flags import DEFAULT_METHOD, shown
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
-from secateur.model import DEMO, Settings, skeleton, unknown_family
+from secateur.model import DEMO, Settings, not_served, skeleton
 from secateur.plan import Plan
 from secateur.report import Report, count, size
 
@@ -71,7 +71,8 @@ def show_catalogue(content: dict[str, Any]) -> None:
             console.print(f"  [bold]{entry['name']}[/]  {entry['summary']}  ({entry['source']})")
             for name, field in entry["options"].items():
                 flag = "--" + name.replace("_", "-")
-                console.print(f"    {flag:<18} {field['help']}  (default {field['default']:g})")
+                default = shown(field["default"])
+                console.print(f"    {flag:<18} {field['help']}  (default {default})")
             if group == "methods":
                 console.print(f"    {'--allocator':<18} by default {entry['allocator']}")
         console.print()
@@ -94,7 +95,7 @@ def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, A
         "linear_layers": len(linears),
     }
     if model.anatomy is None:
-        return content | {"family": None, "note": unknown_family(config.model_type)}
+        return content | {"family": None, "note": not_served(config)}
     units = model.units(multiple_of)
     compressible = sum(unit.parameters(unit.size) for unit in units)
     kinds = dict.fromkeys(unit.kind for unit in units)

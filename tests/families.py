@@ -29,7 +29,7 @@ class Family:
         config: name of its config class.
         options: what differs from the common sizes.
         fused: layout of a fused query/key/value map: "blocks" (all q, all k, all v), "heads" (per
-            head q, k, v) or "" where the three are apart.
+            KV head its q, k, v) or "" where the three are apart.
         names: attention modules inside a block: those of q, k, v (one where fused) and o.
     """
 
@@ -77,6 +77,17 @@ _GPT2: Options = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_GEMMA: Options = _LLAMA | {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 12,
+    "final_logit_softcapping": 5.0,
+    "attn_logit_softcapping": 2.0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_FALCON: Options = {
+    k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "intermediate_size")
+} | {"ffn_hidden_size": WIDTH}
 _LLAMA3_ROPE: Options = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -114,6 +125,18 @@ def _gpt2(**more: Any) -> Family:
     )
 
 
+def _falcon(**more: Any) -> Family:
+    return Family(
+        "FalconConfig",
+        _FALCON | more,
+        attention="self_attention",
+        fused="heads",
+        names=("query_key_value", "dense"),
+        consumer="mlp.dense_4h_to_h",
+        blocks="h",
+    )
+
+
 def _neox(**more: Any) -> Family:
     return Family(
         "GPTNeoXConfig",
@@ -145,6 +168,32 @@ FAMILIES: dict[str, Family] = {
             "partial_rotary_factor": 0.5,
         }
     ),
+    "gemma": Family("GemmaConfig", _LLAMA | {"head_dim": 12, "tie_word_embeddings": True}),
+    "gemma2": Family("Gemma2Config", _GEMMA),
+    "gemma3": Family("Gemma3TextConfig", _GEMMA),  # caps no scores, whatever its config says
+    "stablelm": Family(
+        "StableLmConfig",
+        _LLAMA
+        | {
+            "use_qkv_bias": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "cohere": Family("CohereConfig", _LLAMA | {"logit_scale": 0.25, "attention_bias": True}),
+    "cohere2": Family(
+        "Cohere2Config",
+        _LLAMA | {k: _GEMMA[k] for k in ("sliding_window", "layer_types")} | {"logit_scale": 0.25},
+    ),
+    "olmo2": Family("Olmo2Config", _LLAMA),
+    "starcoder2": Family(
+        "Starcoder2Config", _LLAMA | {"sliding_window": 12}, consumer="mlp.c_proj"
+    ),
+    "falcon": _falcon(num_kv_heads=2, new_decoder_architecture=True, bias=True),
+    "falcon_multi_query": _falcon(parallel_attn=False, tie_word_embeddings=True),
     "opt": _opt(tie_word_embeddings=True),
     "opt_norm_after": _opt(
         do_layer_norm_before=False, word_embed_proj_dim=16, tie_word_embeddings=True
@@ -155,9 +204,26 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": _neox(),
     "gpt_neox_sequential": _neox(use_parallel_residual=False, attention_bias=False),
 }
-NORMED = {"qwen3"}  # queries and keys cannot be narrowed
-PARTIAL = {"phi3_partial", "gpt_neox", "gpt_neox_sequential"}
+NORMED = {"qwen3", "gemma3", "olmo2"}  # queries and keys cannot be narrowed
+PARTIAL = {"phi3_partial", "gpt_neox", "gpt_neox_sequential", "stablelm"}
 ROTARY = {name for name in FAMILIES if not name.startswith(("opt", "gpt2"))}
+
+
+def attentions(name: str) -> tuple[str, ...]:
+    """The implementations of attention that the family has; soft-capped scores have but one."""
+    return ("eager",) if name == "gemma2" else ("eager", "sdpa")
+
+
+def window(name: str, block: int) -> int | None:
+    """How far back the queries of a block see, or None."""
+    options = FAMILIES[name].options
+    kinds = options.get("layer_types", ["sliding_attention"] * BLOCKS)
+    return options.get("sliding_window") if kinds[block] == "sliding_attention" else None
+
+
+def interleaved(name: str, block: int) -> bool:
+    """Whether rotary pairs are neighbours; Cohere 2 turns only where there is a window."""
+    return name == "cohere" or (name == "cohere2" and window(name, block) is not None)
 
 
 def random_model(name: str, seed: int = 0) -> Any:

@@ -4,14 +4,38 @@ Nothing here imports transformers, so that the families are known while it is be
 """
 
 from secateur.anatomy.base import Anatomy, HeadLayout, Projection, Projections
+from secateur.anatomy.cohere import COHERE, COHERE2
+from secateur.anatomy.falcon import FALCON
+from secateur.anatomy.gemma import GEMMA, GEMMA2, GEMMA3
 from secateur.anatomy.gpt2 import GPT2
 from secateur.anatomy.gpt_neox import GPT_NEOX
 from secateur.anatomy.llama import LLAMA
+from secateur.anatomy.olmo import OLMO, OLMO2
 from secateur.anatomy.opt import OPT
 from secateur.anatomy.phi3 import PHI3
 from secateur.anatomy.qwen import QWEN2, QWEN3
+from secateur.anatomy.stablelm import STABLELM
+from secateur.anatomy.starcoder2 import STARCODER2
 
-FAMILIES: tuple[Anatomy, ...] = (LLAMA, QWEN2, QWEN3, PHI3, OPT, GPT2, GPT_NEOX)
+FAMILIES: tuple[Anatomy, ...] = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    STABLELM,
+    COHERE,
+    COHERE2,
+    OLMO,
+    OLMO2,
+    STARCODER2,
+    FALCON,
+    OPT,
+    GPT2,
+    GPT_NEOX,
+)
 
 __all__ = ["FAMILIES", "Anatomy", "HeadLayout", "Projection", "Projections", "find"]
 

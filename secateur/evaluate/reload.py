@@ -23,9 +23,9 @@ TOLERANCE = {
 def testimony(module: Any, ids: Tensor) -> dict[str, Tensor]:
     """What a model says about ``ids`` (tokens): logits and greedy continuations.
 
-    Logits under eager and sdpa attention in the module's dtype, then in bfloat16, to which the
-    module's parameters are left converted. Greedy tokens with and without a cache, unless the dtype
-    is so coarse that two tokens are often tied.
+    Logits under eager attention, and sdpa where the family has it, in the module's dtype, then in
+    bfloat16, to which the module's parameters are left converted. Greedy tokens with and without a
+    cache, unless the dtype is so coarse that two tokens are often tied.
     """
     ids = ids.unsqueeze(0).to(module.device)
     said: dict[str, Tensor] = {}
@@ -46,10 +46,20 @@ def testimony(module: Any, ids: Tensor) -> dict[str, Tensor]:
         for dtype in dict.fromkeys((module.dtype, torch.bfloat16)):
             cast(module, dtype)
             for implementation in IMPLEMENTATIONS:
-                module.set_attn_implementation(implementation)
+                if implementation == "sdpa" and not module._supports_sdpa:
+                    continue
+                attend_by(module, implementation)
                 name = f"logits.{str(dtype).removeprefix('torch.')}.{implementation}"
                 said[name] = module(input_ids=ids, use_cache=False).logits[0].float().cpu()
     return said
+
+
+def attend_by(module: Any, implementation: str) -> None:
+    """Choose eager or sdpa attention, also where a class is too old to be told (Falcon's)."""
+    if module._can_set_attn_implementation():
+        module.set_attn_implementation(implementation)
+    else:
+        module.config._attn_implementation = implementation
 
 
 def disagreement(memory: dict[str, Tensor], reloaded: dict[str, Tensor]) -> str | None:

@@ -28,12 +28,15 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over (batch, heads, tokens, dim); key and value may differ in width."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -51,6 +54,12 @@ class NarrowAttention(nn.Module):
     rotary pairs. Where ``rotary`` is "chosen", ``rope_pairs`` (kv_heads, query_key / 2) says which
     column of the model's cos and sin tables a pair turns by; the first index past the tables means
     that the pair does not turn. "all" means every column in order, "none" no rotation.
+
+    Four keys are there only where needed: ``doubled``, that the tables hold every number twice in
+    a row; ``soft_cap``, the bound on scores; ``head_norms``, how queries and keys are normalised
+    where one norm does not serve every head: "own" (a row of weights a head), "list" (a list of
+    norms, heads on axis 1) or "joint" (all heads as one vector); and ``hidden``, the width of a
+    sliced residual stream.
     """
 
     def __init__(self, stock: Any, shape: dict[str, Any]) -> None:
@@ -58,7 +67,8 @@ class NarrowAttention(nn.Module):
         self.shape = dict(shape)
         self.config: Any = stock.config
         self.layer_idx: Any = stock.layer_idx
-        self.scaling: Any = stock.scaling
+        self.scaling: Any = getattr(stock, "scaling", None) or stock.inv_norm_factor
+        self.soft_cap: float | None = shape.get("soft_cap")
         self.is_causal = True
         self.sliding_window: Any = getattr(
             stock, "sliding_window", getattr(self.config, "sliding_window", None)
@@ -67,13 +77,12 @@ class NarrowAttention(nn.Module):
         self.heads, self.kv_heads = int(shape["heads"]), int(shape["kv_heads"])
         self.query_key, self.value = int(shape["query_key"]), int(shape["value"])
         self.num_key_value_groups = self.heads // self.kv_heads
-        hidden, bias = self.config.hidden_size, shape["bias"]
+        hidden, bias = shape.get("hidden", self.config.hidden_size), shape["bias"]
         self.q_proj = linear(hidden, self.heads * self.query_key, bias="q" in bias)
         self.k_proj = linear(hidden, self.kv_heads * self.query_key, bias="k" in bias)
         self.v_proj = linear(hidden, self.kv_heads * self.value, bias="v" in bias)
         self.o_proj = linear(self.heads * self.value, hidden, bias="o" in bias)
-        self.q_norm: nn.Module | None = getattr(stock, "q_norm", None)
-        self.k_norm: nn.Module | None = getattr(stock, "k_norm", None)
+        self.q_norm, self.k_norm = (_norm_of(stock, name) for name in "qk")
         self.resid_dropout: Any = getattr(stock, "resid_dropout", nn.Identity())
         self.rotary: str = shape["rotary"]
         if self.rotary == "chosen":
@@ -83,6 +92,8 @@ class NarrowAttention(nn.Module):
     def rotary_tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """From (batch, tokens, rotary dim) to (batch, kv heads or 1, tokens, pairs)."""
         half = cos.shape[-1] // 2
+        if self.shape.get("doubled"):  # those families turn in float32, whatever the format
+            cos, sin = cos[..., ::2].float(), sin[..., ::2].float()
         still = 1 if self.rotary == "chosen" else self.query_key // 2 - half
         cos = nn.functional.pad(cos[..., :half], (0, still), value=1.0)
         sin = nn.functional.pad(sin[..., :half], (0, still))
@@ -100,8 +111,7 @@ class NarrowAttention(nn.Module):
         query = self.q_proj(hidden_states).view(*tokens, self.heads, self.query_key)
         key = self.k_proj(hidden_states).view(*tokens, self.kv_heads, self.query_key)
         value = self.v_proj(hidden_states).view(*tokens, self.kv_heads, self.value).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None and self.query_key:
-            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = self.normed(self.q_norm, query), self.normed(self.k_norm, key)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.rotary != "none" and position_embeddings is not None:
             cos, sin = self.rotary_tables(*position_embeddings)
@@ -110,6 +120,19 @@ class NarrowAttention(nn.Module):
             grouped = query.unflatten(1, (self.kv_heads, self.num_key_value_groups))
             query = rotate(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2)
         return query, key, value
+
+    def normed(self, norm: nn.Module | None, states: Tensor) -> Tensor:
+        """Queries or keys (batch, tokens, heads, width) behind the norm inside them, if any."""
+        if norm is None or self.query_key == 0:
+            return states
+        how = self.shape.get("head_norms")
+        if how == "list":
+            made: Tensor = norm(states.transpose(1, 2)).transpose(1, 2)
+        elif how == "joint":
+            made = norm(states.flatten(2)).view_as(states)
+        else:
+            made = norm(states)
+        return made
 
     def forward(
         self,
@@ -145,6 +168,8 @@ class NarrowAttention(nn.Module):
             # run unpadded.
             width = max(self.query_key, self.value)
             query, key, value = (_pad(t, width) for t in (query, key, value))
+        if self.soft_cap is not None:
+            kwargs["softcap"] = self.soft_cap
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         output, weights = attention_interface(
             self,
@@ -164,12 +189,22 @@ class NarrowAttention(nn.Module):
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (first half, second half) by its angle."""
     first, second = states.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    return turned.to(states.dtype)  # tables may be wider
 
 
 def _pad(states: Tensor, width: int) -> Tensor:
     missing = width - states.shape[-1]
     return nn.functional.pad(states, (0, missing)) if missing else states
+
+
+def _norm_of(stock: Any, which: str) -> nn.Module | None:
+    """The norm inside a stock attention's queries or keys, under whichever name it has there."""
+    for name in (f"{which}_norm", f"{which}_layernorm"):
+        found = getattr(stock, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
 
 
 def _dropout(stock: Any) -> float:
@@ -189,6 +224,61 @@ def narrow_attention(stock: nn.Module, shape: dict[str, Any]) -> NarrowAttention
     kind: Any = type("Narrow" + type(stock).__name__, (NarrowAttention, type(stock)), {})
     made: NarrowAttention = kind(stock, shape)
     return made
+
+
+class SlicedBlock(nn.Module):
+    """A stock block whose residual stream changes its basis behind attention and behind the MLP.
+
+        x ← x S + attention(norm(x)),   then   x ← x S' + mlp(norm(x))
+
+    A shortcut S that is None stands for the identity. ``places`` names the modules.
+    """
+
+    places: dict[str, str]
+    attention_shortcut: nn.Parameter | None
+    mlp_shortcut: nn.Parameter | None
+
+    def behind_attention(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """The stream between attention and MLP."""
+        read = self.get_submodule(self.places["attention_norm"])(hidden_states)
+        branch, _ = self.get_submodule(self.places["attention"])(read, **kwargs)
+        branch = getattr(self, "resid_attn_dropout", nn.Identity())(branch)
+        return _joined(hidden_states, self.attention_shortcut, branch)
+
+    def behind_mlp(self, hidden_states: Tensor) -> Tensor:
+        """The stream behind the block, from the one between."""
+        read = self.get_submodule(self.places["mlp_norm"])(hidden_states)
+        branch = self.get_submodule(self.places["mlp"])(read)
+        branch = getattr(self, "resid_mlp_dropout", nn.Identity())(branch)
+        return _joined(hidden_states, self.mlp_shortcut, branch)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return self.behind_mlp(self.behind_attention(hidden_states, **kwargs))
+
+
+def _joined(hidden_states: Tensor, shortcut: Tensor | None, branch: Tensor) -> Tensor:
+    return (hidden_states if shortcut is None else hidden_states @ shortcut) + branch
+
+
+def sliced(block: nn.Module, places: dict[str, str]) -> SlicedBlock:
+    """Make a stock block, in place, a SlicedBlock that still computes the same."""
+    changed: Any = block
+    changed.__class__ = type("Sliced" + type(block).__name__, (SlicedBlock, type(block)), {})
+    changed.places = dict(places)
+    changed.register_parameter("attention_shortcut", None)
+    changed.register_parameter("mlp_shortcut", None)
+    return changed  # type: ignore[no-any-return]
+
+
+def shorten(norm: Any, size: int) -> None:
+    """Let an RMS norm without weights read a sliced stream, and normalise it as before.
+
+    For d coordinates before, x / √(Σ x² / d + ε) = √(d/k) · x / √(Σ x² / k + ε d/k). The norm takes
+    ε d/k; √(d/k) is in what reads it, where no rounding of one number scales everything.
+    """
+    before = norm.weight
+    norm.variance_epsilon = norm.variance_epsilon * len(before) / size
+    norm.weight = nn.Parameter(torch.ones_like(before[:size]), before.requires_grad)
 
 
 def resized(old: nn.Module, outputs: int, inputs: int, bias: bool) -> nn.Module:
@@ -226,6 +316,27 @@ def narrow(model: PreTrainedModel, shapes: dict[str, Any]) -> None:
             path = shapes["attention"]
             stock = block.get_submodule(path)
             block.set_submodule(path, narrow_attention(stock, layer["attention"]))
+    if "residual" in shapes:
+        _slice(model, blocks, shapes["residual"])
+
+
+def _slice(model: PreTrainedModel, blocks: Any, residual: dict[str, Any]) -> None:
+    """Make room for the shortcuts, and let norms, embedding and head have the stream's width."""
+    base: Any = model.base_model
+    size, places = residual["size"], residual["places"]
+    shorten(base.get_submodule(residual["last_norm"]), size)
+    for stock in blocks:
+        block = sliced(stock, places)
+        shorten(block.get_submodule(places["attention_norm"]), size)
+        shorten(block.get_submodule(places["mlp_norm"]), size)
+        block.attention_shortcut = nn.Parameter(torch.empty(size, size))
+        block.mlp_shortcut = nn.Parameter(torch.empty(size, size))
+    old = base.get_input_embeddings()
+    base.set_input_embeddings(nn.Embedding(old.num_embeddings, size, old.padding_idx))
+    head: Any = model.get_output_embeddings()
+    if head is not None:
+        made = linear(size, head.out_features, bias=head.bias is not None)
+        model.set_output_embeddings(made)
 
 
 def _narrow_config(stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:

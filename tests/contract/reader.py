@@ -72,7 +72,7 @@ def read(source: str, ids: list[int], trust: dict[str, bool], again: Path) -> An
 
     with torch.inference_mode():
         for kind in ("eager", "sdpa"):
-            model.set_attn_implementation(kind)
+            model.config._attn_implementation = kind if model._supports_sdpa else "eager"
             out = model(input_ids=prompt, use_cache=False)
             said[f"logits.{kind}"] = out.logits[0]
             for cached in (True, False):
@@ -87,7 +87,7 @@ def read(source: str, ids: list[int], trust: dict[str, bool], again: Path) -> An
             said[f"padded.{kind}"] = generated(batch, mask, True)
         alone = [generated(prompt[:, :n], torch.ones(1, n).long(), True) for n in PROMPTS]
         said["alone"] = torch.cat(alone)
-        model.set_attn_implementation("eager")
+        model.config._attn_implementation = "eager"
         maps = model(input_ids=prompt, use_cache=False, output_attentions=True).attentions
         said |= {f"attentions.{i}": a[0] for i, a in enumerate(maps)}
         cache = model(input_ids=prompt, use_cache=True).past_key_values

@@ -3,17 +3,19 @@
 import pytest
 import torch
 
+from secateur.evaluate.reload import attend_by
 from tests.contract.conftest import logits, spread
-from tests.families import FAMILIES
+from tests.families import FAMILIES, attentions
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-@every_family
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("name", "attention"), [(name, kind) for name in FAMILIES for kind in attentions(name)]
+)
 def test_canonical_blocks_give_the_dense_logits(opened, name, attention):
     model = opened(name, "float64")
-    model.module.set_attn_implementation(attention)
+    attend_by(model.module, attention)
     ids = torch.arange(3, 33).unsqueeze(0)
     before = logits(model.module, ids)
     assert len(model.blocks) == 3
@@ -28,8 +30,8 @@ def test_keep_one_is_plain_and_gives_the_dense_logits(readings, opened, written,
     assert not read.facts["class"].startswith("Secateur")
     assert not (made.folder / "modeling_secateur.py").exists()
     model = opened(name).module
-    for attention in ("eager", "sdpa"):
-        model.set_attn_implementation(attention)
+    for attention in attentions(name):
+        attend_by(model, attention)
         dense = logits(model, made.ids.unsqueeze(0))[0]
         assert spread(read.tensors[f"logits.{attention}"], dense) < 1e-6
 

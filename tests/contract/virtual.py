@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.methods.base import Narrowing
-from tests.families import FAMILIES
+from tests.families import FAMILIES, interleaved
 
 Narrowings = Mapping[int, Mapping[str, Narrowing]]  # block, kind of unit
 
@@ -22,6 +22,8 @@ def head_rows(name: str, config: Any) -> dict[str, tuple[str, Tensor]]:
     """For q, k and v: the module that makes it and the outputs (heads, width) it takes there."""
     family, heads = FAMILIES[name], config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if config.model_type == "falcon":
+        kv_heads = config.num_kv_heads if config.new_decoder_architecture else 1
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     q = torch.arange(heads * width).view(heads, width)
     k = torch.arange(kv_heads * width).view(kv_heads, width)
@@ -33,9 +35,9 @@ def head_rows(name: str, config: Any) -> dict[str, tuple[str, Tensor]]:
             "v": (fused, k + (heads + kv_heads) * width),
         }
     if family.fused == "heads":
-        fused, start = family.names[0], torch.arange(heads).unsqueeze(1) * 3 * width
-        own = torch.arange(width)
-        return {n: (fused, start + i * width + own) for i, n in enumerate("qkv")}
+        rows = torch.arange((heads + 2 * kv_heads) * width).view(kv_heads, -1, width)
+        parts = (rows[:, :-2].flatten(0, 1), rows[:, -2], rows[:, -1])
+        return {n: (family.names[0], part) for n, part in zip("qkv", parts, strict=True)}
     return dict(zip("qkv", zip(family.names, (q, k, k), strict=False), strict=True))
 
 
@@ -45,12 +47,15 @@ def rotary_width(config: Any, width: int) -> int:
     return int(width * rope.get("partial_rotary_factor", 1.0))
 
 
-def stock_coordinates(keep: Tensor, width: int, rotary: int) -> Tensor:
+def stock_coordinates(keep: Tensor, name: str, config: Any, width: int, block: int) -> Tensor:
     """Kept coordinates in the stock layout, where rotating dims stand before those at rest."""
-    place = []
+    rotary, place = rotary_width(config, width), []
     for half in (0, 1):
         rotating, rest = rotary // 2, (width - rotary) // 2
-        place += [half * rotating + i for i in range(rotating)]
+        if interleaved(name, block):
+            place += [2 * i + half for i in range(rotating)]
+        else:
+            place += [half * rotating + i for i in range(rotating)]
         place += [rotary + half * rest + i for i in range(rest)]
     return torch.tensor(place)[keep]
 
@@ -77,13 +82,11 @@ def narrowed(model: Any, name: str, narrowings: Narrowings) -> Iterator[Any]:
             if "query_key" in own:
                 width = rows["q"][1].shape[1]
                 keep = own["query_key"].keep
-                keep = stock_coordinates(keep, width, rotary_width(model.config, width))
+                keep = stock_coordinates(keep, name, model.config, width, index)
                 group = len(rows["q"][1]) // len(keep)
                 edits["q"] = _zeroed(rows["q"][1], keep.repeat_interleave(group, 0))
                 if (encode := own["query_key"].encode) is not None:
-                    place = stock_coordinates(
-                        torch.arange(width), width, rotary_width(model.config, width)
-                    )
+                    place = stock_coordinates(torch.arange(width), name, model.config, width, index)
                     heads = keep.repeat_interleave(group, 0), encode.repeat_interleave(group, 0)
                     edits["q"] = _mapped(rows["q"][1], place, *heads)
                 edits["k"] = _zeroed(rows["k"][1], keep)

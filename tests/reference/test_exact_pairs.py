@@ -40,11 +40,12 @@ def raw(seed, heads=4, kv_heads=2, tokens=10, hidden=6, batch=2):
     return query, key, value, normal(seed + 300, heads, 3, hidden)
 
 
-def attention(query, key, value, output):
+def attention(query, key, value, output, cap=None):
     """What every head adds to the output: (batch, heads, tokens, hidden)."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.mT
+    scores = scores if cap is None else cap * (scores / cap).tanh()
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     return scores.masked_fill(later, -torch.inf).softmax(-1) @ value @ output
 
@@ -68,13 +69,13 @@ def neutral(rotary):
     return torch.cat((torch.ones(HALF), (torch.arange(HALF) >= rotary // 2).float())).double()
 
 
-def changes(query, key, value, output, rotary):
+def changes(query, key, value, output, rotary, cap=None):
     """Derivative of :func:`attention` by every coefficient: (features, batch, heads, …)."""
     cos, sin = tables(query.shape[2], rotary)
 
     def made(coefficients):
         turned = rotate(rescaled(query, coefficients, rotary), cos, sin)
-        return attention(turned, rotate(key, cos, sin), value, output)
+        return attention(turned, rotate(key, cos, sin), value, output, cap)
 
     directions = torch.eye(WIDTH).double()
     return torch.stack([torch.func.jvp(made, (neutral(rotary),), (d,))[1] for d in directions])
@@ -87,7 +88,7 @@ def form_of(changed, mask, kv_heads):
     return forms / int(mask.sum())
 
 
-def fed(query, key, value, output, rotary, mask):
+def fed(query, key, value, output, rotary, mask, cap=None):
     """The statistic, values in a basis in which the output's metric is the identity."""
     cos, sin = tables(query.shape[2], rotary)
     root = torch.linalg.cholesky(output @ output.mT)
@@ -95,7 +96,9 @@ def fed(query, key, value, output, rotary, mask):
     turning = torch.arange(HALF) < rotary // 2
     found = PairScores()
     whole = torch.tensor(query.shape[2])
-    found.update(rotate(query, cos, sin), rotate(key, cos, sin), value, turning, whole, mask=mask)
+    caps = () if cap is None else (torch.tensor(cap).double(),)
+    turned = (rotate(query, cos, sin), rotate(key, cos, sin))
+    found.update(*turned, value, turning, whole, *caps, mask=mask)
     return found
 
 
@@ -106,12 +109,12 @@ def padded(batch, tokens, missing=3):
 
 
 @ROTARY
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_form_is_the_squared_change_by_autograd(rotary, kv_heads):
-    """Through the softmax and the output projection, for every pair of coefficients."""
+@pytest.mark.parametrize(("kv_heads", "cap"), [(4, None), (2, None), (1, None), (2, 1.5)])
+def test_form_is_the_squared_change_by_autograd(rotary, kv_heads, cap):
+    """Through cap, softmax and the output projection, for every pair of coefficients."""
     parts, mask = raw(rotary, kv_heads=kv_heads), padded(2, 10)
-    found = fed(*parts, rotary, mask)
-    changed = changes(*parts, rotary)
+    found = fed(*parts, rotary, mask, cap)
+    changed = changes(*parts, rotary, cap)
     torch.testing.assert_close(found.mean, form_of(changed, mask, kv_heads))
     assert found.tokens == 17
     torch.testing.assert_close(found.mean, found.mean.mT, rtol=1e-12, atol=1e-12)
@@ -179,10 +182,14 @@ def finite_differences(model, tokens, block):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "qwen2", "phi3_partial", "gpt_neox", "opt", "gpt2_scaled"]
+    "name",
+    [
+        *("llama", "mistral", "qwen2", "phi3_partial", "gpt_neox", "opt", "gpt2_scaled"),
+        *("gemma2", "cohere", "cohere2", "falcon"),
+    ],
 )
 def test_calibration_measures_the_models_own_attention(opened, name):
-    """Its softmax scale, rotary tables, biases, output projection and sliding window."""
+    """Its softmax scale, rotary tables, biases, output projection, window and soft-capping."""
     model, ids = opened(name, "float64"), stream(48).view(3, 16)
     tokens, store = Tokens(ids, padded(3, 16, 5)), Store()
     calibrate(model, tokens, frozenset({Needs.PAIR_SCORES}), store)
@@ -190,7 +197,9 @@ def test_calibration_measures_the_models_own_attention(opened, name):
     assert found.tokens == 43
     with torch.no_grad():
         expected = finite_differences(model, tokens, model.blocks[1])
-    torch.testing.assert_close(found.mean, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    coarse = 100 if name == "gemma2" else 1  # eager attention takes the softmax in float32
+    tolerance = {"rtol": 1e-4 * coarse, "atol": 1e-6 * coarse * float(expected.max())}
+    torch.testing.assert_close(found.mean, expected, **tolerance)
 
 
 def test_calibration_stops_when_it_has_seen_enough(monkeypatch, opened):

@@ -7,7 +7,7 @@ from secateur import Store, calibrate
 from secateur.apply import folded_bias, narrow_block
 from secateur.methods.auto import Auto
 from secateur.observe import mixed_values
-from secateur.propagate import Propagation, watched
+from secateur.propagate import Propagation, _adds_up, watched
 from secateur.statistics import wide
 from secateur.stream import Stream
 from secateur.text import Tokens
@@ -81,7 +81,9 @@ def distance(a, b):
     return float((a - b).square().sum())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "gpt2", "gpt_neox", "opt_norm_after"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "opt", "gpt2", "gpt_neox", "opt_norm_after", "gemma2", "falcon"]
+)
 def test_at_full_sizes_nothing_changes(opened, name):
     """Bit by bit, although every consumer could be fitted again."""
     model = opened(name, "float64")
@@ -110,7 +112,11 @@ def test_blocks_before_the_first_narrow_one_stay_and_those_behind_do_not(opened)
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "phi3", "mistral", "opt", "gpt2", "gpt_neox", "gpt_neox_sequential"]
+    "name",
+    [
+        *("llama", "phi3", "mistral", "opt", "gpt2", "gpt_neox", "gpt_neox_sequential"),
+        *("falcon", "cohere"),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_a_plain_sum_is_known_as_one(opened, name, dtype):
@@ -126,9 +132,15 @@ def test_a_plain_sum_is_known_as_one(opened, name, dtype):
         assert torch.equal(line.dense.states, after)
 
 
-def test_a_norm_behind_the_sum_is_known_as_no_plain_sum(opened):
-    """The targets are then the dense outputs themselves."""
-    model, tokens = opened("opt_norm_after", "float64"), windows(4)
+@pytest.mark.parametrize("name", ["opt_norm_after", "gemma2", "olmo2"])
+@pytest.mark.parametrize("loud", [1.0, 1e4])
+def test_a_norm_behind_is_known_as_no_plain_sum(opened, name, loud):
+    """The targets are then the dense outputs themselves, behind the sum or before it.
+
+    The mistake: what a block adds to a loud stream is too small to see that it was normalised.
+    """
+    model, tokens = opened(name, "float64"), windows(4)
+    model.module.get_input_embeddings().weight.data *= loud
     line = Propagation(model, tokens, Auto())
     for block in model.blocks:
         before = line.dense.states.clone()
@@ -137,6 +149,17 @@ def test_a_norm_behind_the_sum_is_known_as_no_plain_sum(opened):
         seen, _ = look(model, tokens, block, before)
         assert torch.equal(line.targets, seen.attention)
         assert torch.equal(line.inputs, seen.mlp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_multiplier_of_what_is_added_is_no_plain_sum(dtype):
+    """However loud the stream is, as far as its format can tell."""
+    generator = torch.Generator().manual_seed(0)
+    stream, added = (torch.randn(2, 50, 8, generator=generator).to(dtype) for _ in range(2))
+    loud = 30.0 if dtype == torch.float32 else 3.0
+    for scale in (1.0, 0.22):
+        after = loud * stream + (scale * added).to(dtype)
+        assert _adds_up(loud * stream, added, after) == (scale == 1.0)
 
 
 def test_targets_outlive_the_inputs_that_take_their_place(opened):
@@ -153,7 +176,7 @@ def test_targets_outlive_the_inputs_that_take_their_place(opened):
     assert torch.equal(line.targets, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox", "opt_norm_after"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox", "opt_norm_after", "gemma2"])
 def test_the_mlp_is_fitted_to_what_brings_the_stream_back(opened, name):
     """W_down = argmin ‖y − x̂ − attention(x̂) − hW‖², or to the dense output behind a norm.
 
@@ -165,7 +188,7 @@ def test_the_mlp_is_fitted_to_what_brings_the_stream_back(opened, name):
     inputs, narrow = states(dense, run.tokens, 1), states(model, run.tokens, 1)
     expected, outputs = look(dense, run.tokens, dense.blocks[1], inputs)
     seen, after = look(model, run.tokens, model.blocks[1], narrow)
-    plain = name == "opt_norm_after"
+    plain = name in ("opt_norm_after", "gemma2")
     target = expected.mlp if plain else outputs - narrow - seen.attention
     bias = getattr(model.blocks[1].consumer, "bias", None)
     target = target if bias is None else target - bias
@@ -311,7 +334,7 @@ def hooks(block):
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "opt_norm_after", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "opt", "opt_norm_after", "gpt2", "gpt_neox", "falcon"])
 def test_watching_sees_every_part_by_window(opened, name):
     model, tokens = opened(name, "float64"), windows(3)
     block, walking = model.blocks[0], Stream(model, tokens)
