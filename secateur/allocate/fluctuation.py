@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateur.allocate.base import Evidence, ShareAllocator
 from secateur.block import Block
+from secateur.errors import InputError
 from secateur.prices import Prices
 from secateur.statistics import BlockStatistics, Moments, Need, Needs
 from secateur.units import Unit
@@ -54,6 +55,18 @@ class Fluctuation(ShareAllocator):
         channels = standardised(fluctuations("mlp", block, statistics)).squeeze(1)
         return tuple(torch.cat((heads, channels)).tolist())
 
+    def check_units(self, units: Sequence[Unit]) -> None:
+        """Refuse units that are not of channels and heads, too."""
+        super().check_units(units)
+        channels = {unit.block for unit in units if unit.kind == "mlp" and not unit.fixed}
+        for unit in units:
+            if unit.block not in channels:
+                raise InputError(
+                    f"allocator {self.name!r} compares channels of MLPs with heads, and block "
+                    f"{unit.block} has no channels that may go here; leave the allocator out, or "
+                    f"choose 'uniform'."
+                )
+
     def shares(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, float]:
@@ -71,7 +84,7 @@ class Fluctuation(ShareAllocator):
                 owners.append((block, mlp))
                 scores.append(z)
                 weights.append(whole.get((block, mlp), 0) / (mlps[block] if mlp else heads))
-        order = torch.tensor(scores).argsort(descending=True, stable=True)
+        order = torch.tensor(scores, dtype=torch.float64).argsort(descending=True, stable=True)
         spent = torch.tensor(weights, dtype=torch.float64)[order].cumsum(0)
         kept = order[spent <= keep * float(spent[-1]) * (1 + 1e-12)].tolist()
         share = dict.fromkeys(whole, 0.0)
