@@ -88,6 +88,7 @@ def needs_gradients(need: Need) -> bool:
     return need.place.partition(":")[0] in FUNCTIONALS
 
 
+@torch.inference_mode(False)
 def collect_gradients(
     model: Model, tokens: Tokens, needs: Iterable[Need]
 ) -> dict[int, dict[Need, Statistic]]:
@@ -187,7 +188,7 @@ def _backward(model: Model, tokens: Tokens, functional: Functional, sums: _Sums)
 def _differentiable(module: nn.Module, sums: _Sums) -> Iterator[None]:
     """Gradients for what ``sums`` follows and for nothing else; then everything as it was."""
     before = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
+    with torch.enable_grad(), ExitStack() as stack:
         try:
             for parameter, _, _ in before:
                 parameter.grad = None

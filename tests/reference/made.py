@@ -1,6 +1,6 @@
 """Units of any size, made by hand."""
 
-from secateur.units import MLP, QueryKey, ValueOutput
+from secateur.units import MLP, Heads, QueryKey, ValueOutput
 
 
 def mlp(block, size=32, step=8, hidden=16, biased=0):
@@ -44,4 +44,20 @@ def value_output(block, size, hidden=16, biased=False, output_biased=False, leas
         kv_heads=2,
         value_bias=biased,
         output_bias=output_biased,
+    )
+
+
+def heads(block, size=4, hidden=16, group=2, width=4):
+    return Heads(
+        name=f"{block}.heads",
+        block=block,
+        size=size,
+        step=1,
+        hidden=hidden,
+        group=group,
+        query_key=width,
+        value=width,
+        query_bias=False,
+        key_bias=False,
+        value_bias=False,
     )
