@@ -29,7 +29,7 @@ class Angular(ShareAllocator):
     with its 128 × 2048 tokens that is a slope of 26.2, with other text it would be another
     allocation. Don't use it where units inside a block differ in how much they hurt.
 
-    Source: arXiv 2409.13199, section 3.2, and the released code for the constants.
+    Source: Wang et al., "CFSP", arXiv 2409.13199 (COLING 2025); its code for the constants.
     """
 
     slope: float = option(26.2, "of the sigmoid over angles; 0 is uniform", 0.0)

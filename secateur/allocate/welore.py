@@ -32,7 +32,7 @@ class WeLore(ShareAllocator):
     makes all others of its matrix look small, as published. Don't use it where there is text to
     calibrate on.
 
-    Source: Jaiswal et al., "From GaLore to WeLore", arXiv 2407.11239, section 3.
+    Source: Jaiswal et al., "From GaLore to WeLore", arXiv 2407.11239.
     """
 
     name: ClassVar[str] = "welore"

@@ -30,7 +30,7 @@ class CFSP(ScoredMethod):
     :class:`Angular`. Don't use it below some 0.8: attention counts in what ``keep`` is a share of
     but gives nothing, so the MLPs pay for it.
 
-    Source: Wang et al., "CFSP", arXiv 2409.13199 (COLING 2025), equation 8.
+    Source: Wang et al., "CFSP", arXiv 2409.13199 (COLING 2025); sums as repaired here.
     """
 
     within: int = option(0, "1 weighs a channel against itself: the released code's score", 0, 1)
