@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -20,10 +21,11 @@ from secateur import Goal, Model, Plan, make_plan, score
 from secateur.allocate.base import Evidence
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
+from secateur.model import anatomy_of
 from secateur.pipeline import Prepared, Stopwatch, write
 from secateur.plan import revise
 from secateur.progress import Progress
-from secateur.units import Unit
+from secateur.units import STREAM, Unit
 from tests.conftest import Calibrated
 from tests.families import FAMILIES
 
@@ -39,13 +41,35 @@ NOTHING_NEW = ("gemma", "starcoder2", "falcon_multi_query")
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are looked at
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unserved = [item for item in items if not is_served(**parameters(item))]
+    config.hook.pytest_deselected(items=unserved)
+    items[:] = [item for item in items if item not in unserved]
     for item in items:
         asked = parameters(item)
         every = asked.get("method", EVERYWHERE[0]) in EVERYWHERE
         every &= asked.get("name") not in NOTHING_NEW or asked.get("method") in (None, "auto")
         if not every and asked.get("name", ALWAYS[0]) not in ALWAYS:
             item.add_marker(pytest.mark.slow)
+
+
+@cache
+def is_served(method: str | None = None, name: str | None = None, **_: Any) -> bool:
+    """Whether a method can change anything in a variant."""
+    if method is None or name is None:
+        return True
+    return method_class(method)().obstacle(shapes(name)) is None
+
+
+@cache
+def shapes(name: str) -> Model:
+    """A variant without storage, as it is looked at before any weight is read."""
+    family: Any = FAMILIES[name]
+    config = getattr(transformers, family.config)(**family.options)
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config)
+    nothing: Any = None
+    return Model(name, module, nothing, torch.float32, anatomy_of(config))
 
 
 def parameters(item: pytest.Item) -> dict[str, Any]:
@@ -57,6 +81,11 @@ def methods(applies: Callable[[type[Method]], bool]) -> Any:
     """The test is for methods to which something applies."""
     names = [name for name in METHODS if applies(method_class(name))]
     return pytest.mark.parametrize("method", names, indirect=True)
+
+
+def by_blocks() -> Any:
+    """The test is for methods whose units each belong to one block."""
+    return methods(lambda method: method.kinds != STREAM)
 
 
 def narrowing(kind: str) -> Any:
@@ -145,6 +174,7 @@ def sizes_of(kind: str, units: dict[str, Unit]) -> dict[str, int]:
             "layers.1.value_output": 0,
             "layers.1.heads": 0,
             "layers.2.mlp": 0,
+            "residual": 8,
         }
     else:
         wanted = {
@@ -153,6 +183,7 @@ def sizes_of(kind: str, units: dict[str, Unit]) -> dict[str, int]:
             "layers.1.heads": 1,
             "layers.2.mlp": 48,
             "layers.2.value_output": 3,
+            "residual": 16,
         }
         if (heads := units.get("layers.2.heads")) is not None:
             wanted[heads.name] = heads.size - 1

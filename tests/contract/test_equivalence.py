@@ -5,7 +5,7 @@ import torch
 
 from secateur.apply import narrow_block
 from tests.contract import virtual
-from tests.contract.conftest import logits, narrowing, spread
+from tests.contract.conftest import by_blocks, logits, narrowing, spread
 from tests.families import FAMILIES, NORMED, PARTIAL, ROTARY
 
 IDS = torch.arange(3, 27).unsqueeze(0) * 7 % 88 + 3
@@ -37,6 +37,7 @@ def sliced(model, calibrated, name, sizes, method):
     return model.module
 
 
+@by_blocks()
 @pytest.mark.parametrize("share", [0.3, 0.65])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masked_equals_sliced(opened, calibrated, stock, method, name, share):

@@ -11,7 +11,7 @@ from secateur.errors import InputError
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.scored import ScoredMethod
 from secateur.statistics import Needs
-from tests.contract.conftest import logits, methods
+from tests.contract.conftest import by_blocks, logits, methods
 from tests.families import FAMILIES, stream
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -38,10 +38,10 @@ def test_budget_is_met_to_the_step(opened, planned, method, name, keep, multiple
     spent = sum(price(row.unit, row.after) for row in plan.units)
     steps = []
     gone = {
-        row.unit.split(".")[1] for row in plan.units if row.kind == "value_output" and not row.after
+        units[row.unit].block for row in plan.units if row.kind == "value_output" and not row.after
     }
     for row in plan.units:
-        if row.kind != "mlp" and row.unit.split(".")[1] in gone:
+        if row.kind != "mlp" and units[row.unit].block in gone:
             continue  # an attention comes back as a whole
         sizes = allowed[row.unit]
         at = sizes.index(row.after)
@@ -56,6 +56,7 @@ def test_budget_is_met_to_the_step(opened, planned, method, name, keep, multiple
         assert spent == total
 
 
+@by_blocks()
 @every_family
 def test_predicted_error_falls_with_size(opened, calibrated, method, name):
     made, store = method(), calibrated(name).store
@@ -119,6 +120,7 @@ def fitted(method):
     return method(**{f.name: 1 for f in fields(method) if f.name == "refit"})
 
 
+@by_blocks()
 @every_family
 def test_measured_error_falls_with_size(opened, calibrated, method, name):
     made = fitted(method)
@@ -128,6 +130,7 @@ def test_measured_error_falls_with_size(opened, calibrated, method, name):
     assert errors[0] > errors[1] > errors[2] > 0
 
 
+@by_blocks()
 @every_family
 def test_measured_error_beats_a_random_choice(opened, calibrated, method, name):
     made = method()

@@ -12,6 +12,7 @@ from secateur import Calibration, Goal, InputError, Knapsack, Store, calibrate, 
 from secateur.allocate.plain import PlainWidth
 from secateur.allocate.uniform import Uniform
 from secateur.methods import METHODS, check_served, method_class
+from secateur.methods.base import Narrowing, Solution
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.slicegpt import SliceGPT
 from secateur.pipeline import Prepared, Stopwatch, check_reach, write
@@ -204,6 +205,29 @@ def test_padding_turns_nothing(opened, tokens):
         line = Slicing(model, SliceGPT(), unit, 12, Tokens(ids, mask))
         found.append(line.cut(model.blocks[0], Needs.BEHIND_GRAM))
     torch.testing.assert_close(*(basis @ basis.T for basis in found))
+
+
+class AnyBasis(SliceGPT):
+    """Directions that nothing has chosen."""
+
+    def solve(self, unit, block, statistics):
+        def at(size):
+            return Narrowing(encode=torch.linalg.qr(torch.randn(HIDDEN, size).double()).Q)
+
+        return Solution(None, at)
+
+
+def test_logits_err_less_with_more_directions_and_more_with_any(opened, tokens):
+    dense = logits(opened("llama", "float64"))
+
+    def error(size, method):
+        torch.manual_seed(size)
+        model = cut(opened("llama", "float64"), size, tokens, method)
+        return float((logits(model) - dense).square().mean() / dense.var())
+
+    errors = [error(size, SliceGPT()) for size in (10, 18, 26)]
+    assert errors[0] > errors[1] > errors[2] > 0
+    assert errors[1] < 0.8 * error(18, AnyBasis())
 
 
 @dataclass
