@@ -29,9 +29,10 @@ class SPDY(Knapsack):
 
     The sizes come from the knapsack's dynamic programming. c starts at one; a quarter of the steps
     draws it at random, the others draw some weights of the best c so far anew, a tenth of them at
-    first and one at last. The loss is the divergence from the dense model on calibration windows,
-    before any refit behind narrowed blocks. Don't use it where the narrowed weights of all units
-    at all ``levels`` don't fit into memory.
+    first and one at last. A draw is the square of a uniform number, where the published one is
+    uniform and small weights are rare. The loss is the divergence from the dense model on
+    calibration windows, before any refit behind narrowed blocks. Don't use it where the narrowed
+    weights of all units at all ``levels`` don't fit into memory.
 
     Source: Frantar and Alistarh, SPDY, arXiv 2202.06749, section 3; with these errors ZipLM,
     arXiv 2302.04089, section 3.2.
@@ -71,7 +72,7 @@ class SPDY(Knapsack):
             late = (step - drawn) / max(1, self.steps - drawn)  # from 0 to below 1
             some = max(1, round((1 - late) * RESAMPLED * len(names)))
             anew = [] if step == 0 else names if step < drawn else rng.sample(names, some)
-            tried = weights | {name: rng.random() for name in anew}
+            tried = weights | {name: rng.random() ** 2 for name in anew}
             sizes = self.weighted(tried, units, evidence, prices, keep)
             key = tuple(sizes[unit.name] for unit in units)
             if key not in known:

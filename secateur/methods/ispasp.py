@@ -95,9 +95,12 @@ def recover(
     energies: Tensor, residual: Callable[[Tensor], tuple[Tensor, float]], size: int, iterations: int
 ) -> tuple[Tensor, float]:
     """The best support of a size that CoSaMP's iterations meet, ascending, and its residual."""
-    keep = torch.arange(len(energies) if size == len(energies) else 0, device=energies.device)
+    every = torch.arange(len(energies), device=energies.device)
+    if size == len(energies):
+        return every, 0.0
+    keep = every[:0]
     shared, error = residual(keep)
-    if size in (0, len(energies)):
+    if size == 0:
         return keep, error
     best, least = keep, math.inf
     for _ in range(iterations):
