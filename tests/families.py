@@ -189,6 +189,7 @@ FAMILIES: dict[str, Family] = {
         _LLAMA | {k: _GEMMA[k] for k in ("sliding_window", "layer_types")} | {"logit_scale": 0.25},
     ),
     "olmo2": Family("Olmo2Config", _LLAMA),
+    "glm": Family("GlmConfig", _LLAMA | {"head_dim": 8, "attention_bias": True}),
     "starcoder2": Family(
         "Starcoder2Config", _LLAMA | {"sliding_window": 12}, consumer="mlp.c_proj"
     ),
@@ -205,7 +206,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox_sequential": _neox(use_parallel_residual=False, attention_bias=False),
 }
 NORMED = {"qwen3", "gemma3", "olmo2"}  # queries and keys cannot be narrowed
-PARTIAL = {"phi3_partial", "gpt_neox", "gpt_neox_sequential", "stablelm"}
+PARTIAL = {"phi3_partial", "gpt_neox", "gpt_neox_sequential", "stablelm", "glm"}
 ROTARY = {name for name in FAMILIES if not name.startswith(("opt", "gpt2"))}
 
 
@@ -223,7 +224,7 @@ def window(name: str, block: int) -> int | None:
 
 def interleaved(name: str, block: int) -> bool:
     """Whether rotary pairs are neighbours; Cohere 2 turns only where there is a window."""
-    return name == "cohere" or (name == "cohere2" and window(name, block) is not None)
+    return name in ("cohere", "glm") or (name == "cohere2" and window(name, block) is not None)
 
 
 def random_model(name: str, seed: int = 0) -> Any:

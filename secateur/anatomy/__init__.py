@@ -7,6 +7,7 @@ from secateur.anatomy.base import Anatomy, HeadLayout, Projection, Projections
 from secateur.anatomy.cohere import COHERE, COHERE2
 from secateur.anatomy.falcon import FALCON
 from secateur.anatomy.gemma import GEMMA, GEMMA2, GEMMA3
+from secateur.anatomy.glm import GLM, GLM4
 from secateur.anatomy.gpt2 import GPT2
 from secateur.anatomy.gpt_neox import GPT_NEOX
 from secateur.anatomy.llama import LLAMA
@@ -30,6 +31,8 @@ FAMILIES: tuple[Anatomy, ...] = (
     COHERE2,
     OLMO,
     OLMO2,
+    GLM,
+    GLM4,
     STARCODER2,
     FALCON,
     OPT,

@@ -25,7 +25,7 @@ from secateur.model import anatomy_of
 from secateur.pipeline import Prepared, Stopwatch, write
 from secateur.plan import revise
 from secateur.progress import Progress
-from secateur.units import STREAM, Unit
+from secateur.units import DEPTH, STREAM, Unit
 from tests.conftest import Calibrated
 from tests.families import FAMILIES
 
@@ -37,7 +37,7 @@ KINDS = ("full", "plain", "layered", "mixed", "gone")
 #: are all methods but one on variants that show them nothing new.
 EVERYWHERE = ("auto", "modegpt", "flap")
 ALWAYS = ("llama", "gpt2", "qwen3")
-NOTHING_NEW = ("gemma", "starcoder2", "falcon_multi_query")
+NOTHING_NEW = ("gemma", "glm", "starcoder2", "falcon_multi_query")
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are looked at
@@ -86,6 +86,11 @@ def methods(applies: Callable[[type[Method]], bool]) -> Any:
 def by_blocks() -> Any:
     """The test is for methods whose units each belong to one block."""
     return methods(lambda method: method.kinds != STREAM)
+
+
+def by_widths() -> Any:
+    """The test is for methods that narrow what is inside blocks."""
+    return methods(lambda method: method.kinds not in (STREAM, DEPTH))
 
 
 def narrowing(kind: str) -> Any:
@@ -165,7 +170,7 @@ def resized(plan: Plan, model: Model, evidence: Evidence, sizes: dict[str, int])
 def sizes_of(kind: str, units: dict[str, Unit]) -> dict[str, int]:
     """Hand-made sizes of those of ``units`` that don't stay as they are."""
     if kind == "plain":
-        wanted = {f"layers.{i}.mlp": 40 for i in range(3)}
+        wanted = {f"layers.{i}.mlp": 40 for i in range(3)} | {"layers.1.block": 0}
     elif kind == "gone":  # the scores of one block, the attention of another, an MLP
         wanted = {
             "layers.0.query_key": 0,
@@ -174,6 +179,8 @@ def sizes_of(kind: str, units: dict[str, Unit]) -> dict[str, int]:
             "layers.1.value_output": 0,
             "layers.1.heads": 0,
             "layers.2.mlp": 0,
+            "layers.0.block": 0,
+            "layers.2.block": 0,
             "residual": 8,
         }
     else:
@@ -183,6 +190,7 @@ def sizes_of(kind: str, units: dict[str, Unit]) -> dict[str, int]:
             "layers.1.heads": 1,
             "layers.2.mlp": 48,
             "layers.2.value_output": 3,
+            "layers.2.block": 0,
             "residual": 16,
         }
         if (heads := units.get("layers.2.heads")) is not None:

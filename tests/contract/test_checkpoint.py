@@ -5,11 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from secateur import pipeline
 from secateur.checkpoint import Writer
+from secateur.units import DEPTH
 from tests.contract.conftest import logits, narrowing, spread
 from tests.families import FAMILIES, HIDDEN, attentions, window
 
@@ -71,11 +73,16 @@ def test_a_loaded_checkpoint_saves_and_loads_again(readings, name, route, kind):
     assert spread(said["logits.again"], said["logits.eager"]) < 2e-5
 
 
+def blocks_gone(plan):
+    return [i for i in range(3) if plan.sizes.get(f"layers.{i}.block") == 0]
+
+
 @every_family
 @every_route
 def test_attention_maps_are_given_out(readings, written, name, route, kind):
     said, rows = readings(route)(name, kind).tensors, written(name, kind).plan.units
-    for i in range(3):
+    gone = blocks_gone(written(name, kind).plan)
+    for place, i in enumerate(i for i in range(3) if i not in gone):
         own = {row.kind: row for row in rows if row.unit.startswith(f"layers.{i}.")}
         values = own.get("heads", own.get("value_output"))
         heads, paid = 4, 1.0
@@ -83,7 +90,7 @@ def test_attention_maps_are_given_out(readings, written, name, route, kind):
             paid = 0.0  # that block has no attention left
         elif "heads" in own:
             heads = 4 * values.after // values.before
-        maps = said[f"attentions.{i}"]
+        maps = said[f"attentions.{place}"]
         assert maps.shape == (heads, 24, 24)
         torch.testing.assert_close(maps.sum(-1), torch.full((heads, 24), paid))
         assert bool((maps.triu(1) == 0).all())
@@ -99,10 +106,12 @@ def test_a_loaded_checkpoint_trains(readings, name, route, kind):
 
 
 @every_family
-def test_strangers_get_stock_classes_where_the_tier_is_plain(readings, written, name):
+def test_strangers_get_stock_classes_where_the_tier_is_plain(readings, written, method, name):
     assert written(name, "plain").plan.tier == "plain"
     assert not readings("stranger")(name, "plain").facts["class"].startswith("Secateur")
     for kind in ("layered", "mixed"):
+        if method.kinds == DEPTH and written(name, kind).plan.tier == "plain":
+            continue  # where no bias is new, blocks that are left are stock ones
         assert written(name, kind).plan.tier == "per-layer"
         facts = readings("stranger")(name, kind).facts
         assert facts["class"].startswith("Secateur")
@@ -125,6 +134,13 @@ def test_bytes_on_disk_are_those_of_the_plan(dense, opened, written, method, nam
     price = {u.name: u.cost(u.size, 4).bytes for u in method().units(opened(name), 8)}
     saved = sum(price[row.unit] - row.bytes for row in made.plan.units)
     sizes = [sum(t.nbytes for t in tensors.values()) for tensors in (before, stored(made))]
+    if method.kinds == DEPTH:  # norms and biases go uncounted
+        blocks, gone = f".{FAMILIES[name].blocks}.", blocks_gone(made.plan)
+        own = [key for key in before if any(f"{blocks}{i}." in f".{key}" for i in gone)]
+        taken, new = sum(before[key].nbytes for key in own), len(stored(made)) - len(before)
+        assert sizes[0] - sizes[1] == taken - 4 * HIDDEN * (new + len(own))
+        assert 0.9 * taken < saved <= taken
+        return
     assert sizes[0] - sizes[1] == saved
     assert (saved > 0) == any(row.after < row.before for row in made.plan.units)
     assert saved > 0 or (kind == "plain" and "mlp" not in method.kinds)
@@ -189,12 +205,23 @@ def test_cache_is_as_narrow_as_the_plan_says(opened, readings, written, method, 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_config_says_where_the_classes_are(written, name):
-    config = json.loads((written(name, "layered").folder / "config.json").read_text())
+    made = written(name, "layered")
+    config = json.loads((made.folder / "config.json").read_text())
+    layers = 3 - len(blocks_gone(made.plan))
+    assert config.get("num_hidden_layers", config.get("n_layer")) == layers
+    if made.plan.tier == "plain":
+        assert config["model_type"] == open_config(name).model_type
+        assert {"secateur", "auto_map"}.isdisjoint(config)
+        return
     stock = FAMILIES[name].config.removesuffix("Config").removesuffix("Text")
     assert config["model_type"].startswith("secateur_")
     assert config["architectures"] == [f"Secateur{stock}{_head(stock)}"]
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert len(config["secateur"]["layers"]) == 3
+    assert len(config["secateur"]["layers"]) == layers
+
+
+def open_config(name):
+    return getattr(transformers, FAMILIES[name].config)
 
 
 def _head(stock):
@@ -216,7 +243,7 @@ def test_shards_load_equally(tmp_path, monkeypatch, method, write_to, written, n
     monkeypatch.setattr(pipeline, "Writer", partial(Writer, shard_bytes=9000))
     made = write_to(tmp_path / "sharded", method, name, "layered")
     shards = sorted(made.folder.glob("model-*.safetensors"))
-    assert len(shards) > 3
+    assert len(shards) > 2
     assert not list(made.folder.glob("shard-*"))
     index = json.loads((made.folder / "model.safetensors.index.json").read_text())
     whole = stored(written(name, "layered"))
