@@ -22,7 +22,8 @@ def narrowings(model, calibrated, name, kind, share, method):
             sizes[unit.name] = unit.size
             if kind in (unit.kind, "all") and not unit.fixed:
                 wanted = (share + 0.12 * block.index) * unit.size
-                size = max(s for s in unit.sizes() if s <= max(wanted, unit.step))
+                least = 0 if unit.kind == "block" else unit.step  # of size 1: it stays or goes
+                size = max(s for s in unit.sizes() if s <= max(wanted, least))
                 sizes[unit.name] = size
                 chosen[block.index][unit.kind] = method.solve(unit, block, statistics).at(size)
     return chosen, sizes

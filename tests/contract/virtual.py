@@ -68,6 +68,9 @@ def narrowed(model: Any, name: str, narrowings: Narrowings) -> Iterator[Any]:
     with ExitStack() as stack:
         for index, own in narrowings.items():
             block: nn.Module = blocks[index]
+            if "block" in own:
+                hook = _handed_on(own["block"])
+                stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
             attention = block.get_submodule(family.attention)
             rows = head_rows(name, model.config)
             if "mlp" in own:
@@ -106,6 +109,18 @@ def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor | float]:
     """(inputs, outputs), whichever way round the class keeps it, and the bias."""
     weight = linear.weight.t() if isinstance(linear, nn.Linear) else linear.weight
     return weight, 0.0 if linear.bias is None else linear.bias
+
+
+def _handed_on(narrowing: Narrowing) -> Any:
+    """The block's input, and the constant that stands for the block."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Any, output: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        if narrowing.bias is not None:
+            states = states + narrowing.bias
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    return hook
 
 
 def _kept_channels(narrowing: Narrowing, consumer: Any) -> Any:
