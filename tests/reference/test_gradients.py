@@ -1,7 +1,7 @@
 """Gradients of channels and KV heads, and what is made of them: finite differences, brute force."""
 
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -254,7 +254,7 @@ def cheapest(found, prices):
 
 def steps(unit):
     allowed = unit.sizes()
-    return list(zip(allowed[1:], allowed[2:], strict=False))
+    return list(pairwise(allowed[1:]))
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.77, 0.61, 0.43])
