@@ -17,7 +17,6 @@ from secateur.options import option
 from secateur.statistics import BlockStatistics, Need, Needs
 from secateur.units import STREAM, Unit
 
-
 ORIENTATIONS = ("random", "pca")
 
 
@@ -75,10 +74,9 @@ class SliceGPT(Method):
         return Solution(Curve.of(tails(values)), at)
 
     def _mix(self, size: int) -> Tensor:
-        """A rotation of the kept directions, the same at every place.
+        """A rotation of the kept directions, the same at every place; it changes no output.
 
-        Ordered by energy, the first coordinates are far larger than the others, which half
-        precision pays for; mixed, all are alike. The model computes the same.
+        It evens out the coordinates, of which the first would otherwise be far larger.
         """
         if self.orientation == "pca":
             return torch.eye(size, dtype=torch.float64)
