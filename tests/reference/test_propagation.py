@@ -151,6 +151,19 @@ def test_a_norm_behind_is_known_as_no_plain_sum(opened, name, loud):
         assert torch.equal(line.inputs, seen.mlp)
 
 
+def test_behind_norms_dense_outputs_are_better_targets(monkeypatch, opened):
+    """The mistake: a consumer asked to bring the stream back, and then normalised."""
+    found = []
+    for taken_for_a_sum in (False, True):
+        if taken_for_a_sum:
+            monkeypatch.setattr("secateur.block.Block.sums", True)
+            monkeypatch.setattr("secateur.propagate._adds_up", lambda *_: True)
+        run = Run(opened("gemma2", "float64"), windows(48), ridge=1e-4)
+        run.all(**{f"mlp_{i}": 32 for i in range(3)})
+        found.append(distance(run.line.narrow.states, run.line.dense.states))
+    assert found[0] < 0.9 * found[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_multiplier_of_what_is_added_is_no_plain_sum(dtype):
     """However loud the stream is, as far as its format can tell."""
