@@ -108,6 +108,20 @@ def test_attention_counts_and_stays(opened, calibrated, allocator):
         assert all(abs(row.after - share * row.before) <= 1 for row in mlps)
 
 
+def test_allocators_spend_what_attention_leaves_in_their_own_proportions(opened):
+    """The mistake: shares that are out of reach, cut down to the budget step by step."""
+    units = CFSP().units(opened("llama"), 1)
+    prices, evidence = counted(units, "parameters", 4), Evidence({}, [(0.1,), (0.12,), (0.2,)])
+    mlps = [unit for unit in units if not unit.fixed]
+    left = 0.7 * prices.whole(units) - prices.still(units)
+    keep = left / sum(prices.of(unit, unit.size) for unit in mlps)
+    shares = Angular().of_blocks([0.1, 0.12, 0.2], [1, 1, 1], keep)
+    assert max(shares) > 2 * min(shares)
+    sizes = Angular().allocate(units, evidence, prices, 0.7)
+    for unit, share in zip(mlps, shares, strict=True):
+        assert abs(sizes[unit.name] - share * unit.size) <= 1
+
+
 def test_what_attention_keeps_is_out_of_reach(opened):
     model, method = opened("llama"), CFSP()
     units = method.units(model, 4)
