@@ -22,7 +22,7 @@ class Middle(Allocator):
     leave the first four and the last two, as published; of few blocks they leave none. Don't use it
     where measured losses are to be had: they know which blocks matter.
 
-    Source: arXiv 2305.11627, section 4.1.
+    Source: arXiv 2305.11627, and its published script for the ends.
     """
 
     first: float = option(0.125, "share of the blocks that stays whole, from the first", 0.0, 1.0)

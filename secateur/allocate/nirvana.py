@@ -30,7 +30,7 @@ class TwoThresholds(ShareAllocator):
     exactly before sizes are rounded. Don't use it where measured losses are at hand: γ was tuned on
     Llama models.
 
-    Source: arXiv 2509.14230, section 4.
+    Source: arXiv 2509.14230, and its published code for γ and the counts.
 
     Attributes:
         gamma: γ; the published one for 8 billion parameters.

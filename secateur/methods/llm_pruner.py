@@ -35,7 +35,7 @@ class LLMPruner(ScoredMethod):
     afterwards: nothing makes up for what is gone.
 
     Source: Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models", arXiv
-    2305.11627, equations 3 to 5; summation over the group.
+    2305.11627, section 3.2; summation over the group.
     """
 
     taylor: str = option("element", "form of the score: element, vector, second or mix")

@@ -1,0 +1,176 @@
+"""How much the choice, the amount and the kind of calibration text matter, at one budget.
+
+    python benchmarks/calibration.py MODEL CALIBRATION HELD [OTHER ...] [--method flap]
+        [--keep 0.8] [--samples 8 32 128] [--seeds 0 1 2] [--rows FILE]
+
+Prints a Markdown section: perplexity on HELD for every way to choose windows of CALIBRATION and
+every number of them, and at the largest number for random windows of each OTHER text. What is set
+aside of the OTHER texts is judged on, too. Rows that FILE already holds are not measured again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from secateur import (
+    Calibration,
+    Goal,
+    Store,
+    calibrate,
+    calibration_tokens,
+    make_plan,
+    open_model,
+    score,
+    select_calibration,
+)
+from secateur.evaluate.judge import quiet
+from secateur.evaluate.perplexity import perplexity
+from secateur.methods import METHODS, method_class
+from secateur.plan import usual_allocator
+from secateur.propagate import narrow_blocks
+from secateur.text import SELECTIONS, SET_ASIDE, Tokens, contiguous, read_documents, token_stream
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    arguments = parsed()
+    quiet()
+    print(section(arguments, gathered(arguments)))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("held")
+    parser.add_argument("others", nargs="*", metavar="other")
+    parser.add_argument("--method", default="flap", choices=list(METHODS))
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--selects", nargs="+", default=SELECTIONS, choices=SELECTIONS)
+    parser.add_argument("--samples", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=128, help="of each text to judge on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--multiple-of", type=int, default=8)
+    parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
+    return parser.parse_args()
+
+
+def gathered(arguments: argparse.Namespace) -> list[Row]:
+    """A row for every text, choice, amount and seed, and one for the dense model."""
+    rows: list[Row] = []
+    if arguments.rows and arguments.rows.exists():
+        rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    jobs = [
+        (arguments.calibration, select, samples, seed)
+        for samples in arguments.samples
+        for select in arguments.selects
+        for seed in arguments.seeds
+    ]
+    most = max(arguments.samples)
+    sources = (arguments.calibration, *arguments.others) if arguments.others else ()
+    jobs += [(source, "none", most, seed) for source in sources for seed in arguments.seeds]
+    texts = judged_on(arguments)
+    for source, select, samples, seed in [(None, "none", 0, 0), *jobs]:
+        key = {"source": source, "select": select, "samples": samples, "seed": seed}
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        row = key | measured(arguments, source, select, samples, seed, texts)
+        rows.append(row)
+        if arguments.rows:
+            with arguments.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    return rows
+
+
+def judged_on(arguments: argparse.Namespace) -> dict[str, Tokens]:
+    """HELD, and of the other texts the part that calibration never sees."""
+    tokenizer, length = open_model(arguments.model).tokenizer, arguments.length
+    found = {}
+    for source in (arguments.held, *arguments.others):
+        stream = token_stream(read_documents(source), tokenizer)
+        start = 0 if source == arguments.held else int(SET_ASIDE * len(stream))
+        found[source] = contiguous(stream[start:], length, arguments.windows)
+    return found
+
+
+def measured(
+    arguments: argparse.Namespace,
+    source: str | None,
+    select: str,
+    samples: int,
+    seed: int,
+    texts: dict[str, Tokens],
+) -> Row:
+    """Perplexity on all texts of the model as narrowed by one calibration, or of the dense one."""
+    model, start = open_model(arguments.model), time.perf_counter()
+    row: Row = {}
+    if source is not None:
+        method = method_class(arguments.method)(keep=arguments.keep)
+        goal = Goal(multiple_of=arguments.multiple_of)
+        allocator = usual_allocator(method, goal)
+        calibration = Calibration(source, samples, arguments.length, seed, select)
+        calibration = select_calibration(model, calibration, method, goal)
+        row["seconds_to_choose"] = time.perf_counter() - start
+        tokens, store = calibration_tokens(calibration, model.tokenizer), Store()
+        calibrate(model, tokens, method.needs | allocator.needs, store)
+        evidence = score(model, method, store, tokens, allocator)
+        plan = make_plan(model, method, evidence, calibration, tokens, goal, allocator)
+        units = method.units(model, goal.multiple_of)
+        list(narrow_blocks(model, method, units, plan.sizes, tokens, store))
+        row["seconds"] = time.perf_counter() - start
+        row["reached"] = plan.budget.reached
+    found = {source: perplexity(model.module, tokens) for source, tokens in texts.items()}
+    return row | {"perplexity": found}
+
+
+def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
+    """A table of choices and amounts, one of texts."""
+    seeds, held = " ".join(map(str, arguments.seeds)), arguments.held
+    dense = next(row["perplexity"] for row in rows if row["source"] is None)
+    text = Path(arguments.calibration).name
+
+    def cell(source: str, select: str, samples: int, judged: str) -> str:
+        wanted = {"source": source, "select": select, "samples": samples}
+        own = [r for r in rows if wanted.items() <= r.items() and r["seed"] in arguments.seeds]
+        found = [row["perplexity"][judged] for row in own]
+        return f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})"
+
+    def seconds(select: str) -> str:
+        own = [r for r in rows if r["source"] == arguments.calibration and r["select"] == select]
+        by_amount = [[r for r in own if r["samples"] == n] for n in arguments.samples]
+        return ", ".join(f"{mean(r['seconds_to_choose'] for r in g):.1f}" for g in by_amount)
+
+    lines = [
+        f"### {Path(arguments.model).name}, {arguments.method} at keep {arguments.keep:g}",
+        "",
+        f"Windows of {arguments.length} tokens of `{text}`, perplexity on {arguments.windows} × "
+        f"{arguments.length} tokens of `{Path(held).name}` (dense {dense[held]:.2f}), mean over "
+        f"seeds {seeds} with the range in parentheses.",
+        "",
+        "| choice | " + " | ".join(f"{n} windows" for n in arguments.samples) + " | seconds |",
+        "|---" * (len(arguments.samples) + 2) + "|",
+    ]
+    for select in arguments.selects:
+        cells = [cell(arguments.calibration, select, n, held) for n in arguments.samples]
+        lines.append(f"| {select} | " + " | ".join(cells) + f" | {seconds(select)} |")
+    if arguments.others:
+        most, texts = max(arguments.samples), (held, *arguments.others)
+        names = [f"`{Path(judged).name}`" for judged in texts]
+        lines += ["", f"{most} random windows of another text, judged on several:", ""]
+        lines += ["| calibrated on | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        for source in (arguments.calibration, *arguments.others):
+            cells = [cell(source, "none", most, judged) for judged in texts]
+            lines.append(f"| `{Path(source).name}` | " + " | ".join(cells) + " |")
+        lines.append("| dense | " + " | ".join(f"{dense[judged]:.2f}" for judged in texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
