@@ -33,8 +33,8 @@ class SliceGPT(Method):
     behind what is sliced already. The damping of C that is published adds to all λ alike and
     changes no eigenvector, so there is none here.
 
-    Every block gains two k × k matrices. Don't use it for a small cut: down to some 0.9 (0.8 where
-    blocks are small beside the stream) k is spent on shortcuts that cost more than they save.
+    Every block gains two k × k matrices. Don't use it for a small cut: where a block has 12 d²
+    parameters, the first 13 % of the stream pay for the shortcuts alone.
 
     Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
     Columns", arXiv 2401.15024, sections 3.2 to 3.4.
