@@ -23,9 +23,9 @@ class Nirvana(ScoredMethod):
 
         f = mean over windows and v of max_t z_tv,   s = Σ |w ∘ ∂f/∂w|
 
-    which bounds how far a sign step of an optimiser on f moves without it. Don't use it where a
-    backward pass does not fit in memory, nor below some 0.8 without training afterwards: nothing
-    makes up for what is gone.
+    the most that f can lose to first order; the paper derives it from the kernel that training by
+    sign steps, as Adam's nearly are, has. Don't use it where a backward pass does not fit in
+    memory, nor below some 0.8 without training afterwards: nothing makes up for what is gone.
 
     Source: Ai et al., "NIRVANA: Structured Pruning Reimagined for Large Language Models
     Compression", arXiv 2509.14230, and its published code for the functional.
