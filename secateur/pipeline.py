@@ -224,8 +224,8 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
     units = method.units(shapes, goal.multiple_of)
     if goal.tier == "plain" and any(u.new_bias and len(allocator.choices(u)) > 1 for u in units):
         raise InputError(
-            f"tier plain: {method.name} adds biases, for which stock classes of this family have no "
-            "place. Leave them out (--compensate 0), or ask for tier per-layer."
+            f"tier plain: {method.name} adds biases, for which stock classes of this family have "
+            "no place. Leave them out (--compensate 0), or ask for tier per-layer."
         )
     if goal.target == "latency":
         check_timed(units)
