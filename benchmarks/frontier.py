@@ -4,8 +4,8 @@
         [--plot FILE]
 
 Prints a Markdown section. Each method and seed is measured in a process of its own, so that its
-peak memory is its own. Rows that FILE already holds are not measured again. A method that has a
-temperature is run at several and counted at the one that is best on HELD, budget by budget.
+peak memory is its own. Rows that FILE already holds are not measured again. Where an allocation has a
+temperature, it is run at several and counted at the one that is best on HELD, budget by budget.
 """
 
 import argparse
@@ -19,11 +19,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from secateur.methods import METHODS, method_class
+
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 LENGTH, WINDOWS = 256, 128
-METHODS = ("auto", "modegpt", "modegpt, knapsack", "modegpt, uniform")
 BASELINE = "modegpt"
+NAMES = (*METHODS, "modegpt, knapsack", "modegpt, uniform")  # after a comma, another allocator
+MARKERS = "os^vDP*Xp<>hd8HsP"
 Row = dict[str, Any]
 
 
@@ -47,7 +50,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("second")
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--temperatures", type=float, nargs="+", default=TEMPERATURES)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--multiple-of", type=int, default=8)
     parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
@@ -80,10 +83,9 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
 def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Row]:
     """One row a budget and temperature; statistics and scores are shared between budgets."""
     from secateur import (
-        Auto,
         Calibration,
         Goal,
-        MoDeGPT,
+        InputError,
         Store,
         calibrate,
         calibration_tokens,
@@ -91,9 +93,9 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Ro
         open_model,
         score,
     )
+    from secateur.allocate import allocator_class
+    from secateur.allocate.base import Allocator
     from secateur.allocate.influence import EntropicInfluence
-    from secateur.allocate.knapsack import Knapsack
-    from secateur.allocate.uniform import Uniform
     from secateur.evaluate.judge import quiet
     from secateur.evaluate.memory import peak_bytes
     from secateur.evaluate.perplexity import perplexity
@@ -115,25 +117,29 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Ro
     if name == "dense":
         yield {"method": name, "seed": seed, "perplexity": judged(model)}
         return
-    kind = Auto if name == "auto" else MoDeGPT
-    allocators = {
-        "auto": [Knapsack()],
-        "modegpt": [EntropicInfluence(t) for t in arguments.temperatures],
-        "modegpt, knapsack": [Knapsack()],
-        "modegpt, uniform": [Uniform()],
-    }[name]
+    title, _, other = name.partition(", ")
+    kind = method_class(title)
+    allocators: list[Allocator] = [allocator_class(other)() if other else kind().allocator]
+    if isinstance(allocators[0], EntropicInfluence):
+        allocators = [EntropicInfluence(t) for t in arguments.temperatures]
     calibration = Calibration(arguments.calibration, 128, LENGTH, seed)
     tokens = calibration_tokens(calibration, model.tokenizer)
     goal = Goal(multiple_of=arguments.multiple_of)
     start, store = time.perf_counter(), Store()
-    calibrate(model, tokens, kind.needs, store)
+    calibrate(model, tokens, kind.needs | allocators[0].needs, store)
     evidence = score(model, kind(), store, tokens, allocators[0])
     before = time.perf_counter() - start
     for keep in arguments.keeps:
         for allocator in allocators:
             small, method = open_model(arguments.model), kind(keep=keep)
             start = time.perf_counter()
-            plan = make_plan(small, method, evidence, calibration, tokens, goal, allocator)
+            try:
+                plan = make_plan(
+                    small, method, evidence, calibration, tokens, goal, allocator, store=store
+                )
+            except InputError as error:  # out of its reach
+                print(f"{name}, keep {keep:g}: {error}", file=sys.stderr)
+                continue
             units = method.units(small, goal.multiple_of)
             list(narrow_blocks(small, method, units, plan.sizes, tokens, store))
             seconds = before + time.perf_counter() - start
@@ -156,7 +162,8 @@ def best(arguments: argparse.Namespace, rows: list[Row], name: str, keep: float)
     groups = {
         t: [row for row in own if row["temperature"] == t] for t in {r["temperature"] for r in own}
     }
-    return min(groups.values(), key=lambda g: mean(row["perplexity"][held] for row in g))
+    by_mean = lambda group: mean(row["perplexity"][held] for row in group)  # noqa: E731
+    return min(groups.values(), key=by_mean, default=[])
 
 
 def excess(arguments: argparse.Namespace, rows: list[Row], name: str, keep: float) -> float:
@@ -164,7 +171,7 @@ def excess(arguments: argparse.Namespace, rows: list[Row], name: str, keep: floa
     held = Path(arguments.held).name
     dense = next(row["perplexity"][held] for row in rows if row["method"] == "dense")
     own = best(arguments, rows, name, keep)
-    return mean(math.log(row["perplexity"][held] / dense) for row in own)
+    return mean(math.log(r["perplexity"][held] / dense) for r in own) if own else math.nan
 
 
 def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
@@ -186,7 +193,8 @@ def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
             cells = []
             for keep in keeps:
                 found = [r["perplexity"][text] for r in best(arguments, rows, name, keep)]
-                cells.append(f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})")
+                told = f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})" if found else "–"
+                cells.append(told)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"ln(perplexity / dense) on `{Path(arguments.held).name}`", "", *head]
     for name in arguments.methods:
@@ -198,14 +206,18 @@ def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
         ]
         cells = " | ".join(f"{x:.2f}" for x in ratios)
         lines.append(f"| **auto, as a share of {BASELINE}** | {cells} |")
-    lines += ["", "| method | temperatures | reached | seconds | peak memory |", "|---" * 5 + "|"]
+    head = "| method | seeds | temperatures | reached | seconds | peak memory |"
+    lines += ["", head, "|---" * 6 + "|"]
     for name in arguments.methods:
-        own = [best(arguments, rows, name, keep) for keep in keeps]
+        own = [group for keep in keeps if (group := best(arguments, rows, name, keep))]
+        seen = " ".join(map(str, sorted({row["seed"] for group in own for row in group})))
         warm = ", ".join(f"{g[0]['temperature']:g}" for g in own if g[0]["temperature"])
         reached = ", ".join(f"{mean(r['reached'] for r in g):.3f}" for g in own)
         seconds = ", ".join(f"{mean(r['seconds'] for r in g):.0f}" for g in own)
         memory = max(row["peak_bytes"] for group in own for row in group)
-        lines.append(f"| {name} | {warm or '–'} | {reached} | {seconds} | {memory / 1e9:.2f} GB |")
+        lines.append(
+            f"| {name} | {seen} | {warm or '–'} | {reached} | {seconds} | {memory / 1e9:.2f} GB |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -216,23 +228,25 @@ def draw(arguments: argparse.Namespace, rows: list[Row]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for panel, source in zip(panels, (arguments.held, arguments.second), strict=True):
         text = Path(source).name
         dense = next(row["perplexity"][text] for row in rows if row["method"] == "dense")
-        for name, marker in zip(arguments.methods, "os^v", strict=False):
-            groups = [best(arguments, rows, name, keep) for keep in arguments.keeps]
+        for name, marker in zip(arguments.methods, MARKERS, strict=False):
+            groups = [g for keep in arguments.keeps if (g := best(arguments, rows, name, keep))]
             x = [mean(r["reached"] for r in g) for g in groups]
             y = [mean(r["perplexity"][text] for r in g) for g in groups]
-            panel.plot(x, y, marker=marker, label=name)
+            width = 2.5 if name == "auto" else 1.0
+            panel.plot(x, y, marker=marker, markersize=4, linewidth=width, label=name)
         panel.axhline(dense, color="black", linestyle=":", label="dense")
         panel.set(xlabel="kept share of block parameters", ylabel="perplexity", title=text)
         panel.set_yscale("log")
+        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         panel.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-        panel.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+        panel.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         panel.grid(alpha=0.3, which="both")
         panel.invert_xaxis()
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(Path(arguments.model).name)
     figure.savefig(arguments.plot, dpi=110)
 
