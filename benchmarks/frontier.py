@@ -4,8 +4,8 @@
         [--plot FILE]
 
 Prints a Markdown section. Each method and seed is measured in a process of its own, so that its
-peak memory is its own. Rows that FILE already holds are not measured again. Where an allocation has a
-temperature, it is run at several and counted at the one that is best on HELD, budget by budget.
+peak memory is its own. Rows that FILE already holds are not measured again. Where an allocation has
+a temperature, it is run at several and counted at the one that is best on HELD, budget by budget.
 """
 
 import argparse
