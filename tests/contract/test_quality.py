@@ -125,7 +125,7 @@ def fitted(method):
 @by_widths()
 @every_family
 def test_measured_error_falls_with_size(opened, calibrated, method, name):
-    """Of MLPs, where nothing is refitted: what few whole heads of a random model do need not fall."""
+    """Of MLPs, where nothing is refitted: what few heads of a random model do need not fall."""
     made, kind = fitted(method), "mlp" if issubclass(method, ScoredMethod) else "all"
     errors = [
         damage(opened, calibrated, name, kind, share, method=made) for share in (0.3, 0.6, 0.9)
@@ -160,7 +160,7 @@ def what_is_read(model, block, kind, ids):
 @methods(lambda method: issubclass(method, ScoredMethod))
 @every_family
 def test_what_scores_keep_is_worth_more_than_what_they_remove(opened, calibrated, method, name):
-    """By what the reader makes of it; the mistake: the order upside down. Two heads may be close."""
+    """By what the reader makes of it, two heads being close at times. The mistake: upside down."""
     made, data, model = method(), calibrated(name), opened(name, "float64")
     block = model.blocks[1]
     for unit in block.units(4, made.kinds, made.biased):
