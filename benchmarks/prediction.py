@@ -2,12 +2,13 @@
 
     python benchmarks/prediction.py MODEL CALIBRATION HELD [--plans 30] [--keep 0.7]
 
-Three sets of plans: of keeps spread over 0.4 … 0.95, and two of one keep. Each plan is the
-knapsack's after the losses of all units were multiplied by random factors, log-normal with a
-standard deviation σ of the logarithm, so plans of one keep differ in where they spend: from next to
-best (σ 0.1) to poor (σ 2), and all moderately disturbed (σ 1). Every plan is carried out by the
-default method, whole, and judged by the KL divergence of its output from the dense model's, in nats
-a token, on text that calibration never saw.
+Three sets of plans: of keeps spread over 0.4 … 0.95, of random sizes at one keep, and good ones at
+that keep. Random sizes are shares drawn evenly from 0.4 … 1 for every unit and fitted to the budget.
+The others are the knapsack's plans after the losses of all units were multiplied by random factors
+(log-normal, the logarithm with a standard deviation of 1), so the good ones differ in where they
+spend but little in what they lose. Every plan is carried out by the default method, whole, and
+judged by the KL divergence of its output from the dense model's, in nats a token, on text that
+calibration never saw.
 """
 
 import argparse
@@ -20,14 +21,15 @@ import torch
 from scipy.stats import spearmanr
 
 from secateur import Auto, Calibration, Model, Store, calibrate, calibration_tokens, score
-from secateur.allocate.base import Evidence
+from secateur.allocate.base import Evidence, fit
 from secateur.allocate.knapsack import Knapsack
 from secateur.curve import Curve
 from secateur.evaluate.judge import quiet
 from secateur.model import open_model
-from secateur.prices import counted
+from secateur.prices import Prices, counted
 from secateur.propagate import narrow_blocks
 from secateur.text import Tokens, contiguous, read_documents, token_stream
+from secateur.units import Unit
 
 LENGTH = 256
 
@@ -55,17 +57,18 @@ def main() -> None:
     generator = np.random.default_rng(0)
     number, keep = arguments.plans, arguments.keep
     print("| plans | number | measured divergence | rank correlation |\n|---|---|---|---|")
-    for title, keeps, sigmas in (
-        ("keep 0.40 to 0.95, σ 1", np.linspace(0.4, 0.95, number), np.ones(number)),
-        (f"keep {keep:g}, σ 0.1 to 2", np.full(number, keep), np.linspace(0.1, 2, number)),
-        (f"keep {keep:g}, σ 1", np.full(number, keep), np.ones(number)),
+    for title, keeps, sizes_of in (
+        ("keep 0.40 to 0.95", np.linspace(0.4, 0.95, number), good),
+        (f"keep {keep:g}, random sizes", np.full(number, keep), at_random),
+        (f"keep {keep:g}, good ones", np.full(number, keep), good),
     ):
         predicted, measured = [], []
-        for share, sigma in zip(keeps, sigmas, strict=True):
-            factors = np.exp(sigma * generator.standard_normal(len(model.units(1))))
+        for share in keeps:
             small = open_model(arguments.model)
-            sizes, loss = plan(small, evidence, float(share), factors, arguments)
             units = small.units(arguments.multiple_of)
+            prices = counted(units, "parameters", small.stored.itemsize)
+            sizes = sizes_of(units, prices, evidence, float(share), generator)
+            loss = predicted_loss(evidence.losses, sizes)
             list(narrow_blocks(small, method, units, sizes, tokens, store))
             predicted.append(loss)
             measured.append(divergence(dense, log_probabilities(small, held)))
@@ -78,23 +81,34 @@ def main() -> None:
         )
 
 
-def plan(
-    model: Model,
+def good(
+    units: list[Unit],
+    prices: Prices,
     evidence: Evidence,
     keep: float,
-    factors: np.ndarray,
-    arguments: argparse.Namespace,
-) -> tuple[dict[str, int], float]:
-    """Sizes by the knapsack on disturbed losses, and the loss that the true ones predict."""
+    generator: np.random.Generator,
+) -> dict[str, int]:
+    """Sizes by the knapsack on disturbed losses."""
     assert evidence.losses is not None
-    units = model.units(arguments.multiple_of)
-    prices = counted(units, "parameters", model.stored.itemsize)
+    factors = np.exp(generator.standard_normal(len(units)))
     disturbed = {
         unit.name: Curve(tuple(float(factor) * e for e in evidence.losses[unit.name].errors))
         for unit, factor in zip(units, factors, strict=True)
     }
-    sizes = Knapsack().allocate(units, replace(evidence, losses=disturbed), prices, keep)
-    return sizes, predicted_loss(evidence.losses, sizes)
+    return Knapsack().allocate(units, replace(evidence, losses=disturbed), prices, keep)
+
+
+def at_random(
+    units: list[Unit],
+    prices: Prices,
+    evidence: Evidence,
+    keep: float,
+    generator: np.random.Generator,
+) -> dict[str, int]:
+    """Random sizes that spend the budget."""
+    ideal = {unit.name: unit.size * generator.uniform(0.4, 1) for unit in units}
+    allowed = {unit.name: unit.sizes() for unit in units}
+    return fit(units, allowed, ideal, prices, prices.budget(units, keep))
 
 
 def predicted_loss(losses: Mapping[str, Curve], sizes: Mapping[str, int]) -> float:
