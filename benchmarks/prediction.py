@@ -3,10 +3,10 @@
     python benchmarks/prediction.py MODEL CALIBRATION HELD [--plans 30] [--keep 0.7]
 
 Three sets of plans: of keeps spread over 0.4 … 0.95, of random sizes at one keep, and good ones at
-that keep. Random sizes are shares drawn evenly from 0.4 … 1 for every unit and fitted to the budget.
-The others are the knapsack's plans after the losses of all units were multiplied by random factors
-(log-normal, the logarithm with a standard deviation of 1), so the good ones differ in where they
-spend but little in what they lose. Every plan is carried out by the default method, whole, and
+that keep. Random sizes are shares drawn evenly from 0.4 … 1 for every unit, fitted to the budget.
+The others are the knapsack's plans after the losses of all units were multiplied by random
+factors (log-normal, the logarithm with a standard deviation of 1), so the good ones differ in where
+they spend but little in what they lose. Every plan is carried out by the default method, whole, and
 judged by the KL divergence of its output from the dense model's, in nats a token, on text that
 calibration never saw.
 """
