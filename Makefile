@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/secateur compress demo demo-out --keep 0.8 --overwrite
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
