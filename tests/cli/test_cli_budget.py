@@ -704,7 +704,7 @@ def test_a_plan_with_units_gone_is_replayed(plan, replay, model, room):
     assert numbers_on_disk(room / "out") == numbers_on_disk(model) - PARAMETERS + kept
 
 
-EVERYTHING = {"mlp", "query_key", "value_output"}
+EVERYTHING = ("mlp", "query_key", "value_output")
 
 
 @pytest.mark.parametrize(
@@ -712,11 +712,11 @@ EVERYTHING = {"mlp", "query_key", "value_output"}
     [
         ("parameters", EVERYTHING, ""),
         ("parameters", EVERYTHING, "layers.0"),
-        ("parameters", {"mlp"}, ""),
-        ("parameters", {"query_key"}, ""),
-        ("parameters", {"query_key", "value_output"}, ""),
+        ("parameters", ("mlp",), ""),
+        ("parameters", ("query_key",), ""),
+        ("parameters", ("query_key", "value_output"), ""),
         ("cache", EVERYTHING, ""),
-        ("cache", {"query_key", "value_output"}, "layers.1"),
+        ("cache", ("query_key", "value_output"), "layers.1"),
     ],
     ids=str,
 )
