@@ -53,7 +53,7 @@ from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
 from secateur.report import Report
 from secateur.scores import identity, keep_evidence, kept_evidence, score
-from secateur.select import DRAWS, select_calibration
+from secateur.select import DRAWS, cheap, select_calibration
 from secateur.stream import TOKENS_PER_BATCH
 from secateur.text import (
     Calibration,
@@ -155,6 +155,8 @@ def compress(
     shapes = skeleton(source, settings)
     if plan is None:
         check_reach(shapes, method, goal, allocator)
+        if calibration.select == "kl":
+            cheap(shapes, method, goal, allocator)
     else:
         match_units(plan, shapes, method)
     workspace = Workspace(out, overwrite)

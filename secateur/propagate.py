@@ -34,8 +34,7 @@ def narrow_blocks(
 ) -> Iterator[Block]:
     """Bring every block to its sizes, one after the other; each is given out when it is done.
 
-    Where blocks behind it go, a block takes the constants that stand for them. Those of blocks that
-    none is left before are dropped.
+    Where blocks behind it go, a block takes the constants that stand for them.
     """
     for unit in units:
         if unit.block == EVERY_BLOCK and sizes[unit.name] < unit.size:

@@ -245,7 +245,6 @@ class Needs:
     CHANGE: ClassVar = Need("block", Change)
     MIXED_GRAM: ClassVar = Need("mixed", Gram)
     HIDDEN_ENERGY: ClassVar = Need("hidden", Energy)
-    MIXED_ENERGY: ClassVar = Need("mixed", Energy)
     HIDDEN_MOMENTS: ClassVar = Need("hidden", Moments)
     MIXED_MOMENTS: ClassVar = Need("mixed", Moments)
     PAIR_SCORES: ClassVar = Need("scores", PairScores)

@@ -76,7 +76,9 @@ class TwoThresholds(ShareAllocator):
     ) -> tuple[float, float]:
         """p_m and p_a from the prices of both and the most that can go of either."""
         gone = (1 - keep) * (mlp + attention)
-        if mlp == 0:  # what costs nothing stays
+        if mlp + attention == 0:  # what costs nothing stays
+            return 0.0, 0.0
+        if mlp == 0:
             return 0.0, min(most_a, gone / attention)
         if attention == 0:
             return min(most_m, gone / mlp), 0.0

@@ -40,7 +40,7 @@ class SPDY(Knapsack):
 
     steps: int = option(100, "candidates to judge; each takes a pass over some windows", 1)
     levels: int = option(20, "sizes tried of each unit, evenly spaced", 1)
-    seed: int = option(0, "of the search")
+    search_seed: int = option(0, "of the search")
 
     name: ClassVar[str] = "spdy"
     summary: ClassVar[str] = "least sum of predicted errors, weighted by search on the whole model"
@@ -64,7 +64,7 @@ class SPDY(Knapsack):
                 "with the statistics."
             )
         self.check(units, prices, keep)
-        rng, known = random.Random(self.seed), dict[tuple[int, ...], float]()
+        rng, known = random.Random(self.search_seed), dict[tuple[int, ...], float]()
         names = [unit.name for unit in units if not unit.fixed]
         best, weights = {unit.name: unit.size for unit in units}, dict.fromkeys(names, 1.0)
         least, drawn = float("inf"), round(DRAWN * self.steps)

@@ -83,7 +83,8 @@ class NarrowAttention(nn.Module):
         self.v_proj = linear(hidden, self.kv_heads * self.value, bias="v" in bias)
         self.o_proj = linear(self.heads * self.value, hidden, bias="o" in bias)
         self.q_norm, self.k_norm = (_norm_of(stock, name) for name in "qk")
-        self.resid_dropout: Any = getattr(stock, "resid_dropout", nn.Identity())
+        dropped = nn.Dropout(getattr(stock, "residual_dropout", 0.0))
+        self.resid_dropout: Any = getattr(stock, "resid_dropout", dropped)
         self.rotary: str = shape["rotary"]
         if self.rotary == "chosen":
             pairs = torch.zeros(self.kv_heads, self.query_key // 2, dtype=torch.int64)

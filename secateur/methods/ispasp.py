@@ -58,7 +58,7 @@ class ISpaSP(RefittedMethod):
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """A set for each size that is asked for; the curve is linear between some of them."""
         gram, weight, width = problem(unit, block, statistics)
-        hessian = damped(gram, self.ridge)
+        hessian = damped(gram, self.ridge) if self.refit else gram
         parts = (gram * (weight @ weight.t())).unflatten(0, (-1, width)).unflatten(2, (-1, width))
         shared = parts.sum((1, 3))  # M
 

@@ -1,7 +1,7 @@
 """Replacement by a constant: a block goes, and its mean change stays as a bias."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.least_error import LeastError
@@ -12,6 +12,9 @@ from secateur.options import option
 from secateur.statistics import BlockStatistics, Need, Needs
 from secateur.units import DEPTH, Unit
 
+if TYPE_CHECKING:
+    from secateur.model import Model
+
 
 @dataclass(frozen=True)
 class Replace(Method):
@@ -21,9 +24,9 @@ class Replace(Method):
 
         y → x + b,   b = E(y − x),   error (E‖y − x‖² − ‖b‖²) / E‖y‖²
 
-    The MLP of the last block that stays before it adds b, exactly. Where none stays before it, or
-    norms stand behind sums, there is no place for b, and it is left out of the error. Don't use it
-    where stock classes without such a bias should load the result (``compensate`` 0 leaves it out).
+    The MLP of the last block that stays before it adds b, exactly; so the first block stays. Where
+    norms stand behind sums there is no place for b, and it is left out. Don't use it where stock
+    classes without such a bias should load the result (``compensate`` 0 leaves it out).
 
     Source: own; the mean of FLAP (arXiv 2312.11983), for whole blocks.
     """
@@ -46,11 +49,16 @@ class Replace(Method):
         """A bias stands for the mean."""
         return bool(self.compensate)
 
+    def units(self, model: "Model", multiple_of: int) -> list[Unit]:
+        """All blocks; the first has one size where those behind it need it for their constants."""
+        found = super().units(model, multiple_of)
+        return [replace(u, least=1) if self.compensate and u.block == 0 else u for u in found]
+
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The mean, and what it leaves."""
         means = statistics[Needs.CHANGE].mean
         constant, (change, whole) = means[:-2], means[-2:].tolist()
-        if not (self.compensate and block.sums and block.index > 0):
+        if not (self.compensate and block.sums):
             return Solution(Curve((change / whole, 0.0)), lambda _: Narrowing())
         error = max(0.0, change - float(constant.square().sum())) / whole
         return Solution(Curve((error, 0.0)), lambda _: Narrowing(bias=constant))

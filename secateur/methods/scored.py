@@ -8,6 +8,7 @@ from torch import Tensor
 
 from secateur.block import Block
 from secateur.curve import Curve
+from secateur.linalg import tails
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.statistics import BlockStatistics
 from secateur.units import WHOLE_HEADS, Unit
@@ -41,10 +42,9 @@ class ScoredMethod(Method):
         scores = self.scores(unit, block, statistics).double()
         order = torch.sort(scores, descending=True, stable=True).indices
         lost = self.errors(unit, block, statistics).double()[order]
-        tail = torch.cat((lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)))
 
         def at(size: int) -> Narrowing:
             keep, gone = torch.sort(order[:size]).values, torch.sort(order[size:]).values
             return Narrowing(keep=keep, bias=self.bias(unit, block, statistics, gone))
 
-        return Solution(Curve.of(tail), at)
+        return Solution(Curve.of(tails(lost)), at)

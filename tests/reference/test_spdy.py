@@ -120,7 +120,7 @@ def test_the_same_seed_asks_the_same_in_the_same_order():
     for seed, state in ((0, 1), (0, 2), (7, 1)):
         random.seed(state)
         torch.manual_seed(state)
-        sizes, judge = searched(2, 0.5, count=12, seed=seed)
+        sizes, judge = searched(2, 0.5, count=12, search_seed=seed)
         runs.append((sizes, judge.asked))
         assert len({tuple(plan.values()) for plan in judge.asked}) == len(judge.asked) <= 100
     assert runs[0] == runs[1]
