@@ -36,7 +36,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Allocator(ABC):
-    """Spends a budget over units. Every allocator serves every method and every target.
+    """Spends a budget over units. It serves every method whose units it can tell apart.
 
     Its fields are its whole configuration, and its flags at the command line.
     """

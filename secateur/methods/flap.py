@@ -25,7 +25,7 @@ class FLAP(ScoredMethod):
 
     Channels go by wifv, KV heads by the sum of wifv² over their query heads' coordinates, as the
     published code has it. Don't use it below some 0.7, or where a runtime has no place for biases
-    (``bias`` 0 leaves them out).
+    (``compensate`` 0 leaves them out).
 
     Source: An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arXiv 2312.11983, equations 5 to 8.
