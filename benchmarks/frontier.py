@@ -193,8 +193,9 @@ def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
             cells = []
             for keep in keeps:
                 found = [r["perplexity"][text] for r in best(arguments, rows, name, keep)]
-                told = f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})" if found else "–"
-                cells.append(told)
+                told = f"{mean(found):.2f}" if found else "–"
+                several = f" ({min(found):.2f}–{max(found):.2f})" if len(found) > 1 else ""
+                cells.append(told + several)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"ln(perplexity / dense) on `{Path(arguments.held).name}`", "", *head]
     for name in arguments.methods:
