@@ -35,7 +35,7 @@ KINDS = ("full", "plain", "layered", "mixed", "gone")
 #: Methods that are tested on every variant, and the variants that every method is tested on: one
 #: without biases, one with biases everywhere, one with norms in its heads. The rest is slow, and so
 #: are all methods but one on variants that show them nothing new.
-EVERYWHERE = ("auto", "modegpt", "flap")
+EVERYWHERE = ("auto", "modegpt")
 ALWAYS = ("llama", "gpt2", "qwen3")
 NOTHING_NEW = ("gemma", "glm", "starcoder2", "falcon_multi_query")
 
