@@ -5,7 +5,8 @@
 
 Prints a Markdown section: perplexity on HELD for every way to choose windows of CALIBRATION and
 every number of them, and at the largest number for random windows of each OTHER text. What is set
-aside of the OTHER texts is judged on, too. Rows that FILE already holds are not measured again.
+aside of the OTHER texts is judged on, too. Rows that FILE already holds are not measured again;
+one file serves several methods and budgets.
 """
 
 import argparse
@@ -62,7 +63,10 @@ def parsed() -> argparse.Namespace:
 
 
 def gathered(arguments: argparse.Namespace) -> list[Row]:
-    """A row for every text, choice, amount and seed, and one for the dense model."""
+    """A row for every text, choice, amount and seed, and one for the dense model.
+
+    Texts are known by the names of their files.
+    """
     rows: list[Row] = []
     if arguments.rows and arguments.rows.exists():
         rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
@@ -77,7 +81,7 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
     jobs += [(source, "none", most, seed) for source in sources for seed in arguments.seeds]
     texts = judged_on(arguments)
     for source, select, samples, seed in [(None, "none", 0, 0), *jobs]:
-        key = {"source": source, "select": select, "samples": samples, "seed": seed}
+        key = asked(arguments, source) | {"select": select, "samples": samples, "seed": seed}
         if any(key.items() <= row.items() for row in rows):
             continue
         row = key | measured(arguments, source, select, samples, seed, texts)
@@ -89,14 +93,21 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def asked(arguments: argparse.Namespace, source: str | None) -> Row:
+    """What a row is of, beside the choice and number of windows; of no text, the dense model."""
+    if source is None:
+        return {"source": None}
+    return {"source": Path(source).name, "method": arguments.method, "keep": arguments.keep}
+
+
 def judged_on(arguments: argparse.Namespace) -> dict[str, Tokens]:
-    """HELD, and of the other texts the part that calibration never sees."""
+    """By name, HELD, and of the other texts the part that calibration never sees."""
     tokenizer, length = open_model(arguments.model).tokenizer, arguments.length
     found = {}
     for source in (arguments.held, *arguments.others):
         stream = token_stream(read_documents(source), tokenizer)
         start = 0 if source == arguments.held else int(SET_ASIDE * len(stream))
-        found[source] = contiguous(stream[start:], length, arguments.windows)
+        found[Path(source).name] = contiguous(stream[start:], length, arguments.windows)
     return found
 
 
@@ -126,49 +137,52 @@ def measured(
         list(narrow_blocks(model, method, units, plan.sizes, tokens, store))
         row["seconds"] = time.perf_counter() - start
         row["reached"] = plan.budget.reached
-    found = {source: perplexity(model.module, tokens) for source, tokens in texts.items()}
+    found = {name: perplexity(model.module, tokens) for name, tokens in texts.items()}
     return row | {"perplexity": found}
 
 
 def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
     """A table of choices and amounts, one of texts."""
-    seeds, held = " ".join(map(str, arguments.seeds)), arguments.held
+    seeds, held = " ".join(map(str, arguments.seeds)), Path(arguments.held).name
     dense = next(row["perplexity"] for row in rows if row["source"] is None)
     text = Path(arguments.calibration).name
 
+    def own(source: str, select: str, samples: int) -> list[Row]:
+        wanted = asked(arguments, source) | {"select": select, "samples": samples}
+        found = [row for row in rows if wanted.items() <= row.items()]
+        return [row for row in found if row["seed"] in arguments.seeds]
+
     def cell(source: str, select: str, samples: int, judged: str) -> str:
-        wanted = {"source": source, "select": select, "samples": samples}
-        own = [r for r in rows if wanted.items() <= r.items() and r["seed"] in arguments.seeds]
-        found = [row["perplexity"][judged] for row in own]
+        found = [row["perplexity"][judged] for row in own(source, select, samples)]
         return f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})"
 
     def seconds(select: str) -> str:
-        own = [r for r in rows if r["source"] == arguments.calibration and r["select"] == select]
-        by_amount = [[r for r in own if r["samples"] == n] for n in arguments.samples]
+        by_amount = [own(text, select, n) for n in arguments.samples]
         return ", ".join(f"{mean(r['seconds_to_choose'] for r in g):.1f}" for g in by_amount)
 
     lines = [
         f"### {Path(arguments.model).name}, {arguments.method} at keep {arguments.keep:g}",
         "",
         f"Windows of {arguments.length} tokens of `{text}`, perplexity on {arguments.windows} × "
-        f"{arguments.length} tokens of `{Path(held).name}` (dense {dense[held]:.2f}), mean over "
-        f"seeds {seeds} with the range in parentheses.",
+        f"{arguments.length} tokens of `{held}` (dense {dense[held]:.2f}), mean over seeds {seeds} "
+        "with the range in parentheses; seconds to choose.",
         "",
         "| choice | " + " | ".join(f"{n} windows" for n in arguments.samples) + " | seconds |",
         "|---" * (len(arguments.samples) + 2) + "|",
     ]
     for select in arguments.selects:
-        cells = [cell(arguments.calibration, select, n, held) for n in arguments.samples]
+        cells = [cell(text, select, n, held) for n in arguments.samples]
         lines.append(f"| {select} | " + " | ".join(cells) + f" | {seconds(select)} |")
     if arguments.others:
-        most, texts = max(arguments.samples), (held, *arguments.others)
-        names = [f"`{Path(judged).name}`" for judged in texts]
-        lines += ["", f"{most} random windows of another text, judged on several:", ""]
+        most, others = max(arguments.samples), [Path(other).name for other in arguments.others]
+        names = [f"`{judged}`" for judged in (held, *others)]
+        lines += ["", f"{most} random windows of each text, judged on several:", ""]
         lines += ["| calibrated on | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for source in (arguments.calibration, *arguments.others):
-            cells = [cell(source, "none", most, judged) for judged in texts]
-            lines.append(f"| `{Path(source).name}` | " + " | ".join(cells) + " |")
-        lines.append("| dense | " + " | ".join(f"{dense[judged]:.2f}" for judged in texts) + " |")
+        for source in (text, *others):
+            cells = [cell(source, "none", most, judged) for judged in (held, *others)]
+            lines.append(f"| `{source}` | " + " | ".join(cells) + " |")
+        values = [f"{dense[judged]:.2f}" for judged in (held, *others)]
+        lines.append("| dense | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
 
 
