@@ -93,11 +93,13 @@ def plan(
     """
     from tempfile import TemporaryDirectory
 
-    from secateur import inputs, pipeline, present
+    from secateur import inputs, present
     from secateur.calibration import Store
     from secateur.evaluate.judge import quiet
     from secateur.model import skeleton
+    from secateur.prepare import check_reach, chosen_allocator, prepare
     from secateur.progress import for_terminal
+    from secateur.stopwatch import Stopwatch
     from secateur.workspace import write_whole
 
     path = Path(output)
@@ -108,10 +110,10 @@ def plan(
     quiet()
     method, calibration, settings = _method(ctx, rest), _calibration(rest), _settings(rest)
     goal = _goal(rest)
-    allocator = pipeline.chosen_allocator(method, goal, _allocator(ctx, rest))
-    pipeline.check_reach(skeleton(model, settings), method, goal, allocator)
+    allocator = chosen_allocator(method, goal, _allocator(ctx, rest))
+    check_reach(skeleton(model, settings), method, goal, allocator)
     with TemporaryDirectory() as passing:
-        made = pipeline.prepare(
+        made = prepare(
             model,
             method,
             calibration,
@@ -121,7 +123,7 @@ def plan(
             allocator,
             Store(statistics or Path(passing)),
             scores,
-            pipeline.Stopwatch(),
+            Stopwatch(),
             for_terminal(),
             only_plan=True,
         ).plan

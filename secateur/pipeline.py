@@ -1,20 +1,15 @@
 """The main job: open, judge, calibrate, plan, apply, write, reload, judge again, report."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
 from secateur import report as reporting
 from secateur.allocate.base import Allocator
-from secateur.allocate.plain import PlainWidth
-from secateur.calibration import Store, calibrate
+from secateur.calibration import Store
 from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
 from secateur.depth import close_ranks
 from secateur.errors import InputError
@@ -27,64 +22,21 @@ from secateur.inputs import (
     overlaps,
     read_calibration,
     stamps,
-    text_notes,
     unseen,
 )
-from secateur.latency import check_length, check_timed
-from secateur.methods import check_served
 from secateur.methods.base import Method
-from secateur.model import (
-    Model,
-    Settings,
-    open_model,
-    skeleton,
-)
-from secateur.plan import (
-    Plan,
-    check_sizes,
-    make_plan,
-    match_units,
-    prices_of,
-    revise,
-    usual_allocator,
-)
-from secateur.prices import counted
+from secateur.model import Model, Settings, skeleton
+from secateur.plan import Plan, check_sizes, match_units
+from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
 from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
 from secateur.report import Report
-from secateur.scores import identity, keep_evidence, kept_evidence, score
-from secateur.select import DRAWS, cheap, select_calibration
-from secateur.stream import TOKENS_PER_BATCH
-from secateur.text import (
-    Calibration,
-    Tokens,
-    calibration_tokens,
-    read_documents,
-)
-from secateur.units import DEPTH
+from secateur.select import cheap
+from secateur.stopwatch import Stopwatch
+from secateur.text import Calibration, Tokens, read_documents
 from secateur.workspace import Workspace
 
 TESTIMONY_TOKENS = 24
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to a stage."""
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def finish(self) -> dict[str, float]:
-        """All stages and the total, to the millisecond."""
-        self.seconds["total"] = time.perf_counter() - self.started
-        return {stage: round(value, 3) for stage, value in self.seconds.items()}
 
 
 def compress(
@@ -201,137 +153,6 @@ def compress(
     return report
 
 
-def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> Allocator:
-    """What spends the budget: what was asked for, or what the tier demands, or the method's own.
-
-    Raises:
-        InputError: the tier leaves nothing to allocate.
-    """
-    shaped = goal.tier == "plain" and method.kinds != DEPTH
-    if shaped and not isinstance(asked, PlainWidth | None):
-        raise InputError(
-            f"tier plain has one MLP width and nothing to allocate; leave out allocator "
-            f"{asked.name!r}, or ask for tier per-layer."
-        )
-    return asked or usual_allocator(method, goal)
-
-
-def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator) -> None:
-    """Refuse a budget out of reach before any weight is read; latency has to be measured first.
-
-    Raises:
-        InputError: it is out of reach, or the method is no use for the model or the tier.
-    """
-    check_served(method, shapes)
-    units = method.units(shapes, goal.multiple_of)
-    if goal.tier == "plain" and any(u.new_bias and len(allocator.choices(u)) > 1 for u in units):
-        raise InputError(
-            f"tier plain: {method.name} adds biases, for which stock classes of this family have "
-            "no place. Leave them out (--compensate 0), or ask for tier per-layer."
-        )
-    if goal.target == "latency":
-        check_timed(units)
-        allocator.check_units(units)
-        check_length(shapes, goal)
-    else:
-        prices = counted(units, goal.target, shapes.stored.itemsize)
-        allocator.check(units, prices, method.keep)
-
-
-@dataclass
-class Prepared:
-    """A model with its plan and, unless it is only planned, its statistics; nothing has changed."""
-
-    model: Model
-    tokens: Tokens
-    store: Store
-    method: Method
-    plan: Plan
-
-
-def prepare(
-    source: str,
-    method: Method | Plan,
-    calibration: Calibration,
-    tokens: Tokens,
-    settings: Settings,
-    goal: Goal,
-    allocator: Allocator,
-    store: Store,
-    scores: Path | None,
-    watch: Stopwatch,
-    progress: Progress,
-    only_plan: bool = False,
-) -> Prepared:
-    """Open a model, calibrate it and decide the sizes, or check those of a given plan.
-
-    Scores that were measured before are used again. ``only_plan`` then needs no calibration.
-
-    Raises:
-        InputError: anything wrong with the input.
-    """
-    if scores is not None and not scores.absolute().parent.is_dir():
-        raise InputError(f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}.")
-    with watch.measure("open"):
-        model = open_model(source, settings)
-        chosen = method.build_method() if isinstance(method, Plan) else method
-        for note in model.obstacles_of(chosen.kinds):
-            progress.say(f"note: {note}")
-        units = chosen.units(model, goal.multiple_of)
-        for note in text_notes(calibration, tokens, units):
-            progress.say(f"note: {note}")
-    if isinstance(method, Plan):
-        check_sizes(method, model, chosen)
-    with watch.measure("allocate"):
-        if goal.target == "latency":
-            progress.say("timing the units on this machine, unless that was done before")
-        prices = prices_of(model, units, goal)
-        if not isinstance(method, Plan):
-            allocator.check(units, prices, chosen.keep)
-    if calibration.select != "none" and not calibration.windows:
-        with (
-            watch.measure("select"),
-            progress.stage("choosing calibration text", DRAWS) as advance,
-        ):
-            calibration = select_calibration(model, calibration, chosen, goal, allocator, advance)
-            tokens = calibration_tokens(calibration, model.tokenizer)
-    if calibration.windows:
-        count = len(calibration.windows)
-        progress.say(f"calibrating on {count} windows chosen by {calibration.select}")
-    own, every = identity(model, chosen, tokens, allocator), chosen.units(model, 1)
-    needs = chosen.needs | allocator.needs
-    known = ("secateur", "model", "calibration", "dtype")
-    store.claim({key: own[key] for key in known}, needs)
-    evidence = kept_evidence(own, every, scores)
-    searches = allocator.searches and not isinstance(method, Plan)
-    if evidence is None or not only_plan or searches:
-        watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
-        if not all(block.index in store for block in model.blocks):
-            with (
-                watch.measure("calibrate"),
-                progress.stage("calibrating, block by block", len(model.blocks)) as advance,
-            ):
-                calibrate(model, tokens, needs, store, advance)
-    if evidence is None:
-        with watch.measure("curves"), progress.stage("scoring units", len(every)) as advance:
-            evidence = score(model, chosen, store, tokens, allocator, advance)
-        keep_evidence(own, evidence, scores)
-    if not allocator.measured:  # whatever the cache holds, the same command gives the same plan
-        evidence = replace(evidence, losses=None)
-    with watch.measure("allocate"):
-        if isinstance(method, Plan):
-            if method.calibration.fingerprint != tokens.fingerprint:
-                progress.say("note: this plan was made from other calibration tokens")
-            plan = revise(method, model, chosen, evidence, prices)
-        else:
-            if searches:
-                progress.say("searching: every candidate is judged on calibration text")
-            plan = make_plan(
-                model, chosen, evidence, calibration, tokens, goal, allocator, prices, store
-            )
-    return Prepared(model, tokens, store, chosen, plan)
-
-
 def write(
     prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -363,18 +184,6 @@ def write(
     with watch.measure("evaluate"):
         ids = prepared.tokens.ids[0, :TESTIMONY_TOKENS].clone()
         return testimony(model.module, ids), ids
-
-
-def _forward_seconds(model: Model, tokens: Tokens) -> float:
-    """What a plain forward pass over the calibration tokens takes, scaled up from one batch."""
-    rows = min(len(tokens.ids), max(1, TOKENS_PER_BATCH // tokens.ids.shape[1]))
-    ids = tokens.ids[:rows].to(model.device)
-    with torch.inference_mode():
-        body = model.module.base_model  # the head takes no part in calibration
-        body(input_ids=ids[:1], use_cache=False)
-        start = time.perf_counter()
-        float(body(input_ids=ids, use_cache=False).last_hidden_state[0, 0, 0])  # waits for a GPU
-        return (time.perf_counter() - start) * len(tokens.ids) / rows
 
 
 def _dense(

@@ -410,10 +410,10 @@ def test_a_plan_that_does_not_fit_leaves_what_was_there(run, model, text, room, 
 
 
 def test_a_plan_file_that_cannot_be_written_is_refused_first(run, model, text, room, monkeypatch):
-    from secateur import pipeline
+    from secateur import prepare
 
     given = ["--calibration", text, "--samples", 4, "--length", 32]
-    monkeypatch.setattr(pipeline, "prepare", lambda *_, **__: pytest.fail("worked for nothing"))
+    monkeypatch.setattr(prepare, "prepare", lambda *_, **__: pytest.fail("worked for nothing"))
     run("plan", model, *given, "-o", room / "nowhere" / "p.json").refused("nowhere")
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from secateur import pipeline
+from secateur import prepare
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def plan(run, model, text, tmp_path):
 def test_kept_statistics_are_not_collected_again(plan, monkeypatch):
     first = plan("first").succeeded()
     assert len(list(plan.folder.glob("block-*.safetensors"))) == 2
-    monkeypatch.setattr(pipeline, "calibrate", None)
+    monkeypatch.setattr(prepare, "calibrate", None)
     assert json.loads(plan("second").succeeded().out) == json.loads(first.out)
 
 

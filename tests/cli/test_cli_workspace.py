@@ -37,7 +37,7 @@ def undisturbed(compress, tmp_path, forget):
 
 @pytest.fixture
 def stopped(compress, room, monkeypatch, near):
-    """A function that interrupts ``compress`` where ``pipeline`` or ``Workspace`` calls a name."""
+    """A function that interrupts ``compress`` where a module or class calls one of its names."""
     from secateur import pipeline
 
     def stop(name="write", owner=pipeline, after=0, args=()):
@@ -66,11 +66,11 @@ def stopped(compress, room, monkeypatch, near):
     ("owner", "name", "after"),
     [
         ("pipeline", "judge_apart", 0),
-        ("pipeline", "calibrate", 0),
-        ("pipeline", "score", 0),
+        ("prepare", "calibrate", 0),
+        ("prepare", "score", 0),
         ("scores", "measure_losses", 1),
-        ("pipeline", "keep_evidence", 0),
-        ("pipeline", "make_plan", 0),
+        ("prepare", "keep_evidence", 0),
+        ("prepare", "make_plan", 0),
         ("propagate:Propagation", "narrow_block", 1),
         ("propagate", "narrow_unit", 3),
         ("pipeline", "write_config", 0),
@@ -103,14 +103,14 @@ def test_an_interrupted_run_of_a_method_in_one_pass_gives_the_same_bytes(
 
 
 def test_finished_stages_are_not_repeated(stopped, compress, room, monkeypatch, near, forget):
-    from secateur import pipeline
+    from secateur import prepare
 
     forget()
     stopped("write")
     kept = files(room / ".out.partial")
     assert {"dense.json", "statistics", "fingerprint.json"} <= set(kept)
-    monkeypatch.setattr(pipeline, "calibrate", lambda *_: pytest.fail("calibrated again"))
-    monkeypatch.setattr(pipeline, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(prepare, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(prepare, "score", lambda *_: pytest.fail("scored again"))
     compress().succeeded()
     assert len(near) == 1
     assert "result" in json.loads(near[0])["source"]

@@ -22,9 +22,11 @@ from secateur.allocate.base import Evidence
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
 from secateur.model import anatomy_of
-from secateur.pipeline import Prepared, Stopwatch, write
+from secateur.pipeline import write
 from secateur.plan import revise
+from secateur.prepare import Prepared
 from secateur.progress import Progress
+from secateur.stopwatch import Stopwatch
 from secateur.units import DEPTH, STREAM, Unit
 from tests.conftest import Calibrated
 from tests.families import FAMILIES

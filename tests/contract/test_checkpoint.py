@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from secateur import pipeline
 from secateur.checkpoint import Writer
+from secateur.prepare import Prepared
+from secateur.progress import Progress
+from secateur.stopwatch import Stopwatch
 from secateur.units import DEPTH
 from tests.contract.conftest import logits, narrowing, spread
 from tests.families import FAMILIES, HIDDEN, attentions, window
@@ -261,9 +264,9 @@ def test_bfloat16_checkpoints_are_written_in_bfloat16(
     model, data = opened(name), calibrated(name)
     model.stored = torch.bfloat16
     plan = planned(model, name, method(keep=0.7))
-    prepared = pipeline.Prepared(model, data.tokens, data.store, plan.build_method(), plan)
+    prepared = Prepared(model, data.tokens, data.store, plan.build_method(), plan)
     memory, ids = pipeline.write(
-        prepared, tmp_path / "half", pipeline.Stopwatch(), pipeline.Progress()
+        prepared, tmp_path / "half", Stopwatch(), Progress()
     )
     tensors = load_file(tmp_path / "half" / "model.safetensors")
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.bfloat16}

@@ -34,13 +34,15 @@ from secateur.latency import measured
 from secateur.methods.replace import Replace
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.sleb import SLEB
-from secateur.pipeline import Prepared, Progress, Stopwatch
 from secateur.plan import match_units, prices_of, revise, tier_of
+from secateur.prepare import Prepared, check_reach, chosen_allocator
 from secateur.prices import Prices, counted
+from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
 from secateur.scores import score
 from secateur.statistics import Change, Influence, Needs
 from secateur.stitch import Stitched
+from secateur.stopwatch import Stopwatch
 from secateur.stream import Stream
 from secateur.text import Calibration, Tokens
 from secateur.units import DEPTH, WIDTHS, WholeBlock
@@ -564,11 +566,11 @@ def test_plans_keep_a_block_and_tiers_follow_from_biases(opened):
         assert tier_of(units, gone(model, 1)) == tier
         assert tier_of(units, gone(model)) == "plain"
     goal, made = Goal(tier="plain"), ShortGPT(keep=0.7)
-    allocator = pipeline.chosen_allocator(made, goal, None)
+    allocator = chosen_allocator(made, goal, None)
     assert isinstance(allocator, LeastError)
-    pipeline.check_reach(opened("llama"), made, goal, allocator)
+    check_reach(opened("llama"), made, goal, allocator)
     with pytest.raises(InputError, match="--compensate 0"):
-        pipeline.check_reach(opened("llama"), Replace(), goal, allocator)
+        check_reach(opened("llama"), Replace(), goal, allocator)
     model = opened("llama")
     tokens, store = measure(model, made)
     evidence = score(model, made, store, tokens)

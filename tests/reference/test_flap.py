@@ -10,8 +10,8 @@ from secateur.goal import Goal
 from secateur.methods.base import Narrowing
 from secateur.methods.flap import FLAP
 from secateur.model import Settings, skeleton
-from secateur.pipeline import check_reach, chosen_allocator
 from secateur.plan import tier_of
+from secateur.prepare import check_reach, chosen_allocator
 from secateur.statistics import Moments, Needs
 from secateur.units import WHOLE_HEADS
 from tests.families import FAMILIES

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from secateur import Calibration, Goal, Settings, pipeline
+from secateur import Calibration, Goal, Settings, prepare
 from secateur import scores as module
 from secateur.allocate.base import Evidence
 from secateur.allocate.fluctuation import Fluctuation
@@ -19,6 +19,7 @@ from secateur.methods.auto import Auto
 from secateur.methods.modegpt import MoDeGPT
 from secateur.progress import Progress
 from secateur.scores import identity, keep_evidence, kept_evidence, score
+from secateur.stopwatch import Stopwatch
 from secateur.text import Tokens
 from secateur.units import MLP
 
@@ -214,10 +215,10 @@ def test_scores_are_measured_once_for_all_budgets(
         measured.append(method.name)
         return score(model, method, *rest)
 
-    monkeypatch.setattr(pipeline, "score", counting)
+    monkeypatch.setattr(prepare, "score", counting)
 
     def plan(method, goal=None, scores=None):
-        prepared = pipeline.prepare(
+        prepared = prepare.prepare(
             str(dense("llama")),
             method,
             Calibration("stream", 6, 32, 0),
@@ -227,7 +228,7 @@ def test_scores_are_measured_once_for_all_budgets(
             method.allocator,
             data.store,
             scores,
-            pipeline.Stopwatch(),
+            Stopwatch(),
             Progress(),
             only_plan=True,
         )

@@ -15,11 +15,13 @@ from secateur.methods import METHODS, check_served, method_class
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.slicegpt import SliceGPT
-from secateur.pipeline import Prepared, Stopwatch, check_reach, write
+from secateur.pipeline import write
+from secateur.prepare import Prepared, check_reach
 from secateur.prices import counted
 from secateur.progress import Progress
 from secateur.residual import Slicing, sliced_blocks
 from secateur.statistics import Gram, Needs
+from secateur.stopwatch import Stopwatch
 from secateur.text import Tokens, sample
 from secateur.units import WHOLE_HEADS
 from tests import families

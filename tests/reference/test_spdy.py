@@ -15,11 +15,12 @@ from secateur.inputs import read_calibration
 from secateur.measure import Divergence
 from secateur.methods import method_class
 from secateur.model import Settings
-from secateur.pipeline import Stopwatch, prepare
+from secateur.prepare import prepare
 from secateur.prices import Prices
 from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
 from secateur.stitch import Stitched
+from secateur.stopwatch import Stopwatch
 from secateur.text import sample
 from tests.families import stream, words
 from tests.reference.made import mlp
