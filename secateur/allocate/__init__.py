@@ -11,7 +11,7 @@ ALLOCATORS = {
     "fluctuation": "secateur.allocate.fluctuation:Fluctuation",
     "angular": "secateur.allocate.angular:Angular",
     "alpha": "secateur.allocate.alpha:AlphaPruning",
-    "farms": "secateur.allocate.alpha:FARMS",
+    "farms": "secateur.allocate.farms:FARMS",
     "welore": "secateur.allocate.welore:WeLore",
     "middle": "secateur.allocate.middle:Middle",
     "nirvana": "secateur.allocate.nirvana:TwoThresholds",

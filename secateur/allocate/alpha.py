@@ -1,27 +1,25 @@
-"""AlphaPruning and FARMS: less room for blocks whose spectra have lighter tails."""
+"""AlphaPruning: less room for blocks whose spectra have lighter tails."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.allocate.base import Evidence, ShareAllocator, poured
+from secateur.allocate.base import BlockAllocator, poured
 from secateur.block import Block
 from secateur.linalg import energies
 from secateur.options import option
-from secateur.prices import Prices
 from secateur.statistics import BlockStatistics, Need
-from secateur.units import Unit
 
 AROUND = (0.95, 1.5)  #: where the tail may begin, relative to the histogram's peak
 NO_TAIL = 100.0  #: the exponent of a spectrum that has no tail
 
 
 @dataclass(frozen=True)
-class AlphaPruning(ShareAllocator):
+class AlphaPruning(BlockAllocator):
     """One ratio per block, by the exponent of the power law that its eigenvalues end in.
 
     With λ the eigenvalues of WᵀW of a matrix in ascending order, and the tail beginning at the k-th
@@ -67,16 +65,11 @@ class AlphaPruning(ShareAllocator):
         """Eigenvalues of WᵀW."""
         return energies(weight)
 
-    def shares(
-        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
-    ) -> dict[str, float]:
-        """1 − φ of the unit's block."""
-        exponents = [reading[0] for reading in evidence.readings]
-        weights = [0] * len(exponents)
-        for unit in units:
-            weights[unit.block] += prices.of(unit, unit.size)
-        sparsity = self.sparsities(exponents, weights, 1 - keep)
-        return {unit.name: 1 - sparsity[unit.block] for unit in units}
+    def of_blocks(
+        self, values: Sequence[float], weights: Sequence[float], keep: float
+    ) -> list[float]:
+        """1 − φ per block."""
+        return [1 - phi for phi in self.sparsities(values, weights, 1 - keep)]
 
     def sparsities(
         self, exponents: Sequence[float], weights: Sequence[float], mean: float
@@ -86,53 +79,6 @@ class AlphaPruning(ShareAllocator):
         way = [(a - low) / (high - low) if high > low else 0.5 for a in exponents]
         ratios = [1 - self.spread + 2 * self.spread * w for w in way]
         return poured([math.log(r) for r in ratios], weights, mean, 1.0)
-
-
-@dataclass(frozen=True)
-class FARMS(AlphaPruning):
-    """AlphaPruning on square windows: the shape of a matrix has no say in its exponent.
-
-    Even the spectrum of noise depends on a matrix's aspect ratio. So eigenvalues are taken from
-    square windows and pooled before the exponent is. A window is as wide as the matrix's shorter
-    side, at most ``window``; windows cover the matrix, overlapping only as far as that takes. (The
-    paper has 10 to 15 offsets a side, which repeat the same entries at ten times the cost.) Don't
-    use it where :class:`AlphaPruning` is no good either.
-
-    Source: Hu et al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias", arXiv
-    2506.06280 (ICML 2025).
-
-    Attributes:
-        window: side of a window; the paper's 2000 is half the width of the models it is for.
-    """
-
-    window: int = option(2000, "most rows and columns of a window", 2)
-
-    name: ClassVar[str] = "farms"
-    summary: ClassVar[str] = "the same, on square windows of them"
-    source: ClassVar[str] = "arXiv 2506.06280"
-
-    @property
-    def reading(self) -> str:
-        """The mean exponent, and the windows."""
-        return f"alpha of windows, {self.window}"
-
-    def spectrum(self, weight: Tensor) -> Tensor:
-        """Eigenvalues of all windows together."""
-        return torch.cat([energies(window) for window in windows(weight, self.window)])
-
-
-def windows(weight: Tensor, most: int) -> Iterator[Tensor]:
-    """Square windows, of at most ``most`` rows, that cover a matrix."""
-    side = min(most, *weight.shape)
-    rows, columns = (_offsets(length, side) for length in weight.shape)
-    for row in rows:
-        for column in columns:
-            yield weight[row : row + side, column : column + side]
-
-
-def _offsets(length: int, side: int) -> list[int]:
-    count = math.ceil(length / side)
-    return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
 
 
 def hill(eigenvalues: Tensor) -> float:

@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.allocate.base import Evidence, ShareAllocator
+from secateur.allocate.base import BlockAllocator
 from secateur.block import Block
 from secateur.options import option
-from secateur.prices import Prices
 from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import Unit
 
 MARGIN = 1.05  #: how far below 1 the largest share of a contracted allocation stays, as published
 
 
 @dataclass(frozen=True)
-class Angular(ShareAllocator):
+class Angular(BlockAllocator):
     """One share per block, a sigmoid of its angle.
 
     With s_l the mean over tokens of arccos(cos(x, y)) / π between a block's input and output, and
@@ -48,25 +46,14 @@ class Angular(ShareAllocator):
         """The angle between input and output, as a share of π."""
         return (float(statistics[Needs.ANGLE].mean),)
 
-    def shares(
-        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
-    ) -> dict[str, float]:
-        """The share of the unit's block."""
-        angles = [reading[0] for reading in evidence.readings]
-        weights = [0] * len(angles)
-        for unit in units:
-            weights[unit.block] += prices.of(unit, unit.size)
-        share = self.of_blocks(angles, weights, keep)
-        return {unit.name: share[unit.block] for unit in units}
-
     def of_blocks(
-        self, angles: Sequence[float], weights: Sequence[float], keep: float
+        self, values: Sequence[float], weights: Sequence[float], keep: float
     ) -> list[float]:
         """Shares of which the mean by ``weights`` is ``keep`` and the largest at most 1."""
-        middle, whole = math.fsum(angles) / len(angles), sum(weights)
+        middle, whole = math.fsum(values) / len(values), sum(weights)
         if not whole:
-            return [keep] * len(angles)
-        grades = [0.5 * (1 + math.tanh(0.5 * self.slope * (s - middle))) for s in angles]
+            return [keep] * len(values)
+        grades = [0.5 * (1 + math.tanh(0.5 * self.slope * (s - middle))) for s in values]
         mean = math.fsum(w * g for w, g in zip(weights, grades, strict=True)) / whole
         away = [g / mean - 1 for g in grades]
         furthest = max(a for a, w in zip(away, weights, strict=True) if w)

@@ -133,6 +133,31 @@ class ShareAllocator(Allocator):
         return fit(units, allowed, ideal, prices, prices.budget(units, keep))
 
 
+class BlockAllocator(ShareAllocator):
+    """A share allocator that gives all units of a block one share, by one number read from it."""
+
+    def shares(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
+    ) -> dict[str, float]:
+        """The share of the unit's block."""
+        weights = dict.fromkeys(sorted({unit.block for unit in units}), 0)
+        for unit in units:
+            weights[unit.block] += prices.of(unit, unit.size)
+        values = [evidence.readings[block][0] for block in weights]
+        found = self.of_blocks(values, list(weights.values()), keep) if units else []
+        share = dict(zip(weights, found, strict=True))
+        return {unit.name: share[unit.block] for unit in units}
+
+    @abstractmethod
+    def of_blocks(
+        self, values: Sequence[float], weights: Sequence[float], keep: float
+    ) -> list[float]:
+        """A share per block that has units, of which the mean by ``weights`` is ``keep``.
+
+        ``values`` are what was read from these blocks, ``weights`` the prices of their units.
+        """
+
+
 def poured(
     logs: Sequence[float], weights: Sequence[float], mean: float, most: float
 ) -> list[float]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.allocate.base import Evidence, ShareAllocator, poured
+from secateur.allocate.base import BlockAllocator, poured
 from secateur.errors import InputError
 from secateur.options import option
 from secateur.prices import Prices
@@ -12,7 +12,7 @@ from secateur.units import Unit
 
 
 @dataclass(frozen=True)
-class EntropicInfluence(ShareAllocator):
+class EntropicInfluence(BlockAllocator):
     """One sparsity φ per block, by entropy-regularised block influence s.
 
     Maximising Σ w_l s_l (1 − φ_l) + ε H(φ) with mean φ fixed (w_l: the block's share of the
@@ -50,16 +50,11 @@ class EntropicInfluence(ShareAllocator):
                 f"--max-sparsity."
             )
 
-    def shares(
-        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
-    ) -> dict[str, float]:
-        """1 − φ of the unit's block."""
-        influence = [reading[0] for reading in evidence.readings]
-        weights = [0] * len(influence)
-        for unit in units:
-            weights[unit.block] += prices.of(unit, unit.size)
-        sparsity = self.sparsities(influence, weights, 1 - keep)
-        return {unit.name: 1 - sparsity[unit.block] for unit in units}
+    def of_blocks(
+        self, values: Sequence[float], weights: Sequence[float], keep: float
+    ) -> list[float]:
+        """1 − φ per block."""
+        return [1 - phi for phi in self.sparsities(values, weights, 1 - keep)]
 
     def sparsities(
         self, influence: Sequence[float], weights: Sequence[float], mean: float

@@ -8,6 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from secateur.allocate import ALLOCATORS, allocator_class
+from secateur.allocate.alpha import AlphaPruning
+from secateur.allocate.angular import Angular
 from secateur.allocate.base import Evidence, fit
 from secateur.allocate.influence import EntropicInfluence
 from secateur.allocate.uniform import Uniform
@@ -347,3 +349,17 @@ def test_the_least_share_named_is_enough():
             Uniform().check([unit], prices, (least - 0.5) / whole)
         named = float(str(caught.value).split("between ")[1].split()[0])
         Uniform().check([unit], prices, named)
+
+
+@pytest.mark.parametrize("allocator", [AlphaPruning(), Angular(), EntropicInfluence()])
+def test_blocks_without_units_have_no_say(allocator):
+    """The mistake: extremes of blocks that can't change stretch the scale of all others."""
+    units = [mlp(1), mlp(2), query_key(2, 8), mlp(4)]
+    prices = counted(units, "parameters", 2)
+    found = [
+        allocator.shares(units, Evidence({}, [(v,) for v in readings]), prices, 0.6)
+        for readings in ((1.0, 0.3, 0.2, 1.0, 0.4), (9.0, 0.3, 0.2, 0.0, 0.4))
+    ]
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == 3  # one a block
+    assert allocator.shares([], Evidence({}, [(0.3,)]), prices, 1.0) == {}

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.allocate.alpha import FARMS, NO_TAIL, AlphaPruning, hill, windows
+from secateur.allocate.alpha import NO_TAIL, AlphaPruning, hill
 from secateur.allocate.base import Evidence
+from secateur.allocate.farms import FARMS, windows
 from secateur.allocate.welore import WeLore, kept, normalised
 from secateur.linalg import energies
 from secateur.prices import counted

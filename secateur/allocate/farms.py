@@ -1,0 +1,60 @@
+"""FARMS: AlphaPruning on windows, so that the shape of a matrix has no say."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.alpha import AlphaPruning
+from secateur.linalg import energies
+from secateur.options import option
+
+
+@dataclass(frozen=True)
+class FARMS(AlphaPruning):
+    """AlphaPruning on square windows: the shape of a matrix has no say in its exponent.
+
+    Even the spectrum of noise depends on a matrix's aspect ratio. So eigenvalues are taken from
+    square windows and pooled before the exponent is. A window is as wide as the matrix's shorter
+    side, at most ``window``; windows cover the matrix, overlapping only as far as that takes. (The
+    paper has 10 to 15 offsets a side, which repeat the same entries at ten times the cost.) Don't
+    use it where :class:`AlphaPruning` is no good either.
+
+    Source: Hu et al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias", arXiv
+    2506.06280 (ICML 2025).
+
+    Attributes:
+        window: side of a window; the paper's 2000 is half the width of the models it is for.
+    """
+
+    window: int = option(2000, "most rows and columns of a window", 2)
+
+    name: ClassVar[str] = "farms"
+    summary: ClassVar[str] = "the same, on square windows of them"
+    source: ClassVar[str] = "arXiv 2506.06280"
+
+    @property
+    def reading(self) -> str:
+        """The mean exponent, and the windows."""
+        return f"alpha of windows, {self.window}"
+
+    def spectrum(self, weight: Tensor) -> Tensor:
+        """Eigenvalues of all windows together."""
+        return torch.cat([energies(window) for window in windows(weight, self.window)])
+
+
+def windows(weight: Tensor, most: int) -> Iterator[Tensor]:
+    """Square windows, of at most ``most`` rows, that cover a matrix."""
+    side = min(most, *weight.shape)
+    rows, columns = (_offsets(length, side) for length in weight.shape)
+    for row in rows:
+        for column in columns:
+            yield weight[row : row + side, column : column + side]
+
+
+def _offsets(length: int, side: int) -> list[int]:
+    count = math.ceil(length / side)
+    return [round(i * (length - side) / max(1, count - 1)) for i in range(count)]
