@@ -265,9 +265,7 @@ def test_bfloat16_checkpoints_are_written_in_bfloat16(
     model.stored = torch.bfloat16
     plan = planned(model, name, method(keep=0.7))
     prepared = Prepared(model, data.tokens, data.store, plan.build_method(), plan)
-    memory, ids = pipeline.write(
-        prepared, tmp_path / "half", Stopwatch(), Progress()
-    )
+    memory, ids = pipeline.write(prepared, tmp_path / "half", Stopwatch(), Progress())
     tensors = load_file(tmp_path / "half" / "model.safetensors")
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.bfloat16}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()
