@@ -252,3 +252,8 @@ class Needs:
     BEHIND_GRAM: ClassVar = Need("behind", Gram)
     HIDDEN_TARGET: ClassVar = Need("hidden", Cross)
     MIXED_TARGET: ClassVar = Need("mixed", Cross)
+
+
+#: of what reads an MLP's channels and of what reads whole heads, by the kind of the axis
+GRAMS = {"mlp": Needs.HIDDEN_GRAM, "heads": Needs.MIXED_GRAM}
+MOMENTS = {"mlp": Needs.HIDDEN_MOMENTS, "heads": Needs.MIXED_MOMENTS}

@@ -11,14 +11,14 @@ from secateur.allocate.base import Evidence, ShareAllocator
 from secateur.block import Block
 from secateur.errors import InputError
 from secateur.prices import Prices
-from secateur.statistics import BlockStatistics, Moments, Need, Needs
+from secateur.statistics import MOMENTS, BlockStatistics, Moments, Need
 from secateur.units import Unit
 
 
 def fluctuations(kind: str, block: Block, statistics: BlockStatistics) -> Tensor:
     """Var(x_j) ‖W_j‖² of what a matrix reads: (channels, 1), or (KV heads, coordinates of each)."""
     rows = block.read(kind)
-    moments = statistics[Needs.HIDDEN_MOMENTS if kind == "mlp" else Needs.MIXED_MOMENTS]
+    moments = statistics[MOMENTS[kind]]
     assert isinstance(moments, Moments)
     found: Tensor = moments.variance.view(rows.shape[:2]) * rows.square().sum(2)
     return found
@@ -42,7 +42,7 @@ class Fluctuation(ShareAllocator):
     name: ClassVar[str] = "fluctuation"
     summary: ClassVar[str] = "one threshold over standardised fluctuations of all blocks"
     source: ClassVar[str] = "arXiv 2312.11983"
-    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_MOMENTS, Needs.MIXED_MOMENTS})
+    needs: ClassVar[frozenset[Need]] = frozenset(MOMENTS.values())
 
     @property
     def reading(self) -> str:

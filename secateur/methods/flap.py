@@ -10,7 +10,7 @@ from secateur.allocate.fluctuation import Fluctuation, fluctuations
 from secateur.block import Block, mixed_bias
 from secateur.methods.scored import ScoredMethod
 from secateur.options import option
-from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.statistics import MOMENTS, BlockStatistics, Need
 from secateur.units import Unit
 
 
@@ -36,7 +36,7 @@ class FLAP(ScoredMethod):
     name: ClassVar[str] = "flap"
     summary: ClassVar[str] = "channels and heads that fluctuate least, replaced by their mean"
     source: ClassVar[str] = "arXiv 2312.11983"
-    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_MOMENTS, Needs.MIXED_MOMENTS})
+    needs: ClassVar[frozenset[Need]] = frozenset(MOMENTS.values())
 
     @property
     def allocator(self) -> Allocator:
@@ -64,8 +64,7 @@ class FLAP(ScoredMethod):
         if not self.compensate:
             return None
         rows = block.read(unit.kind)
-        need = Needs.HIDDEN_MOMENTS if unit.kind == "mlp" else Needs.MIXED_MOMENTS
-        mean = statistics[need].mean[0]
+        mean = statistics[MOMENTS[unit.kind]].mean[0]
         if unit.kind == "heads" and (own := mixed_bias(block.attention)) is not None:
             mean = mean + own
         means = mean.view(rows.shape[:2])

@@ -11,7 +11,7 @@ from secateur.curve import Curve
 from secateur.linalg import damped, least_squares, refit_errors
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.options import option
-from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.statistics import GRAMS, BlockStatistics, Need
 from secateur.units import WHOLE_HEADS, Heads, Unit
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class RefittedMethod(Method):
     """
 
     kinds: ClassVar[tuple[str, ...]] = WHOLE_HEADS
-    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_GRAM, Needs.MIXED_GRAM})
+    needs: ClassVar[frozenset[Need]] = frozenset(GRAMS.values())
     ridge: float = option(0.01, "ridge of the Grams, relative to the mean of their diagonals", 0.0)
 
     def units(self, model: "Model", multiple_of: int) -> list[Unit]:
@@ -51,7 +51,7 @@ class RefittedMethod(Method):
 def problem(unit: Unit, block: Block, statistics: BlockStatistics) -> tuple[Tensor, Tensor, int]:
     """C, W as (coordinates, outputs), and the coordinates of a channel or KV head."""
     rows = block.read(unit.kind)
-    gram = statistics[Needs.HIDDEN_GRAM if unit.kind == "mlp" else Needs.MIXED_GRAM].mean
+    gram = statistics[GRAMS[unit.kind]].mean
     return gram, rows.flatten(0, 1), rows.shape[1]
 
 

@@ -9,7 +9,7 @@ from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
 from secateur.block import Block, mixed_bias
 from secateur.methods.scored import ScoredMethod
-from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.statistics import MOMENTS, BlockStatistics, Need
 from secateur.units import Unit
 
 
@@ -31,7 +31,7 @@ class WandaSP(ScoredMethod):
     name: ClassVar[str] = "wanda-sp"
     summary: ClassVar[str] = "channels and heads by weight times activation norm, sequential"
     source: ClassVar[str] = "arXiv 2306.11695, 2312.11983"
-    needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_MOMENTS, Needs.MIXED_MOMENTS})
+    needs: ClassVar[frozenset[Need]] = frozenset(MOMENTS.values())
     rereads: ClassVar[bool] = True
 
     @property
@@ -41,9 +41,8 @@ class WandaSP(ScoredMethod):
 
     def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
         """Norm times mean weight, summed over what goes together."""
-        need = Needs.HIDDEN_MOMENTS if unit.kind == "mlp" else Needs.MIXED_MOMENTS
         rows = block.read(unit.kind)  # size, coordinates of each, outputs
-        mean, energy = statistics[need].mean.unbind()
+        mean, energy = statistics[MOMENTS[unit.kind]].mean.unbind()
         if unit.kind == "heads" and (own := mixed_bias(block.attention)) is not None:
             energy = energy + (2 * mean + own) * own  # of x with the value bias in it
         norms = energy.clamp_min(0.0).sqrt().view(rows.shape[:2])
