@@ -99,6 +99,19 @@ class Allocator(ABC):
         self.check_units(units)
         prices.check(units, self.least(units, prices), keep)
 
+    def judge(self, evidence: Evidence) -> Callable[[Mapping[str, int]], float]:
+        """The judge of whole plans, for an allocator that searches.
+
+        Raises:
+            InputError: there is none.
+        """
+        if evidence.judge is None:
+            raise InputError(
+                f"{self.name} judges narrowed models, and there is no judge; give make_plan the "
+                "store with the statistics."
+            )
+        return evidence.judge
+
     @abstractmethod
     def allocate(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float

@@ -6,7 +6,6 @@ from itertools import groupby
 from typing import ClassVar
 
 from secateur.allocate.base import Allocator, Evidence
-from secateur.errors import InputError
 from secateur.options import option
 from secateur.prices import Prices
 from secateur.units import Unit
@@ -52,12 +51,7 @@ class Greedy(Allocator):
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, int]:
         """What is left when the budget is met."""
-        judge = evidence.judge
-        if judge is None:
-            raise InputError(
-                "greedy judges narrowed models, and there is no judge; give make_plan the store "
-                "with the statistics."
-            )
+        judge = self.judge(evidence)
         self.check(units, prices, keep)
         budget, sizes = prices.budget(units, keep), {unit.name: unit.size for unit in units}
         left, gone = self._groups(units), []

@@ -8,7 +8,6 @@ from typing import ClassVar
 from secateur.allocate.base import Evidence
 from secateur.allocate.knapsack import Knapsack
 from secateur.curve import Curve
-from secateur.errors import InputError
 from secateur.options import option
 from secateur.prices import Prices
 from secateur.units import Unit
@@ -58,11 +57,7 @@ class SPDY(Knapsack):
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float
     ) -> dict[str, int]:
         """The sizes of the best weights that the search meets."""
-        if evidence.judge is None:
-            raise InputError(
-                "spdy judges narrowed models, and there is no judge; give make_plan the store "
-                "with the statistics."
-            )
+        judge = self.judge(evidence)
         self.check(units, prices, keep)
         rng, known = random.Random(self.search_seed), dict[tuple[int, ...], float]()
         names = [unit.name for unit in units if not unit.fixed]
@@ -76,7 +71,7 @@ class SPDY(Knapsack):
             sizes = self.weighted(tried, units, evidence, prices, keep)
             key = tuple(sizes[unit.name] for unit in units)
             if key not in known:
-                known[key] = evidence.judge(sizes)
+                known[key] = judge(sizes)
             if known[key] < least:
                 least, best, weights = known[key], sizes, tried
         return best
