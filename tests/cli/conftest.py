@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import json
 import random
 import shutil
 import subprocess
@@ -36,6 +37,29 @@ PROSE = (
     "a sharp blade leaves a clean wound while dull shears crush what should heal roots drink "
     "water stones hold warmth and patience makes apples sweet"
 )
+WEIGHTS = "model.safetensors"
+COUNTED = {
+    "parameters": "parameters",
+    "bytes": "bytes",
+    "flops": "flops_per_token",
+    "cache": "cache_bytes_per_token",
+}
+PARAMETERS = 2 * (3 * 64 * 32 + 2 * 8 * 32 * 6)  # of what can shrink in ``model``
+WHOLE = {
+    "parameters": PARAMETERS,
+    "bytes": 4 * PARAMETERS,
+    "flops": 2 * PARAMETERS,
+    "cache": 2 * 2 * (8 + 8) * 4,
+}
+ALLOCATORS = ("uniform", "influence", "knapsack", "fluctuation")
+TIMES = {  # nanoseconds of a machine that tests can rely on; 2400 of them are fixed
+    "nanoseconds": {
+        "mlp": {0: 0, 64: 6400},
+        "query_key": {0: 0, 8: 800},
+        "value_output": {0: 0, 8: 1600},
+    },
+    "forward": 20_000,
+}
 
 
 @dataclass(frozen=True)
@@ -238,3 +262,93 @@ def compress(run: Any, near: list[str], model: Path, text: Path, held: Path, roo
         return run("compress", *places, *given, *SMALL, *args)
 
     return command
+
+
+@pytest.fixture
+def given(text):
+    return ["--calibration", text, "--samples", 4, "--length", 32]
+
+
+@pytest.fixture
+def plan(run, model, given):
+    """The plan that a few flags lead to."""
+
+    def made(*flags, source=None):
+        shown = run("plan", source or model, *given, "--dry-run", "--json", *flags)
+        return json.loads(shown.succeeded().out)
+
+    return made
+
+
+@pytest.fixture
+def refused(run, model, given, room):
+    """Hold the refusal of a plan against words; it leaves nothing."""
+
+    def check(*flags, words=(), source=None):
+        found = run("plan", source or model, *given, "-o", room / "p.json", *flags)
+        found.refused(*words)
+        assert list(room.iterdir()) == []
+        return found.message[0]
+
+    return check
+
+
+@pytest.fixture
+def replay(run, model, held, room, near):
+    """Apply a plan, given as data, and return the record of the result."""
+
+    def applied(content):
+        (room / "plan.json").write_text(json.dumps(content))
+        judge = ["--eval", held, "--no-speed", "--eval-windows", 2, "--new-tokens", 4]
+        run("compress", model, room / "out", "--plan", room / "plan.json", *judge).succeeded()
+        return json.loads((room / "out" / "secateur" / "report.json").read_text())
+
+    return applied
+
+
+@pytest.fixture
+def machine(monkeypatch, forget):
+    """A machine of known times and an empty cache; the value lists what was measured on it."""
+    from secateur import latency
+
+    measured = []
+
+    def times(model, goal, own):
+        measured.append((goal.batch, goal.length))
+        return latency.Table(of=own, **TIMES)
+
+    forget()
+    monkeypatch.setattr(latency, "_measure", times)
+    return measured
+
+
+def sizes(plan, kind=None):
+    return {row["unit"]: row["after"] for row in plan["units"] if kind in (None, row["kind"])}
+
+
+def numbers_on_disk(folder):
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors").values()
+    return sum(t.numel() for t in tensors if t.is_floating_point())
+
+
+def opened(folder):
+    """The class that transformers opens a folder with, once every weight has found its place."""
+    from transformers import AutoModelForCausalLM
+
+    module, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return type(module)
+
+
+def report_of(out):
+    return json.loads((out / "secateur" / "report.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(secateur, model, text, held, tmp_path_factory):
+    """One whole run as a user has it, with JSON and speed; no test may change it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    given = ["--calibration", text, "--eval", held, "--json", *SMALL[1:]]
+    return out, secateur("compress", model, out, *given).succeeded()

@@ -1,0 +1,72 @@
+"""The tier that stock classes load, and the one that brings its code along."""
+
+import json
+
+import pytest
+from conftest import ALLOCATORS, numbers_on_disk, opened, sizes
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"), [(("auto",), 2), (("modegpt",), 2), (("flap", "--compensate", 0), 1)]
+)
+def test_the_plain_tier_is_one_width_and_stock_code(compress, room, flags, kinds):
+    from transformers import LlamaForCausalLM
+
+    compress("--tier", "plain", "--keep", 0.7, "--method", *flags).succeeded()
+    written = json.loads((room / "out" / "secateur" / "plan.json").read_text())
+    report = json.loads((room / "out" / "secateur" / "report.json").read_text())
+    assert written["tier"] == report["tier"] == "plain"
+    untouched = [row for row in written["units"] if row["kind"] != "mlp"]
+    assert len(untouched) == 2 * kinds
+    assert all(row["after"] == row["before"] for row in untouched)
+    assert set(sizes(written, "mlp").values()) == {32}  # the largest eighth within the budget
+    assert not list((room / "out").glob("*.py"))
+    config = json.loads((room / "out" / "config.json").read_text())
+    assert (config["model_type"], config["intermediate_size"]) == ("llama", 32)
+    assert "auto_map" not in config
+    assert opened(room / "out") is LlamaForCausalLM
+    assert numbers_on_disk(room / "out") == report["compressed"]["parameters"]
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_biases_that_stock_classes_have_no_place_for_are_refused(
+    refused, compress, near, room, command
+):
+    flags, words = (
+        ("--tier", "plain", "--keep", 0.7, "--method", "flap"),
+        ["flap", "--compensate 0"],
+    )
+    if command == "plan":
+        refused(*flags, words=words)
+    else:
+        compress(*flags).refused(*words)
+        assert list(room.iterdir()) == []
+    assert near == []
+
+
+def test_the_other_tier_brings_its_code_along(compress, room):
+    """What the test above would find if ``--tier`` did nothing."""
+    compress("--keep", 0.7).succeeded()
+    assert json.loads((room / "out/secateur/report.json").read_text())["tier"] == "per-layer"
+    assert [path.name for path in (room / "out").glob("*.py")] == ["modeling_secateur.py"]
+
+
+def test_a_plan_of_the_plain_tier_is_replayed(plan, replay, compress, room):
+    made = plan("--tier", "plain", "--keep", 0.7)
+    assert replay(made)["tier"] == "plain"
+    compress("--tier", "plain", "--keep", 0.7, out=room / "again").succeeded()
+    weights = [(room / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "flags", [*(("--allocator", name) for name in ALLOCATORS), ("--cells", "200")], ids=" ".join
+)
+def test_the_plain_tier_leaves_nothing_to_allocate(refused, flags):
+    asked = "knapsack" if flags[0] == "--cells" else flags[1]
+    refused("--tier", "plain", *flags, words=["tier plain", f"'{asked}'"])
+
+
+def test_the_tier_and_its_allocator_are_one(plan):
+    flags = ("--keep", 0.7, "--allocator", "plain")
+    assert plan(*flags) == plan(*flags, "--tier", "plain") == plan(*flags[:2], "--tier", "plain")
