@@ -126,7 +126,7 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Ro
     tokens = calibration_tokens(calibration, model.tokenizer)
     goal = Goal(multiple_of=arguments.multiple_of)
     start, store = time.perf_counter(), Store()
-    calibrate(model, tokens, kind.needs | allocators[0].needs, store)
+    calibrate(model, tokens, kind().needs | allocators[0].needs, store)
     evidence = score(model, kind(), store, tokens, allocators[0])
     before = time.perf_counter() - start
     for keep in arguments.keeps:

@@ -60,7 +60,7 @@ def calibrated(opened: Callable[..., Model]) -> Callable[[str], Calibrated]:
     """Variant name to statistics for all methods and their allocators; not to be changed."""
     needs = frozenset()
     for method in map(method_class, METHODS):
-        needs |= method.needs | method().allocator.needs
+        needs |= method().needs | method().allocator.needs
 
     @cache
     def statistics(name: str) -> Calibrated:

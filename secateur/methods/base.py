@@ -65,7 +65,6 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
-    needs: ClassVar[frozenset[Need]]
     #: the axes that it narrows
     kinds: ClassVar[tuple[str, ...]] = WIDTHS
     #: the axes that stay whole, and that a budget counts all the same: ``keep`` means one thing
@@ -78,6 +77,11 @@ class Method(ABC):
         checked(self)
         if not 0 < self.keep <= 1:
             raise InputError(f"keep {self.keep!r} should be above 0 and at most 1, e.g. 0.8.")
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Need]:
+        """The statistics that :meth:`solve` reads; a class variable unless options say which."""
 
     @property
     @abstractmethod

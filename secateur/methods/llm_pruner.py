@@ -43,14 +43,20 @@ class LLMPruner(ScoredMethod):
     name: ClassVar[str] = "llm-pruner"
     summary: ClassVar[str] = "channels and heads that the loss's gradient misses least"
     source: ClassVar[str] = "arXiv 2305.11627"
-    needs: ClassVar[frozenset[Need]] = frozenset(LOSS.values())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.taylor not in FORMS:
             raise InputError(f"--taylor {self.taylor!r}: {nearest(self.taylor, FORMS)}")
-        if self.taylor in ("second", "mix"):  # dearer, so collected only where it is asked for
-            object.__setattr__(self, "needs", frozenset(CURVED_LOSS.values()))
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Gradients, and their squares only where they are asked for, as these are dearer."""
+        return frozenset(self._loss.values())
+
+    @property
+    def _loss(self) -> dict[str, Need]:
+        return CURVED_LOSS if self.taylor in ("second", "mix") else LOSS
 
     @property
     def allocator(self) -> Allocator:
@@ -59,6 +65,4 @@ class LLMPruner(ScoredMethod):
 
     def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
         """What the loss loses, as far as the form tells."""
-        form = FORMS[self.taylor]
-        need = (LOSS if form < 2 else CURVED_LOSS)[unit.kind]
-        return statistics[need].mean[form].abs()
+        return statistics[self._loss[unit.kind]].mean[FORMS[self.taylor]].abs()

@@ -204,7 +204,7 @@ def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, nam
         assert measured < 0.98 * without or measured < 1e-6  # only dead channels were left out
 
 
-@methods(lambda method: Needs.VALUE_GRAM in method.needs)
+@methods(lambda method: Needs.VALUE_GRAM in method().needs)
 @every_family
 def test_predicted_value_error_is_the_measured_one(opened, calibrated, method, name):
     """Of methods that look at values before attention mixes them."""
