@@ -24,7 +24,7 @@ class FirstOrder(Statistic):
     """What scaling a channel or a KV head down does to a functional, to first order: (2, size).
 
     Σ |g∘w| and Σ g∘w over the parameters w of each, g the gradient summed over all tokens. The
-    absolute value is that of the whole sum, so parts from several processes cannot be merged.
+    absolute value is that of the whole sum, so it is fed once, and parts of it do not add up.
     """
 
     what = "gradients"
@@ -33,9 +33,6 @@ class FirstOrder(Statistic):
         weights, gradient = (value.double() for value in values[:2])
         products = weights * gradient
         return torch.stack((products.abs().sum(1), products.sum(1)))
-
-    def merge(self, other: Statistic) -> None:
-        raise TypeError("gradients of parts cannot be merged once absolute values are taken")
 
 
 class SecondOrder(FirstOrder):

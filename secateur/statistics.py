@@ -50,12 +50,6 @@ class Statistic(ABC):
         self.total = None if self.total is None else self.total.to(device)
         return self
 
-    def merge(self, other: Self) -> None:
-        """Add what another process or batch has summed."""
-        if other.total is not None:
-            self.total = other.total.clone() if self.total is None else self.total + other.total
-            self.tokens += other.tokens
-
     @property
     def mean(self) -> Tensor:
         """The sum divided by the number of tokens, float64.
@@ -73,12 +67,22 @@ class Statistic(ABC):
         return self.total / self.tokens
 
 
+class Additive(Statistic):
+    """One whose sum over all tokens is that of any parts of them."""
+
+    def merge(self, other: Self) -> None:
+        """Add what another process or batch has summed."""
+        if other.total is not None:
+            self.total = other.total.clone() if self.total is None else self.total + other.total
+            self.tokens += other.tokens
+
+
 def wide(values: Tensor) -> Tensor:
     """At least float32: a sum of squares in float16 overflows, in bfloat16 it loses its digits."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-class Gram(Statistic):
+class Gram(Additive):
     """Σ xᵀx of (batch, tokens, n) activations: (n, n)."""
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ class Gram(Statistic):
         return rows.t() @ rows
 
 
-class HeadGram(Statistic):
+class HeadGram(Additive):
     """Σ xᵀx of each head of (batch, tokens, heads, n) activations: (heads, n, n)."""
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
@@ -94,14 +98,14 @@ class HeadGram(Statistic):
         return rows.transpose(1, 2) @ rows
 
 
-class Energy(Statistic):
+class Energy(Additive):
     """Σ x² of every coordinate of (batch, tokens, …) activations: the diagonal of a Gram."""
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         return values[0][mask].square().sum(0)
 
 
-class Moments(Statistic):
+class Moments(Additive):
     """Σ x and Σ x² of every coordinate of (batch, tokens, n) activations: (2, n).
 
     Both in float64, as a variance is a small difference of large sums where a mean is large.
@@ -118,7 +122,7 @@ class Moments(Statistic):
         return (second - first.square()).clamp_min(0.0)
 
 
-class Influence(Statistic):
+class Influence(Additive):
     """Σ (1 − cosine) between a block's input and output, both (batch, tokens, hidden).
 
     The mean is the block influence of ShortGPT (arXiv 2403.03853, equation 1).
@@ -130,7 +134,7 @@ class Influence(Statistic):
         return (1 - torch.cosine_similarity(before, after, -1)).sum()
 
 
-class Change(Statistic):
+class Change(Additive):
     """What a block makes of its input x, with y its output, both (batch, tokens, hidden).
 
     Σ (y − x), Σ ‖y − x‖² and Σ ‖y‖² behind one another, in float64: (hidden + 2).
@@ -143,7 +147,7 @@ class Change(Statistic):
         return torch.cat((change.sum(0), energies))
 
 
-class Angle(Statistic):
+class Angle(Additive):
     """Σ arccos(cosine) / π between a block's input and output, both (batch, tokens, hidden)."""
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ class Angle(Statistic):
         return cosine.arccos().sum() / torch.pi
 
 
-class Cross(Statistic):
+class Cross(Additive):
     """Σ xᵀt of features (batch, tokens, n) and targets (batch, tokens, outputs): (n, outputs)."""
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
@@ -160,7 +164,7 @@ class Cross(Statistic):
         return features[mask].t() @ targets[mask]
 
 
-class PairScores(Statistic):
+class PairScores(Additive):
     """What each rotary pair of a head adds to the attention's output: (kv heads, 2 pairs, 2 pairs).
 
     For a query head, let S_p[t, s] be what pair p adds to the score of query t and key s, A the

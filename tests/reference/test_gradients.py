@@ -12,7 +12,7 @@ from secateur import gradients as module
 from secateur.allocate.base import Evidence
 from secateur.allocate.middle import Middle
 from secateur.allocate.nirvana import TwoThresholds
-from secateur.gradients import CURVED_LOSS, LOGITS, LOSS, SecondOrder, collect_gradients
+from secateur.gradients import CURVED_LOSS, LOGITS, LOSS, collect_gradients
 from secateur.methods.llm_pruner import FORMS, LLMPruner
 from secateur.methods.nirvana import Nirvana
 from secateur.prices import counted
@@ -201,11 +201,6 @@ def test_text_without_a_following_token_is_refused(opened):
     alone = Tokens(tokens.ids, torch.arange(12).expand(3, 12) < 1)
     with pytest.raises(InputError, match="more text"):
         collect_gradients(opened("llama"), alone, LOSS.values())
-
-
-def test_absolute_values_are_not_merged():
-    with pytest.raises(TypeError, match="merged"):
-        SecondOrder().merge(SecondOrder())
 
 
 @pytest.mark.parametrize("form", FORMS)
