@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from secateur.allocate.knapsack import Knapsack
     from secateur.allocate.uniform import Uniform
     from secateur.calibration import Store, calibrate
-    from secateur.evaluate.judge import Questions, Text, judge_apart
+    from secateur.evaluate.judge import Questions, judge_apart
     from secateur.goal import Goal
     from secateur.methods.auto import Auto
     from secateur.methods.base import Method
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from secateur.plan import Plan, make_plan
     from secateur.scores import score
     from secateur.select import select_calibration
-    from secateur.text import Calibration, calibration_tokens
+    from secateur.text import Calibration, Text, calibration_tokens
 
 _HOMES = {
     "Auto": "secateur.methods.auto",
@@ -43,7 +43,7 @@ _HOMES = {
     "Questions": "secateur.evaluate.judge",
     "Settings": "secateur.model",
     "Store": "secateur.calibration",
-    "Text": "secateur.evaluate.judge",
+    "Text": "secateur.text",
     "calibrate": "secateur.calibration",
     "calibration_tokens": "secateur.text",
     "compress": "secateur.pipeline",

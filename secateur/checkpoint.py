@@ -203,13 +203,13 @@ def write_config(model: Model, tier: Tier, folder: Path) -> None:
         fields["auto_map"] = {
             "AutoConfig": f"{code}.{prefix}{type(config).__name__}",
             "AutoModel": f"{code}.{prefix}{base}",
-            "AutoModelForCausalLM": f"{code}.{prefix}{stock}",
+            model.use.auto: f"{code}.{prefix}{stock}",
         }
         fields["secateur"] = layout(model)
         shutil.copy(str(modeling_secateur.__file__), folder)
     fields.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    if model.module.generation_config is not None:
+    if getattr(model.module, "generation_config", None) is not None:
         # Its own save_pretrained refuses settings that many published models carry.
         text = model.module.generation_config.to_json_string()
         (folder / "generation_config.json").write_text(text)

@@ -163,8 +163,10 @@ def compress(
     """
     from secateur import inputs, pipeline, present
     from secateur.evaluate.judge import quiet
+    from secateur.model import read_config
     from secateur.plan import read_plan
     from secateur.progress import for_terminal
+    from secateur.uses import use_of
 
     quiet()
     if plan_file is not None:
@@ -174,7 +176,8 @@ def compress(
     else:
         made, calibration = _method(ctx, rest), _calibration(rest)
         goal, allocator = _goal(rest), _allocator(ctx, rest)
-    questions = _questions(rest, inputs.default_texts(calibration), calibration.length)
+    use = use_of(read_config(model, _settings(rest)))
+    questions = _questions(rest, inputs.default_texts(calibration, use), calibration.length)
     report = pipeline.compress(
         model,
         out,
@@ -204,9 +207,9 @@ def evaluate(model: str, as_json: bool, **rest: Any) -> None:
     from dataclasses import asdict
 
     from secateur import present
-    from secateur.evaluate.judge import Text, judge_apart
+    from secateur.evaluate.judge import judge_apart
     from secateur.progress import for_terminal
-    from secateur.text import BUNDLED
+    from secateur.text import BUNDLED, Text
 
     questions = _questions(rest, (Text("Python docs (bundled)", BUNDLED),), None)
     verdict = judge_apart(model, questions, _settings(rest), for_terminal())
@@ -263,7 +266,8 @@ def _calibration(options: dict[str, Any]) -> "Calibration":
 
 
 def _questions(options: dict[str, Any], default: Any, length: int | None) -> "Questions":
-    from secateur.evaluate.judge import Questions, Text
+    from secateur.evaluate.judge import Questions
+    from secateur.text import Text
 
     sources = list(dict.fromkeys(options["texts"]))
     names = [Path(source).name for source in sources]

@@ -16,6 +16,7 @@ from secateur.errors import InputError
 from secateur.model import Model
 from secateur.statistics import Need, Statistic, wide
 from secateur.text import Tokens
+from secateur.uses import Use
 
 TOKENS_PER_BACKWARD = 1024  # what a backward pass needs is kept for all blocks at once
 
@@ -49,7 +50,7 @@ class SecondOrder(FirstOrder):
         return torch.cat((super().summed(weights, gradient, mask=mask), both))
 
 
-#: kind of unit → first-order statistic of the mean next-token loss
+#: kind of unit → first-order statistic of the mean loss
 LOSS = {kind: Need(f"loss:{kind}", FirstOrder) for kind in ("mlp", "heads")}
 #: the same with second order
 CURVED_LOSS = {kind: Need(f"loss:{kind}", SecondOrder) for kind in ("mlp", "heads")}
@@ -57,27 +58,24 @@ CURVED_LOSS = {kind: Need(f"loss:{kind}", SecondOrder) for kind in ("mlp", "head
 LOGITS = {kind: Need(f"logits:{kind}", FirstOrder) for kind in ("mlp", "heads")}
 
 
-def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-    """Cross-entropy summed over the real tokens that have a real one before them, and their count.
-
-    Padding stands at the end, so what predicts a real token is real.
-    """
-    real = mask[:, 1:]
-    scores, following = logits[:, :-1][real], ids[:, 1:][real]
-    return nn.functional.cross_entropy(scores, following, reduction="sum"), len(following)
+def own_loss(use: Use, logits: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
+    """The loss that the model was trained on, summed over all that it says, and their number."""
+    return use.loss(logits, tokens)
 
 
-def highest_logits(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, int]:
-    """The highest logit of every token of the vocabulary over the real positions of each window.
+def highest_logits(use: Use, logits: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
+    """The highest logit of every class over the positions of each window that count.
 
     Their sum and their number, which is windows × vocabulary.
     """
-    highest = logits.masked_fill(~mask.unsqueeze(-1), -torch.inf).max(1).values
+    counted = use.counted(tokens).unsqueeze(-1)
+    rows = logits.masked_fill(~counted, -torch.inf).view(len(logits), -1, logits.shape[-1])
+    highest = rows.max(1).values
     return highest.sum(), highest.numel()
 
 
-Functional = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, int]]
-FUNCTIONALS: dict[str, Functional] = {"loss": next_token_loss, "logits": highest_logits}
+Functional = Callable[[Use, Tensor, Tokens], tuple[Tensor, int]]
+FUNCTIONALS: dict[str, Functional] = {"loss": own_loss, "logits": highest_logits}
 
 
 def needs_gradients(need: Need) -> bool:
@@ -167,16 +165,15 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _backward(model: Model, tokens: Tokens, functional: Functional, sums: _Sums) -> None:
-    rows = 1 if sums.squared else max(1, TOKENS_PER_BACKWARD // tokens.ids.shape[1])
+    rows = 1 if sums.squared else max(1, TOKENS_PER_BACKWARD // tokens.length)
     with _differentiable(model.module, sums):
-        for start in range(0, len(tokens.ids), rows):
-            ids = tokens.ids[start : start + rows].to(model.device)
-            mask = tokens.mask[start : start + rows].to(model.device)
-            logits = model.module(input_ids=ids, use_cache=False).logits
-            value, sums.terms = functional(wide(logits), ids, mask)
+        for start in range(0, len(tokens), rows):
+            given = tokens[start : start + rows].to(model.device)
+            logits = model.module(**model.use.inputs(given)).logits
+            value, sums.terms = functional(model.use, wide(logits), given)
             if sums.terms:
                 value.backward()
-                sums.count, sums.windows = sums.count + sums.terms, sums.windows + len(ids)
+                sums.count, sums.windows = sums.count + sums.terms, sums.windows + len(given)
     if sums.count == 0:
         raise InputError("calibration saw no token that another one predicts; give it more text.")
 

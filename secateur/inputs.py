@@ -4,29 +4,29 @@ from dataclasses import replace
 from pathlib import Path
 
 from secateur.errors import InputError
-from secateur.evaluate.judge import Text
 from secateur.model import (
     Settings,
     anatomy_of,
     locate,
     not_served,
-    open_tokenizer,
+    open_reader,
     positions,
     read_config,
 )
-from secateur.text import BUNDLED, SET_ASIDE, Calibration, Tokens, calibration_tokens, expanded
+from secateur.text import BUNDLED, SET_ASIDE, Calibration, Text, Tokens, expanded
 from secateur.units import Unit
+from secateur.uses import Use, use_of
 
 TOKENS_PER_CHANNEL = 8
 
 
-def default_texts(calibration: Calibration) -> tuple[Text, ...]:
-    """Two texts that calibration never sees: the end of its own source, and the bundled one."""
+def default_texts(calibration: Calibration, use: Use) -> tuple[Text, ...]:
+    """What calibration never sees: the end of its own source and, of texts, the bundled one."""
     bundled = Text("Python docs (bundled)", BUNDLED)
     if calibration.source == BUNDLED:
         return (bundled,)
     own = Text(f"rest of {Path(calibration.source).name}", calibration.source, SET_ASIDE)
-    return (own, bundled)
+    return (own, bundled) if use.reads_text else (own,)
 
 
 def unseen(texts: tuple[Text, ...], calibration: Calibration) -> tuple[Text, ...]:
@@ -57,7 +57,7 @@ def overlaps(texts: tuple[Text, ...], calibration: Calibration) -> list[str]:
 
 def text_notes(calibration: Calibration, tokens: Tokens, units: list[Unit]) -> list[str]:
     """What a user should know about the amount of calibration text."""
-    notes, samples, widest = [], len(tokens.ids), max(unit.size for unit in units)
+    notes, samples, widest = [], len(tokens), max(unit.size for unit in units)
     if samples < calibration.samples:
         notes.append(f"the text gives {samples} of the {calibration.samples} samples asked for")
     if tokens.count < TOKENS_PER_CHANNEL * widest:
@@ -87,7 +87,8 @@ def read_calibration(source: str, calibration: Calibration, settings: Settings) 
         raise InputError(
             f"--length {calibration.length} is more than the model's {room} positions."
         )
-    return calibration_tokens(calibration, open_tokenizer(source, settings))
+    use = use_of(config)
+    return use.calibration(calibration, open_reader(source, settings, use))
 
 
 def check_out(out: Path, sources: list[str]) -> None:

@@ -22,7 +22,6 @@ from secateur.model import Model
 from secateur.prices import Prices
 from secateur.records import Record, read_record
 from secateur.stream import Stream
-from secateur.text import Tokens
 from secateur.units import DEPTH, EVERY_BLOCK, WIDTHS, Unit
 from secateur.version import __version__
 
@@ -126,11 +125,11 @@ def _identity(model: Model, goal: Goal) -> dict[str, Any]:
 
 
 def _measure(model: Model, goal: Goal, own: dict[str, Any]) -> Table:
-    ids = torch.zeros(goal.batch, goal.length, dtype=torch.int64)
-    stream = Stream(model, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), rows=goal.batch)
+    tokens = model.use.example(model.config, goal.batch, goal.length)
+    stream = Stream(model, tokens, rows=goal.batch)
     block, batch = model.blocks[0], stream.batches[0]
     states = stream.at(batch)
-    whole = partial(model.module, input_ids=ids.to(model.device), use_cache=False)
+    whole = partial(model.module, **model.use.inputs(tokens.to(model.device)))
     units = {unit.kind: unit for unit in block.units(1, (*WIDTHS, "heads", *DEPTH))}
     jobs: dict[tuple[str, int], dict[str, int]] = {}
     for kind, unit in units.items():

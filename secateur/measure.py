@@ -26,7 +26,7 @@ PASSES = 4.5
 class Divergence:
     """KL divergence of the model's output, while a unit is narrowed, from that of the dense model.
 
-    In nats a token, mean over the real tokens of some calibration windows. Hidden states are kept
+    In nats, mean over the outputs that count of some calibration windows. Hidden states are kept
     before the block at hand, so only the blocks behind it run again. With p the dense model's
     probabilities and z the narrowed one's logits, KL = Σ p log p − Σ p z + log Σ exp z.
     """
@@ -49,10 +49,10 @@ class Divergence:
         total, count, behind = 0.0, 0, self.model.blocks[block.index :]
         for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
             found = self._logits(batch, self.stream.at(batch), behind)
-            mask = self.stream.mask(batch)
+            counted = self.stream.counted(batch)
             terms = negentropy - torch.linalg.vecdot(dense, found) + found.logsumexp(-1)
-            total += float(terms[mask].double().sum())
-            count += int(mask.sum())
+            total += float(terms[counted].double().sum())
+            count += int(counted.sum())
         if not math.isfinite(total):
             raise InputError(
                 f"block {block.index}: a narrowed model gives NaN or infinite logits; try --dtype "
@@ -76,9 +76,8 @@ def windows_to_measure(tokens: Tokens, units: int) -> Tokens:
     A measurement runs half of the blocks on average. The solutions were fitted to these windows
     too, so losses are too small where there is little text.
     """
-    count = math.ceil(2 * PASSES * len(tokens.ids) / (units * len(SHARES)))
-    count = min(len(tokens.ids), max(2, count))
-    return Tokens(tokens.ids[:count], tokens.mask[:count])
+    count = math.ceil(2 * PASSES * len(tokens) / (units * len(SHARES)))
+    return tokens[: min(len(tokens), max(2, count))]
 
 
 def measure_losses(

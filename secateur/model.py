@@ -12,13 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedModel
 
 from secateur import bundled
 from secateur.anatomy import FAMILIES, Anatomy, find
@@ -26,6 +20,7 @@ from secateur.block import Block
 from secateur.errors import InputError, nearest
 from secateur.text import expanded
 from secateur.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
+from secateur.uses import PREFIX, Use, use_of
 
 DEMO = "demo"
 DTYPES = {
@@ -84,14 +79,14 @@ class Model:
     Attributes:
         source: folder or hub id it came from.
         module: the transformers model, in the compute dtype, in evaluation mode.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; of a model that reads images, its image processor.
         stored: dtype of the weights on disk, and of what will be written.
         anatomy: its family, or None where the family is unknown.
     """
 
     source: str
     module: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     stored: torch.dtype
     anatomy: Anatomy | None
 
@@ -99,6 +94,11 @@ class Model:
     def config(self) -> Any:
         """The transformers config."""
         return self.module.config
+
+    @cached_property
+    def use(self) -> Use:
+        """What it is for."""
+        return use_of(self.config)
 
     @property
     def positions(self) -> int | None:
@@ -217,7 +217,7 @@ def not_served(config: Any) -> str:
             f"{family.refusal(config)}. Models of family {family.family} without that can be "
             f"narrowed; `secateur inspect` and `secateur eval` take this one too."
         )
-    if model_type.startswith("secateur_"):
+    if model_type.startswith(PREFIX):
         return "this checkpoint is already compressed; start from the original model instead."
     served = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
     return (
@@ -244,14 +244,13 @@ def skeleton(source: str, settings: Settings) -> Model:
         InputError: there is no such model, or transformers cannot build it.
     """
     config = read_config(source, settings)
+    use = use_of(config)
     try:
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=settings.trust_remote_code
-            )
+            module = use.opener.from_config(config, trust_remote_code=settings.trust_remote_code)
     except (ValueError, KeyError, TypeError, ImportError) as error:
         raise InputError(
-            f"model {source!r}: transformers cannot build a causal language model from its config "
+            f"model {source!r}: transformers cannot build a {use.what} from its config "
             f"(model_type {config.model_type!r}): {_first_line(error)}"
         ) from error
     stored = getattr(config, "dtype", None) or torch.float32
@@ -296,7 +295,7 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
     config = read_config(source, settings)
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = use_of(config).opener.from_pretrained(
             locate(source),
             config=config,
             dtype="auto",
@@ -340,9 +339,10 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
                 f"model {source!r}: {name} holds NaN or infinite numbers; the file is damaged, or "
                 f"the training that wrote it had diverged."
             )
-    tokenizer = open_tokenizer(source, settings)
-    check_vocabulary(source, tokenizer, module)
-    return Model(source, module, tokenizer, stored, anatomy)
+    reader = open_reader(source, settings, use_of(config))
+    if use_of(config).reads_text:
+        check_vocabulary(source, reader, module)
+    return Model(source, module, reader, stored, anatomy)
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -351,29 +351,26 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def open_tokenizer(source: str, settings: Settings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or hub id.
+def open_reader(source: str, settings: Settings, use: Use) -> Any:
+    """Load the tokenizer, or image processor, of a folder or hub id.
 
     Raises:
         InputError: there is none, or it is damaged or empty.
     """
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            locate(source), revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
+        return use.open_reader(locate(source), **options)
+    except InputError:  # one kind of ValueError
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "tokenizer" if use.reads_text else "image processor"
         raise InputError(
-            f"model {source!r}: its tokenizer files are missing or damaged ({_first_line(error)}). "
+            f"model {source!r}: its {what} files are missing or damaged ({_first_line(error)}). "
             f"Fetch them again, from the model that the weights are from."
         ) from error
-    if not tokenizer.get_vocab():
-        raise InputError(f"model {source!r}: its tokenizer is empty or missing.")
-    return tokenizer  # type: ignore[no-any-return]
 
 
-def check_vocabulary(
-    source: str, tokenizer: PreTrainedTokenizerBase, module: PreTrainedModel
-) -> None:
+def check_vocabulary(source: str, tokenizer: Any, module: PreTrainedModel) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for."""
     embeddings: Any = module.get_input_embeddings()
     rows, highest = embeddings.weight.shape[0], max(tokenizer.get_vocab().values())

@@ -102,6 +102,7 @@ def _scores(block: Block, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
     root = torch.linalg.cholesky(metric + tiny[:, None, None] * eye)
     value = value.repeat_interleave(attention.num_key_value_groups, 1)
     turning = torch.arange(attention.query_key // 2, device=query.device) < block.heads.rotary // 2
-    window = torch.tensor(attention.sliding_window or query.shape[2], device=query.device)
+    reach = (attention.sliding_window or query.shape[2]) if attention.is_causal else 0
+    window = torch.tensor(reach, device=query.device)
     cap = () if attention.soft_cap is None else (query.new_tensor(attention.soft_cap),)
     return query * attention.scaling, key, value @ root.to(value.dtype), turning, window, *cap

@@ -25,7 +25,7 @@ from secateur.inputs import (
     unseen,
 )
 from secateur.methods.base import Method
-from secateur.model import Model, Settings, skeleton
+from secateur.model import Model, Settings, read_config, skeleton
 from secateur.plan import Plan, check_sizes, match_units
 from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
 from secateur.progress import Progress
@@ -33,7 +33,8 @@ from secateur.propagate import narrow_blocks
 from secateur.report import Report
 from secateur.select import cheap
 from secateur.stopwatch import Stopwatch
-from secateur.text import Calibration, Tokens, read_documents
+from secateur.text import Calibration, Tokens
+from secateur.uses import use_of
 from secateur.workspace import Workspace
 
 TESTIMONY_TOKENS = 24
@@ -60,7 +61,7 @@ def compress(
     ``out`` appears. Don't use it for a model that is already compressed.
 
     Args:
-        source: folder or hub id of a causal language model.
+        source: folder or hub id of a model.
         out: folder that must not exist, unless ``overwrite``.
         method: for example ``Auto(keep=0.8)``.
         calibration: the text that decides; by default the bundled one.
@@ -94,14 +95,15 @@ def compress(
         plan, goal = None, goal or Goal()
         allocator = chosen_allocator(method, goal, allocator)
     calibration = calibration or Calibration()
-    questions = questions or Questions(default_texts(calibration), length=calibration.length)
+    use = use_of(read_config(str(source), settings))
+    questions = questions or Questions(default_texts(calibration, use), length=calibration.length)
     questions = replace(questions, texts=unseen(questions.texts, calibration))
     source, out = str(source), Path(out).expanduser()
     inputs_found = [source, calibration.source, *(text.source for text in questions.texts)]
     check_out(out, inputs_found)
     tokens = read_calibration(source, calibration, settings)
     for text in questions.texts:
-        read_documents(text.source)
+        use.check(text.source)
     for note in overlaps(questions.texts, calibration):
         progress.say(f"note: {note}")
     shapes = skeleton(source, settings)
@@ -127,7 +129,8 @@ def compress(
     watch = Stopwatch()
     with workspace.opened(inputs):
         with watch.measure("evaluate"):
-            dense = _dense(source, questions, settings, progress, workspace)
+            outputs = workspace.folder / "dense.safetensors"
+            dense = _dense(source, questions, settings, progress, workspace, outputs)
         prepared = prepare(
             source,
             plan or method,
@@ -141,12 +144,14 @@ def compress(
             watch,
             progress,
         )
-        memory, ids = write(prepared, workspace.result, watch, progress)
+        memory, first = write(prepared, workspace.result, watch, progress)
         plan = prepared.plan
         del prepared  # the measuring process needs the memory
         with watch.measure("evaluate"):
             progress.say("reloading in a fresh process")
-            small = judge_apart(str(workspace.result), questions, settings, progress, memory, ids)
+            small = judge_apart(
+                str(workspace.result), questions, settings, progress, memory, first, outputs
+            )
         report = _report(plan, dense, small, watch, calibration)
         _write_record(workspace.result, plan, goal, report, questions, settings)
         workspace.publish()
@@ -155,7 +160,7 @@ def compress(
 
 def write(
     prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Tokens]:
     """Narrow the model block by block into a checkpoint, and take its testimony.
 
     Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16.
@@ -182,8 +187,8 @@ def write(
         close_ranks(model)
         write_config(model, plan.tier, folder)
     with watch.measure("evaluate"):
-        ids = prepared.tokens.ids[0, :TESTIMONY_TOKENS].clone()
-        return testimony(model.module, ids), ids
+        first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
+        return testimony(model, first), first
 
 
 def _dense(
@@ -192,10 +197,13 @@ def _dense(
     settings: Settings,
     progress: Progress,
     workspace: Workspace,
+    outputs: Path,
 ) -> Verdict:
     def measured() -> dict[str, Any]:
         progress.say("measuring the dense model")
-        return asdict(judge_apart(source, questions, settings, progress))
+        outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
+        verdict = judge_apart(source, questions, settings, progress, outputs_of_dense=outputs)
+        return asdict(verdict)
 
     return Verdict(**workspace.stage("dense", measured))
 
@@ -274,9 +282,9 @@ def save(
         device=str(model.device), dtype=str(model.module.dtype).removeprefix("torch.")
     )
     with workspace.opened({"plan": plan.model_dump(mode="json")}):
-        memory, ids = write(prepared, workspace.result, Stopwatch(), progress)
+        memory, first = write(prepared, workspace.result, Stopwatch(), progress)
         judge_apart(
-            str(workspace.result), Questions((), speed=False), settings, progress, memory, ids
+            str(workspace.result), Questions((), speed=False), settings, progress, memory, first
         )
         (workspace.result / "secateur").mkdir()
         (workspace.result / "secateur" / "plan.json").write_text(plan.to_json())

@@ -30,7 +30,7 @@ from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch
 from secateur.stream import TOKENS_PER_BATCH
-from secateur.text import Calibration, Tokens, calibration_tokens
+from secateur.text import Calibration, Tokens
 from secateur.units import DEPTH
 
 
@@ -127,7 +127,7 @@ def prepare(
             progress.stage("choosing calibration text", DRAWS) as advance,
         ):
             calibration = select_calibration(model, calibration, chosen, goal, allocator, advance)
-            tokens = calibration_tokens(calibration, model.tokenizer)
+            tokens = model.use.calibration(calibration, model.tokenizer)
     if calibration.windows:
         count = len(calibration.windows)
         progress.say(f"calibrating on {count} windows chosen by {calibration.select}")
@@ -167,11 +167,11 @@ def prepare(
 
 def _forward_seconds(model: Model, tokens: Tokens) -> float:
     """What a plain forward pass over the calibration tokens takes, scaled up from one batch."""
-    rows = min(len(tokens.ids), max(1, TOKENS_PER_BATCH // tokens.ids.shape[1]))
-    ids = tokens.ids[:rows].to(model.device)
+    rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.length))
+    given = tokens[:rows].to(model.device)
     with torch.inference_mode():
         body = model.module.base_model  # the head takes no part in calibration
-        body(input_ids=ids[:1], use_cache=False)
+        body(**model.use.inputs(given[:1]))
         start = time.perf_counter()
-        float(body(input_ids=ids, use_cache=False).last_hidden_state[0, 0, 0])  # waits for a GPU
-        return (time.perf_counter() - start) * len(tokens.ids) / rows
+        float(body(**model.use.inputs(given)).last_hidden_state[0, 0, 0])  # waits for a GPU
+        return (time.perf_counter() - start) * len(tokens) / rows

@@ -228,6 +228,8 @@ def show_verdict(verdict: Verdict) -> None:
     table.add_row("bytes on disk", size(verdict.bytes))
     for name, value in verdict.perplexity.items():
         table.add_row(f"perplexity, {name} ({verdict.tokens[name]:,} tokens)", f"{value:.2f}")
+    for name, value in verdict.tasks.items():
+        table.add_row(name, f"{value:.1%}")
     for key, value in verdict.speed.items():
         if key.endswith("per_second"):
             table.add_row(key.replace("_", " "), f"{value:,.0f}")
@@ -243,8 +245,9 @@ def _next(console: Console, verb: str, target: str, rest: str) -> None:
 
 
 def _show_samples(console: Console, prompt: str, samples: dict[str, str]) -> None:
-    """A prompt and what each model goes on with, a paragraph each."""
-    for who, text in {"prompt": prompt, **samples}.items():
+    """A prompt and what each model goes on with, a paragraph each; nothing of one that reads."""
+    shown = {"prompt": prompt, **samples}
+    for who, text in shown.items() if any(shown.values()) else ():
         paragraph = Text(f"\n{who}: ", style="bold")
         paragraph.append(" ".join(text.split()), style="")
         console.print(paragraph)

@@ -74,9 +74,13 @@ def comparison(report: Report) -> Any:
     row("bytes on disk", dense["bytes"], small["bytes"], size, "share")
     for name, value in dense["perplexity"].items():
         row(f"perplexity, {name}", value, small["perplexity"][name], "{:.2f}".format, "rise")
-    if dense["speed"] and small["speed"]:
-        for key, label in (("prefill", "reading, tokens/s"), ("decode", "writing, tokens/s")):
-            key = f"{key}_tokens_per_second"
+    for name, value in dense["tasks"].items():
+        row(name, value, small["tasks"][name], "{:.1%}".format, "rise")
+    if agrees := small["agreement"]:
+        table.add_row("same first choice as the dense model", "", f"{agrees['top1']:.1%}", "")
+        table.add_row("divergence from it, nats", "", f"{agrees['kl']:.3f}", "")
+    for key, label in (("prefill", "reading, tokens/s"), ("decode", "writing, tokens/s")):
+        if (key := f"{key}_tokens_per_second") in dense["speed"]:
             row(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
     row("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
     return table

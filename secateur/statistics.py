@@ -184,8 +184,9 @@ class PairScores(Additive):
     Takes queries (batch, heads, tokens, width) and keys (batch, kv heads, tokens, width) after
     rotation, the first already scaled; values (batch, heads, tokens, any) in a basis in which the
     output's metric is the identity; which pairs turn (pairs), bool; how many tokens back a query
-    sees, itself counted; and, where scores are soft-capped, the cap c. Then the softmax is taken of
-    c tanh(S / c), and S_p counts times the slope 1 − tanh²(S[t, s] / c) there.
+    sees, itself counted, or 0 where it sees both sides; and, where scores are soft-capped, the cap
+    c. Then the softmax is taken of c tanh(S / c), and S_p counts times the slope
+    1 − tanh²(S[t, s] / c) there.
     """
 
     most_tokens = 4096
@@ -195,7 +196,7 @@ class PairScores(Additive):
         group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None]
         tokens = torch.arange(mask.shape[1], device=mask.device)
         back = tokens.unsqueeze(1) - tokens
-        unseen = (back < 0) | (back >= window)
+        unseen = (back < 0) | (back >= window) if int(window) else torch.zeros_like(back).bool()
         total = query.new_zeros(key.shape[1], query.shape[-1], query.shape[-1]).double()
         one = value.new_ones(value.shape[2], 1)
         for row in range(len(query)):

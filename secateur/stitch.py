@@ -42,7 +42,7 @@ class Stitched:
         self.units = [unit for unit in units if not unit.fixed]
         self._pieces: dict[tuple[str, int], Narrowing] = {}
         with torch.no_grad():
-            windows = Tokens(tokens.ids[:WINDOWS], tokens.mask[:WINDOWS])
+            windows = tokens[:WINDOWS]
             self._divergence = Divergence(model, windows)
             self._first = self._divergence.stream.states.clone()
             self._last: list[tuple[int, ...]] = []  # sizes of the last plan, block by block

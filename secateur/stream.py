@@ -28,30 +28,34 @@ class Stream:
 
     The states are kept on the CPU, in the dtype that the model computes in: windows × length ×
     hidden numbers. The other arguments of a block (masks, rotary tables) depend on the shape of a
-    batch alone, as padding stands behind every real token and needs no mask.
+    batch alone, as padding stands behind every real token of a causal model, and others get none.
     """
 
     def __init__(self, model: Model, tokens: Tokens, rows: int | None = None) -> None:
         self.model = model
         self.tokens = tokens
-        rows = rows or max(1, TOKENS_PER_BATCH // tokens.ids.shape[1])
-        self.batches = [slice(i, i + rows) for i in range(0, len(tokens.ids), rows)]
+        rows = rows or max(1, TOKENS_PER_BATCH // tokens.length)
+        self.batches = [slice(i, i + rows) for i in range(0, len(tokens), rows)]
         self._calls: dict[int, list[_Call]] = {}
         states: Tensor | None = None
         for batch in self.batches:
-            ids = tokens.ids[batch].to(model.device)
+            given = tokens[batch].to(model.device)
             with _blocks_bypassed(model.blocks) as seen:
-                model.module.base_model(input_ids=ids, use_cache=False)
+                model.module.base_model(**model.use.inputs(given))
             if states is None:
-                states = seen.states.new_empty(len(tokens.ids), *seen.states.shape[1:]).cpu()
+                states = seen.states.new_empty(len(tokens), *seen.states.shape[1:]).cpu()
             states[batch] = seen.states.cpu()
-            self._calls[len(ids)] = seen.calls
+            self._calls[len(given)] = seen.calls
         assert states is not None
         self.states = states
 
     def mask(self, batch: slice) -> Tensor:
         """Which tokens of a batch are real, on the model's device."""
         return self.tokens.mask[batch].to(self.model.device)
+
+    def counted(self, batch: slice) -> Tensor:
+        """Which outputs of a batch count, on the model's device."""
+        return self.model.use.counted(self.tokens[batch].to(self.model.device))
 
     def at(self, batch: slice) -> Tensor:
         """The states of a batch, on the model's device."""
@@ -85,9 +89,8 @@ class Stream:
     def logits(self, batch: slice, states: Tensor) -> Tensor:
         """What the model's head makes of the states of a batch behind the last block."""
         with _blocks_bypassed(self.model.blocks, states):
-            module: Any = self.model.module
-            ids = self.tokens.ids[batch].to(self.model.device)
-            logits: Tensor = module(input_ids=ids, use_cache=False).logits
+            module, given = self.model.module, self.tokens[batch].to(self.model.device)
+            logits: Tensor = module(**self.model.use.inputs(given)).logits
         return logits
 
 

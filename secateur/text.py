@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,20 +18,46 @@ SUFFIXES = {".txt", ".md", ".rst", ".text", ".raw", ".py"}
 SET_ASIDE = 0.8  # calibration never sees what lies behind this share of its text
 MAX_CHARACTERS = 16_000_000  # of a source, from its start: some four million tokens
 PIECE = 100_000  # characters tokenised at a time
+UNLABELLED = -100  # the label that transformers' losses leave out, too
 #: how windows may be chosen; see select.py
 SELECTIONS = ("none", "kl", "leverage", "dpp")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Windows of token ids; the mask is false where a window is padded.
+    """What a model reads, row by row: windows of token ids, or images.
 
-    ``ids`` int64 (windows, length), ``mask`` bool of the same shape. Padding stands at the end, so
-    that a causal model's real tokens never see it.
+    Attributes:
+        ids: int64 (windows, length); of images float (images, channels, height, width).
+        mask: bool, false where a row is padded: the positions that the blocks see, as (rows,
+            length). Padding stands at the end, so that a causal model's real tokens never see it.
+        labels: what the output should be, int64 with :data:`UNLABELLED` where nothing says; None
+            where every token is what the one before it should give.
     """
 
     ids: Tensor
     mask: Tensor
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice | Sequence[int]) -> Self:
+        """Some of the rows."""
+        return self._each(lambda tensor: tensor[rows if isinstance(rows, slice) else list(rows)])
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, of: Callable[[Tensor], Tensor]) -> Self:
+        labels = None if self.labels is None else of(self.labels)
+        return type(self)(of(self.ids), of(self.mask), labels)
+
+    @property
+    def length(self) -> int:
+        """Positions of a row."""
+        return self.mask.shape[1]
 
     @property
     def count(self) -> int:
@@ -40,9 +66,19 @@ class Tokens:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the ids and the mask."""
-        data = self.ids.numpy().tobytes() + self.mask.numpy().tobytes()
+        """Hash of the ids, the mask and the labels, if any."""
+        parts = [part for part in (self.ids, self.mask, self.labels) if part is not None]
+        data = b"".join(part.numpy().tobytes() for part in parts)
         return hashlib.sha256(data).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What to judge on: the part of a source from the share ``start`` on, under a name."""
+
+    name: str
+    source: str
+    start: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -286,3 +322,14 @@ def calibration_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
     if calibration.windows:
         return windows_at(stream, calibration.windows, length, name)
     return sample(stream, calibration.samples, length, calibration.seed, name)
+
+
+def held_windows(text: Text, tokenizer: Any, length: int, limit: int) -> Tokens:
+    """The first windows of a text to judge on.
+
+    Raises:
+        InputError: the text is missing, unreadable, empty or too short.
+    """
+    stream = token_stream(read_documents(text.source, "held"), tokenizer)
+    stream = stream[int(text.start * len(stream)) :]
+    return contiguous(stream, length, limit, f"text {text.name!r}")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 from transformers.pytorch_utils import Conv1D
 
 VOCAB, WORDS = 99, 88
@@ -40,7 +40,19 @@ class Family:
     names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     consumer: str = "mlp.down_proj"
     blocks: str = "layers"
+    use: str = "causal"
 
+    @property
+    def auto(self) -> Any:
+        """What opens it in transformers."""
+        return getattr(transformers, AUTO[self.use])
+
+
+AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "masked": "AutoModelForMaskedLM",
+    "images": "AutoModelForImageClassification",
+}
 
 _LLAMA: Options = {
     "vocab_size": VOCAB,
@@ -204,10 +216,39 @@ FAMILIES: dict[str, Family] = {
     "gpt2_scaled": _gpt2(scale_attn_by_inverse_layer_idx=True, n_inner=WIDTH),
     "gpt_neox": _neox(),
     "gpt_neox_sequential": _neox(use_parallel_residual=False, attention_bias=False),
+    "bert": Family(
+        "BertConfig",
+        {
+            k: v
+            for k, v in _LLAMA.items()
+            if k not in ("num_key_value_heads", "tie_word_embeddings")
+        },
+        attention="attention",
+        names=("self.query", "self.key", "self.value", "output.dense"),
+        consumer="output.dense",
+        blocks="encoder.layer",
+        use="masked",
+    ),
+    "vit": Family(
+        "ViTConfig",
+        {
+            "hidden_size": HIDDEN,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": BLOCKS,
+            "num_attention_heads": HEADS,
+            "image_size": 16,
+            "patch_size": 4,
+            "num_labels": 10,
+        },
+        attention="attention",
+        consumer="mlp.fc2",
+        use="images",
+    ),
 }
+CAUSAL = [name for name, family in FAMILIES.items() if family.use == "causal"]
 NORMED = {"qwen3", "gemma3", "olmo2"}  # queries and keys cannot be narrowed
 PARTIAL = {"phi3_partial", "gpt_neox", "gpt_neox_sequential", "stablelm", "glm"}
-ROTARY = {name for name in FAMILIES if not name.startswith(("opt", "gpt2"))}
+ROTARY = {name for name in FAMILIES if not name.startswith(("opt", "gpt2", "bert", "vit"))}
 
 
 def attentions(name: str) -> tuple[str, ...]:
@@ -232,14 +273,18 @@ def random_model(name: str, seed: int = 0) -> Any:
     family = FAMILIES[name]
     torch.manual_seed(seed)
     config = getattr(transformers, family.config)(**family.options)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model = family.auto.from_config(config).eval().requires_grad_(False)
     for module in model.modules():
         _randomise(module)
     model.tie_weights()
+    if name == "vit":
+        model.vit.embeddings.position_embeddings.normal_(0, 0.5)
+        return model
     head = model.get_output_embeddings().weight
     if head is not model.get_input_embeddings().weight:
         head.mul_(2.0)
-    model.generation_config.eos_token_id = None  # continuations have one length
+    if family.use == "causal":
+        model.generation_config.eos_token_id = None  # continuations have one length
     return model
 
 
@@ -260,15 +305,21 @@ def _randomise(module: nn.Module) -> None:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: three specials and w0 … w87.
+    """A word-level tokenizer: four specials and w0 … w87.
 
     Some ids stay free, as transformers adds specials of its own to a few families' tokenizers.
     """
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS))]
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS)), "<mask>"]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token="<mask>",
     )
 
 
@@ -288,7 +339,11 @@ def words(length: int, seed: int = 0) -> str:
 
 
 def save(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a stock checkpoint with its tokenizer."""
+    """Write a stock checkpoint with its tokenizer or image processor."""
     model.to(dtype).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    if model.config.model_type == "vit":
+        side = model.config.image_size
+        ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
+    else:
+        tokenizer().save_pretrained(folder)
     return folder

@@ -4,6 +4,7 @@ Nothing here imports transformers, so that the families are known while it is be
 """
 
 from secateur.anatomy.base import Anatomy, HeadLayout, Projection, Projections
+from secateur.anatomy.bert import BERT
 from secateur.anatomy.cohere import COHERE, COHERE2
 from secateur.anatomy.falcon import FALCON
 from secateur.anatomy.gemma import GEMMA, GEMMA2, GEMMA3
@@ -17,6 +18,7 @@ from secateur.anatomy.phi3 import PHI3
 from secateur.anatomy.qwen import QWEN2, QWEN3
 from secateur.anatomy.stablelm import STABLELM
 from secateur.anatomy.starcoder2 import STARCODER2
+from secateur.anatomy.vit import VIT
 
 FAMILIES: tuple[Anatomy, ...] = (
     LLAMA,
@@ -38,6 +40,8 @@ FAMILIES: tuple[Anatomy, ...] = (
     OPT,
     GPT2,
     GPT_NEOX,
+    BERT,
+    VIT,
 )
 
 __all__ = ["FAMILIES", "Anatomy", "HeadLayout", "Projection", "Projections", "find"]

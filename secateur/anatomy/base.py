@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -99,13 +99,15 @@ class Anatomy:
         rotary: whether positions turn queries and keys.
         norms_first: attribute of a block that is false where its norms stand behind its sums; None
             where they never do.
-        norms_behind: whether attention and MLP each have a norm behind them, before the sum.
+        norms_behind: whether attention and MLP each have a norm behind them, before the sum or
+            behind it.
         layout: corrects the head layout for a config and a block.
         soft_cap: config key of the bound on attention scores, or None.
         head_norms: how queries and keys are normalised, where they are: "shared" takes every head
             by one norm, "own" by a weight with a row a head, "list" by a list of norms with the
             heads on axis 1, "joint" takes all heads as one vector.
         in_tuple: whether a block gives its output in a tuple.
+        use: what models of it are for; see :mod:`secateur.uses`.
         refusal: takes a config, says why it is not served, or None.
     """
 
@@ -125,6 +127,7 @@ class Anatomy:
     soft_cap: str | None = None
     head_norms: str = "shared"
     in_tuple: bool = False
+    use: Literal["causal", "masked", "images"] = "causal"
     refusal: Callable[[Any], str | None] = served
 
     @property

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.errors import InputError, RunError
+from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.memory import peak_bytes
-from secateur.evaluate.perplexity import perplexity
+from secateur.evaluate.perplexity import answered
 from secateur.evaluate.reload import disagreement, testimony
 from secateur.evaluate.speed import measure_speed
 from secateur.model import Model, Settings, locate, open_model
 from secateur.progress import Progress, for_terminal
-from secateur.text import Tokens, contiguous, read_documents, token_stream
+from secateur.text import Text, Tokens
 
 USER_ERROR = 2
 PROMPT_TOKENS = 24
@@ -31,20 +32,11 @@ NEW_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text to judge on: the part of a source from the share ``start`` on, under a name."""
-
-    name: str
-    source: str
-    start: float = 0.0
-
-
-@dataclass(frozen=True)
 class Questions:
     """What to measure, the same for every model of a run.
 
     Attributes:
-        texts: what perplexity is taken on.
+        texts: what to judge on.
         length: tokens in a window; by default 256, or all positions of a shorter model.
         windows: at most this many windows of each text, from its start.
         prompt: text that the model continues; by default the beginning of the first text.
@@ -62,7 +54,11 @@ class Questions:
 
 @dataclass
 class Verdict:
-    """What was measured. ``peak_memory_bytes`` counts from before the weights were loaded."""
+    """What was measured. ``peak_memory_bytes`` counts from before the weights were loaded.
+
+    ``tasks`` holds shares of right answers; ``agreement``, of a compressed model, what
+    :func:`~secateur.evaluate.agreement.agreement` says of it on the first text.
+    """
 
     parameters: int
     bytes: int
@@ -73,27 +69,67 @@ class Verdict:
     peak_memory_bytes: int
     speed: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
 
 
-def text_tokens(text: Text, tokenizer: Any, questions: Questions, length: int) -> Tokens:
-    """The windows of one text."""
-    stream = token_stream(read_documents(text.source, "held"), tokenizer)
-    stream = stream[int(text.start * len(stream)) :]
-    return contiguous(stream, length, questions.windows, f"text {text.name!r}")
+def judge(
+    model: Model,
+    questions: Questions,
+    before: int,
+    progress: Progress,
+    outputs_of_dense: Path | None = None,
+) -> Verdict:
+    """Measure an open model; ``before`` is the process's peak memory before it was opened.
 
-
-def judge(model: Model, questions: Questions, before: int, progress: Progress) -> Verdict:
-    """Measure an open model; ``before`` is the process's peak memory before it was opened."""
+    ``outputs_of_dense`` is where its outputs are kept or, where there are some, compared with them.
+    """
     room = model.positions or sys.maxsize
     length = questions.length or min(DEFAULT_LENGTH, room)
     if length > room:
         raise InputError(f"--eval-length {length} is more than the model's {room} positions.")
-    windows = {t.name: text_tokens(t, model.tokenizer, questions, length) for t in questions.texts}
-    values = {}
-    for name, tokens in windows.items():
-        with progress.stage(f"perplexity: {name}"[:28], len(tokens.ids)) as advance:
-            values[name] = perplexity(model.module, tokens, advance)
-    prompt = _prompt(model.tokenizer, questions, windows)
+    use, limit = model.use, questions.windows
+    held = {t.name: use.held(t, model.tokenizer, length, limit) for t in questions.texts}
+    values, tasks = {}, {}
+    for name, tokens in held.items():
+        with progress.stage(f"perplexity: {name}"[:28], len(tokens)) as advance:
+            values[name], right = answered(model.module, use, tokens, advance)
+        if use.share is not None:
+            tasks[f"{use.share}, {name}"] = right
+    first = next(iter(held.values()), None)
+    agrees: dict[str, float] = {}
+    if first is not None and outputs_of_dense is not None:
+        own = outputs(model, first)
+        if outputs_of_dense.exists():
+            agrees = agreement(load_file(outputs_of_dense)["outputs"], own)
+        else:
+            save_file({"outputs": own}, outputs_of_dense)
+    prompt, sample = _sampled(model, questions, held, room) if use.causal else ("", "")
+    speed: dict[str, float] = {}
+    if questions.speed and first is not None:
+        new = min(32, room // 2)
+        with progress.stage("speed", 1) as advance:
+            timed = measure_speed(model, use.beginning(first, min(length, room - new)), new)
+            speed = {k: value for k, value in asdict(timed).items() if value is not None}
+            advance(1)
+    return Verdict(
+        parameters=sum(p.numel() for p in model.module.parameters()),
+        bytes=weight_bytes(model),
+        perplexity=values,
+        tokens={name: tokens.count for name, tokens in held.items()},
+        prompt=prompt,
+        sample=sample,
+        peak_memory_bytes=max(0, peak_bytes(model.device) - before),
+        speed=speed,
+        tasks=tasks,
+        agreement=agrees,
+    )
+
+
+def _sampled(
+    model: Model, questions: Questions, held: dict[str, Tokens], room: int
+) -> tuple[str, str]:
+    """A prompt, and how the model goes on."""
+    prompt = _prompt(model.tokenizer, questions, held)
     if not 0 < len(prompt) < room:
         raise InputError(f"--prompt has {len(prompt)} tokens; it needs between 1 and {room - 1}.")
     new_tokens = questions.new_tokens or min(NEW_TOKENS, room - len(prompt))
@@ -102,32 +138,16 @@ def judge(model: Model, questions: Questions, before: int, progress: Progress) -
             f"--new-tokens {new_tokens} behind a prompt of {len(prompt)} is more than the model's "
             f"{room} positions."
         )
-    sample = _continued(model, prompt, new_tokens)
-    speed: dict[str, float] = {}
-    if questions.speed and windows:
-        new = min(32, room // 2)
-        ids = next(iter(windows.values())).ids.flatten()[: min(length, room - new)]
-        with progress.stage("speed", 1) as advance:
-            speed = asdict(measure_speed(model.module, ids, new))
-            advance(1)
-    return Verdict(
-        parameters=sum(p.numel() for p in model.module.parameters()),
-        bytes=weight_bytes(model),
-        perplexity=values,
-        tokens={name: tokens.count for name, tokens in windows.items()},
-        prompt=str(model.tokenizer.decode(prompt, skip_special_tokens=True)),
-        sample=sample,
-        peak_memory_bytes=max(0, peak_bytes(model.device) - before),
-        speed=speed,
-    )
+    shown = str(model.tokenizer.decode(prompt, skip_special_tokens=True))
+    return shown, _continued(model, prompt, new_tokens)
 
 
-def _prompt(tokenizer: Any, questions: Questions, windows: dict[str, Tokens]) -> Tensor:
+def _prompt(tokenizer: Any, questions: Questions, held: dict[str, Tokens]) -> Tensor:
     if questions.prompt is not None:
         return torch.tensor(tokenizer(questions.prompt)["input_ids"], dtype=torch.int64)
-    if not windows:
+    if not held:
         return torch.tensor([tokenizer.bos_token_id or 0])
-    first = next(iter(windows.values())).ids[0]
+    first = next(iter(held.values())).ids[0]
     return first[: min(PROMPT_TOKENS, max(1, len(first) // 2))]
 
 
@@ -159,12 +179,13 @@ def judge_apart(
     settings: Settings,
     progress: Progress,
     memory: dict[str, Tensor] | None = None,
-    ids: Tensor | None = None,
+    tokens: Tokens | None = None,
+    outputs_of_dense: Path | None = None,
 ) -> Verdict:
     """Measure a checkpoint in a fresh process.
 
-    With ``memory``, the testimony of a model about ``ids``, the checkpoint must also testify the
-    same when it is reloaded there.
+    With ``memory``, the testimony of a model about ``tokens``, the checkpoint must also testify the
+    same when it is reloaded there. For ``outputs_of_dense`` see :func:`judge`.
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.
@@ -173,8 +194,11 @@ def judge_apart(
     with tempfile.TemporaryDirectory() as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         content = {"source": source, "questions": asdict(questions), "settings": asdict(settings)}
-        if memory is not None and ids is not None:
-            save_file({**memory, "ids": ids}, Path(folder, "memory.safetensors"))
+        if outputs_of_dense is not None:
+            content["outputs_of_dense"] = str(outputs_of_dense.absolute())
+        if memory is not None and tokens is not None:
+            asked = {"ids": tokens.ids, "mask": tokens.mask}
+            save_file({**memory, **asked}, Path(folder, "memory.safetensors"))
             content["memory"] = str(Path(folder, "memory.safetensors"))
         request.write_text(json.dumps(content))
         # The child must find this very package, wherever the parent's came from.
@@ -218,10 +242,13 @@ def main(request: Path, result: Path) -> int:
     try:
         before = peak_bytes(settings.torch_device())
         model = open_model(content["source"], settings)
-        answer = asdict(judge(model, questions, before, for_terminal()))
+        kept = content.get("outputs_of_dense")
+        kept = None if kept is None else Path(kept)
+        answer = asdict(judge(model, questions, before, for_terminal(), kept))
         if "memory" in content:
             memory = load_file(content["memory"])
-            differs = disagreement(memory, testimony(model.module, memory.pop("ids")))
+            tokens = Tokens(memory.pop("ids"), memory.pop("mask"))
+            differs = disagreement(memory, testimony(model, tokens))
             if differs is not None:
                 answer = {"differs": differs}
     except InputError as error:

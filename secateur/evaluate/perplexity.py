@@ -1,4 +1,4 @@
-"""Perplexity over contiguous windows of a text."""
+"""Perplexity, and the share of right answers, over held-out text or images."""
 
 import math
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.errors import InputError
 from secateur.text import Tokens
+from secateur.uses import CausalLM, Use
 
 TOKENS_PER_BATCH = 4096
 LOGITS_PER_BATCH = 2**25  # 128 MB of them in float32, if a window is no longer
@@ -25,22 +26,31 @@ def perplexity(
     Raises:
         InputError: the model's output is not finite.
     """
-    vocabulary, device = module.get_input_embeddings().weight.shape[0], module.device
+    return answered(module, CausalLM(), tokens, advance)[0]
+
+
+def answered(
+    module: Any, use: Use, tokens: Tokens, advance: Callable[[int], None] = lambda _: None
+) -> tuple[float, float]:
+    """exp of the mean cross-entropy of all answers, and the share of them that are right.
+
+    Raises:
+        InputError: the model's output is not finite.
+    """
+    vocabulary = module.get_input_embeddings().weight.shape[0] if use.reads_text else 1
     batch = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // vocabulary)
-    rows = max(1, batch // tokens.ids.shape[1])
-    total, count = 0.0, 0
+    rows = max(1, batch // tokens.length)
+    total, right, count = 0.0, 0, 0
     with torch.inference_mode():
-        for start in range(0, len(tokens.ids), rows):
-            ids = tokens.ids[start : start + rows].to(device)
-            logits = module(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            losses = nn.functional.cross_entropy(
-                logits.transpose(1, 2), ids[:, 1:], reduction="none"
-            )
-            real = tokens.mask[start : start + rows, 1:].to(device)
-            total += float(losses[real].double().sum())
-            count += int(real.sum())
-            advance(len(ids))
+        for start in range(0, len(tokens), rows):
+            given = tokens[start : start + rows].to(module.device)
+            found, wanted = use.answers(module(**use.inputs(given)).logits, given)
+            losses = nn.functional.cross_entropy(found.float(), wanted, reduction="none")
+            total += float(losses.double().sum())
+            right += int((found.argmax(-1) == wanted).sum())
+            count += len(wanted)
+            advance(len(given))
     mean = total / count
     if not math.isfinite(mean):
         raise InputError("perplexity is not finite: the model's output holds NaN or infinities.")
-    return math.exp(min(mean, 700.0))  # exp overflows above
+    return math.exp(min(mean, 700.0)), right / count  # exp overflows above

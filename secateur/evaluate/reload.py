@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.model import cast
+from secateur.model import Model, cast
+from secateur.text import Tokens
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 GREEDY_TOKENS = 16
@@ -20,21 +21,21 @@ TOLERANCE = {
 }
 
 
-def testimony(module: Any, ids: Tensor) -> dict[str, Tensor]:
-    """What a model says about ``ids`` (tokens): logits and greedy continuations.
+def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
+    """What a model says about one row of ``tokens``: logits and, if it writes, continuations.
 
     Logits under eager attention, and sdpa where the family has it, in the module's dtype, then in
     bfloat16, to which the module's parameters are left converted. Greedy tokens with and without a
     cache, unless the dtype is so coarse that two tokens are often tied.
     """
-    ids = ids.unsqueeze(0).to(module.device)
-    said: dict[str, Tensor] = {}
+    module: Any = model.module
+    tokens, said = tokens.to(model.device), {}
     with torch.inference_mode():
         exact = module.dtype in (torch.float32, torch.float64)
-        for cached in (True, False) if exact else ():
+        for cached in (True, False) if exact and model.use.causal else ():
             out = module.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
+                tokens.ids,
+                attention_mask=torch.ones_like(tokens.ids),
                 max_new_tokens=GREEDY_TOKENS,
                 do_sample=False,
                 num_beams=1,
@@ -42,7 +43,7 @@ def testimony(module: Any, ids: Tensor) -> dict[str, Tensor]:
                 min_new_tokens=GREEDY_TOKENS,
                 pad_token_id=0,
             )
-            said[f"greedy.{'cached' if cached else 'uncached'}"] = out[0, ids.shape[1] :].cpu()
+            said[f"greedy.{'cached' if cached else 'uncached'}"] = out[0, tokens.length :].cpu()
         for dtype in dict.fromkeys((module.dtype, torch.bfloat16)):
             cast(module, dtype)
             for implementation in IMPLEMENTATIONS:
@@ -50,7 +51,7 @@ def testimony(module: Any, ids: Tensor) -> dict[str, Tensor]:
                     continue
                 attend_by(module, implementation)
                 name = f"logits.{str(dtype).removeprefix('torch.')}.{implementation}"
-                said[name] = module(input_ids=ids, use_cache=False).logits[0].float().cpu()
+                said[name] = module(**model.use.inputs(tokens)).logits[0].float().cpu()
     return said
 
 

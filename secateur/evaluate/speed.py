@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from secateur.model import Model
+from secateur.text import Tokens
 
 REPEATS = 5
 LEAST_SECONDS = 2.0  # a small model is run more often, as its runs are soon disturbed
@@ -16,21 +18,26 @@ LEAST_SECONDS = 2.0  # a small model is run more often, as its runs are soon dis
 class Speed:
     """Tokens per second at batch 1, best of five runs or more, and the lengths they were run at.
 
-    The best run is the one that other work on the machine disturbed least.
+    The best run is the one that other work on the machine disturbed least. Without writing where a
+    model only reads.
     """
 
     prefill_tokens_per_second: float
-    decode_tokens_per_second: float
+    decode_tokens_per_second: float | None
     prompt_tokens: int
     new_tokens: int
 
 
-def measure_speed(module: Any, prompt: Tensor, new_tokens: int = 32) -> Speed:
-    """Time the forward pass over ``prompt`` (tokens) and greedy decoding behind it."""
-    ids = prompt.unsqueeze(0).to(module.device)
+def measure_speed(model: Model, prompt: Tokens, new_tokens: int = 32) -> Speed:
+    """Time the forward pass over one row, and greedy decoding behind it where the model writes."""
+    module: Any = model.module
+    inputs = model.use.inputs(prompt.to(model.device))
+    writes = model.use.causal
+    if writes:
+        inputs["use_cache"] = True
 
     def prefill() -> Any:
-        return module(input_ids=ids, use_cache=True)
+        return module(**inputs)
 
     def decode(state: Any) -> None:
         cache, last = state.past_key_values, state.logits[:, -1:].argmax(-1)
@@ -38,11 +45,15 @@ def measure_speed(module: Any, prompt: Tensor, new_tokens: int = 32) -> Speed:
             out = module(input_ids=last, past_key_values=cache, use_cache=True)
             last = out.logits[:, -1:].argmax(-1)
 
+    writing = None
     with torch.inference_mode():
-        decode(prefill())  # warm-up
+        state = prefill()  # warm-up
+        if writes:
+            decode(state)
         reading = _best(lambda _: prefill(), lambda: None, module)
-        writing = _best(decode, prefill, module)
-    return Speed(ids.shape[1] / reading, new_tokens / writing, ids.shape[1], new_tokens)
+        if writes:
+            writing = new_tokens / _best(decode, prefill, module)
+    return Speed(prompt.length / reading, writing, prompt.length, new_tokens if writes else 0)
 
 
 def _best(run: Callable[[Any], Any], prepare: Callable[[], Any], module: Any) -> float:

@@ -7,6 +7,7 @@ stands alone: it imports torch and transformers, never secateur. The shapes are 
 on; they are made on request (``__getattr__`` at the end), so no family is named here.
 """
 
+import copy
 import warnings
 from typing import Any
 
@@ -65,11 +66,13 @@ class NarrowAttention(nn.Module):
     def __init__(self, stock: Any, shape: dict[str, Any]) -> None:
         nn.Module.__init__(self)  # not super(): `narrow` mixes this class into the stock one
         self.shape = dict(shape)
+        self.output = _joining(stock)
+        stock = _computing(stock)
         self.config: Any = stock.config
-        self.layer_idx: Any = stock.layer_idx
+        self.layer_idx: Any = getattr(stock, "layer_idx", None)
         self.scaling: Any = getattr(stock, "scaling", None) or stock.inv_norm_factor
         self.soft_cap: float | None = shape.get("soft_cap")
-        self.is_causal = True
+        self.is_causal: bool = getattr(stock, "is_causal", True)
         self.sliding_window: Any = getattr(
             stock, "sliding_window", getattr(self.config, "sliding_window", None)
         )
@@ -153,7 +156,7 @@ class NarrowAttention(nn.Module):
                 cache.update(
                     value.new_zeros(len(value), 1, tokens[1], 1), value[:, :1], self.layer_idx
                 )
-            output = self.resid_dropout(self.o_proj(value.new_zeros(*tokens, 0)))
+            output = self.given(hidden_states, value.new_zeros(*tokens, 0))
             if implementation != "eager":
                 return output, None
             length = tokens[1] if cache is None else cache.get_seq_length(self.layer_idx)
@@ -184,7 +187,12 @@ class NarrowAttention(nn.Module):
             **kwargs,
         )
         output = output[..., : self.value].reshape(*tokens, -1).contiguous()
-        return self.resid_dropout(self.o_proj(output)), weights
+        return self.given(hidden_states, output), weights
+
+    def given(self, hidden_states: Tensor, values: Tensor) -> Tensor:
+        """What is made of mixed values; where a norm of the sum stands inside, that sum, too."""
+        output: Tensor = self.resid_dropout(self.o_proj(values))
+        return output if self.output is None else self.output(output, hidden_states)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -208,6 +216,21 @@ def _norm_of(stock: Any, which: str) -> nn.Module | None:
     return None
 
 
+def _computing(stock: Any) -> Any:
+    """What computes in a stock attention: itself, or what it holds beside its output (BERT's)."""
+    return getattr(stock, "self", stock)
+
+
+def _joining(stock: Any) -> nn.Module | None:
+    """What a stock attention does behind its output projection, with everything shared but that."""
+    output = getattr(stock, "output", None)
+    if output is None:
+        return None
+    made = copy.copy(output)
+    made._modules = {**output._modules, "dense": nn.Identity()}
+    return made  # type: ignore[no-any-return]
+
+
 def _dropout(stock: Any) -> float:
     """Attention dropout of a stock module, under whichever name its family keeps it."""
     for name in ("attention_dropout", "attn_dropout", "dropout"):
@@ -222,7 +245,8 @@ def narrow_attention(stock: nn.Module, shape: dict[str, Any]) -> NarrowAttention
 
     transformers finds the modules whose attention maps it records by their class.
     """
-    kind: Any = type("Narrow" + type(stock).__name__, (NarrowAttention, type(stock)), {})
+    own = type(_computing(stock))
+    kind: Any = type("Narrow" + own.__name__, (NarrowAttention, own), {})
     made: NarrowAttention = kind(stock, shape)
     return made
 
@@ -356,9 +380,16 @@ def _narrow_model(stock: Any) -> type[PreTrainedModel]:
 
     fields = {"__init__": build, "__module__": __name__, "config_class": config_class}
     made: Any = type(PREFIX + stock.__name__, (stock,), fields)
-    generates = issubclass(stock, transformers.GenerationMixin)
-    made.register_for_auto_class("AutoModelForCausalLM" if generates else "AutoModel")
+    made.register_for_auto_class(_auto_class(stock))
     return made  # type: ignore[no-any-return]
+
+
+def _auto_class(stock: Any) -> str:
+    for use in ("MaskedLM", "ImageClassification"):
+        if stock.__name__.endswith(f"For{use}"):
+            return f"AutoModelFor{use}"
+    generates = issubclass(stock, transformers.GenerationMixin)
+    return "AutoModelForCausalLM" if generates else "AutoModel"
 
 
 def __getattr__(name: str) -> Any:

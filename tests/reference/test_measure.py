@@ -30,9 +30,9 @@ from secateur.methods.modegpt import MoDeGPT
 from secateur.scores import score
 from secateur.text import Tokens, sample
 from secateur.units import MLP
-from tests.families import FAMILIES, stream
+from tests.families import CAUSAL, stream
 
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = pytest.mark.parametrize("name", CAUSAL)
 WINDOW = 16
 
 

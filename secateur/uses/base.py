@@ -1,0 +1,105 @@
+"""What a model is for: what opens it, what it reads, and what its output is judged by."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from secateur.errors import InputError
+from secateur.text import UNLABELLED, Calibration, Text, Tokens, read_documents
+
+
+@dataclass(frozen=True)
+class Use(ABC):
+    """One kind of head on a body, of those that transformers has auto classes for.
+
+    A ``reader`` is what turns raw input into numbers: a tokenizer, or an image processor.
+    """
+
+    auto: ClassVar[str]  #: its auto class in transformers
+    what: ClassVar[str]  #: what a model of it is called
+    #: whether a token sees only what stands before it, so that padding behind needs no mask
+    causal: ClassVar[bool] = False
+    #: whether it reads text, and not images
+    reads_text: ClassVar[bool] = True
+    #: what the share of right answers is called, where there is one
+    share: ClassVar[str | None] = None
+
+    @property
+    def opener(self) -> Any:
+        """The auto class."""
+        import transformers
+
+        return getattr(transformers, self.auto)
+
+    def open_reader(self, source: str, **options: Any) -> Any:
+        """The reader of a local folder or hub id; ``options`` are those of ``from_pretrained``.
+
+        Raises:
+            InputError: it is empty.
+            OSError, ValueError, KeyError, TypeError: it is missing or damaged.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if not tokenizer.get_vocab():
+            raise InputError(f"model {source!r}: its tokenizer is empty or missing.")
+        return tokenizer
+
+    def check(self, source: str) -> None:
+        """Look into a source before anything is measured.
+
+        Raises:
+            InputError: it is missing, unreadable or empty.
+        """
+        read_documents(source)
+
+    @abstractmethod
+    def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
+        """The windows or images that a :class:`~secateur.text.Calibration` means.
+
+        Raises:
+            InputError: the source is missing, unreadable, empty or too short.
+        """
+
+    @abstractmethod
+    def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
+        """What to judge on: at most ``limit`` windows of ``length`` tokens, or images.
+
+        Raises:
+            InputError: the source is missing, unreadable, empty or too short.
+        """
+
+    @abstractmethod
+    def example(self, config: Any, rows: int, length: int) -> Tokens:
+        """Any input of a shape, to be timed."""
+
+    @abstractmethod
+    def inputs(self, tokens: Tokens) -> dict[str, Any]:
+        """The arguments of the model's forward."""
+
+    def beginning(self, tokens: Tokens, count: int) -> Tokens:
+        """A short row: the first, and of text no more than ``count`` tokens of it."""
+        first = tokens[:1]
+        labels = first.labels
+        if self.reads_text:
+            first = Tokens(first.ids[:, :count], first.mask[:, :count])
+            labels = None if labels is None else labels[:, :count]
+        return Tokens(first.ids.clone(), first.mask.clone(), labels)
+
+    def counted(self, tokens: Tokens) -> Tensor:
+        """Which outputs count, bool: the shape of the logits without their last axis."""
+        assert tokens.labels is not None
+        return tokens.labels != UNLABELLED
+
+    def answers(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The outputs that should be something, (n, classes), and what they should be, (n)."""
+        assert tokens.labels is not None
+        labelled = tokens.labels != UNLABELLED
+        return logits[labelled], tokens.labels[labelled]
+
+    def loss(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
+        """Cross-entropy summed over the answers, and their number."""
+        given, right = self.answers(logits, tokens)
+        return nn.functional.cross_entropy(given, right, reduction="sum"), len(right)

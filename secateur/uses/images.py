@@ -1,0 +1,149 @@
+"""Image classifiers: the class of an image."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InputError, nearest
+from secateur.text import BUNDLED, SET_ASIDE, UNLABELLED, Calibration, Text, Tokens, expanded
+from secateur.uses.base import Use
+
+NEEDED = 'reading images takes Pillow: pip install "secateur[images]".'
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class ImageClassification(Use):
+    """Images of a folder, whose subfolders are named after the classes, judged by accuracy.
+
+    Calibration draws from four fifths of them, in an order made by chance once and for all, and
+    never sees the rest.
+
+    Attributes:
+        positions: tokens that the blocks see of an image.
+        channels: of an image: 3, or 1 where it is grey.
+        classes: name of a class → its number.
+    """
+
+    positions: int
+    channels: int
+    classes: dict[str, int]
+
+    auto: ClassVar[str] = "AutoModelForImageClassification"
+    what: ClassVar[str] = "image classifier"
+    reads_text: ClassVar[bool] = False
+    share: ClassVar[str | None] = "accuracy"
+
+    def open_reader(self, source: str, **options: Any) -> Any:
+        """The image processor, in the implementation that needs Pillow alone.
+
+        Raises:
+            InputError: Pillow is missing.
+        """
+        from transformers import AutoImageProcessor
+
+        try:
+            return AutoImageProcessor.from_pretrained(source, backend="pil", **options)
+        except ImportError as error:
+            raise InputError(NEEDED) from error
+
+    def check(self, source: str) -> None:
+        """List the folder."""
+        self._files(source)
+
+    def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
+        """Images drawn by the calibration's seed from those that are not set aside."""
+        files = self._files(calibration.source)
+        files = files[: max(1, int(SET_ASIDE * len(files)))]
+        order = torch.randperm(
+            len(files), generator=torch.Generator().manual_seed(calibration.seed)
+        )
+        return self._read([files[int(i)] for i in order[: calibration.samples]], reader)
+
+    def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
+        """The first images behind the share ``start`` of the folder."""
+        files = self._files(text.source)
+        return self._read(files[int(text.start * len(files)) :][:limit], reader)
+
+    def example(self, config: Any, rows: int, length: int) -> Tokens:
+        """Grey images."""
+        side = config.image_size
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        labels = torch.zeros(rows, dtype=torch.int64)
+        return self._tokens(torch.zeros(rows, config.num_channels, height, width), labels)
+
+    def inputs(self, tokens: Tokens) -> dict[str, Any]:
+        """Pixels."""
+        return {"pixel_values": tokens.ids}
+
+    def counted(self, tokens: Tokens) -> Tensor:
+        """The one output of every image."""
+        return torch.ones_like(tokens.mask[:, 0])
+
+    def answers(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The outputs of images whose class is known.
+
+        Raises:
+            InputError: none is.
+        """
+        given, right = super().answers(logits, tokens)
+        if not len(right):
+            raise InputError(
+                "no image says its class; put them in subfolders named after the classes, "
+                f"e.g. {', '.join(list(self.classes)[:3])}."
+            )
+        return given, right
+
+    def _tokens(self, pixels: Tensor, labels: Tensor) -> Tokens:
+        return Tokens(pixels, torch.ones(len(pixels), self.positions, dtype=torch.bool), labels)
+
+    def _files(self, source: str) -> list[tuple[Path, int]]:
+        """All images of a folder with their classes, in one order for ever."""
+        folder = expanded(source)
+        if source == BUNDLED or not folder.is_dir():
+            what = "the bundled text" if source == BUNDLED else f"{source!r}"
+            raise InputError(
+                f"{what} is no folder of images, which an image classifier calibrates on and is "
+                "judged on; name one with --calibration or --eval (subfolders are classes)."
+            )
+        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+        if not files:
+            raise InputError(
+                f"image folder {source!r} holds no {', '.join(sorted(SUFFIXES))} file."
+            )
+        labels = {parent: self._label(parent, folder) for parent in {f.parent for f in files}}
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+        return [(files[int(i)], labels[files[int(i)].parent]) for i in order]
+
+    def _label(self, parent: Path, folder: Path) -> int:
+        if parent == folder:
+            return UNLABELLED
+        name = parent.relative_to(folder).parts[0]
+        if name not in self.classes:
+            known = nearest(name, list(self.classes))
+            raise InputError(
+                f"image folder {str(folder)!r}: no class {name!r} in the model: {known}"
+            )
+        return self.classes[name]
+
+    def _read(self, files: list[tuple[Path, int]], reader: Any) -> Tokens:
+        try:
+            from PIL import Image, UnidentifiedImageError
+        except ImportError as error:
+            raise InputError(NEEDED) from error
+        if not files:
+            raise InputError("no image is left to judge on; give more, or another folder.")
+        pixels = []
+        for path, _ in files:
+            try:
+                with Image.open(path) as image:
+                    shown = image.convert("L" if self.channels == 1 else "RGB")
+                made = reader(shown, return_tensors="pt")["pixel_values"]
+            except (UnidentifiedImageError, OSError) as error:
+                raise InputError(f"image {str(path)!r} cannot be read: {error}.") from error
+            pixels.append(made)
+        labels = torch.tensor([label for _, label in files])
+        return self._tokens(torch.cat(pixels).float(), labels)

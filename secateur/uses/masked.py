@@ -1,0 +1,79 @@
+"""Masked language models: hidden tokens from those on both sides."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from secateur.errors import InputError
+from secateur.text import (
+    UNLABELLED,
+    Calibration,
+    Text,
+    Tokens,
+    calibration_tokens,
+    held_windows,
+)
+from secateur.uses.base import Use
+
+MASKED = 0.15  #: share of the tokens that are hidden, as BERT was trained (arXiv 1810.04805, 3.1)
+SPECIALS = 2  #: tokens that stand around every window
+
+
+@dataclass(frozen=True)
+class MaskedLM(Use):
+    """Whole windows of text between the tokenizer's special tokens, some of their tokens hidden.
+
+    Judged by the perplexity of the hidden tokens and by how many of them are found. Windows are
+    never padded, so no mask is needed.
+    """
+
+    auto: ClassVar[str] = "AutoModelForMaskedLM"
+    what: ClassVar[str] = "masked language model"
+    share: ClassVar[str | None] = "hidden tokens found"
+
+    def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
+        """Windows of the text that is not set aside, hidden by the calibration's seed."""
+        inside = replace(calibration, length=calibration.length - SPECIALS)
+        found = calibration_tokens(inside, reader)
+        return self._hidden(found[_whole(found)], reader, calibration.seed)
+
+    def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
+        """Consecutive windows, hidden the same way for every model with that tokenizer."""
+        return self._hidden(held_windows(text, reader, length - SPECIALS, limit), reader, 0)
+
+    def example(self, config: Any, rows: int, length: int) -> Tokens:
+        """One token, again and again."""
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), ids)
+
+    def inputs(self, tokens: Tokens) -> dict[str, Any]:
+        """Ids, of which all are real."""
+        return {"input_ids": tokens.ids}
+
+    def _hidden(self, windows: Tokens, reader: Any, seed: int) -> Tokens:
+        """The windows as the model reads them, and what is hidden in them as labels."""
+        if None in (reader.mask_token_id, reader.cls_token_id, reader.sep_token_id):
+            raise InputError(
+                "the tokenizer has no mask, start or end token ([MASK], [CLS], [SEP]), without "
+                "which a masked language model cannot be asked anything; fetch it again."
+            )
+        ids = windows.ids
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.rand(ids.shape, generator=generator) < MASKED
+        one = torch.randint(ids.shape[1], (len(ids), 1), generator=generator)
+        hidden |= torch.arange(ids.shape[1]) == one  # of every window at least one
+        labels = torch.where(hidden, ids, UNLABELLED)
+        ids = torch.where(hidden, reader.mask_token_id, ids)
+        ids = _between(ids, reader.cls_token_id, reader.sep_token_id)
+        labels = _between(labels, UNLABELLED, UNLABELLED)
+        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), labels)
+
+
+def _whole(windows: Tokens) -> list[int]:
+    return windows.mask.all(1).nonzero().flatten().tolist()
+
+
+def _between(ids: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    return nn.functional.pad(nn.functional.pad(ids, (1, 0), value=first), (0, 1), value=last)
