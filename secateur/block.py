@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.anatomy import Anatomy, HeadLayout, Projection
+from secateur.errors import InputError
 from secateur.layers.modeling_secateur import AnyConv1D, NarrowAttention, narrow_attention
 from secateur.units import MLP, WIDTHS, Heads, QueryKey, Unit, ValueOutput, WholeBlock
 
@@ -112,10 +113,20 @@ class Block:
         rows = rows.t().to(dtype).contiguous()
         set_linear(consumer, rows, with_constant(consumer.bias, bias, dtype))
 
-    def add_constant(self, constant: Tensor | None) -> None:
-        """Add to the consumer's bias, which is new where there was none."""
-        if constant is not None:
-            self.set_consumer_weight(inputs_by_outputs(self.consumer), constant)
+    def add_constant(self, constant: Tensor) -> None:
+        """Add to the consumer's bias, which is new where there was none.
+
+        Raises:
+            InputError: the sum is not finite in the weights' number format.
+        """
+        self.set_consumer_weight(inputs_by_outputs(self.consumer), constant)
+        bias = self.consumer.bias
+        assert isinstance(bias, Tensor)
+        if not bool(torch.isfinite(bias).all()):
+            raise InputError(
+                f"block {self.index}: the constant of what goes behind it is NaN or infinite as "
+                f"{bias.dtype}; try --dtype float32, or leave constants out (--compensate 0)."
+            )
 
     @property
     def sums(self) -> bool:

@@ -57,13 +57,22 @@ def narrow_blocks(
             narrow_block(block, own, sizes, method, statistics)
         else:
             line.narrow_block(block, own, sizes, statistics)
-        for later in takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :]):
-            (unit,) = (u for u in units if u.block == later.index and u.kind == "block")
-            statistics = store.get(later.index, method.needs, model.device)
-            block.add_constant(method.solve(unit, later, statistics).at(0).bias)
+        behind = takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :])
+        found = [_constant(model, method, units, later, store) for later in behind]
+        if constants := [constant.double() for constant in found if constant is not None]:
+            block.add_constant(torch.stack(constants).sum(0))  # all at once, to round only once
         if stream is not None:
             stream.advance(block)
         yield block
+
+
+def _constant(
+    model: Model, method: Method, units: Sequence[Unit], gone: Block, store: Store
+) -> Tensor | None:
+    """What stands for a block that goes."""
+    (unit,) = (u for u in units if u.block == gone.index and u.kind == "block")
+    statistics = store.get(gone.index, method.needs, model.device)
+    return method.solve(unit, gone, statistics).at(0).bias
 
 
 def _goes(block: Block, sizes: Mapping[str, int]) -> bool:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from secateur import InputError, Store
 from secateur.apply import narrowed
 from secateur.methods.replace import Replace
 from secateur.propagate import narrow_blocks
+from secateur.statistics import Change, Needs
 from secateur.units import DEPTH
 from tests.contract.conftest import logits, spread
 from tests.reference.blocks import IDS, bypassed, changes, every_family, gone, measure, padded
@@ -55,6 +57,39 @@ def test_a_folded_constant_is_one_added_to_the_stream(opened, name, indices):
     if any(isinstance(value, torch.Tensor) for value in constants.values()):
         plain = bypassed(opened(name, "float64"), dict.fromkeys(indices, 0.0))
         assert spread(plain, expected) > 1e-3
+
+
+@pytest.fixture
+def folded(opened):
+    """The bias of the first MLP, 1 before, behind which two blocks go that each add a constant."""
+
+    def fold(added):
+        model, method = opened("gpt2", "bfloat16"), Replace()
+        bias = model.blocks[0].consumer.bias
+        bias.fill_(1.0)
+        change = torch.full((len(bias) + 2,), added, dtype=torch.float64)
+        store = Store()
+        for block in model.blocks:
+            store.put(block.index, {Needs.CHANGE: Change(change, 1)})
+        for _ in narrow_blocks(
+            model, method, method.units(model, 1), gone(model, 1, 2), padded(), store
+        ):
+            pass
+        return model.blocks[0].consumer.bias
+
+    return fold
+
+
+def test_constants_of_several_blocks_are_rounded_once(folded):
+    """The mistake: each is rounded into the bias by itself, where both are below its last digit."""
+    small = 0.0035  # of 2⁻⁷, the distance to the next number, less than half
+    assert torch.tensor(1 + small).bfloat16() == 1
+    assert set(folded(small).tolist()) == {1 + 2**-7}
+
+
+def test_a_constant_beyond_the_number_format_is_refused(folded):
+    with pytest.raises(InputError, match=r"block 0.*bfloat16.*--compensate 0"):
+        folded(1e39)
 
 
 def test_a_measured_loss_counts_the_constant(opened):
