@@ -14,6 +14,7 @@ from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
 from secateur.block import Block
 from secateur.curve import Curve
+from secateur.errors import InputError
 from secateur.linalg import damped
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.refitted import RefittedMethod, coordinates, narrowing, problem, refitted
@@ -71,11 +72,19 @@ class ISpaSP(RefittedMethod):
                 gone = torch.ones_like(shared[0])
                 gone[keep] = 0
                 lost = shared @ gone
-                return lost, float(gone @ lost)
-            change = weight.clone()
-            change[coordinates(keep, width)] -= fitted
-            moved = gram @ change
-            return (moved * weight).sum(1).view(-1, width).sum(1), float((moved * change).sum())
+                energy = float(gone @ lost)
+            else:
+                change = weight.clone()
+                change[coordinates(keep, width)] -= fitted
+                moved = gram @ change
+                lost = (moved * weight).sum(1).view(-1, width).sum(1)
+                energy = float((moved * change).sum())
+            if not math.isfinite(energy):  # below no other: no set would stay
+                raise InputError(
+                    f"{unit.name}: the residual's energy is NaN or infinite; try --dtype float32, "
+                    "or check the model with `secateur eval`."
+                )
+            return lost, energy
 
         @cache
         def recovered(size: int) -> tuple[Tensor, float]:

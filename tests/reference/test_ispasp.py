@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from secateur.errors import InputError
 from secateur.methods.ispasp import ISpaSP
 from tests.reference.raw import activations, direct_error, gram_of, lost, normal, solved, spelled
 
@@ -136,3 +137,13 @@ def test_from_half_of_the_units_on_it_is_a_ranking_by_energy():
     for size in (5, 7, 9):
         expected = energies.argsort(descending=True)[:size].sort().values.tolist()
         assert solved(ISpaSP(), x, w).at(size).keep.tolist() == expected
+
+
+@pytest.mark.parametrize("refit", [0, 1])
+@pytest.mark.parametrize("wrong", [torch.nan, 1e200])
+def test_a_residual_that_is_not_finite_is_refused(wrong, refit):
+    """The mistake: it is less than no other, and the empty set is taken for the best of all."""
+    x, w = activations(13, 60, 12), normal(14, 12, 4)
+    w[3, 1] = wrong
+    with pytest.raises(InputError, match=r"^mlp: .*eval"):
+        solved(ISpaSP(refit=refit), x, w)
