@@ -28,7 +28,8 @@ class Divergence:
 
     In nats, mean over the outputs that count of some calibration windows. Hidden states are kept
     before the block at hand, so only the blocks behind it run again. With p the dense model's
-    probabilities and z the narrowed one's logits, KL = Σ p log p − Σ p z + log Σ exp z.
+    probabilities and z the narrowed one's logits, KL = Σ p log p − Σ p z + log Σ exp z. All p are
+    kept on the CPU, in float32: windows × length × vocabulary numbers.
     """
 
     def __init__(self, model: Model, tokens: Tokens) -> None:
@@ -38,7 +39,7 @@ class Divergence:
         for batch in self.stream.batches:
             scores = self._logits(batch, self.stream.at(batch), model.blocks).log_softmax(-1)
             dense = scores.exp()
-            self._dense.append((dense, torch.linalg.vecdot(dense, scores)))
+            self._dense.append((dense.cpu(), torch.linalg.vecdot(dense, scores)))
 
     def of(self, block: Block) -> float:
         """Divergence of the model as it stands, if nothing before ``block`` has changed.
@@ -50,7 +51,8 @@ class Divergence:
         for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
             found = self._logits(batch, self.stream.at(batch), behind)
             counted = self.stream.counted(batch)
-            terms = negentropy - torch.linalg.vecdot(dense, found) + found.logsumexp(-1)
+            expected = torch.linalg.vecdot(dense.to(found.device), found)
+            terms = negentropy - expected + found.logsumexp(-1)
             total += float(terms[counted].double().sum())
             count += int(counted.sum())
         if not math.isfinite(total):

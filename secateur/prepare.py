@@ -126,7 +126,9 @@ def prepare(
             watch.measure("select"),
             progress.stage("choosing calibration text", DRAWS) as advance,
         ):
-            calibration = select_calibration(model, calibration, chosen, goal, allocator, advance)
+            calibration = select_calibration(
+                model, calibration, chosen, goal, allocator, advance, store.folder
+            )
             tokens = model.use.calibration(calibration, model.tokenizer)
     if calibration.windows:
         count = len(calibration.windows)

@@ -4,8 +4,9 @@ What is chosen is a list of places in the text, so a plan that holds it is made 
 windows, without choosing. The choice is kept in the user's cache under all that it depends on.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +26,7 @@ from secateur.plan import prices_of, usual_allocator
 from secateur.records import Record, read_record
 from secateur.scores import score
 from secateur.stitch import WINDOWS, Stitched
-from secateur.stream import Stream
+from secateur.stream import TOKENS_PER_BATCH, Stream
 from secateur.text import Calibration, Tokens, calibration_stream, drawn, windows_at
 from secateur.version import __version__
 
@@ -49,6 +50,7 @@ def select_calibration(
     goal: Goal | None = None,
     allocator: Allocator | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    folder: Path | None = None,
 ) -> Calibration:
     """The calibration with its windows chosen as its ``select`` says; the model stays as it was.
 
@@ -59,7 +61,8 @@ def select_calibration(
       ``method`` narrows by it, on windows that are in none of them; see :func:`divergences`.
 
     Choosing again gives the same. ``method``, ``goal`` and ``allocator``, by default the method's
-    own, serve "kl" alone. ``advance`` is told how many of :data:`DRAWS` are done.
+    own, serve "kl" alone. ``advance`` is told how many of :data:`DRAWS` are done. ``folder`` is
+    where the statistics of a draw lie while it is judged, by default the system's temporary one.
 
     Raises:
         InputError: the text holds too little to choose from, or the method can't be judged so.
@@ -103,18 +106,17 @@ def select_calibration(
             [_part(tokens, draw) for draw in draws],
             _part(tokens, range(len(order) - judged, len(order))),
             advance,
+            folder,
         )
         chosen = draws[found.index(min(found))]
     else:
-        states, mask = middle_states(model, tokens), tokens.mask
+        states = MiddleStates(model, tokens)
         if calibration.select == "leverage":
             generator = torch.Generator().manual_seed(calibration.seed)
-            chances = leverage(states, mask).sum(1)
+            chances = leverage(states, tokens.mask).sum(1)
             chosen = torch.multinomial(chances, wanted, generator=generator).tolist()
         else:
-            real = mask.unsqueeze(-1)
-            means = (states * real).double().sum(1) / real.sum(1)
-            chosen, _ = most_diverse(similarity(means), wanted)
+            chosen, _ = most_diverse(similarity(means(states, tokens.mask)), wanted)
     windows = tuple(pool[place] for place in chosen)
     keep(path, Choice(windows=windows).model_dump_json())
     return replace(calibration, windows=windows)
@@ -156,14 +158,21 @@ def cheap(model: Model, method: Method, goal: Goal, allocator: Allocator) -> All
     """The allocator, or one share for all units in place of one that measures or compares losses.
 
     Raises:
-        InputError: the method has units that no share serves, or that run through all blocks.
+        InputError: the method has units that no share serves, or one that runs through all blocks.
     """
     kinds = {unit.kind for unit in method.units(model, goal.multiple_of)}
-    dear = allocator.measured or allocator.searches
-    if "residual" in kinds or (dear and "block" in kinds):
+    dear, reason = allocator.measured or allocator.searches, None
+    if "residual" in kinds:
+        reason = "it slices the residual stream, and draws are compared by blocks narrowed alone"
+    elif dear and "block" in kinds:
+        reason = (
+            f"draws are compared without the measuring that allocator {allocator.name!r} does, and "
+            f"one share for all units says not which blocks go"
+        )
+    if reason:
         raise InputError(
-            f"--select-calibration kl can't judge {method.name!r} cheaply: it narrows more than "
-            f"one block at a time. Choose leverage or dpp."
+            f"--select-calibration kl can't judge {method.name!r}: {reason}. Choose leverage or "
+            f"dpp."
         )
     return Uniform() if dear else allocator
 
@@ -176,17 +185,21 @@ def divergences(
     draws: Sequence[Tokens],
     judged: Tokens,
     advance: Callable[[int], None] = lambda _: None,
+    folder: Path | None = None,
 ) -> list[float]:
     """For each draw, the divergence on ``judged`` of the model narrowed by what the draw says.
 
     In nats a token. Every block is narrowed by statistics of the dense model: nothing is measured
-    again behind narrowed blocks, and nothing propagated. The model is left as it was.
+    again behind narrowed blocks, and nothing propagated. The model is left as it was. A draw's
+    statistics lie in ``folder``, or the system's temporary one, until the next one's take over.
     """
     units, found = method.units(model, goal.multiple_of), []
     prices = prices_of(model, units, goal)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     for tokens in draws:
-        with TemporaryDirectory() as folder:
-            store = Store(Path(folder))
+        with TemporaryDirectory(prefix="draw-", dir=folder) as passing:
+            store = Store(Path(passing))
             calibrate(model, tokens, method.needs | allocator.needs, store)
             evidence = Evidence({})
             if not isinstance(allocator, Uniform):
@@ -198,28 +211,51 @@ def divergences(
     return found
 
 
-def middle_states(model: Model, tokens: Tokens) -> Tensor:
-    """The hidden states before the middle block, (windows, length, hidden), on the CPU."""
-    with torch.inference_mode():
-        stream = Stream(model, tokens)
-        for block in model.blocks[: len(model.blocks) // 2]:
+@dataclass(frozen=True)
+class MiddleStates:
+    """The hidden states before the middle block, (length, hidden) a window, on the CPU.
+
+    They are computed whenever they are gone through, so that no more than a batch is ever held.
+    """
+
+    model: Model
+    tokens: Tokens
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows = max(1, TOKENS_PER_BATCH // self.tokens.ids.shape[1])
+        for first in range(0, len(self.tokens.ids), rows):
+            places = range(len(self.tokens.ids))[first : first + rows]
+            yield from self._of(_part(self.tokens, places))
+
+    @torch.no_grad()
+    def _of(self, tokens: Tokens) -> Tensor:
+        stream = Stream(self.model, tokens)
+        for block in self.model.blocks[: len(self.model.blocks) // 2]:
             stream.advance(block)
-    return stream.states
+        return stream.states
 
 
-def leverage(states: Tensor, mask: Tensor) -> Tensor:
+def _real(states: Iterable[Tensor], mask: Tensor) -> Iterator[Tensor]:
+    """The states of each window's real tokens as rows, in float64."""
+    return (window[real].double() for window, real in zip(states, mask, strict=True))
+
+
+def means(states: Iterable[Tensor], mask: Tensor) -> Tensor:
+    """The mean state of every window's real tokens, (windows, hidden) in float64."""
+    return torch.stack([rows.mean(0) for rows in _real(states, mask)])
+
+
+def leverage(states: Iterable[Tensor], mask: Tensor) -> Tensor:
     """Statistical leverage of every real token among all of them, 0 for others: (windows, length).
 
     With X the tokens' states as rows and C = XᵀX = V Λ Vᵀ over the directions that have energy,
 
         ℓ_i = x_iᵀ C⁺ x_i = ‖x_i V Λ^-½‖²,   Σ ℓ_i = rank X
 
-    A token that no others explain has 1, one of n copies at most 1/n.
+    A token that no others explain has 1, one of n copies at most 1/n. ``states`` holds a window's
+    at a time, and is gone through twice: for C, and for the leverages.
     """
-    gram = torch.zeros(states.shape[-1], states.shape[-1], dtype=torch.float64)
-    for window, real in zip(states, mask, strict=True):
-        rows = window[real].double()
-        gram += rows.t() @ rows
+    gram = reduce(torch.add, (rows.t() @ rows for rows in _real(states, mask)))
     values, vectors = torch.linalg.eigh(gram)
     there = values > RANK * values[-1]
     whitening = vectors[:, there] / values[there].sqrt()

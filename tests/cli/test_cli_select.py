@@ -37,7 +37,7 @@ def test_plans_name_the_windows_and_make_the_same_choice_again(planned, forget, 
 def test_a_plan_brings_its_windows(planned, run, near, model, held, room, forget, monkeypatch):
     path, calibration, _ = planned("dpp")
     forget()
-    monkeypatch.setattr("secateur.select.middle_states", None)  # nothing is chosen again
+    monkeypatch.setattr("secateur.select.MiddleStates", None)  # nothing is chosen again
     judged = ("--eval", held, "--eval-windows", 2, "--new-tokens", 4, "--no-speed")
     done = run("compress", model, room / "out", "--plan", path, *judged).succeeded()
     assert "note: this plan was made from other" not in done.err
@@ -53,6 +53,22 @@ def test_compress_chooses_too(compress, room):
     assert report["calibration"]["select"] == "leverage"
     assert len(report["calibration"]["windows"]) == 4
     assert report["seconds"]["select"] > 0
+
+
+def test_draws_keep_their_statistics_where_the_run_does(planned, tmp_path, forget, monkeypatch):
+    from secateur import select
+
+    seen, whole = [], select.calibrate
+
+    def calibrate(model, tokens, needs, store):
+        seen.append(store.folder.parent)
+        whole(model, tokens, needs, store)
+
+    monkeypatch.setattr(select, "calibrate", calibrate)
+    forget()
+    planned("kl", "--statistics", tmp_path / "kept")
+    assert set(seen) == {tmp_path / "kept"}
+    assert all(path.is_file() for path in (tmp_path / "kept").iterdir())
 
 
 def test_what_cannot_be_chosen_is_refused(run, model, text, planned, room):

@@ -9,25 +9,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import Calibration, Goal, InputError, calibration_tokens, open_model
+from secateur import Calibration, Goal, InputError, calibration, calibration_tokens, open_model
 from secateur import select as module
 from secateur.allocate.fluctuation import Fluctuation
+from secateur.allocate.greedy import Greedy
 from secateur.allocate.knapsack import Knapsack
+from secateur.allocate.least_error import LeastError
 from secateur.allocate.uniform import Uniform
 from secateur.methods.auto import Auto
 from secateur.methods.flap import FLAP
+from secateur.methods.shortgpt import ShortGPT
+from secateur.methods.sleb import SLEB
+from secateur.methods.slicegpt import SliceGPT
 from secateur.select import (
     DRAWS,
     JITTER,
     POOL,
+    MiddleStates,
     cheap,
     divergences,
     leverage,
+    means,
     most_diverse,
     random_draws,
     select_calibration,
     similarity,
 )
+from secateur.stream import Stream
 from secateur.text import Tokens, sample
 from tests.families import words
 
@@ -176,7 +184,7 @@ def test_a_choice_is_replayed_from_its_windows(opened, text, fresh, select):
 def test_a_choice_is_kept(opened, text, fresh, monkeypatch):
     model, asked = opened("llama"), replace(text, select="dpp")
     first = select_calibration(model, asked)
-    monkeypatch.setattr(module, "middle_states", None)
+    monkeypatch.setattr(module, "MiddleStates", None)
     assert select_calibration(model, asked) == first
     with pytest.raises(TypeError):
         select_calibration(model, replace(asked, seed=1))
@@ -186,11 +194,44 @@ def test_what_is_chosen_for_its_diversity_has_more_of_it(opened, text, fresh):
     model = opened("llama", "float64")
     chosen = select_calibration(model, replace(text, select="dpp"))
     pool = calibration_tokens(replace(text, samples=8 * POOL), model.tokenizer)
-    means = module.middle_states(model, pool).mean(1)
-    found = similarity(means)
+    found = similarity(means(MiddleStates(model, pool), pool.mask))
     rows = [tuple(row) for row in pool.ids.tolist()]
     own = [rows.index(tuple(r)) for r in calibration_tokens(chosen, model.tokenizer).ids.tolist()]
     assert log_det(found, own) > log_det(found, [*range(8)])
+
+
+def test_states_of_the_middle_are_those_of_a_pass_however_they_are_cut(opened, text, monkeypatch):
+    model = opened("llama", "float64")
+    tokens = calibration_tokens(replace(text, samples=7), model.tokenizer)
+    with torch.no_grad():
+        whole = Stream(model, tokens)
+        for block in model.blocks[: len(model.blocks) // 2]:
+            whole.advance(block)
+    held = []
+    monkeypatch.setattr(
+        module, "Stream", lambda model, part: held.append(len(part.ids)) or Stream(model, part)
+    )
+    monkeypatch.setattr(module, "TOKENS_PER_BATCH", 3 * 16)
+    found = MiddleStates(model, tokens)
+    for _ in range(2):
+        torch.testing.assert_close(torch.stack([*found]), whole.states)
+    assert held == [3, 3, 1] * 2
+
+
+def test_statistics_of_draws_lie_where_they_are_told_and_pass(opened, text, tmp_path, monkeypatch):
+    model, seen = opened("llama"), []
+    draws = calibration_tokens(replace(text, samples=16), model.tokenizer)
+    folder, first = tmp_path / "statistics", Tokens(draws.ids[:8], draws.mask[:8])
+
+    def calibrate(model, tokens, needs, store):
+        seen.append(store.folder)
+        assert list(folder.iterdir()) == [store.folder]
+        calibration.calibrate(model, tokens, needs, store)
+
+    monkeypatch.setattr(module, "calibrate", calibrate)
+    divergences(model, FLAP(), Goal(), Uniform(), [first, draws], first, folder=folder)
+    assert len(set(seen)) == 2
+    assert list(folder.iterdir()) == []
 
 
 def test_text_that_leaves_no_choice_is_refused(opened, text, fresh):
@@ -215,6 +256,15 @@ def test_dear_allocators_are_replaced_to_compare(opened):
     model = opened("llama")
     assert cheap(model, Auto(), Goal(), Knapsack()) == Uniform()
     assert cheap(model, FLAP(), Goal(), Fluctuation()) == Fluctuation()
+    assert cheap(model, ShortGPT(), Goal(), LeastError()) == LeastError()
+
+
+def test_what_is_not_judged_cheaply_is_refused_for_its_own_reason(opened):
+    model = opened("llama")
+    with pytest.raises(InputError, match=r"'sleb'.*'greedy'.*which blocks"):
+        cheap(model, SLEB(), Goal(), Greedy())
+    with pytest.raises(InputError, match=r"'slicegpt'.*residual stream"):
+        cheap(model, SliceGPT(), Goal(), Uniform())
 
 
 def test_divergence_tells_a_good_draw_from_noise():
@@ -232,7 +282,7 @@ def test_the_draw_of_least_divergence_is_taken(opened, text, fresh, monkeypatch)
     model, asked = opened("llama"), replace(text, select="kl")
     seen = []
 
-    def measured(model, method, goal, allocator, draws, judged, advance):
+    def measured(model, method, goal, allocator, draws, judged, advance, folder):
         seen.extend([*draws, judged])
         return [3.0, 1.0, 2.0, 4.0]
 
