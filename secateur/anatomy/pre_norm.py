@@ -24,5 +24,5 @@ class PreNorm:
 
 
 LIKE_LLAMA = PreNorm("input_layernorm", "post_attention_layernorm", "mlp", "norm")
-#: by model_type
-PRE_NORMS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), LIKE_LLAMA)
+#: by the first model_type of a family, which stands for all of them
+PRE_NORMS = dict.fromkeys(("llama", "qwen2", "qwen3", "phi3"), LIKE_LLAMA)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from secateur import Calibration, Goal, InputError, Knapsack, Store, calibrate, make_plan, score
 from secateur.allocate.plain import PlainWidth
 from secateur.allocate.uniform import Uniform
+from secateur.anatomy import FAMILIES as ANATOMIES
+from secateur.anatomy.pre_norm import PRE_NORMS
 from secateur.methods import METHODS, check_served, method_class
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.modegpt import MoDeGPT
@@ -325,6 +327,11 @@ def test_in_half_precision_no_norm_is_rounded(made):
     norms = [t for key, t in tensors.items() if key.endswith("norm.weight")]
     assert len(norms) == 7
     assert all(bool((norm == 1).all()) for norm in norms)
+
+
+def test_every_entry_is_of_a_family():
+    turning = [family.model_types[0] for family in ANATOMIES if family.pre_norm is not None]
+    assert sorted(turning) == sorted(PRE_NORMS)
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gpt_neox", "gemma", "olmo2", "cohere"])
