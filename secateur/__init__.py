@@ -13,15 +13,38 @@ from secateur.errors import InputError
 from secateur.version import __version__
 
 if TYPE_CHECKING:
+    from secateur.allocate.alpha import AlphaPruning
+    from secateur.allocate.angular import Angular
+    from secateur.allocate.farms import FARMS
+    from secateur.allocate.fluctuation import Fluctuation
+    from secateur.allocate.greedy import Greedy
     from secateur.allocate.influence import EntropicInfluence
     from secateur.allocate.knapsack import Knapsack
+    from secateur.allocate.least_error import LeastError
+    from secateur.allocate.middle import Middle
+    from secateur.allocate.nirvana import TwoThresholds
+    from secateur.allocate.plain import PlainWidth
+    from secateur.allocate.spdy import SPDY
     from secateur.allocate.uniform import Uniform
+    from secateur.allocate.welore import WeLore
     from secateur.calibration import Store, calibrate
     from secateur.evaluate.judge import Questions, judge_apart
     from secateur.goal import Goal
     from secateur.methods.auto import Auto
     from secateur.methods.base import Method
+    from secateur.methods.cfsp import CFSP
+    from secateur.methods.flap import FLAP
+    from secateur.methods.ispasp import ISpaSP
+    from secateur.methods.llm_pruner import LLMPruner
     from secateur.methods.modegpt import MoDeGPT
+    from secateur.methods.nirvana import Nirvana
+    from secateur.methods.obspa import OBSPA
+    from secateur.methods.replace import Replace
+    from secateur.methods.shortgpt import ShortGPT
+    from secateur.methods.sleb import SLEB
+    from secateur.methods.slicegpt import SliceGPT
+    from secateur.methods.wanda_sp import WandaSP
+    from secateur.methods.ziplm import ZipLM
     from secateur.model import Model, Settings, open_model
     from secateur.pipeline import compress, save
     from secateur.plan import Plan, make_plan
@@ -30,47 +53,93 @@ if TYPE_CHECKING:
     from secateur.text import Calibration, Text, calibration_tokens
 
 _HOMES = {
+    "AlphaPruning": "secateur.allocate.alpha",
+    "Angular": "secateur.allocate.angular",
     "Auto": "secateur.methods.auto",
+    "CFSP": "secateur.methods.cfsp",
     "Calibration": "secateur.text",
-    "Goal": "secateur.goal",
     "EntropicInfluence": "secateur.allocate.influence",
+    "FARMS": "secateur.allocate.farms",
+    "FLAP": "secateur.methods.flap",
+    "Fluctuation": "secateur.allocate.fluctuation",
+    "Goal": "secateur.goal",
+    "Greedy": "secateur.allocate.greedy",
+    "ISpaSP": "secateur.methods.ispasp",
     "Knapsack": "secateur.allocate.knapsack",
-    "Uniform": "secateur.allocate.uniform",
+    "LLMPruner": "secateur.methods.llm_pruner",
+    "LeastError": "secateur.allocate.least_error",
     "Method": "secateur.methods.base",
+    "Middle": "secateur.allocate.middle",
     "MoDeGPT": "secateur.methods.modegpt",
     "Model": "secateur.model",
+    "Nirvana": "secateur.methods.nirvana",
+    "OBSPA": "secateur.methods.obspa",
+    "PlainWidth": "secateur.allocate.plain",
     "Plan": "secateur.plan",
     "Questions": "secateur.evaluate.judge",
+    "Replace": "secateur.methods.replace",
+    "SLEB": "secateur.methods.sleb",
+    "SPDY": "secateur.allocate.spdy",
     "Settings": "secateur.model",
+    "ShortGPT": "secateur.methods.shortgpt",
+    "SliceGPT": "secateur.methods.slicegpt",
     "Store": "secateur.calibration",
     "Text": "secateur.text",
+    "TwoThresholds": "secateur.allocate.nirvana",
+    "Uniform": "secateur.allocate.uniform",
+    "WandaSP": "secateur.methods.wanda_sp",
+    "WeLore": "secateur.allocate.welore",
+    "ZipLM": "secateur.methods.ziplm",
     "calibrate": "secateur.calibration",
     "calibration_tokens": "secateur.text",
     "compress": "secateur.pipeline",
     "judge_apart": "secateur.evaluate.judge",
     "make_plan": "secateur.plan",
-    "score": "secateur.scores",
-    "select_calibration": "secateur.select",
     "open_model": "secateur.model",
     "save": "secateur.pipeline",
+    "score": "secateur.scores",
+    "select_calibration": "secateur.select",
 }
 
 __all__ = [
+    "CFSP",
+    "FARMS",
+    "FLAP",
+    "OBSPA",
+    "SLEB",
+    "SPDY",
+    "AlphaPruning",
+    "Angular",
     "Auto",
     "Calibration",
     "EntropicInfluence",
+    "Fluctuation",
     "Goal",
+    "Greedy",
+    "ISpaSP",
     "InputError",
     "Knapsack",
+    "LLMPruner",
+    "LeastError",
     "Method",
+    "Middle",
     "MoDeGPT",
     "Model",
+    "Nirvana",
+    "PlainWidth",
     "Plan",
     "Questions",
+    "Replace",
     "Settings",
+    "ShortGPT",
+    "SliceGPT",
     "Store",
     "Text",
+    "TwoThresholds",
     "Uniform",
+    "WandaSP",
+    "WeLore",
+    "ZipLM",
     "__version__",
     "calibrate",
     "calibration_tokens",
