@@ -93,7 +93,8 @@ class Row(Record):
     """One unit: its size before and after, what it costs then, and what that should do.
 
     Attributes:
-        predicted_error: share of the unit's own output that is lost, before any later refit.
+        predicted_error: share of the unit's own output that is lost, before any later refit, or
+            what else the method's ``curve`` says.
         predicted_loss: divergence of the model's output, in nats a token, measured with this unit
             alone narrowed; None where the allocator did not ask for it.
     """

@@ -159,11 +159,14 @@ def show_inspection(content: dict[str, Any]) -> None:
 def show_plan(plan: Plan, written: Path | None) -> None:
     """Print a plan, one line a unit."""
     console = _console()
-    told = "predicted error" if plan.predicted_loss is None else "predicted loss"
+    curve = method_class(plan.method.name).curve
+    told = curve.partition(":")[0] if plan.predicted_loss is None else "predicted loss"
+    own = [row.unit.rpartition(".")[0] for row in plan.units]  # the block of each
+    several = len(set(own)) < len(own)
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("unit", "size", "kept", "bytes", told):
         table.add_column(column, justify="left" if column == "unit" else "right")
-    for row in plan.units:
+    for row, block, following in zip(plan.units, own, [*own[1:], None], strict=True):
         loss = row.predicted_loss
         table.add_row(
             row.unit,
@@ -171,12 +174,12 @@ def show_plan(plan: Plan, written: Path | None) -> None:
             f"{row.after / row.before:.0%}",
             size(row.bytes),
             f"{row.predicted_error:.2%}" if loss is None else f"{loss:.5f}",
-            end_section=row is plan.units[-1] or row.unit.endswith("value_output"),
+            end_section=following is None or (several and following != block),
         )
     console.print(table)
     console.print(_kept(plan.budget.model_dump()))
     if plan.predicted_loss is None:
-        console.print("predicted error: share of the unit's own output that is lost")
+        console.print(curve)
     else:
         console.print(
             f"predicted loss: divergence of the model's output with that unit alone narrowed, in "

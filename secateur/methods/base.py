@@ -47,7 +47,7 @@ class Solution:
     """A method's answer for one unit, at every size it may take.
 
     Attributes:
-        curve: predicted error of the unit's output.
+        curve: predicted error of the unit's output, or what else :attr:`Method.curve` says.
         at: what replaces the unit at a size.
     """
 
@@ -65,6 +65,8 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    #: what the curve of a unit says, after a title for a column
+    curve: ClassVar[str] = "predicted error: share of the unit's own output that is lost"
     #: the axes that it narrows
     kinds: ClassVar[tuple[str, ...]] = WIDTHS
     #: the axes that stay whole, and that a budget counts all the same: ``keep`` means one thing

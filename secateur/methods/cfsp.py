@@ -38,6 +38,7 @@ class CFSP(ScoredMethod):
     name: ClassVar[str] = "cfsp"
     summary: ClassVar[str] = "MLP channels by activation and share of the weights"
     source: ClassVar[str] = "arXiv 2409.13199"
+    curve: ClassVar[str] = "lost energy: share of the channels' summed energies that goes"
     kinds: ClassVar[tuple[str, ...]] = ("mlp",)
     spared: ClassVar[tuple[str, ...]] = ("heads",)
     needs: ClassVar[frozenset[Need]] = frozenset({Needs.HIDDEN_ENERGY})

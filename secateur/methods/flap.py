@@ -36,6 +36,7 @@ class FLAP(ScoredMethod):
     name: ClassVar[str] = "flap"
     summary: ClassVar[str] = "channels and heads that fluctuate least, replaced by their mean"
     source: ClassVar[str] = "arXiv 2312.11983"
+    curve: ClassVar[str] = "fluctuation: share of the unit's squared error about the mean that goes"
     needs: ClassVar[frozenset[Need]] = frozenset(MOMENTS.values())
 
     @property

@@ -21,6 +21,7 @@ class ScoredMethod(Method):
     perplexity matter: what stays is not adapted to what is gone.
     """
 
+    curve: ClassVar[str] = "lost score: share of the unit's summed scores that goes"
     kinds: ClassVar[tuple[str, ...]] = WHOLE_HEADS
 
     @abstractmethod
@@ -28,7 +29,7 @@ class ScoredMethod(Method):
         """What every channel or KV head is worth, (size)."""
 
     def errors(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
-        """What removing it adds to the predicted error, (size), at least 0; here the score."""
+        """What removing it adds to the curve, (size), at least 0; here the score."""
         return self.scores(unit, block, statistics)
 
     def bias(

@@ -31,6 +31,7 @@ class ShortGPT(Method):
     name: ClassVar[str] = "shortgpt"
     summary: ClassVar[str] = "whole blocks, those of least influence first"
     source: ClassVar[str] = "arXiv 2403.03853"
+    curve: ClassVar[str] = "influence: 1 − cosine of what a block that goes gets and gives"
     needs: ClassVar[frozenset[Need]] = frozenset({Needs.INFLUENCE})
     kinds: ClassVar[tuple[str, ...]] = DEPTH
 

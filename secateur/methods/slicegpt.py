@@ -46,6 +46,7 @@ class SliceGPT(Method):
     name: ClassVar[str] = "slicegpt"
     summary: ClassVar[str] = "residual stream rotated to its principal directions and sliced"
     source: ClassVar[str] = "arXiv 2401.15024"
+    curve: ClassVar[str] = "lost energy: share of the residual stream's energy, mean over places"
     needs: ClassVar[frozenset[Need]] = frozenset({Needs.BETWEEN_GRAM, Needs.BEHIND_GRAM})
     kinds: ClassVar[tuple[str, ...]] = STREAM
 

@@ -244,6 +244,30 @@ def test_the_table_shows_errors_where_no_loss_was_measured(run, model, given, pl
 
 
 @pytest.mark.parametrize(
+    ("method", "told", "together"),
+    [
+        ("auto", "predicted error", 3),
+        ("flap", "fluctuation", 2),
+        ("cfsp", "lost energy", 2),
+        ("wanda-sp", "lost score", 2),
+        ("nirvana", "lost score", 2),
+        ("replace", "predicted error", 2),
+        ("shortgpt", "influence", 2),
+    ],
+)
+def test_the_table_says_what_a_method_predicts_and_parts_blocks(
+    run, model, given, method, told, together
+):
+    flags = ("--method", method, "--allocator", "least-error", "--keep", 0.5)
+    shown = run("plan", model, *given, "--dry-run", *flags).succeeded().out.splitlines()
+    assert shown[1].endswith(f"   {told} ")
+    assert any(line.startswith(f"{told}: ") for line in shown)
+    rows = [line.startswith(" layers") for line in shown[3:]]
+    assert rows[: together + 1] == [True] * together + [False]
+    assert max(map(len, shown)) <= 100
+
+
+@pytest.mark.parametrize(
     ("target", "words"),
     [
         ("parameters", "of 18.43 k compressible parameters"),
