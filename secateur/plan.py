@@ -186,8 +186,13 @@ def make_plan(
     judge the models that its candidates would give.
 
     Raises:
-        InputError: the budget is out of reach.
+        InputError: the budget is out of reach, or windows are still to be chosen.
     """
+    if calibration.select != "none" and not calibration.windows:
+        raise InputError(
+            f"the calibration's windows are still to be chosen by {calibration.select!r}; give "
+            "make_plan, and calibration_tokens, what select_calibration returns."
+        )
     goal = goal or Goal()
     allocator = allocator or usual_allocator(method, goal)
     units = method.units(model, goal.multiple_of)
@@ -282,7 +287,14 @@ def read_plan(path: Path) -> Plan:
         InputError: the file is missing, too large, no JSON, or not a plan of this version.
     """
     advice = " A new one comes from `secateur plan`."
-    return read_record(Plan, path, "plan", MAX_PLAN_BYTES, advice)
+    plan = read_record(Plan, path, "plan", MAX_PLAN_BYTES, advice)
+    if plan.calibration.select != "none" and not plan.calibration.windows:
+        raise InputError(
+            f"plan {str(path)!r}: calibration.select is {plan.calibration.select!r}, and "
+            f"calibration.windows does not say which windows that chose; list them, or set select "
+            f"to 'none' for windows drawn at random.{advice}"
+        )
+    return plan
 
 
 def revise(

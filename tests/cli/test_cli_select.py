@@ -80,3 +80,14 @@ def test_what_cannot_be_chosen_is_refused(run, model, text, planned, room):
     path, _, _ = planned("none")
     refused = run("compress", model, room / "out", "--plan", path, "--select-calibration", "dpp")
     refused.refused("--select-calibration", "--plan")
+
+
+@pytest.mark.parametrize("select", ["kl", "leverage", "dpp"])
+def test_a_plan_that_does_not_name_its_chosen_windows_is_refused(run, planned, model, room, select):
+    """The mistake: windows are drawn at random instead, and the record says that they were not."""
+    path, _, _ = planned("none")
+    plan = json.loads(path.read_text())
+    plan["calibration"]["select"] = select
+    path.write_text(json.dumps(plan))
+    refused = run("compress", model, room / "out", "--plan", path)
+    refused.refused("calibration.windows", repr(select), "'none'", "secateur plan")

@@ -9,8 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import Calibration, Goal, InputError, calibration, calibration_tokens, open_model
+from secateur import (
+    Calibration,
+    Goal,
+    InputError,
+    calibration,
+    calibration_tokens,
+    make_plan,
+    open_model,
+)
 from secateur import select as module
+from secateur.allocate.base import Evidence
 from secateur.allocate.fluctuation import Fluctuation
 from secateur.allocate.greedy import Greedy
 from secateur.allocate.knapsack import Knapsack
@@ -179,6 +188,13 @@ def test_a_choice_is_replayed_from_its_windows(opened, text, fresh, select):
     if select != "kl":  # from a pool that random windows begin
         pool = calibration_tokens(replace(text, samples=8 * POOL), model.tokenizer)
         assert {tuple(r) for r in tokens.ids.tolist()} <= {tuple(r) for r in pool.ids.tolist()}
+
+
+def test_no_plan_is_made_of_windows_still_to_be_chosen(opened, text):
+    model, asked = opened("llama"), replace(text, select="dpp")
+    tokens = calibration_tokens(asked, model.tokenizer)
+    with pytest.raises(InputError, match=r"dpp.*select_calibration"):
+        make_plan(model, FLAP(), Evidence({}), asked, tokens)
 
 
 def test_a_choice_is_kept(opened, text, fresh, monkeypatch):
