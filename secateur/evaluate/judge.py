@@ -96,13 +96,6 @@ def judge(
         if use.share is not None:
             tasks[f"{use.share}, {name}"] = right
     first = next(iter(held.values()), None)
-    agrees: dict[str, float] = {}
-    if first is not None and outputs_of_dense is not None:
-        own = outputs(model, first)
-        if outputs_of_dense.exists():
-            agrees = agreement(load_file(outputs_of_dense)["outputs"], own)
-        else:
-            save_file({"outputs": own}, outputs_of_dense)
     prompt, sample = _sampled(model, questions, held, room) if use.causal else ("", "")
     speed: dict[str, float] = {}
     if questions.speed and first is not None:
@@ -111,6 +104,14 @@ def judge(
             timed = measure_speed(model, use.beginning(first, min(length, room - new)), new)
             speed = {k: value for k, value in asdict(timed).items() if value is not None}
             advance(1)
+    peak = max(0, peak_bytes(model.device) - before)
+    agrees: dict[str, float] = {}
+    if first is not None and outputs_of_dense is not None:
+        own = outputs(model, first)
+        if outputs_of_dense.exists():
+            agrees = agreement(load_file(outputs_of_dense)["outputs"], own)
+        else:
+            save_file({"outputs": own}, outputs_of_dense)
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
         bytes=weight_bytes(model),
@@ -118,7 +119,7 @@ def judge(
         tokens={name: tokens.count for name, tokens in held.items()},
         prompt=prompt,
         sample=sample,
-        peak_memory_bytes=max(0, peak_bytes(model.device) - before),
+        peak_memory_bytes=peak,
         speed=speed,
         tasks=tasks,
         agreement=agrees,
