@@ -16,7 +16,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="secateur-tests-")  # not
 
 from secateur import Calibration, Model, Settings, Store, calibrate, open_model
 from secateur.methods import METHODS, method_class
-from secateur.text import Tokens, sample
+from secateur.text import Tokens
 from tests import families
 
 torch.set_num_threads(1)
@@ -64,7 +64,7 @@ def calibrated(opened: Callable[..., Model]) -> Callable[[str], Calibrated]:
 
     @cache
     def statistics(name: str) -> Calibrated:
-        tokens = sample(families.stream(SAMPLES * LENGTH), SAMPLES, LENGTH, 0)
+        tokens = families.read(name, SAMPLES, LENGTH)
         store = Store()
         calibrate(opened(name, "float64"), tokens, needs, store)
         return Calibrated(tokens, store, Calibration("stream", SAMPLES, LENGTH, 0))

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 from transformers.pytorch_utils import Conv1D
 
+from secateur.text import UNLABELLED, Tokens, sample
+
 VOCAB, WORDS = 99, 88
+MASK = WORDS + 3  # the token that hides another
 HIDDEN, WIDTH, BLOCKS, HEADS, POSITIONS = 32, 56, 3, 4, 64
 
 Options = dict[str, Any]
@@ -336,6 +339,24 @@ def stream(length: int, seed: int = 0) -> Tensor:
 def words(length: int, seed: int = 0) -> str:
     """The same as text that :func:`tokenizer` reads back."""
     return " ".join(f"w{i - 3}" for i in stream(length, seed).tolist())
+
+
+def read(name: str, rows: int, length: int, seed: int = 0) -> Tokens:
+    """What a variant reads: windows of :func:`stream`, for a masked model with hidden tokens, or
+    as many random images, which have a length of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    if FAMILIES[name].use == "images":
+        side, classes = (FAMILIES[name].options[key] for key in ("image_size", "num_labels"))
+        images = torch.randn(rows, 3, side, side, generator=generator)
+        patches = (side // FAMILIES[name].options["patch_size"]) ** 2
+        labels = torch.randint(classes, (rows,), generator=generator)
+        return Tokens(images, torch.ones(rows, patches + 1, dtype=torch.bool), labels)
+    windows = sample(stream(rows * length, seed), rows, length, 0)
+    if FAMILIES[name].use == "causal":
+        return windows
+    hidden = torch.rand(windows.ids.shape, generator=generator) < 0.2
+    labels = torch.where(hidden, windows.ids, UNLABELLED)
+    return Tokens(torch.where(hidden, MASK, windows.ids), windows.mask, labels)
 
 
 def save(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from secateur import Goal, Model, Plan, make_plan, score
 from secateur.allocate.base import Evidence
@@ -27,9 +26,11 @@ from secateur.plan import revise
 from secateur.prepare import Prepared
 from secateur.progress import Progress
 from secateur.stopwatch import Stopwatch
+from secateur.text import Tokens
 from secateur.units import DEPTH, STREAM, Unit
+from secateur.uses import use_of
 from tests.conftest import Calibrated
-from tests.families import FAMILIES
+from tests.families import AUTO, FAMILIES
 
 READER = Path(__file__).with_name("reader.py")
 KINDS = ("full", "plain", "layered", "mixed", "gone")
@@ -71,7 +72,7 @@ def shapes(name: str) -> Model:
     family: Any = FAMILIES[name]
     config = getattr(transformers, family.config)(**family.options)
     with torch.device("meta"):
-        module = AutoModelForCausalLM.from_config(config)
+        module = family.auto.from_config(config)
     nothing: Any = None
     return Model(name, module, nothing, torch.float32, anatomy_of(config))
 
@@ -104,11 +105,11 @@ def narrowing(kind: str) -> Any:
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint, its plan, and what the model in memory said when it was written."""
+    """A checkpoint, its plan, and what the model in memory said of a row when it was written."""
 
     folder: Path
     plan: Plan
-    ids: Tensor
+    tokens: Tokens
     memory: dict[str, Tensor]
 
 
@@ -123,7 +124,7 @@ def stock(dense: Callable[[str], Path]) -> Callable[[str], Any]:
 
     @cache
     def load(name: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(dense(name)).eval().requires_grad_(False)
+        model = FAMILIES[name].auto.from_pretrained(dense(name)).eval().requires_grad_(False)
         for parameter in model.parameters():
             parameter.data = parameter.data.double()
         return model
@@ -227,8 +228,8 @@ def write_to(
             sizes = sizes_of(kind, {unit.name: unit for unit in made.units(model, 8)})
             plan = resized(plan, model, scored(name, method), sizes)
         prepared = Prepared(model, data.tokens, data.store, plan.build_method(), plan)
-        memory, ids = write(prepared, folder, Stopwatch(), Progress())
-        return Written(folder, plan, ids, memory)
+        memory, tokens = write(prepared, folder, Stopwatch(), Progress())
+        return Written(folder, plan, tokens, memory)
 
     return make
 
@@ -280,13 +281,14 @@ def readings(
     def start(route: str) -> tuple[Path, subprocess.Popen[str]]:
         kinds = KINDS if route == "stranger" else ("layered", "mixed", "gone")
         folder = tmp_path_factory.mktemp(route)
-        jobs = {}
+        jobs, given = {}, {}
         for name in (name for name in FAMILIES if name in names):
             for kind in kinds:
-                made = written(name, kind)
-                ids = made.ids.tolist()
-                jobs[f"{name}/{kind}"] = {"folder": str(made.folder), "ids": ids}
+                made, job = written(name, kind), f"{name}/{kind}"
+                jobs[job] = {"folder": str(made.folder), "auto": AUTO[FAMILIES[name].use]}
+                given |= {f"{job}:{key}": value for key, value in asked_with(made.tokens).items()}
         (folder / "jobs.json").write_text(json.dumps(jobs))
+        save_file(given, folder / "inputs.safetensors")
         return folder, run_reader(route, folder)
 
     @cache
@@ -306,6 +308,13 @@ def readings(
         return look_up
 
     return read
+
+
+def asked_with(tokens: Tokens) -> dict[str, Tensor]:
+    """A row as the arguments of a forward with a loss."""
+    what = "pixel_values" if tokens.ids.is_floating_point() else "input_ids"
+    labels = tokens.ids if tokens.labels is None else tokens.labels
+    return {what: tokens.ids, "labels": labels.clone()}
 
 
 def run_reader(route: str, folder: Path) -> subprocess.Popen[str]:
@@ -331,6 +340,9 @@ def spread(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().std())
 
 
-def logits(model: Any, ids: Tensor) -> Tensor:
+def logits(model: Any, given: Tokens | Tensor) -> Tensor:
+    """What a transformers model says, of token ids if it is a causal one."""
+    if isinstance(given, Tensor):
+        given = Tokens(given, torch.ones_like(given, dtype=torch.bool))
     with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
+        return model(**use_of(model.config).inputs(given)).logits

@@ -1,6 +1,7 @@
 """Read checkpoints in a process of its own and note what they say: reader.py ROUTE FOLDER.
 
-On the route "stranger" importing secateur fails, so the checkpoints stand on their own files.
+On the route "stranger" importing secateur fails, so the checkpoints stand on their own files. What
+opens each of them, and what it is asked, is in the folder's jobs.json and inputs.safetensors.
 """
 
 import json
@@ -22,19 +23,23 @@ def main(route: str, folder: Path) -> None:
     torch.set_num_threads(1)
     if route == "secateur":
         import secateur  # noqa: F401
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     jobs = json.loads((folder / "jobs.json").read_text())
+    given = load_file(folder / "inputs.safetensors")
     facts: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for job, request in jobs.items():
         try:
             plain = job.endswith(("/plain", "/full"))
             trust = {"trust_remote_code": True} if route == "stranger" and not plain else {}
-            facts[job], said = read(request["folder"], request["ids"], trust, folder / "again")
+            own = {k[len(job) + 1 :]: v for k, v in given.items() if k.startswith(job + ":")}
+            facts[job], said = read(
+                request["folder"], request["auto"], own, trust, folder / "again"
+            )
             tensors |= {f"{job}:{key}": value.contiguous() for key, value in said.items()}
         except Exception:
             facts[job] = {"error": traceback.format_exc()}
@@ -42,13 +47,15 @@ def main(route: str, folder: Path) -> None:
     save_file(tensors, folder / "tensors.safetensors")
 
 
-def read(source: str, ids: list[int], trust: dict[str, bool], again: Path) -> Any:
+def read(source: str, auto: str, asked: dict[str, Any], trust: dict[str, bool], again: Path) -> Any:
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    import transformers
 
-    prompt = torch.tensor([ids])
+    opener, causal = getattr(transformers, auto), auto == "AutoModelForCausalLM"
+    inputs = {key: value for key, value in asked.items() if key != "labels"}
+    plain = {"use_cache": False} if causal else {}
     said: dict[str, torch.Tensor] = {}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = opener.from_pretrained(
         source, dtype=torch.float32, output_loading_info=True, **trust
     )
     facts: dict[str, Any] = {
@@ -57,60 +64,75 @@ def read(source: str, ids: list[int], trust: dict[str, bool], again: Path) -> An
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
     }
-
-    def generated(batch: torch.Tensor, mask: torch.Tensor, cached: bool) -> torch.Tensor:
-        out = model.generate(
-            batch,
-            attention_mask=mask,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            use_cache=cached,
-            pad_token_id=0,
-        )
-        return out[:, batch.shape[1] :]
-
     with torch.inference_mode():
         for kind in ("eager", "sdpa"):
             model.config._attn_implementation = kind if model._supports_sdpa else "eager"
-            out = model(input_ids=prompt, use_cache=False)
-            said[f"logits.{kind}"] = out.logits[0]
-            for cached in (True, False):
-                key = f"greedy.{kind}.{'cached' if cached else 'uncached'}"
-                said[key] = generated(prompt, torch.ones_like(prompt), cached)[0]
-            longest = max(PROMPTS)
-            batch = torch.zeros(len(PROMPTS), longest, dtype=torch.int64)
-            mask = torch.zeros_like(batch)
-            for i, length in enumerate(PROMPTS):
-                batch[i, longest - length :] = prompt[0, :length]
-                mask[i, longest - length :] = 1
-            said[f"padded.{kind}"] = generated(batch, mask, True)
-        alone = [generated(prompt[:, :n], torch.ones(1, n).long(), True) for n in PROMPTS]
-        said["alone"] = torch.cat(alone)
+            said[f"logits.{kind}"] = model(**inputs, **plain).logits[0]
+            if causal:
+                made = written(model, inputs["input_ids"])
+                said |= {f"{key}.{kind}": value for key, value in made.items()}
+        if causal:
+            said["alone"] = alone(model, inputs["input_ids"])
         model.config._attn_implementation = "eager"
-        maps = model(input_ids=prompt, use_cache=False, output_attentions=True).attentions
+        maps = model(**inputs, **plain, output_attentions=True).attentions
         said |= {f"attentions.{i}": a[0] for i, a in enumerate(maps)}
-        cache = model(input_ids=prompt, use_cache=True).past_key_values
-        facts["cache"] = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+        if causal:
+            layers = model(**inputs, use_cache=True).past_key_values.layers
+            facts["cache"] = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
 
-        base = AutoModel.from_pretrained(source, dtype=torch.float32, **trust)
-        said["states"] = base(input_ids=prompt).last_hidden_state[0]
-        said["states.expected"] = model.base_model(input_ids=prompt).last_hidden_state[0]
+        base = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, **trust)
+        said["states"] = base(**inputs).last_hidden_state[0]
+        said["states.expected"] = model.base_model(**inputs).last_hidden_state[0]
 
-        half = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **trust)
-        said["logits.bfloat16"] = half(input_ids=prompt, use_cache=False).logits[0].float()
+        half = opener.from_pretrained(source, dtype=torch.bfloat16, **trust)
+        said["logits.bfloat16"] = half(**inputs, **plain).logits[0].float()
 
         model.save_pretrained(again)
-        saved = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float32, **trust)
-        said["logits.again"] = saved(input_ids=prompt, use_cache=False).logits[0]
+        saved = opener.from_pretrained(again, dtype=torch.float32, **trust)
+        said["logits.again"] = saved(**inputs, **plain).logits[0]
     model.train()
-    model(input_ids=prompt, labels=prompt).loss.backward()
+    model(**asked).loss.backward()
     facts["without_gradient"] = [
         name
         for name, p in model.named_parameters()
         if p.numel() and p.requires_grad and (p.grad is None or not bool(p.grad.isfinite().all()))
     ]
     return facts, said
+
+
+def generated(model: Any, batch: Any, mask: Any, cached: bool) -> Any:
+    out = model.generate(
+        batch,
+        attention_mask=mask,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=cached,
+        pad_token_id=0,
+    )
+    return out[:, batch.shape[1] :]
+
+
+def written(model: Any, ids: Any) -> dict[str, Any]:
+    """What a causal model goes on with, with and without a cache and left-padded."""
+    longest, whole = max(PROMPTS), ids.new_ones(ids.shape)
+    batch, mask = ids.new_zeros(2, len(PROMPTS), longest)
+    for i, length in enumerate(PROMPTS):
+        batch[i, longest - length :] = ids[0, :length]
+        mask[i, longest - length :] = 1
+    return {
+        "cached": generated(model, ids, whole, True)[0],
+        "uncached": generated(model, ids, whole, False)[0],
+        "padded": generated(model, batch, mask, True),
+    }
+
+
+def alone(model: Any, ids: Any) -> Any:
+    """The same for every prompt of the batch by itself."""
+    import torch
+
+    cut = (ids[:, :length] for length in PROMPTS)
+    return torch.cat([generated(model, one, one.new_ones(one.shape), True) for one in cut])
 
 
 if __name__ == "__main__":

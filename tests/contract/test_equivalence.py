@@ -6,9 +6,7 @@ import torch
 from secateur.apply import narrow_block
 from tests.contract import virtual
 from tests.contract.conftest import by_blocks, logits, narrowing, spread
-from tests.families import FAMILIES, NORMED, PARTIAL, ROTARY
-
-IDS = torch.arange(3, 27).unsqueeze(0) * 7 % 88 + 3
+from tests.families import FAMILIES, NORMED, PARTIAL, ROTARY, read
 
 
 def narrowings(model, calibrated, name, kind, share, method):
@@ -44,15 +42,15 @@ def sliced(model, calibrated, name, sizes, method):
 def test_masked_equals_sliced(opened, calibrated, stock, method, name, share):
     """Of each kind that the method narrows in this family, and of all of them."""
     made = method()
-    units = [u for u in made.units(opened(name), 4) if not u.fixed]
+    units, given = [u for u in made.units(opened(name), 4) if not u.fixed], read(name, 1, 24, 1)
     for kind in (*dict.fromkeys(u.kind for u in units), "all"):
         model = opened(name, "float64")
         chosen, sizes = narrowings(model, calibrated, name, kind, share, made)
         with virtual.narrowed(stock(name), name, chosen) as masked:
-            expected = logits(masked, IDS)
-        found = logits(sliced(model, calibrated, name, sizes, made), IDS)
+            expected = logits(masked, given)
+        found = logits(sliced(model, calibrated, name, sizes, made), given)
         assert spread(found, expected) < 1e-5, kind
-        assert spread(found, logits(stock(name), IDS)) > 1e-2, kind  # something was removed
+        assert spread(found, logits(stock(name), given)) > 1e-2, kind  # something was removed
 
 
 @narrowing("query_key")
@@ -65,11 +63,11 @@ def test_softmax_scale_stays_that_of_the_dense_heads(opened, calibrated, method,
     _, sizes = narrowings(model, calibrated, name, "query_key", 0.5, made)
     module = sliced(model, calibrated, name, sizes, made)
     assert [block.attention.scaling for block in model.blocks] == dense
-    right = logits(module, IDS)
+    right = logits(module, read(name, 1, 24, 1))
     for block in model.blocks:
         narrowed = block.attention.query_key / block.heads.width
         block.attention.scaling = block.attention.scaling * narrowed**-0.5
-    assert spread(logits(module, IDS), right) > 1e-2
+    assert spread(logits(module, read(name, 1, 24, 1)), right) > 1e-2
 
 
 @narrowing("query_key")
@@ -80,7 +78,7 @@ def test_kept_pairs_turn_by_their_own_frequency(opened, calibrated, method, name
     model = opened(name, "float64")
     _, sizes = narrowings(model, calibrated, name, "query_key", 0.5, made)
     module = sliced(model, calibrated, name, sizes, made)
-    right, moved = logits(module, IDS), False
+    right, moved = logits(module, read(name, 1, 24, 1)), False
     for block in model.blocks:
         if block.heads.rotary == 0:
             continue
@@ -89,7 +87,7 @@ def test_kept_pairs_turn_by_their_own_frequency(opened, calibrated, method, name
         moved |= not torch.equal(first, pairs)
         pairs.copy_(first)
     assert moved
-    assert spread(logits(module, IDS), right) > 1e-3
+    assert spread(logits(module, read(name, 1, 24, 1)), right) > 1e-3
 
 
 @narrowing("query_key")
@@ -113,7 +111,9 @@ def test_coordinates_at_rest_stay_at_rest(opened, calibrated, method, name):
 
 
 @narrowing("value_output")
-@pytest.mark.parametrize("name", ["qwen2", "opt", "gpt2", "gpt_neox", "llama_biased_tied"])
+@pytest.mark.parametrize(
+    "name", ["qwen2", "opt", "gpt2", "gpt_neox", "llama_biased_tied", "bert", "vit"]
+)
 def test_value_bias_is_folded_into_the_output_bias(opened, calibrated, method, name):
     made = method()
     model = opened(name, "float64")

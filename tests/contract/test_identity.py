@@ -5,7 +5,7 @@ import torch
 
 from secateur.evaluate.reload import attend_by
 from tests.contract.conftest import logits, spread
-from tests.families import FAMILIES, attentions
+from tests.families import FAMILIES, attentions, read
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -16,24 +16,24 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 def test_canonical_blocks_give_the_dense_logits(opened, name, attention):
     model = opened(name, "float64")
     attend_by(model.module, attention)
-    ids = torch.arange(3, 33).unsqueeze(0)
-    before = logits(model.module, ids)
+    given = read(name, 1, 30)
+    before = logits(model.module, given)
     assert len(model.blocks) == 3
-    assert spread(logits(model.module, ids), before) < 1e-5
+    assert spread(logits(model.module, given), before) < 1e-5
 
 
 @every_family
 def test_keep_one_is_plain_and_gives_the_dense_logits(readings, opened, written, name):
-    made, read = written(name, "full"), readings("stranger")(name, "full")
+    made, found = written(name, "full"), readings("stranger")(name, "full")
     assert made.plan.tier == "plain"
     assert made.plan.budget.reached == 1
-    assert not read.facts["class"].startswith("Secateur")
+    assert not found.facts["class"].startswith("Secateur")
     assert not (made.folder / "modeling_secateur.py").exists()
     model = opened(name).module
     for attention in attentions(name):
         attend_by(model, attention)
-        dense = logits(model, made.ids.unsqueeze(0))[0]
-        assert spread(read.tensors[f"logits.{attention}"], dense) < 1e-6
+        dense = logits(model, made.tokens)[0]
+        assert spread(found.tensors[f"logits.{attention}"], dense) < 1e-6
 
 
 @every_family

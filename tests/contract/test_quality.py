@@ -14,7 +14,7 @@ from secateur.prices import counted
 from secateur.statistics import Needs
 from secateur.units import DEPTH
 from tests.contract.conftest import by_blocks, by_widths, logits, methods
-from tests.families import FAMILIES, stream
+from tests.families import FAMILIES, read
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -105,15 +105,15 @@ class Chosen:
 def damage(opened, calibrated, name, kind, share, chooser=None, method=None):
     """Mean squared change of the logits, relative to their energy."""
     model, store = opened(name), calibrated(name).store
-    ids = stream(128, seed=5).view(4, 32)
-    before = logits(model.module, ids)
+    given = read(name, 4, 32, 5)
+    before = logits(model.module, given)
     for block in model.blocks:
         free = [u for u in block.units(4, method.kinds, method.biased) if not u.fixed]
         units = [u for u in free if kind in (u.kind, "all")]
         sizes = {u.name: max(u.step, int(share * u.size) // u.step * u.step) for u in units}
         statistics = store.get(block.index, method.needs)
         narrow_block(block, units, sizes, chooser or method, statistics)
-    after = logits(model.module, ids)
+    after = logits(model.module, given)
     return float((after - before).square().mean() / before.var())
 
 
@@ -148,13 +148,13 @@ def test_measured_error_beats_a_random_choice(opened, calibrated, method, name):
         assert own < sum(random) / len(random), kind
 
 
-def what_is_read(model, block, kind, ids):
-    """What reads an axis reads at ids: (tokens, size, coordinates of each)."""
+def what_is_read(model, block, kind, given):
+    """What reads an axis reads of given tokens: (tokens, size, coordinates of each)."""
     reader, seen = block.consumer if kind == "mlp" else block.attention.o_proj, []
     handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    logits(model.module, ids)
+    logits(model.module, given)
     handle.remove()
-    return seen[0].reshape(ids.numel(), *block.read(kind).shape[:2])
+    return seen[0].reshape(given.count, *block.read(kind).shape[:2])
 
 
 @methods(lambda method: issubclass(method, ScoredMethod))
@@ -164,7 +164,7 @@ def test_what_scores_keep_is_worth_more_than_what_they_remove(opened, calibrated
     made, data, model = method(), calibrated(name), opened(name, "float64")
     block = model.blocks[1]
     for unit in block.units(4, made.kinds, made.biased):
-        seen, rows = what_is_read(model, block, unit.kind, data.tokens.ids), block.read(unit.kind)
+        seen, rows = what_is_read(model, block, unit.kind, data.tokens), block.read(unit.kind)
         solution = made.solve(unit, block, data.store.get(1, made.needs))
 
         def lost(gone, seen=seen, rows=rows):
@@ -187,7 +187,7 @@ def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, nam
     block, seen = model.blocks[1], []
     unit = block.units(4, made.kinds)[0]
     handle = block.consumer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    logits(model.module, data.tokens.ids)
+    logits(model.module, data.tokens)
     handle.remove()
     hidden = seen[0].reshape(-1, unit.size)
     statistics = data.store.get(1, made.needs)
@@ -213,7 +213,7 @@ def test_predicted_value_error_is_the_measured_one(opened, calibrated, method, n
     unit = next(u for u in block.units(4, made.kinds) if u.kind == "value_output")
     attention = block.attention
     handle = attention.v_proj.register_forward_hook(lambda _, __, out: seen.append(out))
-    logits(model.module, data.tokens.ids)
+    logits(model.module, data.tokens)
     handle.remove()
     bias = attention.v_proj.bias
     values = (seen[0] - (0 if bias is None else bias)).flatten(0, 1)

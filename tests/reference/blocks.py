@@ -9,11 +9,14 @@ from secateur.stream import Stream
 from secateur.text import Tokens
 from secateur.units import WholeBlock
 from tests.contract.conftest import logits
-from tests.families import FAMILIES, stream
+from tests.families import CAUSAL, FAMILIES, read, stream
 
 IDS = stream(24, seed=3).unsqueeze(0)
 #: those of which each has something that others have not
-QUICK = ("llama", "qwen2", "gemma2", "opt_norm_after", "gpt2_scaled", "gpt_neox", "falcon")
+QUICK = (
+    *("llama", "qwen2", "gemma2", "opt_norm_after", "gpt2_scaled", "gpt_neox", "falcon"),
+    *("bert", "vit"),
+)
 every_family = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )
@@ -24,6 +27,13 @@ def padded(count=6, length=32):
     ids, mask = stream(count * length, seed=7).view(count, length), torch.ones(count, length).bool()
     mask[0, 20:] = mask[3, 9:] = False
     return Tokens(torch.where(mask, ids, 0), mask)
+
+
+def given_to(name):
+    """What a variant is asked, and what it is calibrated on: padded where it is causal."""
+    if name in CAUSAL:
+        return IDS, padded()
+    return read(name, 1, 24, 3), read(name, 6, 32, 7)
 
 
 def measure(model, method, tokens=None):
@@ -37,7 +47,7 @@ def gone(model, *indices):
     return {f"layers.{i}.block": int(i not in indices) for i in range(len(model.blocks))}
 
 
-def bypassed(model, constants):
+def bypassed(model, constants, asked=IDS):
     """The dense model's logits while blocks hand on what they get, and a constant."""
     handles = []
     for index, constant in constants.items():
@@ -48,7 +58,7 @@ def bypassed(model, constants):
 
         module = model.blocks[index].module
         handles.append(module.register_forward_hook(instead, with_kwargs=True))
-    found = logits(model.module, IDS)
+    found = logits(model.module, asked)
     for handle in handles:
         handle.remove()
     return found

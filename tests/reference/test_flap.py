@@ -14,6 +14,7 @@ from secateur.plan import tier_of
 from secateur.prepare import check_reach, chosen_allocator
 from secateur.statistics import Moments, Needs
 from secateur.units import WHOLE_HEADS
+from tests.contract.conftest import logits
 from tests.families import FAMILIES
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -132,8 +133,7 @@ class Examined:
         return seen[0].flatten(0, -2)
 
     def run(self):
-        with torch.inference_mode():
-            self.model.module(input_ids=self.tokens.ids, use_cache=False)
+        logits(self.model.module, self.tokens)
 
     def unit(self, kind, biased=True):
         (unit,) = self.block.units(4, (kind,), biased)

@@ -10,7 +10,8 @@ from secateur.linalg import conjugate_gradients
 from secateur.methods import gauss_newton
 from secateur.methods.base import Narrowing
 from secateur.methods.gauss_newton import GaussNewton
-from tests.families import FAMILIES, HIDDEN, WIDTH, stream
+from tests.contract.conftest import logits
+from tests.families import FAMILIES, HIDDEN, WIDTH, read
 
 MLPS = pytest.mark.parametrize("name", ["llama", "phi3", "opt", "gpt2"])
 
@@ -59,18 +60,18 @@ def shaken(block, size, seed=7):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_produced_and_channels_are_what_the_consumer_reads(opened, name):
-    model, ids, seen = opened(name, "float64"), stream(24).view(2, 12), {}
+    model, given, seen = opened(name, "float64"), read(name, 2, 12), {}
     for block in model.blocks:
         first, _ = block.producers[0]
         for end, module in (("in", first), ("out", block.consumer)):
             key = (block.index, end)
             module.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
-    model.module(input_ids=ids, use_cache=False)
+    logits(model.module, given)
     for block in model.blocks:
         inputs, expected = (seen[block.index, end].flatten(0, -2) for end in ("in", "out"))
         produced = block.produced(inputs)
         assert len(produced) == len(block.producer_weights)
-        assert expected.shape == (24, WIDTH if name != "gpt2" else 4 * HIDDEN)
+        assert expected.shape == (given.count, WIDTH if name != "gpt2" else 4 * HIDDEN)
         torch.testing.assert_close(block.channels(produced), expected)
 
 

@@ -10,7 +10,16 @@ from secateur.propagate import narrow_blocks
 from secateur.statistics import Change, Needs
 from secateur.units import DEPTH
 from tests.contract.conftest import logits, spread
-from tests.reference.blocks import IDS, bypassed, changes, every_family, gone, measure, padded
+from tests.reference.blocks import (
+    IDS,
+    bypassed,
+    changes,
+    every_family,
+    given_to,
+    gone,
+    measure,
+    padded,
+)
 
 
 def test_the_constant_is_the_best_one_and_the_error_is_what_it_leaves(opened):
@@ -37,7 +46,7 @@ def test_the_constant_is_the_best_one_and_the_error_is_what_it_leaves(opened):
 @pytest.mark.parametrize("indices", [(1, 2), (2,)])
 def test_a_folded_constant_is_one_added_to_the_stream(opened, name, indices):
     """Behind a block that stays; blocks without one before them leave nothing."""
-    model, method, tokens = opened(name, "float64"), Replace(), padded()
+    model, method, (asked, tokens) = opened(name, "float64"), Replace(), given_to(name)
     _, store = measure(model, method, tokens)
     sizes, constants = gone(model, *indices), {}
     for block in model.blocks:
@@ -49,13 +58,13 @@ def test_a_folded_constant_is_one_added_to_the_stream(opened, name, indices):
             # where norms stand behind sums a bias of the MLP does not reach the stream
             assert (bias is not None) == (block.index > 0 and block.sums)
             constants[block.index] = 0.0 if bias is None or 0 in indices else bias
-    expected = bypassed(model, constants)
+    expected = bypassed(model, constants, asked)
     units = method.units(model, 8)
     for _ in narrow_blocks(model, method, units, sizes, tokens, store):
         pass
-    assert spread(logits(model.module, IDS), expected) < 1e-9
+    assert spread(logits(model.module, asked), expected) < 1e-9
     if any(isinstance(value, torch.Tensor) for value in constants.values()):
-        plain = bypassed(opened(name, "float64"), dict.fromkeys(indices, 0.0))
+        plain = bypassed(opened(name, "float64"), dict.fromkeys(indices, 0.0), asked)
         assert spread(plain, expected) > 1e-3
 
 
