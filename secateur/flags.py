@@ -35,7 +35,17 @@ class MethodCommand(click.Command):
             asked = given.get("allocator")
             ctx.meta[METHOD_KEY] = method
             ctx.meta[ALLOCATOR_KEY] = allocator_class(asked) if asked else type(method().allocator)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name
+            if not (owners := owners_of(name)):
+                raise
+            kinds = (("method", METHOD_KEY), ("allocator", ALLOCATOR_KEY))
+            now = [f"{what} {ctx.meta[key].name}" for what, key in kinds if key in ctx.meta]
+            message = f"{name} belongs to {owners}, not to {' or '.join(now) or 'the command'}. "
+            message += f"Choose that one, or leave {name} out."
+            raise click.NoSuchOption(name, message, ctx=ctx) from error
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters and the fields of the method and the allocator."""
@@ -68,6 +78,21 @@ def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.P
         for field in fields(kind)
         if field.name != "keep"
     ]
+
+
+def owners_of(option: str) -> str:
+    """The methods and allocators that have an option, in words; empty where none has."""
+    from secateur.allocate import ALLOCATORS, allocator_class
+    from secateur.methods import METHODS, method_class
+
+    found = []
+    for what, names, of in (
+        ("method", METHODS, method_class),
+        ("allocator", ALLOCATORS, allocator_class),
+    ):
+        having = [n for n in names if any(option in o.opts for o in field_options(of(n)))]
+        found += [f"{what} {' or '.join(having)}"] if having else []
+    return " or ".join(found)
 
 
 def shown(value: Any) -> str:

@@ -108,6 +108,25 @@ def test_help_without_a_method_says_where_its_options_are(run, command):
     assert "--ridge" not in shown
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--method", "flap", "--iterations", 3), ["auto or ispasp", "method flap", "fluctuation"]),
+        (("--method", "obspa", "--taylor=mix"), ["--taylor", "method llm-pruner"]),
+        (("--temperature", 1), ["allocator influence", "method auto", "allocator knapsack"]),
+        (("--allocator", "uniform", "--cells", 9), ["knapsack or", "spdy", "allocator uniform"]),
+    ],
+)
+def test_an_option_of_something_else_is_told_whose_it_is(run, room, flags, words):
+    run("plan", "demo", *flags, "-o", room / "p.json").refused(flags[-2].split("=")[0], *words)
+
+
+def test_an_option_of_nothing_is_none(run, room):
+    refused = run("plan", "demo", "--temprature", 1, "-o", room / "p.json")
+    refused.refused("--temprature")
+    assert "belongs" not in refused.message[0]
+
+
 def test_version(run):
     from secateur import __version__
 

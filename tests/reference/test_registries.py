@@ -4,6 +4,8 @@ import pytest
 
 import secateur
 from secateur.allocate import ALLOCATORS, allocator_class
+from secateur.cli import cli
+from secateur.flags import field_options
 from secateur.methods import METHODS, method_class
 
 CLASSES = [
@@ -26,3 +28,20 @@ def test_every_public_name_is_there():
         assert getattr(secateur, name) is not None
     with pytest.raises(AttributeError, match="Autoo"):
         _ = secateur.Autoo
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+def test_no_option_has_two_meanings(command):
+    """Any method may be asked for with any allocator, and both have their flags on the command."""
+
+    def names(options):
+        return {name for option in options for name in (option.name, *option.opts)}
+
+    own = names(cli.commands[command].params)
+    methods = {name: names(field_options(method_class(name))) for name in METHODS}
+    allocators = {name: names(field_options(allocator_class(name))) for name in ALLOCATORS}
+    for method, options in methods.items():
+        assert not options & own, method
+        for allocator, others in allocators.items():
+            assert not others & own, allocator
+            assert not options & others, (method, allocator)
