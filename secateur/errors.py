@@ -14,10 +14,10 @@ class RunError(RuntimeError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """ "did you mean X?" and the full list, for messages about an unknown name."""
+    """ "Did you mean X?" and the full list: sentences for a message about an unknown name."""
     known = sorted(choices)
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(known)}."
 
 

@@ -31,9 +31,10 @@ class Goal:
 
     def __post_init__(self) -> None:
         if self.target not in get_args(Target):
-            raise InputError(f"target {self.target!r}: {nearest(self.target, get_args(Target))}")
+            known = nearest(self.target, get_args(Target))
+            raise InputError(f"unknown --target {self.target!r}. {known}")
         if self.tier not in get_args(Tier):
-            raise InputError(f"tier {self.tier!r}: {nearest(self.tier, get_args(Tier))}")
+            raise InputError(f"unknown --tier {self.tier!r}. {nearest(self.tier, get_args(Tier))}")
         for name in ("multiple_of", "batch", "length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)!r} should be at least 1.")

@@ -68,7 +68,7 @@ class Settings:
         if self.dtype == "auto":
             return torch.float32 if self.torch_device().type == "cpu" else stored
         if self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype}: {nearest(self.dtype, DTYPES)}")
+            raise InputError(f"unknown --dtype {self.dtype!r}. {nearest(self.dtype, DTYPES)}")
         return DTYPES[self.dtype]
 
 

@@ -12,6 +12,12 @@ def option(default: Any, help: str, low: float | None = None, high: float | None
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
+def flags_of(thing: Any) -> list[str]:
+    """The fields of a dataclass as flags, with their values."""
+    values = {f.name: getattr(thing, f.name) for f in fields(thing)}
+    return [f"--{name.replace('_', '-')} {value}" for name, value in values.items()]
+
+
 def checked(thing: Any) -> None:
     """Hold the fields of a dataclass with a ``name`` against their defaults' types and intervals.
 

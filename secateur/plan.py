@@ -345,9 +345,17 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
     """
     units = {unit.name: unit for unit in method.units(model, plan.multiple_of)}
     named = [row.unit for row in plan.units]
-    if len(set(named)) != len(named) or set(named) != set(units):
-        odd = sorted(set(named) ^ set(units)) or sorted({n for n in named if named.count(n) > 1})
-        raise InputError(f"the plan does not name every unit once; look at {odd[0]!r}.")
+    unknown, missing = sorted(set(named) - set(units)), sorted(set(units) - set(named))
+    if unknown:
+        hint = nearest(unknown[0], missing) if missing else "Remove that row."
+        raise InputError(f"plan: the model has no unit {unknown[0]!r} for this method. {hint}")
+    if missing:
+        raise InputError(
+            f"plan: there is no row for unit {missing[0]!r}. Every unit has one, even where "
+            f"it keeps its size; `secateur plan` writes them all."
+        )
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise InputError(f"plan: there are several rows for unit {twice[0]!r}. Keep one.")
     for row in plan.units:
         allowed = units[row.unit].sizes()
         if row.after not in allowed:

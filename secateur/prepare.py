@@ -43,8 +43,8 @@ def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> All
     shaped = goal.tier == "plain" and method.kinds != DEPTH
     if shaped and not isinstance(asked, PlainWidth | None):
         raise InputError(
-            f"tier plain has one MLP width and nothing to allocate; leave out allocator "
-            f"{asked.name!r}, or ask for tier per-layer."
+            f"--tier plain has one MLP width and nothing to allocate. Leave out {asked.flags}, as "
+            f"far as given, or ask for --tier per-layer."
         )
     return asked or usual_allocator(method, goal)
 
@@ -59,8 +59,8 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
     units = method.units(shapes, goal.multiple_of)
     if goal.tier == "plain" and any(u.new_bias and len(allocator.choices(u)) > 1 for u in units):
         raise InputError(
-            f"tier plain: {method.name} adds biases, for which stock classes of this family have "
-            "no place. Leave them out (--compensate 0), or ask for tier per-layer."
+            f"--tier plain: {method.name} adds biases, for which stock classes of this family have "
+            "no place. Leave them out (--compensate 0), or ask for --tier per-layer."
         )
     if goal.target == "latency":
         check_timed(units)

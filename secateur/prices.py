@@ -51,26 +51,38 @@ class Prices:
         """``keep`` of the whole, in whole numbers; 0.29 of 100 is 29, whatever floats say."""
         return int(keep * self.whole(units) * (1 + 1e-12))
 
-    def check(self, units: Sequence[Unit], least: Mapping[str, int], keep: float) -> None:
-        """Refuse a budget that not even the sizes ``least`` meet.
+    def check(
+        self, units: Sequence[Unit], least: Mapping[str, int], keep: float, flags: str
+    ) -> None:
+        """Refuse a budget that not even ``least`` meets, the smallest sizes that ``flags`` allow.
 
         Raises:
-            InputError: it is out of reach; the message says what is within.
+            InputError: it is out of reach; the message says what is within, or what stands in the
+                way.
         """
-        whole = self.whole(units)
+        whole, meaning = self.whole(units), MEANING[self.target]
         if whole == self.fixed:
-            raise InputError(f"no size changes the {MEANING[self.target]} of this model.")
+            raise InputError(
+                f"no size changes the {meaning} of this model. Choose another --target or --method."
+            )
+        moving = [unit for unit in units if len(set(self.table[unit.name].values())) > 1]
+        held = [unit for unit in moving if least[unit.name] == unit.size]
         floor = self.spent(units, least)
         if floor > self.budget(units, keep):
             if floor == whole:
+                reason = "the method or the model keeps those that would. Another --method or"
+                if held:
+                    kinds = ", ".join(dict.fromkeys(unit.kind for unit in held))
+                    reason = f"{flags} keeps those that would ({kinds}). Other options, or another"
                 raise InputError(
                     f"keep {keep:.3f} is out of reach: no size that may change here changes the "
-                    f"{MEANING[self.target]}. Choose another --target, --tier or --allocator."
+                    f"{meaning}; {reason} --target may."
                 )
+            ends = f", as {flags} keeps {len(held)} of {len(moving)} units whole" if held else ""
             raise InputError(
                 f"keep {keep:.3f} is out of reach: with every unit at its smallest the model still "
-                f"keeps {floor / whole:.3f} of its {MEANING[self.target]} ({floor:,} of "
-                f"{whole:,}). Ask for between {floor / whole + 0.0005:.3f} and 1."
+                f"keeps {floor / whole:.3f} of its {meaning} ({floor:,} of {whole:,}){ends}. Ask "
+                f"for between {floor / whole + 0.0005:.3f} and 1."
             )
 
 

@@ -107,7 +107,7 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.select not in SELECTIONS:
             known = nearest(self.select, SELECTIONS)
-            raise InputError(f"--select-calibration {self.select!r}: {known}")
+            raise InputError(f"unknown --select-calibration {self.select!r}. {known}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for plans and reports."""

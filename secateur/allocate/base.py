@@ -9,7 +9,7 @@ from typing import ClassVar
 from secateur.block import Block
 from secateur.curve import Curve
 from secateur.errors import InputError
-from secateur.options import checked
+from secateur.options import checked, flags_of
 from secateur.prices import Prices
 from secateur.statistics import BlockStatistics, Need, Needs
 from secateur.units import EVERY_BLOCK, Unit
@@ -65,6 +65,11 @@ class Allocator(ABC):
     def __post_init__(self) -> None:
         checked(self)
 
+    @property
+    def flags(self) -> str:
+        """How it is asked for at the command line, with all of its options."""
+        return " ".join([f"--allocator {self.name}", *flags_of(self)])
+
     def choices(self, unit: Unit) -> list[int]:
         """The sizes that it may give to a unit, ascending; here no unit goes altogether."""
         return [size for size in unit.sizes() if size > 0]
@@ -97,7 +102,7 @@ class Allocator(ABC):
             InputError: not even the smallest sizes meet it; the message says what is within reach.
         """
         self.check_units(units)
-        prices.check(units, self.least(units, prices), keep)
+        prices.check(units, self.least(units, prices), keep, self.flags)
 
     def judge(self, evidence: Evidence) -> Callable[[Mapping[str, int]], float]:
         """The judge of whole plans, for an allocator that searches.

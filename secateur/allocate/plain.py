@@ -22,6 +22,11 @@ class PlainWidth(Allocator):
     source: ClassVar[str] = "a constraint of stock classes"
     by_blocks: ClassVar[bool] = False
 
+    @property
+    def flags(self) -> str:
+        """A tier, at the command line."""
+        return "--tier plain"
+
     def choices(self, unit: Unit) -> list[int]:
         """Every width of an MLP, and today's of anything else."""
         return super().choices(unit) if unit.kind == "mlp" else [unit.size]

@@ -47,7 +47,7 @@ class LLMPruner(ScoredMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.taylor not in FORMS:
-            raise InputError(f"--taylor {self.taylor!r}: {nearest(self.taylor, FORMS)}")
+            raise InputError(f"unknown --taylor {self.taylor!r}. {nearest(self.taylor, FORMS)}")
 
     @property
     def needs(self) -> frozenset[Need]:

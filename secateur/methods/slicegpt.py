@@ -53,9 +53,8 @@ class SliceGPT(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.orientation not in ORIENTATIONS:
-            raise InputError(
-                f"orientation {self.orientation!r}: {nearest(self.orientation, ORIENTATIONS)}"
-            )
+            known = nearest(self.orientation, ORIENTATIONS)
+            raise InputError(f"unknown --orientation {self.orientation!r}. {known}")
 
     @property
     def allocator(self) -> Allocator:

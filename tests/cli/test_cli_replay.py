@@ -64,6 +64,10 @@ def rename_unit(plan):
     plan["units"][0]["unit"] = "layers.9.mlp"
 
 
+def unknown_unit(plan):
+    plan["units"].append(plan["units"][0] | {"unit": "layers.9.mlp"})
+
+
 def unknown_method(plan):
     plan["method"]["name"] = "modegtp"
 
@@ -120,9 +124,10 @@ def no_text(plan):
         (set_size("layers.1.mlp", 72), ["layers.1.mlp", "72", "64"]),
         (set_size("layers.1.mlp", -1), ["units.3.after", "0"]),
         (set_size("layers.1.mlp", "all"), ["after"]),
-        (drop_unit, ["layers.1.value_output"]),
-        (name_twice, ["layers.0.mlp"]),
-        (rename_unit, ["layers."]),
+        (drop_unit, ["no row", "layers.1.value_output"]),
+        (name_twice, ["several rows", "layers.0.mlp"]),
+        (rename_unit, ["no unit 'layers.9.mlp'", "did you mean 'layers.0.mlp'"]),
+        (unknown_unit, ["no unit 'layers.9.mlp'", "remove"]),
         (unknown_method, ["modegtp", "did you mean 'modegpt'"]),
         (unknown_option, ["rigde", "did you mean 'ridge'"]),
         (text_for_a_number, ["ridge", "hot"]),

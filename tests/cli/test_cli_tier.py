@@ -63,8 +63,33 @@ def test_a_plan_of_the_plain_tier_is_replayed(plan, replay, compress, room):
     "flags", [*(("--allocator", name) for name in ALLOCATORS), ("--cells", "200")], ids=" ".join
 )
 def test_the_plain_tier_leaves_nothing_to_allocate(refused, flags):
+    """An option brings its allocator along, so the message is true of both."""
     asked = "knapsack" if flags[0] == "--cells" else flags[1]
-    refused("--tier", "plain", *flags, words=["tier plain", f"'{asked}'"])
+    words = ["--tier plain", f"--allocator {asked}", "as far as given"]
+    refused("--tier", "plain", *flags, words=words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tier", "plain"), ["--tier plain keeps", "query_key, value_output"]),
+        (
+            ("--method", "flap", "--allocator", "middle", "--first", 1),
+            ["--allocator middle --first 1.0 --last 0.0625 keeps", "(heads)", "other options"],
+        ),
+        (("--method", "cfsp"), ["the method or the model keeps", "another --method or --target"]),
+    ],
+    ids=lambda value: value[1],
+)
+def test_a_target_that_nothing_changes_names_what_keeps_it(refused, flags, words):
+    given = ("--target", "cache", *flags)
+    message = refused(*given, words=["out of reach", "changes the bytes of KV cache", *words])
+    assert message.endswith("--target may.")
+
+
+def test_a_budget_out_of_reach_names_what_keeps_units_whole(refused):
+    flags = ("--method", "flap", "--allocator", "middle", "--first", 0.5, "--keep", 0.3)
+    refused(*flags, words=["--allocator middle --first 0.5", "keeps 2 of 4 units whole"])
 
 
 def test_the_tier_and_its_allocator_are_one(plan):
