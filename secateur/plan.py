@@ -1,6 +1,6 @@
 """The plan: which unit gets which size. Plain data, readable, editable, replayable."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -178,12 +178,13 @@ def make_plan(
     allocator: Allocator | None = None,
     prices: Prices | None = None,
     store: Store | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Decide the size of every unit from the evidence; no weight is touched.
 
     ``allocator`` is by default what the goal's tier demands, or else the method's own; ``prices``
     are those of the goal. An allocator that searches needs the ``store`` with the statistics, to
-    judge the models that its candidates would give.
+    judge the models that its candidates would give; ``advance`` is told how many are judged.
 
     Raises:
         InputError: the budget is out of reach, or windows are still to be chosen.
@@ -200,7 +201,13 @@ def make_plan(
     if allocator.searches and store is not None:
         allocator.check(units, prices, method.keep)
         allowed = {unit.name: allocator.choices(unit) for unit in units}
-        judge = Stitched(model, method, units, allowed, store, tokens)
+        stitched = Stitched(model, method, units, allowed, store, tokens)
+
+        def judge(sizes: Mapping[str, int]) -> float:
+            found = stitched(sizes)
+            advance(1)
+            return found
+
         evidence = replace(evidence, judge=judge)
     sizes = allocator.allocate(units, evidence, prices, method.keep)
     return Plan(

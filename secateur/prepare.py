@@ -161,9 +161,10 @@ def prepare(
         else:
             if searches:
                 progress.say("searching: every candidate is judged on calibration text")
-            plan = make_plan(
-                model, chosen, evidence, calibration, tokens, goal, allocator, prices, store
-            )
+            given = (goal, allocator, prices, store)
+            judgements = allocator.judgements(units, prices, chosen.keep)
+            with progress.stage("choosing sizes", judgements) as advance:
+                plan = make_plan(model, chosen, evidence, calibration, tokens, *given, advance)
     return Prepared(model, tokens, store, chosen, plan)
 
 

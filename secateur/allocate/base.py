@@ -104,6 +104,10 @@ class Allocator(ABC):
         self.check_units(units)
         prices.check(units, self.least(units, prices), keep, self.flags)
 
+    def judgements(self, units: Sequence[Unit], prices: Prices, keep: float) -> int:
+        """How often, about, it will ask the judge; here never."""
+        return 0
+
     def judge(self, evidence: Evidence) -> Callable[[Mapping[str, int]], float]:
         """The judge of whole plans, for an allocator that searches.
 

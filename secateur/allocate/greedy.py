@@ -1,5 +1,6 @@
 """Whole units taken away one by one, each time the one that the model misses least."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -46,6 +47,14 @@ class Greedy(Allocator):
             least |= {unit.name: 0 for unit in group}
         smallest = super().least(units, prices)  # which knows that some block has to stay
         return {name: size or smallest[name] for name, size in least.items()}
+
+    def judgements(self, units: Sequence[Unit], prices: Prices, keep: float) -> int:
+        """All that is left, each time; as many times as if all that may go had one price."""
+        left = self._groups(units)
+        freed = sum(prices.of(unit, unit.size) for group in left for unit in group)
+        excess = prices.whole(units) - prices.budget(units, keep)
+        times = min(len(left), math.ceil(excess * len(left) / max(freed, 1)))
+        return sum(len(left) - gone for gone in range(times))
 
     def allocate(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float

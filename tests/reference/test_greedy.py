@@ -98,6 +98,15 @@ def test_greedy_judges_anew_after_every_block(judged):
     )
 
 
+@pytest.mark.parametrize("ends", [0, 1])
+@pytest.mark.parametrize("keep", [0.35, 0.5, 0.67, 0.9, 1.0])
+def test_greedy_knows_how_often_it_will_ask(ends, keep):
+    (units, prices), asked = units_of([10] * 6), []
+    evidence = Evidence({}, judge=lambda sizes: asked.append(sizes) or float(len(asked)))
+    Greedy(ends=ends).allocate(units, evidence, prices, keep)
+    assert Greedy(ends=ends).judgements(units, prices, keep) == len(asked)
+
+
 def test_greedy_gives_back_what_fits(judged):
     """Small units that went before a large one which alone would have been enough."""
     units, prices = units_of([10, 4, 10, 30, 10, 10])
@@ -115,7 +124,9 @@ def test_greedy_takes_attention_as_one_and_any_method(opened, calibrated):
     method = MoDeGPT(keep=0.67)
     evidence = score(model, method, data.store, data.tokens, allocator)
     given = (model, method, evidence, data.record, data.tokens, Goal(), allocator)
-    plan = make_plan(*given, store=data.store)
+    told = []
+    plan = make_plan(*given, store=data.store, advance=told.append)
+    assert told == [1, 1, 1]  # attention and MLP of the block in the middle, then one of them
     assert {row.unit for row in plan.units if row.after < row.before} == {
         f"layers.1.{kind}" for kind in WIDTHS
     }

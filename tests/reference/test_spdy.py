@@ -1,6 +1,7 @@
 """The search over weights of units, against every combination of sizes, and its judge."""
 
 import random
+from contextlib import contextmanager
 from itertools import accumulate, pairwise, product
 
 import pytest
@@ -223,9 +224,23 @@ def test_it_serves_methods_with_targets_and_without(opened, name):
     assert judge(plans[30].sizes) < judge(plans[1].sizes)
 
 
+class Noted(Progress):
+    """Stages by title: their steps, and how many were done."""
+
+    def __init__(self):
+        self.stages = {}
+
+    @contextmanager
+    def stage(self, title, total):
+        done = []
+        yield done.append
+        self.stages[title] = total, sum(done)
+
+
 def test_scores_that_are_kept_don_t_spare_the_statistics(dense, tmp_path):
     """The mistake: evidence from the cache and an empty store, with nothing to narrow by."""
     (tmp_path / "words.txt").write_text(words(1500))
+    progress = Noted()
     text, found = Calibration(str(tmp_path / "words.txt"), 8, 32, 0), []
     for run in ("one", "two"):
         prepared = prepare(
@@ -239,8 +254,10 @@ def test_scores_that_are_kept_don_t_spare_the_statistics(dense, tmp_path):
             Store(tmp_path / run),
             tmp_path / "scores.json",
             Stopwatch(),
-            Progress(),
+            progress,
             only_plan=True,
         )
         found.append(prepared.plan.sizes)
+        total, done = progress.stages["choosing sizes"]
+        assert 1 <= done <= total == 3
     assert found[0] == found[1]
