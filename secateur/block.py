@@ -19,11 +19,11 @@ from secateur.units import MLP, WIDTHS, Heads, QueryKey, Unit, ValueOutput, Whol
 class Block:
     """One transformer block: its module and the weights that its units couple.
 
-    Creating it replaces the block's attention by a :class:`NarrowAttention` of full width with
-    the same weights, so that statistics and narrowing meet one kind of attention everywhere.
-    ``stock_attention`` keeps the replaced module, which shares its weights where it can, and
-    ``stock_linears`` the sizes of the MLP's linears. A block that is ``gone`` hands on what it
-    gets.
+    ``index`` counts through the decoder where one stands behind an encoder. Creating it replaces
+    the block's attention by a :class:`NarrowAttention` of full width with the same weights, so that
+    statistics and narrowing meet one kind of attention everywhere. ``stock_attention`` keeps the
+    replaced module, which shares its weights where it can, and ``stock_linears`` the sizes of the
+    MLP's linears. A block that is ``gone`` hands on what it gets.
     """
 
     index: int
@@ -46,10 +46,10 @@ class Block:
     def remove(self, constant: Tensor | None = None) -> None:
         """Hand on what comes in, plus a constant; :meth:`put_back` undoes it."""
 
-        def passed(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+        def passed(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
             if constant is not None:
                 hidden_states = hidden_states + constant.to(hidden_states)
-            return (hidden_states,) if self.anatomy.in_tuple else hidden_states
+            return as_output(hidden_states, self.anatomy)
 
         self.gone, self.module.forward = True, passed
 
@@ -267,6 +267,7 @@ class Block:
             size=1,
             step=1,
             hidden=hidden,
+            least=0 if self.block_obstacle is None else 1,
             parts=(mlp, heads),
             # the block before it takes the constant that stands for it
             new_bias=biased and self.index > 0 and self.sums and self.consumer.bias is None,
@@ -288,9 +289,25 @@ class Block:
     @property
     def heads_obstacle(self) -> str | None:
         """Why the KV heads of this block must stay, or None."""
+        if self.anatomy.position_bias:
+            return "whole heads stay: the position bias is made once, for all heads of all blocks"
         if self.attention.q_norm is None or self.anatomy.head_norms == "shared":
             return None
         return "whole heads stay: this family's norms of queries and keys are made for all of them"
+
+    @property
+    def block_obstacle(self) -> str | None:
+        """Why this block must stay, or None."""
+        if not self.anatomy.position_bias:
+            return None
+        return "whole blocks stay: the first one of a stack makes the position bias of the others"
+
+
+def as_output(hidden_states: Tensor, anatomy: Anatomy, beside: Sequence[Any] | None = None) -> Any:
+    """Hidden states as a block gives them, with ``beside`` or nothing for what else it gives."""
+    if anatomy.outputs == 1:
+        return hidden_states
+    return (hidden_states, *(beside or [None] * (anatomy.outputs - 1)))
 
 
 def with_constant(

@@ -160,15 +160,16 @@ def collect(
         and (need.place != "scores" or block.query_key_obstacle is None)
         and (need.place != "between" or block.anatomy.pre_norm is not None)
     }
+    part = stream.part(block)
     for batch in stream.batches:
-        mask, before = stream.mask(batch), stream.at(batch)
+        mask, before = stream.mask(batch, block), stream.at(batch)
         with observed(block, statistics, mask):
             after = stream.through(block, before)
         for need, statistic in statistics.items():
             if need.place == "block":
-                statistic.update(before, after, mask=mask)
+                statistic.update(before[:, part], after[:, part], mask=mask)
             if need.place == "behind":
-                statistic.update(after, mask=mask)
+                statistic.update(after[:, part], mask=mask)
         if move:
             stream.put(batch, after)
     check_finite(statistics)

@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from secateur.anatomy import Anatomy
 from secateur.block import Block, inputs_by_outputs
 from secateur.depth import place, renumber
 from secateur.goal import Tier
@@ -97,8 +98,7 @@ def published_name(module: PreTrainedModel) -> Callable[[str, Tensor], str]:
 
 def block_prefix(model: Model, block: Block) -> str:
     """Name of a block in the state dict of what is written, with a dot behind."""
-    assert model.anatomy is not None
-    return f"{model.module.base_model_prefix}.{model.anatomy.blocks}.{place(model, block)}."
+    return f"{model.prefix}{block.anatomy.blocks}.{place(model, block)}."
 
 
 def store_block(model: Model, block: Block, writer: Writer) -> None:
@@ -126,7 +126,7 @@ def store_rest(model: Model, writer: Writer) -> None:
     """Write everything outside the blocks; a tied head is written once, as the embedding."""
     assert model.anatomy is not None
     _round(model.module, model.stored)
-    inside = f"{model.module.base_model_prefix}.{model.anatomy.blocks}."
+    inside = tuple(f"{model.prefix}{stack.blocks}." for stack in model.anatomy.stacks)
     seen: set[int] = set()
     for name, tensor in _state(model.module):
         if not name.startswith(inside) and tensor.data_ptr() not in seen:
@@ -161,8 +161,17 @@ def attention_changed(block: Block) -> bool:
 def layout(model: Model) -> dict[str, Any]:
     """The ``secateur`` block of config.json: the shape of everything that is not stock."""
     assert model.anatomy is not None
+    shapes: dict[str, Any] = {"version": 1, **_stack(model, model.anatomy)}
+    if model.anatomy.decoder is not None:
+        shapes["decoder"] = _stack(model, model.anatomy.decoder)
+    if (residual := residual_layout(model)) is not None:
+        shapes["residual"] = residual
+    return shapes
+
+
+def _stack(model: Model, anatomy: Anatomy) -> dict[str, Any]:
     layers = []
-    for block in model.blocks:
+    for block in (b for b in model.blocks if b.anatomy is anatomy):
         layer: dict[str, Any] = {}
         stock = block.stock_linears
         if changed := {path: own for path, own in block.linears.items() if own != stock[path]}:
@@ -170,15 +179,7 @@ def layout(model: Model) -> dict[str, Any]:
         if attention_changed(block):
             layer["attention"] = block.attention.shape
         layers.append(layer)
-    shapes: dict[str, Any] = {
-        "version": 1,
-        "blocks": model.anatomy.blocks,
-        "attention": model.anatomy.attention,
-        "layers": layers,
-    }
-    if (residual := residual_layout(model)) is not None:
-        shapes["residual"] = residual
-    return shapes
+    return {"blocks": anatomy.blocks, "attention": anatomy.attention, "layers": layers}
 
 
 def write_config(model: Model, tier: Tier, folder: Path) -> None:
@@ -196,13 +197,13 @@ def write_config(model: Model, tier: Tier, folder: Path) -> None:
         fields["architectures"] = [stock]
     else:
         prefix = modeling_secateur.PREFIX
-        base = type(model.module.base_model).__name__
+        base: Any = MODEL_MAPPING[type(config)]
         code = Path(str(modeling_secateur.__file__)).stem
         fields["model_type"] = f"secateur_{config.model_type}"
         fields["architectures"] = [prefix + stock]
         fields["auto_map"] = {
             "AutoConfig": f"{code}.{prefix}{type(config).__name__}",
-            "AutoModel": f"{code}.{prefix}{base}",
+            "AutoModel": f"{code}.{prefix}{base.__name__}",
             model.use.auto: f"{code}.{prefix}{stock}",
         }
         fields["secateur"] = layout(model)

@@ -11,8 +11,9 @@ PER_LAYER = ("layer_types", "no_rope_layers")  #: config keys that list somethin
 
 
 def place(model: Model, block: Block) -> int:
-    """The number of a block in the checkpoint, where those that are gone don't count."""
-    return sum(not before.gone for before in model.blocks[: block.index])
+    """The number of a block in its stack in the checkpoint, where those gone don't count."""
+    before = (b for b in model.blocks[: block.index] if b.anatomy is block.anatomy)
+    return sum(not b.gone for b in before)
 
 
 def renumber(model: Model, block: Block) -> None:

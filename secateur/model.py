@@ -112,7 +112,7 @@ class Model:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """The blocks, in order.
+        """The blocks, in order; those of a decoder behind those of the encoder.
 
         Raises:
             InputError: the family is unknown, so nothing says what is coupled to what.
@@ -120,16 +120,18 @@ class Model:
         anatomy = self.anatomy
         if anatomy is None:
             raise InputError(not_served(self.config))
-        modules: Any = self.module.base_model.get_submodule(anatomy.blocks)
-        return [
-            Block(i, module, anatomy, anatomy.heads(self.config, i))
-            for i, module in enumerate(modules)
-        ]
+        blocks: list[Block] = []
+        for stack in anatomy.stacks:
+            modules: Any = self.module.base_model.get_submodule(stack.blocks)
+            for i, module in enumerate(modules):
+                blocks.append(Block(len(blocks), module, stack, stack.heads(self.config, i)))
+        return blocks
 
     @property
-    def obstacles(self) -> list[str]:
-        """Why some widths must stay, each reason once."""
-        return sorted({b.query_key_obstacle for b in self.blocks if b.query_key_obstacle})
+    def prefix(self) -> str:
+        """What stands before the names of the base model's tensors in the whole model."""
+        name: str = self.module.base_model_prefix
+        return "" if self.module.base_model is self.module else f"{name}."
 
     def units(
         self, multiple_of: int, kinds: Sequence[str] = WIDTHS, biased: bool = False
@@ -146,7 +148,21 @@ class Model:
             found |= {block.query_key_obstacle for block in self.blocks}
         if "heads" in kinds:
             found |= {block.heads_obstacle for block in self.blocks}
+        if "block" in kinds:
+            found |= {block.block_obstacle for block in self.blocks}
+        if {"query_key", "value_output"} & {*kinds}:
+            found.add(self.crossing_obstacle)
         return sorted(reason for reason in found if reason)
+
+    @property
+    def crossing_obstacle(self) -> str | None:
+        """Why the attention from one stack to the other must stay, or None."""
+        if self.anatomy is None or self.anatomy.decoder is None:
+            return None
+        return (
+            "the decoder's attention to the encoder stays at full width: its keys and values are "
+            "of another stream than its queries, and no statistic is taken of them"
+        )
 
     @property
     def residual_obstacle(self) -> str | None:
@@ -204,8 +220,8 @@ def positions(config: Any) -> int | None:
 
 def anatomy_of(config: Any) -> Anatomy | None:
     """What is coupled in a model of this config, or None where it is not served."""
-    found = find(config.model_type)
-    return None if found is None or found.refusal(config) is not None else found
+    families = (f for f in FAMILIES if config.model_type in f.model_types)
+    return next((f for f in families if f.refusal(config) is None), None)
 
 
 def not_served(config: Any) -> str:
@@ -219,7 +235,7 @@ def not_served(config: Any) -> str:
         )
     if model_type.startswith(PREFIX):
         return "this checkpoint is already compressed; start from the original model instead."
-    served = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
+    served = ", ".join(sorted({t for family in FAMILIES for t in family.model_types}))
     return (
         f"model_type {model_type!r} is a family that no anatomy describes, so nothing says which "
         f"of its weights belong together and no method can narrow it. If it is a causal "
@@ -323,7 +339,8 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
         )
     anatomy = anatomy_of(config)
     if anatomy is not None:
-        lost = [k for k in loaded["unexpected_keys"] if f".{anatomy.blocks}." in f".{k}"]
+        inside = [f".{stack.blocks}." for stack in anatomy.stacks]
+        lost = [k for k in loaded["unexpected_keys"] if any(name in f".{k}" for name in inside)]
         if lost:
             raise InputError(
                 f"model {source!r}: config.json has no place for {len(lost)} tensors of the weight "

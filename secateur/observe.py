@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.block import Block, mixed_bias
+from secateur.layers.modeling_secateur import RelativeAttention
 from secateur.statistics import Need, Statistic
 
 
@@ -104,5 +105,9 @@ def _scores(block: Block, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
     turning = torch.arange(attention.query_key // 2, device=query.device) < block.heads.rotary // 2
     reach = (attention.sliding_window or query.shape[2]) if attention.is_causal else 0
     window = torch.tensor(reach, device=query.device)
-    cap = () if attention.soft_cap is None else (query.new_tensor(attention.soft_cap),)
-    return query * attention.scaling, key, value @ root.to(value.dtype), turning, window, *cap
+    given = query * attention.scaling, key, value @ root.to(value.dtype), turning, window
+    if isinstance(attention, RelativeAttention):
+        bias = kwargs["position_bias"]
+        bias = attention.bias_of(query.shape[2]) if bias is None else bias
+        return *given, query.new_zeros(()), bias[0]
+    return given if attention.soft_cap is None else (*given, query.new_tensor(attention.soft_cap))

@@ -176,5 +176,5 @@ def _forward_seconds(model: Model, tokens: Tokens) -> float:
         body = model.module.base_model  # the head takes no part in calibration
         body(**model.use.inputs(given[:1]))
         start = time.perf_counter()
-        float(body(**model.use.inputs(given)).last_hidden_state[0, 0, 0])  # waits for a GPU
+        float(body(**model.use.inputs(given))[0][0, 0, 0])  # waits for a GPU
         return (time.perf_counter() - start) * len(tokens) / rows

@@ -24,6 +24,7 @@ from secateur.methods.base import Method
 from secateur.model import DEMO, Settings, not_served, skeleton
 from secateur.plan import Plan
 from secateur.report import Report, count, size
+from secateur.units import WIDTHS
 
 WIDTH = 100
 SIDES = ("dense", "compressed")
@@ -114,7 +115,7 @@ def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, A
             }
             for kind in kinds
         ],
-        "notes": model.obstacles,
+        "notes": model.obstacles_of(WIDTHS),
         "calibration_bytes": {
             "statistics_per_block": 8 * widest**2,
             "activations_per_1000_tokens": 4000 * config.hidden_size,

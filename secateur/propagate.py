@@ -87,9 +87,11 @@ class Propagation:
         t_attention = x + attention(x) − x̂,   t_mlp = y − x̂ − attention(x̂)
 
     for a block y = x + attention + mlp, whether one reads the other's output or not; x̂ is the
-    narrowed model's stream. In a block of another form the targets are the dense outputs
-    themselves: a norm behind a consumer, or behind the sum, takes back what would be added to make
-    up for x̂, and scales a block's outputs by what no least squares knows.
+    narrowed model's stream. What a decoder's block adds between the two, of the encoder's output,
+    is taken from the MLP's target, too, as the narrowed model has it. In a block of another form
+    the targets are the dense outputs themselves: a norm behind a consumer, or behind the sum, takes
+    back what would be added to make up for x̂, and scales a block's outputs by what no least
+    squares knows.
 
     Four numbers a token and hidden dim are kept: two streams, the targets and the MLP's inputs.
     """
@@ -126,8 +128,10 @@ class Propagation:
         self._apply(block, value_output, sizes, {**statistics, **mixed})
         self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
         if sizes[mlp.name] > 0:
-            mask, device = self.dense.tokens.mask, self.narrow.model.device
-            self.method.refine(block, self.inputs[mask].to(device), self.targets[mask].to(device))
+            part, device = self.dense.part(block), self.narrow.model.device
+            mask = self.dense.tokens.mask[:, part]
+            inputs, targets = self.inputs[:, part][mask], self.targets[:, part][mask]
+            self.method.refine(block, inputs.to(device), targets.to(device))
         check_finite(block)
         self.narrow.advance(block)
 
@@ -139,15 +143,18 @@ class Propagation:
     def _run_dense(self, block: Block) -> bool:
         """Move the dense stream on, note the targets, and say whether the block is a plain sum."""
         additive: bool | None = None
+        part = self.dense.part(block)
         for batch in self.dense.batches:
             before = self.dense.at(batch)
             with watched(block) as seen:
                 after = self.dense.through(block, before)
             attention = wide(seen.attention)  # differences of large streams need the digits
             if additive is None:
-                additive = block.sums and _adds_up(before, attention + wide(seen.mlp), after)
-            self.targets[batch] = (wide(before) + attention if additive else attention).cpu()
-            self.inputs[batch] = seen.mlp.cpu()  # until the narrowed model's inputs are known
+                added = seen.before_mlp + wide(seen.mlp)
+                additive = block.sums and _adds_up(before[:, part], added, after[:, part])
+            target = wide(before[:, part]) + attention if additive else attention
+            self.targets[batch, part] = target.cpu()
+            self.inputs[batch, part] = seen.mlp.cpu()  # until the narrowed model's inputs are known
             self.dense.put(batch, after)
         assert additive is not None
         return additive
@@ -159,14 +166,15 @@ class Propagation:
         """
         gram, cross, attention = Gram(), Cross(), block.attention
         bias = attention.o_proj.bias if whole else folded_bias(attention)
+        part = self.narrow.part(block)
         for batch in self.narrow.batches:
-            states, mask = self.narrow.at(batch), self.narrow.mask(batch)
-            target = self.targets[batch].to(states.device)
+            states, mask = self.narrow.at(batch), self.narrow.mask(batch, block)
+            target = self.targets[batch, part].to(states.device)
             with watched(block, until=block.attention.o_proj) as seen:
                 self.narrow.through(block, states)
             values = seen.mixed if whole else mixed_values(block, seen.mixed)
             if additive:
-                target = target - wide(states)
+                target = target - wide(states[:, part])
             gram.update(values, mask=mask)
             cross.update(values, target if bias is None else target - bias, mask=mask)
         return {Needs.MIXED_GRAM: gram, Needs.MIXED_TARGET: cross}
@@ -174,20 +182,22 @@ class Propagation:
     def _hidden(self, block: Block, additive: bool) -> BlockStatistics:
         """What the consumer reads in the narrowed model, and what it should make of it."""
         gram, cross, bias = Gram(), Cross(), block.consumer.bias
+        part = self.narrow.part(block)
         for batch in self.narrow.batches:
-            states, mask = self.narrow.at(batch), self.narrow.mask(batch)
+            states, mask = self.narrow.at(batch), self.narrow.mask(batch, block)
             with watched(block, until=block.consumer) as seen:
                 self.narrow.through(block, states)
             if additive:
-                target = wide(self.dense.at(batch)) - wide(states) - wide(seen.attention)
+                dense = wide(self.dense.at(batch)[:, part])
+                target = dense - wide(states[:, part]) - seen.before_mlp
             else:
-                target = wide(self.inputs[batch].to(states.device))
+                target = wide(self.inputs[batch, part].to(states.device))
             if isinstance(bias, Tensor):
                 target = target - bias
             gram.update(seen.hidden, mask=mask)
             cross.update(seen.hidden, target, mask=mask)
-            self.targets[batch] = target.cpu()  # first: it may be a view of the inputs
-            self.inputs[batch] = seen.inputs.cpu()
+            self.targets[batch, part] = target.cpu()  # first: it may be a view of the inputs
+            self.inputs[batch, part] = seen.inputs.cpu()
         return {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
 
 
@@ -203,9 +213,16 @@ class Seen:
 
     mixed: Tensor  #: input of the output projection
     attention: Tensor  #: its output
+    crossing: Tensor | None = None  #: what is added behind it of another stack
     inputs: Tensor  #: input of the MLP's producers
     hidden: Tensor  #: input of its consumer
     mlp: Tensor  #: its output
+
+    @property
+    def before_mlp(self) -> Tensor:
+        """All that is added before the MLP, at least in float32."""
+        attention = wide(self.attention)
+        return attention if self.crossing is None else attention + wide(self.crossing)
 
 
 class _ReachedError(Exception):
@@ -237,7 +254,11 @@ def watched(block: Block, until: nn.Module | None = None) -> Iterator[Seen]:
         return note
 
     output, producer, consumer = block.attention.o_proj, block.producers[0][0], block.consumer
+    crossing = block.anatomy.crossing
     with ExitStack() as stack:
+        if crossing is not None:
+            reader = block.module.get_submodule(crossing.output)
+            stack.callback(reader.register_forward_hook(giving("crossing")).remove)
         for handle in (
             block.module.register_forward_pre_hook(entering, with_kwargs=True),
             output.register_forward_pre_hook(reading("mixed")),

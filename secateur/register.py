@@ -16,6 +16,10 @@ def register() -> None:
         (modeling_auto.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
         (modeling_auto.AutoModelForMaskedLM, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING),
         (
+            modeling_auto.AutoModelForSeq2SeqLM,
+            modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        ),
+        (
             modeling_auto.AutoModelForImageClassification,
             modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         ),

@@ -68,7 +68,7 @@ class Slicing:
         """The basis E (hidden, size) of this place, where the states are then projected."""
         stream, gram = self.stream, Gram()
         for batch in stream.batches:
-            gram.update(stream.at(batch), mask=stream.mask(batch))
+            gram.update(stream.at(batch), mask=stream.mask(batch, block))
         check_sums({need: gram})
         basis = self.method.solve(self.unit, block, {need: gram}).at(self.size).encode
         assert basis is not None

@@ -184,15 +184,19 @@ class PairScores(Additive):
     Takes queries (batch, heads, tokens, width) and keys (batch, kv heads, tokens, width) after
     rotation, the first already scaled; values (batch, heads, tokens, any) in a basis in which the
     output's metric is the identity; which pairs turn (pairs), bool; how many tokens back a query
-    sees, itself counted, or 0 where it sees both sides; and, where scores are soft-capped, the cap
-    c. Then the softmax is taken of c tanh(S / c), and S_p counts times the slope
-    1 − tanh²(S[t, s] / c) there.
+    sees, itself counted, or 0 where it sees both sides; and, where there are such, the cap c of
+    scores (0 where only the next is there) and their bias by position (heads, tokens, tokens). With
+    a cap the softmax is taken of c tanh(S / c), and S_p counts times the slope 1 − tanh²(S[t, s] /
+    c) there. The bias is added to the scores and belongs to no pair.
     """
 
     most_tokens = 4096
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        query, key, value, turning, window, *cap = values
+        query, key, value, turning, window, *more = values
+        cap = more[0] if more else query.new_zeros(())
+        capped = bool(cap)
+        bias = more[1] if len(more) > 1 else query.new_zeros(query.shape[1], 1, 1)
         group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None]
         tokens = torch.arange(mask.shape[1], device=mask.device)
         back = tokens.unsqueeze(1) - tokens
@@ -204,10 +208,10 @@ class PairScores(Additive):
                 q, k, u = query[row, head], key[row, head // group], value[row, head]
                 scores = q @ k.t()
                 slopes = scores.new_ones(())
-                if cap:
-                    bent = (scores / cap[0]).tanh()
-                    scores, slopes = bent * cap[0], 1 - bent.square()
-                weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+                if capped:
+                    bent = (scores / cap).tanh()
+                    scores, slopes = bent * cap, 1 - bent.square()
+                weights = (scores + bias[head]).masked_fill(unseen, -torch.inf).softmax(-1)
                 read = torch.cat((u, one), 1)  # the column of ones gives the mean of S_p
                 products = k.unsqueeze(2) * read.unsqueeze(1)  # tokens, coordinates, any + 1
                 mixed = (weights * slopes @ products.flatten(1)).view_as(products)

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.block import Block
+from secateur.block import Block, as_output
 from secateur.model import Model
 from secateur.text import Tokens
 
@@ -29,6 +31,9 @@ class Stream:
     The states are kept on the CPU, in the dtype that the model computes in: windows × length ×
     hidden numbers. The other arguments of a block (masks, rotary tables) depend on the shape of a
     batch alone, as padding stands behind every real token of a causal model, and others get none.
+
+    Where a decoder stands behind an encoder, the positions of both stand side by side. A block sees
+    and changes its :meth:`part` of them, and reads the other as the states have it.
     """
 
     def __init__(self, model: Model, tokens: Tokens, rows: int | None = None) -> None:
@@ -37,21 +42,30 @@ class Stream:
         rows = rows or max(1, TOKENS_PER_BATCH // tokens.length)
         self.batches = [slice(i, i + rows) for i in range(0, len(tokens), rows)]
         self._calls: dict[int, list[_Call]] = {}
+        self._parts: dict[str, slice] = {}
         states: Tensor | None = None
         for batch in self.batches:
             given = tokens[batch].to(model.device)
-            with _blocks_bypassed(model.blocks) as seen:
+            with _noted(model.blocks) as seen:
                 model.module.base_model(**model.use.inputs(given))
+            found = torch.cat([*seen.states.values()], 1)
             if states is None:
-                states = seen.states.new_empty(len(tokens), *seen.states.shape[1:]).cpu()
-            states[batch] = seen.states.cpu()
+                states = found.new_empty(len(tokens), *found.shape[1:]).cpu()
+                ends = accumulate((s.shape[1] for s in seen.states.values()), initial=0)
+                parts = [slice(start, end) for start, end in pairwise(ends)]
+                self._parts = dict(zip(seen.states, parts, strict=True))
+            states[batch] = found.cpu()
             self._calls[len(given)] = seen.calls
         assert states is not None
         self.states = states
 
-    def mask(self, batch: slice) -> Tensor:
-        """Which tokens of a batch are real, on the model's device."""
-        return self.tokens.mask[batch].to(self.model.device)
+    def part(self, block: Block) -> slice:
+        """The positions that a block sees."""
+        return self._parts[block.anatomy.blocks]
+
+    def mask(self, batch: slice, block: Block) -> Tensor:
+        """Which tokens of a batch that a block sees are real, on the model's device."""
+        return self.tokens.mask[batch, self.part(block)].to(self.model.device)
 
     def counted(self, batch: slice) -> Tensor:
         """Which outputs of a batch count, on the model's device."""
@@ -76,9 +90,18 @@ class Stream:
     ) -> Tensor:
         """What a block makes of the states of a batch, or what ``forward`` does in its place."""
         call = self._calls[len(states)][block.index]
-        output = (forward or block.module)(states, *call.args, **call.kwargs)
+        crossing, part = block.anatomy.crossing, self.part(block)
+        args, kwargs = (states[:, part], *call.args), call.kwargs
+        if crossing is not None:
+            norm = self.model.module.base_model.get_submodule(crossing.norm)
+            bound = signature(block.module.forward).bind(*args, **kwargs)
+            bound.arguments[crossing.argument] = norm(states[:, : part.start])
+            args, kwargs = bound.args, bound.kwargs
+        output = (forward or block.module)(*args, **kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        if len(self._parts) == 1:
+            return hidden
+        return torch.cat((states[:, : part.start], hidden, states[:, part.stop :]), 1)
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
@@ -88,37 +111,69 @@ class Stream:
 
     def logits(self, batch: slice, states: Tensor) -> Tensor:
         """What the model's head makes of the states of a batch behind the last block."""
-        with _blocks_bypassed(self.model.blocks, states):
+        parts = {name: states[:, part] for name, part in self._parts.items()}
+        with _bypassed(self.model.blocks, parts):
             module, given = self.model.module, self.tokens[batch].to(self.model.device)
             logits: Tensor = module(**self.model.use.inputs(given)).logits
         return logits
 
 
+@dataclass
 class _Seen:
-    states: Tensor
+    """What the blocks of a model were called with, and by the path of their stack the states.
+
+    ``beside`` holds what the blocks of a stack give beside these.
+    """
+
+    states: dict[str, Tensor]
+    beside: dict[str, tuple[Any, ...]]
     calls: list[_Call]
 
 
 @contextmanager
-def _blocks_bypassed(blocks: Sequence[Block], states: Tensor | None = None) -> Iterator[_Seen]:
+def _noted(blocks: Sequence[Block]) -> Iterator[_Seen]:
     """Let a forward pass skip all blocks, and note what each would have been called with.
 
-    ``states`` takes the place of the hidden states.
+    Where the first block of a stack makes something for the others, it does run.
     """
-    seen = _Seen()
-    seen.calls = []
+    seen = _Seen({}, {}, [])
 
-    def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.states = hidden_states
-        seen.calls.append(_Call(args, kwargs))
-        given = hidden_states if states is None else states
-        return (given, None) if blocks[0].anatomy.in_tuple else given
+    def noting(block: Block) -> Callable[..., Any]:
+        name, forward = block.anatomy.blocks, block.module.forward
 
-    gone = [block.module.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.module.forward = note
+        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.states[name] = hidden_states
+            seen.calls.append(_Call(args, kwargs))
+            if block.anatomy.position_bias and name not in seen.beside:
+                seen.beside[name] = forward(hidden_states, *args, **kwargs)[1:]
+            return as_output(hidden_states, block.anatomy, seen.beside.get(name))
+
+        return note
+
+    with _replaced(blocks, noting):
         yield seen
+
+
+@contextmanager
+def _bypassed(blocks: Sequence[Block], states: dict[str, Tensor]) -> Iterator[None]:
+    """Let a forward pass skip all blocks, and have these states behind them, by stack."""
+
+    def giving(block: Block) -> Callable[..., Any]:
+        return lambda *_, **__: as_output(states[block.anatomy.blocks], block.anatomy)
+
+    with _replaced(blocks, giving):
+        yield
+
+
+@contextmanager
+def _replaced(blocks: Sequence[Block], by: Callable[[Block], Callable[..., Any]]) -> Iterator[None]:
+    """Give every block another forward for a while."""
+    gone = [block.module.__dict__.get("forward") for block in blocks]
+    made = [by(block) for block in blocks]
+    try:
+        for block, forward in zip(blocks, made, strict=True):
+            block.module.forward = forward
+        yield
     finally:
         for block, own in zip(blocks, gone, strict=True):
             del block.module.forward

@@ -18,6 +18,7 @@ from secateur.anatomy.phi3 import PHI3
 from secateur.anatomy.qwen import QWEN2, QWEN3
 from secateur.anatomy.stablelm import STABLELM
 from secateur.anatomy.starcoder2 import STARCODER2
+from secateur.anatomy.t5 import T5, T5_GATED
 from secateur.anatomy.vit import VIT
 
 FAMILIES: tuple[Anatomy, ...] = (
@@ -42,11 +43,13 @@ FAMILIES: tuple[Anatomy, ...] = (
     GPT_NEOX,
     BERT,
     VIT,
+    T5,
+    T5_GATED,
 )
 
 __all__ = ["FAMILIES", "Anatomy", "HeadLayout", "Projection", "Projections", "find"]
 
 
 def find(model_type: str) -> Anatomy | None:
-    """The family that serves ``model_type``, or None."""
+    """The first family of a ``model_type``, or None."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)

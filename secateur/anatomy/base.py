@@ -79,10 +79,27 @@ def served(config: Any) -> str | None:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """How the blocks of a decoder read the encoder before it.
+
+    Attributes:
+        norm: what takes the encoder's states behind its blocks, in the base model.
+        argument: of a block, that gets them then.
+        output: the linear that adds what was read to the stream, between attention and MLP.
+    """
+
+    norm: str
+    argument: str
+    output: str
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """A model family: where its blocks are and which weights of a block belong together.
 
-    Paths are relative to a block, ``blocks`` to the base model (the model without its head).
+    Paths are relative to a block, ``blocks`` to the base model (the model without its head). Where
+    an encoder and a decoder make a model, it is the encoder's, and ``decoder`` has that of the
+    other stack.
 
     Attributes:
         family: name shown to people.
@@ -106,7 +123,11 @@ class Anatomy:
         head_norms: how queries and keys are normalised, where they are: "shared" takes every head
             by one norm, "own" by a weight with a row a head, "list" by a list of norms with the
             heads on axis 1, "joint" takes all heads as one vector.
-        in_tuple: whether a block gives its output in a tuple.
+        outputs: how many things a block gives, in a tuple where they are more than one.
+        position_bias: whether the first block of a stack makes a bias for the scores of all heads,
+            which it gives, and which the others take.
+        crossing: how its blocks read the stack before it, or None.
+        decoder: the anatomy of the stack behind, or None.
         use: what models of it are for; see :mod:`secateur.uses`.
         refusal: takes a config, says why it is not served, or None.
     """
@@ -126,8 +147,11 @@ class Anatomy:
     layout: Callable[[HeadLayout, Any, int], HeadLayout] = as_in_config
     soft_cap: str | None = None
     head_norms: str = "shared"
-    in_tuple: bool = False
-    use: Literal["causal", "masked", "images"] = "causal"
+    outputs: int = 1
+    position_bias: bool = False
+    crossing: Crossing | None = None
+    decoder: "Anatomy | None" = None
+    use: Literal["causal", "masked", "images", "seq2seq"] = "causal"
     refusal: Callable[[Any], str | None] = served
 
     @property
@@ -135,8 +159,13 @@ class Anatomy:
         """The norms that read the residual stream, where it can turn to another basis."""
         return PRE_NORMS.get(self.model_types[0])
 
+    @property
+    def stacks(self) -> "tuple[Anatomy, ...]":
+        """This one and, where there is one, the decoder."""
+        return (self,) if self.decoder is None else (self, self.decoder)
+
     def heads(self, config: Any, block: int) -> HeadLayout:
-        """The head layout of a block."""
+        """The head layout of a block of this stack."""
         return self.layout(HeadLayout.of(config, self.rotary), config, block)
 
 

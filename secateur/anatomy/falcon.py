@@ -51,6 +51,6 @@ FALCON = Anatomy(
     width_key="ffn_hidden_size",
     rotary=True,
     layout=layout,
-    in_tuple=True,
+    outputs=2,
     refusal=refusal,
 )

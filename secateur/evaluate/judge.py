@@ -96,7 +96,7 @@ def judge(
         if use.share is not None:
             tasks[f"{use.share}, {name}"] = right
     first = next(iter(held.values()), None)
-    prompt, sample = _sampled(model, questions, held, room) if use.causal else ("", "")
+    prompt, sample = _sampled(model, questions, held, room) if use.writes else ("", "")
     speed: dict[str, float] = {}
     if questions.speed and first is not None:
         new = min(32, room // 2)
@@ -163,7 +163,8 @@ def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
         num_beams=1,
         pad_token_id=0,
     )
-    return str(model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    new = model.use.written(out, ids)
+    return str(model.tokenizer.decode(new[0], skip_special_tokens=True))
 
 
 def weight_bytes(model: Model) -> int:
@@ -199,6 +200,8 @@ def judge_apart(
             content["outputs_of_dense"] = str(outputs_of_dense.absolute())
         if memory is not None and tokens is not None:
             asked = {"ids": tokens.ids, "mask": tokens.mask}
+            if tokens.labels is not None:
+                asked["labels"] = tokens.labels
             save_file({**memory, **asked}, Path(folder, "memory.safetensors"))
             content["memory"] = str(Path(folder, "memory.safetensors"))
         request.write_text(json.dumps(content))
@@ -248,7 +251,7 @@ def main(request: Path, result: Path) -> int:
         answer = asdict(judge(model, questions, before, for_terminal(), kept))
         if "memory" in content:
             memory = load_file(content["memory"])
-            tokens = Tokens(memory.pop("ids"), memory.pop("mask"))
+            tokens = Tokens(memory.pop("ids"), memory.pop("mask"), memory.pop("labels", None))
             differs = disagreement(memory, testimony(model, tokens))
             if differs is not None:
                 answer = {"differs": differs}

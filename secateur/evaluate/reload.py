@@ -32,7 +32,7 @@ def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
     tokens, said = tokens.to(model.device), {}
     with torch.inference_mode():
         exact = module.dtype in (torch.float32, torch.float64)
-        for cached in (True, False) if exact and model.use.causal else ():
+        for cached in (True, False) if exact and model.use.writes else ():
             out = module.generate(
                 tokens.ids,
                 attention_mask=torch.ones_like(tokens.ids),
@@ -43,7 +43,8 @@ def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
                 min_new_tokens=GREEDY_TOKENS,
                 pad_token_id=0,
             )
-            said[f"greedy.{'cached' if cached else 'uncached'}"] = out[0, tokens.length :].cpu()
+            new = model.use.written(out, tokens.ids)
+            said[f"greedy.{'cached' if cached else 'uncached'}"] = new[0].cpu()
         for dtype in dict.fromkeys((module.dtype, torch.bfloat16)):
             cast(module, dtype)
             for implementation in IMPLEMENTATIONS:

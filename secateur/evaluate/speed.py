@@ -32,7 +32,7 @@ def measure_speed(model: Model, prompt: Tokens, new_tokens: int = 32) -> Speed:
     """Time the forward pass over one row, and greedy decoding behind it where the model writes."""
     module: Any = model.module
     inputs = model.use.inputs(prompt.to(model.device))
-    writes = model.use.causal
+    writes = model.use.writes
     if writes:
         inputs["use_cache"] = True
 
@@ -40,10 +40,9 @@ def measure_speed(model: Model, prompt: Tokens, new_tokens: int = 32) -> Speed:
         return module(**inputs)
 
     def decode(state: Any) -> None:
-        cache, last = state.past_key_values, state.logits[:, -1:].argmax(-1)
+        last = state.logits[:, -1:].argmax(-1)
         for _ in range(new_tokens):
-            out = module(input_ids=last, past_key_values=cache, use_cache=True)
-            last = out.logits[:, -1:].argmax(-1)
+            last = module(**model.use.going_on(last, state)).logits[:, -1:].argmax(-1)
 
     writing = None
     with torch.inference_mode():

@@ -30,6 +30,7 @@ def eager_attention(
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
+    position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over (batch, heads, tokens, dim); key and value may differ in width."""
@@ -38,6 +39,8 @@ def eager_attention(
     scores = query @ key.transpose(2, 3) * scaling
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
+    if position_bias is not None:
+        scores = scores + position_bias
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -195,6 +198,56 @@ class NarrowAttention(nn.Module):
         return output if self.output is None else self.output(output, hidden_states)
 
 
+class RelativeAttention(NarrowAttention):
+    """A NarrowAttention whose scores get a bias by the distance of two tokens (T5's).
+
+    The first of a stack has the table that it is looked up in, keeps it whatever becomes of its own
+    widths, and makes the bias for all heads; it gives it, and the others are handed it.
+    """
+
+    def __init__(self, stock: Any, shape: dict[str, Any]) -> None:
+        NarrowAttention.__init__(self, stock, shape)
+        for name in ("is_decoder", "has_relative_attention_bias"):
+            setattr(self, name, getattr(stock, name))
+        for name in ("relative_attention_num_buckets", "relative_attention_max_distance"):
+            setattr(self, name, getattr(stock, name))
+        if stock.has_relative_attention_bias:
+            self.relative_attention_bias = stock.relative_attention_bias
+        self._is_hf_initialized = True  # stock code would look for its own names in it
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+        if position_bias is None:
+            past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
+            position_bias = self.bias_of(hidden_states.shape[1], past, mask)
+        output, weights = NarrowAttention.forward(
+            self,
+            hidden_states,
+            attention_mask=mask,
+            past_key_values=cache,
+            position_bias=position_bias,
+            **kwargs,
+        )
+        return output, position_bias, weights
+
+    def bias_of(self, tokens: int, past: Any = 0, mask: Tensor | None = None) -> Tensor:
+        """The bias of so many tokens behind so many, (1, heads, tokens, keys); only of the first.
+
+        A mask says how many keys a cache of fixed size holds.
+        """
+        keys = past + tokens if mask is None else mask.shape[-1]
+        stock: Any = self
+        made: Tensor = stock.compute_bias(tokens, keys, past_seen_tokens=past)
+        return made
+
+
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (first half, second half) by its angle."""
     first, second = states.chunk(2, -1)
@@ -246,7 +299,8 @@ def narrow_attention(stock: nn.Module, shape: dict[str, Any]) -> NarrowAttention
     transformers finds the modules whose attention maps it records by their class.
     """
     own = type(_computing(stock))
-    kind: Any = type("Narrow" + own.__name__, (NarrowAttention, own), {})
+    base = RelativeAttention if hasattr(own, "compute_bias") else NarrowAttention
+    kind: Any = type("Narrow" + own.__name__, (base, own), {})
     made: NarrowAttention = kind(stock, shape)
     return made
 
@@ -332,6 +386,8 @@ def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
 
 def narrow(model: PreTrainedModel, shapes: dict[str, Any]) -> None:
     """Replace the modules of ``model`` whose shapes ``shapes`` (the config's block) changes."""
+    if "decoder" in shapes:
+        narrow(model, shapes["decoder"])
     blocks: Any = model.base_model.get_submodule(shapes["blocks"])
     for block, layer in zip(blocks, shapes["layers"], strict=True):
         for path, size in layer.get("linears", {}).items():
@@ -388,6 +444,8 @@ def _auto_class(stock: Any) -> str:
     for use in ("MaskedLM", "ImageClassification"):
         if stock.__name__.endswith(f"For{use}"):
             return f"AutoModelFor{use}"
+    if stock.__name__.endswith("ForConditionalGeneration"):
+        return "AutoModelForSeq2SeqLM"
     generates = issubclass(stock, transformers.GenerationMixin)
     return "AutoModelForCausalLM" if generates else "AutoModel"
 

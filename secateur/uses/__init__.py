@@ -7,10 +7,11 @@ from secateur.uses.base import Use
 from secateur.uses.causal import CausalLM
 from secateur.uses.images import ImageClassification
 from secateur.uses.masked import MaskedLM
+from secateur.uses.seq2seq import Seq2SeqLM
 
 PREFIX = "secateur_"  #: of the model_type of compressed checkpoints
 
-__all__ = ["CausalLM", "ImageClassification", "MaskedLM", "Use", "use_of"]
+__all__ = ["CausalLM", "ImageClassification", "MaskedLM", "Seq2SeqLM", "Use", "use_of"]
 
 
 def use_of(config: Any) -> Use:
@@ -19,6 +20,8 @@ def use_of(config: Any) -> Use:
     kind = "causal" if family is None else family.use
     if kind == "masked":
         return MaskedLM()
+    if kind == "seq2seq":
+        return Seq2SeqLM(start=config.decoder_start_token_id or 0)
     if kind == "images":
         side, patch = (_pair(size) for size in (config.image_size, config.patch_size))
         patches = (side[0] // patch[0]) * (side[1] // patch[1])

@@ -19,8 +19,8 @@ class Use(ABC):
 
     auto: ClassVar[str]  #: its auto class in transformers
     what: ClassVar[str]  #: what a model of it is called
-    #: whether a token sees only what stands before it, so that padding behind needs no mask
-    causal: ClassVar[bool] = False
+    #: whether it writes, token by token
+    writes: ClassVar[bool] = False
     #: whether it reads text, and not images
     reads_text: ClassVar[bool] = True
     #: what the share of right answers is called, where there is one
@@ -87,6 +87,14 @@ class Use(ABC):
             first = Tokens(first.ids[:, :count], first.mask[:, :count])
             labels = None if labels is None else labels[:, :count]
         return Tokens(first.ids.clone(), first.mask.clone(), labels)
+
+    def written(self, out: Tensor, prompt: Tensor) -> Tensor:
+        """What is new in what ``generate`` gave for a prompt, of one that writes."""
+        return out[:, prompt.shape[1] :]
+
+    def going_on(self, last: Tensor, state: Any) -> dict[str, Any]:
+        """The arguments of forward for one more token behind an output with a cache."""
+        return {"input_ids": last, "past_key_values": state.past_key_values, "use_cache": True}
 
     def counted(self, tokens: Tokens) -> Tensor:
         """Which outputs count, bool: the shape of the logits without their last axis."""

@@ -16,7 +16,7 @@ class CausalLM(Use):
 
     auto: ClassVar[str] = "AutoModelForCausalLM"
     what: ClassVar[str] = "causal language model"
-    causal: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
         """Windows of the text that is not set aside."""

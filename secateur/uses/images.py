@@ -1,13 +1,14 @@
 """Image classifiers: the class of an image."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError
 from secateur.text import BUNDLED, SET_ASIDE, UNLABELLED, Calibration, Text, Tokens, expanded
 from secateur.uses.base import Use
 
@@ -17,10 +18,10 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class ImageClassification(Use):
-    """Images of a folder, whose subfolders are named after the classes, judged by accuracy.
+    """Images of a folder, whose subfolders are named after the classes or their numbers.
 
-    Calibration draws from four fifths of them, in an order made by chance once and for all, and
-    never sees the rest.
+    Judged by accuracy. Calibration draws from four fifths of them, in an order made by chance once
+    and for all, and never sees the rest.
 
     Attributes:
         positions: tokens that the blocks see of an image.
@@ -122,12 +123,15 @@ class ImageClassification(Use):
         if parent == folder:
             return UNLABELLED
         name = parent.relative_to(folder).parts[0]
-        if name not in self.classes:
-            known = nearest(name, list(self.classes))
-            raise InputError(
-                f"image folder {str(folder)!r}: no class {name!r} in the model: {known}"
-            )
-        return self.classes[name]
+        if name in self.classes:
+            return self.classes[name]
+        if name.isdecimal() and int(name) in self.classes.values():
+            return int(name)
+        known = get_close_matches(name, self.classes, 1) or list(self.classes)[:1]
+        raise InputError(
+            f"image folder {str(folder)!r}: the model has no class {name!r}; name subfolders after "
+            f"its {len(self.classes)} classes, e.g. {known[0]!r}, or their numbers."
+        )
 
     def _read(self, files: list[tuple[Path, int]], reader: Any) -> Tokens:
         try:

@@ -35,13 +35,13 @@ class MaskedLM(Use):
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
         """Windows of the text that is not set aside, hidden by the calibration's seed."""
-        inside = replace(calibration, length=calibration.length - SPECIALS)
+        inside = replace(calibration, length=_inside(calibration.length))
         found = calibration_tokens(inside, reader)
         return self._hidden(found[_whole(found)], reader, calibration.seed)
 
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
         """Consecutive windows, hidden the same way for every model with that tokenizer."""
-        return self._hidden(held_windows(text, reader, length - SPECIALS, limit), reader, 0)
+        return self._hidden(held_windows(text, reader, _inside(length), limit), reader, 0)
 
     def example(self, config: Any, rows: int, length: int) -> Tokens:
         """One token, again and again."""
@@ -69,6 +69,20 @@ class MaskedLM(Use):
         ids = _between(ids, reader.cls_token_id, reader.sep_token_id)
         labels = _between(labels, UNLABELLED, UNLABELLED)
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), labels)
+
+
+def _inside(length: int) -> int:
+    """Tokens of text in a window.
+
+    Raises:
+        InputError: there is room for none.
+    """
+    if length <= SPECIALS:
+        raise InputError(
+            f"a window of {length} tokens has no room between its start and its end token; give at "
+            f"least {SPECIALS + 1} (--length, --eval-length)."
+        )
+    return length - SPECIALS
 
 
 def _whole(windows: Tokens) -> list[int]:
