@@ -12,7 +12,6 @@ one file serves several methods and budgets.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -120,7 +119,7 @@ def measured(
     texts: dict[str, Tokens],
 ) -> Row:
     """Perplexity on all texts of the model as narrowed by one calibration, or of the dense one."""
-    model, start = open_model(arguments.model), time.perf_counter()
+    model = open_model(arguments.model)
     row: Row = {}
     if source is not None:
         method = method_class(arguments.method)(keep=arguments.keep)
@@ -128,14 +127,12 @@ def measured(
         allocator = usual_allocator(method, goal)
         calibration = Calibration(source, samples, arguments.length, seed, select)
         calibration = select_calibration(model, calibration, method, goal)
-        row["seconds_to_choose"] = time.perf_counter() - start
         tokens, store = calibration_tokens(calibration, model.tokenizer), Store()
         calibrate(model, tokens, method.needs | allocator.needs, store)
         evidence = score(model, method, store, tokens, allocator)
         plan = make_plan(model, method, evidence, calibration, tokens, goal, allocator)
         units = method.units(model, goal.multiple_of)
         list(narrow_blocks(model, method, units, plan.sizes, tokens, store))
-        row["seconds"] = time.perf_counter() - start
         row["reached"] = plan.budget.reached
     found = {name: perplexity(model.module, tokens) for name, tokens in texts.items()}
     return row | {"perplexity": found}
@@ -156,23 +153,19 @@ def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
         found = [row["perplexity"][judged] for row in own(source, select, samples)]
         return f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})"
 
-    def seconds(select: str) -> str:
-        by_amount = [own(text, select, n) for n in arguments.samples]
-        return ", ".join(f"{mean(r['seconds_to_choose'] for r in g):.1f}" for g in by_amount)
-
     lines = [
         f"### {Path(arguments.model).name}, {arguments.method} at keep {arguments.keep:g}",
         "",
         f"Windows of {arguments.length} tokens of `{text}`, perplexity on {arguments.windows} × "
         f"{arguments.length} tokens of `{held}` (dense {dense[held]:.2f}), mean over seeds {seeds} "
-        "with the range in parentheses; seconds to choose.",
+        "with the range in parentheses.",
         "",
-        "| choice | " + " | ".join(f"{n} windows" for n in arguments.samples) + " | seconds |",
-        "|---" * (len(arguments.samples) + 2) + "|",
+        "| choice | " + " | ".join(f"{n} windows" for n in arguments.samples) + " |",
+        "|---" * (len(arguments.samples) + 1) + "|",
     ]
     for select in arguments.selects:
         cells = [cell(text, select, n, held) for n in arguments.samples]
-        lines.append(f"| {select} | " + " | ".join(cells) + f" | {seconds(select)} |")
+        lines.append(f"| {select} | " + " | ".join(cells) + " |")
     if arguments.others:
         most, others = max(arguments.samples), [Path(other).name for other in arguments.others]
         names = [f"`{judged}`" for judged in (held, *others)]

@@ -47,6 +47,12 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   section ablation-reference-7m ablation.py "${reference[@]}"
   printf '\n## Prediction\n'
   section prediction prediction.py "${stories[@]}" --multiple-of 4
+  printf '\n## Calibration\n'
+  texts=("$data/text/tinyshakespeare.txt" "$data/text/c4.jsonl")
+  rows=(--multiple-of 4 --rows "$kept/calibration-stories260K.jsonl")
+  drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}"
+  drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}" --method modegpt
+  drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}" --method auto --selects none
   printf '\n## Cost\n'
   section cost-auto cost.py "${reference[@]:0:2}"
   section cost-modegpt cost.py "${reference[@]:0:2}" --method modegpt
