@@ -34,8 +34,8 @@ SECONDS = 0.002  # a timing takes at least this long
 def measured(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
     """Nanoseconds of a forward pass over ``goal.batch`` × ``goal.length`` tokens.
 
-    All blocks of a dense model have one shape, so the first stands for all. Its units are timed one
-    by one, the others at full size:
+    All blocks of a dense model have one shape, so the first stands for all; of an encoder and a
+    decoder, the first of each. Its units are timed one by one, the others at full size:
 
         mlp(k)  = T(mlp k) − T(mlp 0),  heads(k) = T(heads k) − T(heads 0)
         query_key(k) = T(qk k) − T(qk 0),   value_output(k) = T(vo k, qk 0) − T(vo 0, qk 0)
@@ -53,13 +53,14 @@ def measured(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
     own = _identity(model, goal)
     path = cached_file("latency", own)
     table = _read(path)
-    if table is None or not {unit.kind for unit in units} <= table.nanoseconds.keys():
+    keys = {unit.name: _key(model.blocks[unit.block], unit.kind) for unit in units}
+    if table is None or not {*keys.values()} <= table.nanoseconds.keys():
         with torch.inference_mode():
             table = _measure(model, goal, own)
         keep(path, table.model_dump_json(indent=1))
-    dense = sum(max(table.nanoseconds[unit.kind].values()) for unit in units)
+    dense = sum(max(table.nanoseconds[key].values()) for key in keys.values())
     scale = min(1.0, table.forward / max(1, dense))
-    prices = {u.name: _between(u, table.nanoseconds[u.kind], scale) for u in units}
+    prices = {u.name: _between(u, table.nanoseconds[keys[u.name]], scale) for u in units}
     whole = sum(prices[u.name][u.size] for u in units)
     return Prices("latency", prices, max(0, table.forward - whole))
 
@@ -92,11 +93,18 @@ def check_length(model: Model, goal: Goal) -> None:
 
 
 class Table(Record):
-    """Times measured: of a whole forward pass, and of one unit of each kind at some sizes."""
+    """Times measured: of a whole forward pass, and of one unit of each kind at some sizes.
+
+    The kinds of a decoder behind an encoder are apart, as :func:`_key` calls them.
+    """
 
     of: dict[str, Any]
     forward: int = Field(ge=0)
     nanoseconds: dict[str, dict[int, Annotated[int, Field(ge=0)]]]
+
+
+def _key(block: Block, kind: str) -> str:
+    return kind if block.anatomy.crossing is None else f"decoder {kind}"
 
 
 def _read(path: Path) -> Table | None:
@@ -127,29 +135,31 @@ def _identity(model: Model, goal: Goal) -> dict[str, Any]:
 def _measure(model: Model, goal: Goal, own: dict[str, Any]) -> Table:
     tokens = model.use.example(model.config, goal.batch, goal.length)
     stream = Stream(model, tokens, rows=goal.batch)
-    block, batch = model.blocks[0], stream.batches[0]
-    states = stream.at(batch)
+    states = stream.at(stream.batches[0])
     whole = partial(model.module, **model.use.inputs(tokens.to(model.device)))
-    units = {unit.kind: unit for unit in block.units(1, (*WIDTHS, "heads", *DEPTH))}
-    jobs: dict[tuple[str, int], dict[str, int]] = {}
-    for kind, unit in units.items():
+    firsts = {block.anatomy.blocks: block.index for block in reversed(model.blocks)}.values()
+    every = [u for i in firsts for u in model.blocks[i].units(1, (*WIDTHS, "heads", *DEPTH))]
+    units = {(unit.block, unit.kind): unit for unit in every}
+    jobs: dict[tuple[int, str, int], dict[str, int]] = {}
+    for (index, kind), unit in units.items():
         for size in _points(unit):
-            jobs[kind, size] = {kind: size}
-            if kind == "value_output" and "query_key" in units:
-                jobs[kind, size]["query_key"] = 0
+            jobs[index, kind, size] = {kind: size}
+            if kind == "value_output" and (index, "query_key") in units:
+                jobs[index, kind, size]["query_key"] = 0
     seconds = dict.fromkeys(jobs, float("inf"))
     forward = float("inf")
     for _ in range(ROUNDS):  # round by round, so that a slow moment hits all alike
         for job, sizes in jobs.items():
-            with _at(block, units, sizes):
+            block = model.blocks[job[0]]
+            with _at(block, {kind: units[job[0], kind] for kind in sizes}, sizes):
                 found = _timed(partial(stream.through, block, states), states.device)
                 seconds[job] = min(seconds[job], found)
         forward = min(forward, _timed(whole, states.device))
     nanoseconds = {}
-    for kind, unit in units.items():
+    for (index, kind), unit in units.items():
         points = _points(unit)
-        times = np.maximum.accumulate([seconds[kind, size] for size in points])
-        nanoseconds[kind] = {
+        times = np.maximum.accumulate([seconds[index, kind, size] for size in points])
+        nanoseconds[_key(model.blocks[index], kind)] = {
             size: round(1e9 * float(t - times[0])) for size, t in zip(points, times, strict=True)
         }
     return Table(of=own, forward=round(1e9 * forward), nanoseconds=nanoseconds)
