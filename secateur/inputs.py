@@ -13,6 +13,7 @@ from secateur.model import (
     positions,
     read_config,
 )
+from secateur.select import check_choice
 from secateur.text import BUNDLED, SET_ASIDE, Calibration, Text, Tokens, expanded
 from secateur.units import Unit
 from secateur.uses import Use, use_of
@@ -59,7 +60,7 @@ def text_notes(calibration: Calibration, tokens: Tokens, units: list[Unit]) -> l
     """What a user should know about the amount of calibration text."""
     notes, samples, widest = [], len(tokens), max(unit.size for unit in units)
     if samples < calibration.samples:
-        notes.append(f"the text gives {samples} of the {calibration.samples} samples asked for")
+        notes.append(f"there are {samples} of the {calibration.samples} samples asked for")
     if tokens.count < TOKENS_PER_CHANNEL * widest:
         notes.append(
             f"{tokens.count} tokens are few for {widest} channels, whose statistics will be noisy; "
@@ -88,6 +89,7 @@ def read_calibration(source: str, calibration: Calibration, settings: Settings) 
             f"--length {calibration.length} is more than the model's {room} positions."
         )
     use = use_of(config)
+    check_choice(calibration, use)
     return use.calibration(calibration, open_reader(source, settings, use))
 
 

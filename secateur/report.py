@@ -75,10 +75,11 @@ def comparison(report: Report) -> Any:
     for name, value in dense["perplexity"].items():
         row(f"perplexity, {name}", value, small["perplexity"][name], "{:.2f}".format, "rise")
     for name, value in dense["tasks"].items():
-        row(name, value, small["tasks"][name], "{:.1%}".format, "rise")
+        other = small["tasks"][name]
+        table.add_row(name, f"{value:.1%}", f"{other:.1%}", f"{100 * (other - value):+.1f} points")
     if agrees := small["agreement"]:
         table.add_row("same first choice as the dense model", "", f"{agrees['top1']:.1%}", "")
-        table.add_row("divergence from it, nats", "", f"{agrees['kl']:.3f}", "")
+        table.add_row("divergence from it, nats", "", f"{agrees['kl']:.2g}", "")
     for key, label in (("prefill", "reading, tokens/s"), ("decode", "writing, tokens/s")):
         if (key := f"{key}_tokens_per_second") in dense["speed"]:
             row(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")

@@ -28,6 +28,7 @@ from secateur.scores import score
 from secateur.stitch import WINDOWS, Stitched
 from secateur.stream import TOKENS_PER_BATCH, Stream
 from secateur.text import Calibration, Tokens, calibration_stream, drawn, windows_at
+from secateur.uses import CausalLM, Use
 from secateur.version import __version__
 
 POOL = 4  #: windows to choose from, for each that is chosen
@@ -65,8 +66,10 @@ def select_calibration(
     where the statistics of a draw lie while it is judged, by default the system's temporary one.
 
     Raises:
-        InputError: the text holds too little to choose from, or the method can't be judged so.
+        InputError: the text holds too little to choose from, the method can't be judged so, or the
+            model is no causal language model.
     """
+    check_choice(calibration, model.use)
     if calibration.select == "none" or calibration.windows:
         return calibration
     stream, wanted = calibration_stream(calibration, model.tokenizer), calibration.samples
@@ -120,6 +123,19 @@ def select_calibration(
     windows = tuple(pool[place] for place in chosen)
     keep(path, Choice(windows=windows).model_dump_json())
     return replace(calibration, windows=windows)
+
+
+def check_choice(calibration: Calibration, use: Use) -> None:
+    """Refuse to choose among what is more than windows of text.
+
+    Raises:
+        InputError: a choice is asked for, and the model is no causal language model.
+    """
+    if calibration.select != "none" and not isinstance(use, CausalLM):
+        raise InputError(
+            f"--select-calibration {calibration.select} chooses windows for a {CausalLM.what}, and "
+            f"this is a {use.what}; leave it out, and what calibrates is drawn at random."
+        )
 
 
 def _identity(model: Model, calibration: Calibration, pool: Tokens) -> dict[str, Any]:

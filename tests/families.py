@@ -342,11 +342,12 @@ def words(length: int, seed: int = 0) -> str:
 
 
 def read(name: str, rows: int, length: int, seed: int = 0) -> Tokens:
-    """What a variant reads: windows of :func:`stream`, for a masked model with hidden tokens, or
-    as many random images, which have a length of their own."""
+    """What a variant reads: windows of :func:`stream`, for a masked model with hidden tokens; or
+    random images, one for every fourth token, as it has one output."""
     generator = torch.Generator().manual_seed(seed)
     if FAMILIES[name].use == "images":
         side, classes = (FAMILIES[name].options[key] for key in ("image_size", "num_labels"))
+        rows = max(1, rows * length // 4)
         images = torch.randn(rows, 3, side, side, generator=generator)
         patches = (side // FAMILIES[name].options["patch_size"]) ** 2
         labels = torch.randint(classes, (rows,), generator=generator)
@@ -354,7 +355,7 @@ def read(name: str, rows: int, length: int, seed: int = 0) -> Tokens:
     windows = sample(stream(rows * length, seed), rows, length, 0)
     if FAMILIES[name].use == "causal":
         return windows
-    hidden = torch.rand(windows.ids.shape, generator=generator) < 0.2
+    hidden = torch.rand(windows.ids.shape, generator=generator) < 0.4
     labels = torch.where(hidden, windows.ids, UNLABELLED)
     return Tokens(torch.where(hidden, MASK, windows.ids), windows.mask, labels)
 

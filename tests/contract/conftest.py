@@ -346,3 +346,9 @@ def logits(model: Any, given: Tokens | Tensor) -> Tensor:
         given = Tokens(given, torch.ones_like(given, dtype=torch.bool))
     with torch.inference_mode():
         return model(**use_of(model.config).inputs(given)).logits
+
+
+def states(model: Any, given: Tokens) -> Tensor:
+    """What its body says."""
+    with torch.inference_mode():
+        return model.base_model(**use_of(model.config).inputs(given)).last_hidden_state
