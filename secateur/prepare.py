@@ -62,6 +62,11 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
             f"--tier plain: {method.name} adds biases, for which stock classes of this family have "
             "no place. Leave them out (--compensate 0), or ask for --tier per-layer."
         )
+    if goal.target == "cache" and not shapes.use.writes:
+        raise InputError(
+            f"--target cache: this {shapes.use.what} writes nothing, and keeps no keys and values; "
+            f"choose another --target, e.g. parameters."
+        )
     if goal.target == "latency":
         check_timed(units)
         allocator.check_units(units)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur import report as reporting
 from secateur.allocate import ALLOCATORS, allocator_class
 from secateur.allocate.base import Allocator
-from secateur.anatomy import FAMILIES
+from secateur.anatomy import FAMILIES, find
 from secateur.evaluate.judge import Verdict
 from secateur.flags import DEFAULT_METHOD, shown
 from secateur.methods import METHODS, method_class
@@ -25,6 +25,7 @@ from secateur.model import DEMO, Settings, not_served, skeleton
 from secateur.plan import Plan
 from secateur.report import Report, count, size
 from secateur.units import WIDTHS
+from secateur.uses import PREFIX
 
 WIDTH = 100
 SIDES = ("dense", "compressed")
@@ -154,7 +155,8 @@ def show_inspection(content: dict[str, Any]) -> None:
         f"method that passes errors on, as {DEFAULT_METHOD} does, "
         f"{size(need['propagation_per_1000_tokens'])} per 1000 tokens while it narrows"
     )
-    _next(console, "plan", content["model"], "--keep 0.8 --dry-run")
+    images = " --calibration YOUR_IMAGES" if _sees(content["model_type"]) else ""
+    _next(console, "plan", content["model"], f"--keep 0.8 --dry-run{images}")
 
 
 def show_plan(plan: Plan, written: Path | None) -> None:
@@ -178,7 +180,7 @@ def show_plan(plan: Plan, written: Path | None) -> None:
             end_section=following is None or (several and following != block),
         )
     console.print(table)
-    console.print(_kept(plan.budget.model_dump()))
+    console.print(_kept(plan.budget.model_dump(), plan.base.model_type))
     if plan.predicted_loss is None:
         console.print(curve)
     else:
@@ -193,15 +195,23 @@ def show_plan(plan: Plan, written: Path | None) -> None:
         console.print("\nnothing was written; without --dry-run the plan becomes a file")
 
 
-def _kept(budget: dict[str, Any]) -> str:
+def _sees(model_type: str) -> bool:
+    """Whether a model reads images."""
+    family = find(model_type.removeprefix(PREFIX))
+    return family is not None and family.use == "images"
+
+
+def _kept(budget: dict[str, Any], model_type: str) -> str:
     """What a budget asked for and what it got."""
-    total = budget["total"]
+    total, read = budget["total"], f"{budget['batch']} × {budget['length']} tokens"
+    if _sees(model_type):
+        read = f"a batch of {budget['batch']}"
     whole = {
         "parameters": f"{count(total)} compressible parameters",
         "bytes": f"{size(total)} that can shrink",
         "flops": f"{count(total)} operations a token in what can shrink",
         "cache": f"{size(total)} of KV cache a token",
-        "latency": f"{total / 1e6:.2f} ms for {budget['batch']} × {budget['length']} tokens",
+        "latency": f"{total / 1e6:.2f} ms for {read}",
     }[budget["of"]]
     return f"keeps {budget['reached']:.2%} of {whole} (asked for {budget['keep']:.2%})"
 
@@ -212,14 +222,16 @@ def show_report(report: Report, out: Path) -> None:
     console.print(reporting.comparison(report))
     budget = report["budget"]
     console.print(
-        f"{_kept(budget)}, by {report['method']['name']} in {report['seconds']['total']:.0f} s"
+        f"{_kept(budget, report['model']['model_type'])}, by {report['method']['name']} in "
+        f"{report['seconds']['total']:.0f} s"
     )
     _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
     console.print(f"\n[bold]{escape(str(out))}[/]  tier {report['tier']}: {TIERS[report['tier']]}")
     console.print("in it, under secateur/: report.json, plan.json, recipe.yaml", markup=False)
     own = report["model"]["source"] == DEMO
     following = ("compress", "YOUR_MODEL", "OUT --keep 0.8 --calibration YOUR_TEXT.txt")
-    _next(console, *(following if own else ("eval", str(out), "--eval YOUR_TEXT.txt")))
+    yours = "YOUR_IMAGES" if _sees(report["model"]["model_type"]) else "YOUR_TEXT.txt"
+    _next(console, *(following if own else ("eval", str(out), f"--eval {yours}")))
 
 
 def show_verdict(verdict: Verdict) -> None:
@@ -231,7 +243,8 @@ def show_verdict(verdict: Verdict) -> None:
     table.add_row("parameters", count(verdict.parameters))
     table.add_row("bytes on disk", size(verdict.bytes))
     for name, value in verdict.perplexity.items():
-        table.add_row(f"perplexity, {name} ({verdict.tokens[name]:,} tokens)", f"{value:.2f}")
+        of = f"{verdict.tokens[name]:,} {verdict.counts}"
+        table.add_row(f"perplexity, {name} ({of})", f"{value:.2f}")
     for name, value in verdict.tasks.items():
         table.add_row(name, f"{value:.1%}")
     for key, value in verdict.speed.items():

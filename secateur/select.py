@@ -133,8 +133,8 @@ def check_choice(calibration: Calibration, use: Use) -> None:
     """
     if calibration.select != "none" and not isinstance(use, CausalLM):
         raise InputError(
-            f"--select-calibration {calibration.select} chooses windows for a {CausalLM.what}, and "
-            f"this is a {use.what}; leave it out, and what calibrates is drawn at random."
+            f"--select-calibration {calibration.select} serves {CausalLM.what}s alone; for this "
+            f"{use.what} leave it out, and what calibrates is drawn at random."
         )
 
 

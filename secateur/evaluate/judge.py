@@ -56,7 +56,8 @@ class Questions:
 class Verdict:
     """What was measured. ``peak_memory_bytes`` counts from before the weights were loaded.
 
-    ``tasks`` holds shares of right answers; ``agreement``, of a compressed model, what
+    ``tokens`` says how many outputs each figure is of, ``counts`` what those are of: tokens, or
+    images. ``tasks`` holds shares of right answers; ``agreement``, of a compressed model, what
     :func:`~secateur.evaluate.agreement.agreement` says of it on the first text.
     """
 
@@ -68,6 +69,7 @@ class Verdict:
     sample: str
     peak_memory_bytes: int
     speed: dict[str, float] = field(default_factory=dict)
+    counts: str = "tokens"
     tasks: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
 
@@ -88,6 +90,10 @@ def judge(
     if length > room:
         raise InputError(f"--eval-length {length} is more than the model's {room} positions.")
     use, limit = model.use, questions.windows
+    if not use.writes and (questions.prompt is not None or questions.new_tokens is not None):
+        raise InputError(
+            f"--prompt and --new-tokens: this {use.what} writes nothing; leave them out."
+        )
     held = {t.name: use.held(t, model.tokenizer, length, limit) for t in questions.texts}
     values, tasks = {}, {}
     for name, tokens in held.items():
@@ -99,7 +105,7 @@ def judge(
     prompt, sample = _sampled(model, questions, held, room) if use.writes else ("", "")
     speed: dict[str, float] = {}
     if questions.speed and first is not None:
-        new = min(32, room // 2)
+        new = min(32, room // 2) if use.writes else 0
         with progress.stage("speed", 1) as advance:
             timed = measure_speed(model, use.beginning(first, min(length, room - new)), new)
             speed = {k: value for k, value in asdict(timed).items() if value is not None}
@@ -116,11 +122,12 @@ def judge(
         parameters=sum(p.numel() for p in model.module.parameters()),
         bytes=weight_bytes(model),
         perplexity=values,
-        tokens={name: tokens.count for name, tokens in held.items()},
+        tokens={name: use.amount(tokens) for name, tokens in held.items()},
         prompt=prompt,
         sample=sample,
         peak_memory_bytes=peak,
         speed=speed,
+        counts=use.counts,
         tasks=tasks,
         agreement=agrees,
     )
@@ -154,16 +161,7 @@ def _prompt(tokenizer: Any, questions: Questions, held: dict[str, Tokens]) -> Te
 
 def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
     ids = prompt.unsqueeze(0).to(model.device)
-    module: Any = model.module
-    out = module.generate(
-        ids,
-        attention_mask=ids.new_ones(ids.shape),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=0,
-    )
-    new = model.use.written(out, ids)
+    new = model.use.generated(model.module, ids, new_tokens)
     return str(model.tokenizer.decode(new[0], skip_special_tokens=True))
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from secateur.errors import InputError
@@ -23,6 +24,8 @@ class Use(ABC):
     writes: ClassVar[bool] = False
     #: whether it reads text, and not images
     reads_text: ClassVar[bool] = True
+    #: what its outputs that count are of
+    counts: ClassVar[str] = "tokens"
     #: what the share of right answers is called, where there is one
     share: ClassVar[str | None] = None
 
@@ -88,9 +91,18 @@ class Use(ABC):
             labels = None if labels is None else labels[:, :count]
         return Tokens(first.ids.clone(), first.mask.clone(), labels)
 
-    def written(self, out: Tensor, prompt: Tensor) -> Tensor:
-        """What is new in what ``generate`` gave for a prompt, of one that writes."""
-        return out[:, prompt.shape[1] :]
+    def generated(self, module: Any, ids: Tensor, count: int, **options: Any) -> Tensor:
+        """At most so many new tokens for a prompt, greedily, of one that writes."""
+        out: Tensor = module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            **options,
+        )
+        return out[:, 1 if module.config.is_encoder_decoder else ids.shape[1] :]
 
     def going_on(self, last: Tensor, state: Any) -> dict[str, Any]:
         """The arguments of forward for one more token behind an output with a cache."""
@@ -100,6 +112,10 @@ class Use(ABC):
         """Which outputs count, bool: the shape of the logits without their last axis."""
         assert tokens.labels is not None
         return tokens.labels != UNLABELLED
+
+    def amount(self, tokens: Tokens) -> int:
+        """How many outputs count."""
+        return int(self.counted(tokens).sum())
 
     def answers(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The outputs that should be something, (n, classes), and what they should be, (n)."""

@@ -36,6 +36,7 @@ class ImageClassification(Use):
     auto: ClassVar[str] = "AutoModelForImageClassification"
     what: ClassVar[str] = "image classifier"
     reads_text: ClassVar[bool] = False
+    counts: ClassVar[str] = "images"
     share: ClassVar[str | None] = "accuracy"
 
     def open_reader(self, source: str, **options: Any) -> Any:

@@ -31,6 +31,7 @@ class MaskedLM(Use):
 
     auto: ClassVar[str] = "AutoModelForMaskedLM"
     what: ClassVar[str] = "masked language model"
+    counts: ClassVar[str] = "hidden tokens"
     share: ClassVar[str | None] = "hidden tokens found"
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:

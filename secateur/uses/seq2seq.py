@@ -33,6 +33,7 @@ class Seq2SeqLM(Use):
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     what: ClassVar[str] = "text-to-text model"
     writes: ClassVar[bool] = True
+    counts: ClassVar[str] = "target tokens"
     share: ClassVar[str | None] = "target tokens found"
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
@@ -64,9 +65,13 @@ class Seq2SeqLM(Use):
         assert first.labels is not None
         return _side_by_side(first.ids[:, :count].clone(), first.labels[:, :count].clone())
 
-    def written(self, out: Tensor, prompt: Tensor) -> Tensor:
-        """All behind the start token."""
-        return out[:, 1:]
+    def generated(self, module: Any, ids: Tensor, count: int, **options: Any) -> Tensor:
+        """With a cache that grows: stock code makes one of as many blocks as the encoder has."""
+        from transformers import DynamicCache, EncoderDecoderCache
+
+        if options.get("use_cache", True):
+            options["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        return super().generated(module, ids, count, **options)
 
     def going_on(self, last: Tensor, state: Any) -> dict[str, Any]:
         """The decoder goes on alone, with what the encoder has given."""
