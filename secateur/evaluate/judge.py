@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -117,7 +118,12 @@ def judge(
         if outputs_of_dense.exists():
             agrees = agreement(load_file(outputs_of_dense)["outputs"], own)
         else:
-            save_file({"outputs": own}, outputs_of_dense)
+            try:
+                save_file({"outputs": own}, outputs_of_dense)
+            except SafetensorError as error:
+                raise InputError(
+                    f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
+                ) from error
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
         bytes=weight_bytes(model),

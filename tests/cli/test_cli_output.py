@@ -163,12 +163,12 @@ def test_a_wrong_reload_is_no_result(compress, room, monkeypatch):
 
     judge = pipeline.judge_apart
 
-    def corrupted(source, questions, settings, progress, memory=None, ids=None):
+    def corrupted(source, questions, settings, progress, memory=None, *others, **named):
         if memory is not None:
             tensors = load_file(Path(source) / WEIGHTS)
             tensors["model.layers.1.mlp.down_proj.weight"][0] += 1
             save_file(tensors, Path(source) / WEIGHTS, metadata={"format": "pt"})
-        return judge(source, questions, settings, progress, memory, ids)
+        return judge(source, questions, settings, progress, memory, *others, **named)
 
     monkeypatch.setattr(pipeline, "judge_apart", corrupted)
     found = compress()
