@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -272,7 +272,9 @@ class Block:
             # the block before it takes the constant that stands for it
             new_bias=biased and self.index > 0 and self.sums and self.consumer.bias is None,
         )
-        return [unit for unit in (*units, value_output, heads, whole) if unit.kind in kinds]
+        found = (unit for unit in (*units, value_output, heads, whole) if unit.kind in kinds)
+        caches = self.anatomy.use == "causal" or self.anatomy.crossing is not None
+        return [replace(unit, caches=caches) for unit in found]
 
     @property
     def query_key_obstacle(self) -> str | None:

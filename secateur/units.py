@@ -33,6 +33,7 @@ class Unit(ABC):
         hidden: width of the residual stream.
         least: smallest size; 0 where the unit may go altogether.
         new_bias: whether its reader has no bias today and gets one when it is narrowed.
+        caches: whether its block keeps a KV cache, as those that write do.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Unit(ABC):
     hidden: int
     least: int = field(default=0, kw_only=True)
     new_bias: bool = field(default=False, kw_only=True)
+    caches: bool = field(default=True, kw_only=True)
 
     @property
     @abstractmethod
@@ -57,7 +59,7 @@ class Unit(ABC):
         """The share of :meth:`parameters` that multiplies every token."""
 
     def cached(self, size: int) -> int:
-        """Numbers kept in the KV cache for one token."""
+        """Numbers kept in the KV cache for one token, where there is one."""
         return 0
 
     def index_bytes(self, size: int) -> int:
@@ -92,7 +94,7 @@ class Unit(ABC):
             parameters=parameters,
             bytes=(parameters + self.beside(size)) * itemsize + self.index_bytes(size),
             flops_per_token=2 * self.matrix_parameters(size),
-            cache_bytes_per_token=self.cached(size) * itemsize,
+            cache_bytes_per_token=self.caches * self.cached(size) * itemsize,
         )
 
 

@@ -266,6 +266,12 @@ def window(name: str, block: int) -> int | None:
     return options.get("sliding_window") if kinds[block] == "sliding_attention" else None
 
 
+def caches(name: str, block: int) -> bool:
+    """Whether a block keeps keys and values while a model writes."""
+    use, options = FAMILIES[name].use, FAMILIES[name].options
+    return use == "causal" or (use == "seq2seq" and block >= options["num_layers"])
+
+
 def interleaved(name: str, block: int) -> bool:
     """Whether rotary pairs are neighbours; Cohere 2 turns only where there is a window."""
     return name in ("cohere", "glm") or (name == "cohere2" and window(name, block) is not None)

@@ -33,17 +33,8 @@ def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
     with torch.inference_mode():
         exact = module.dtype in (torch.float32, torch.float64)
         for cached in (True, False) if exact and model.use.writes else ():
-            out = module.generate(
-                tokens.ids,
-                attention_mask=torch.ones_like(tokens.ids),
-                max_new_tokens=GREEDY_TOKENS,
-                do_sample=False,
-                num_beams=1,
-                use_cache=cached,
-                min_new_tokens=GREEDY_TOKENS,
-                pad_token_id=0,
-            )
-            new = model.use.written(out, tokens.ids)
+            options = {"use_cache": cached, "min_new_tokens": GREEDY_TOKENS}
+            new = model.use.generated(module, tokens.ids, GREEDY_TOKENS, **options)
             said[f"greedy.{'cached' if cached else 'uncached'}"] = new[0].cpu()
         for dtype in dict.fromkeys((module.dtype, torch.bfloat16)):
             cast(module, dtype)
