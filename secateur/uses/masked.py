@@ -64,7 +64,8 @@ class MaskedLM(Use):
         generator = torch.Generator().manual_seed(seed)
         hidden = torch.rand(ids.shape, generator=generator) < MASKED
         one = torch.randint(ids.shape[1], (len(ids), 1), generator=generator)
-        hidden |= torch.arange(ids.shape[1]) == one  # of every window at least one
+        one = torch.arange(ids.shape[1]) == one
+        hidden |= one & ~hidden.any(1, keepdim=True)  # of every window at least one
         labels = torch.where(hidden, ids, UNLABELLED)
         ids = torch.where(hidden, reader.mask_token_id, ids)
         ids = _between(ids, reader.cls_token_id, reader.sep_token_id)

@@ -26,14 +26,15 @@ def raw(seed, heads=4, kv_heads=2, tokens=10, hidden=6, batch=2):
     return query, key, value, normal(seed + 300, heads, 3, hidden)
 
 
-def attention(query, key, value, output, cap=None):
+def attention(query, key, value, output, cap=None, causal=True):
     """What every head adds to the output: (batch, heads, tokens, hidden)."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = query @ key.mT
     scores = scores if cap is None else cap * (scores / cap).tanh()
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(later, -torch.inf).softmax(-1) @ value @ output
+    scores = scores.masked_fill(later, -torch.inf) if causal else scores
+    return scores.softmax(-1) @ value @ output
 
 
 def rescaled(query, coefficients, rotary):

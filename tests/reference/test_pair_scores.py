@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from secateur import Store, calibrate
+from secateur.evaluate.reload import attend_by
 from secateur.layers.modeling_secateur import rotate
 from secateur.propagate import watched
 from secateur.statistics import Needs, PairScores
 from secateur.stream import Stream
 from secateur.text import Tokens
-from tests.families import stream
+from tests.families import read, stream
 from tests.reference.pairs import (
     HALF,
     ROTARY,
@@ -23,13 +24,13 @@ from tests.reference.pairs import (
 )
 
 
-def changes(query, key, value, output, rotary, cap=None):
+def changes(query, key, value, output, rotary, cap=None, causal=True):
     """Derivative of :func:`attention` by every coefficient: (features, batch, heads, …)."""
     cos, sin = tables(query.shape[2], rotary)
 
     def made(coefficients):
         turned = rotate(rescaled(query, coefficients, rotary), cos, sin)
-        return attention(turned, rotate(key, cos, sin), value, output, cap)
+        return attention(turned, rotate(key, cos, sin), value, output, cap, causal)
 
     directions = torch.eye(WIDTH).double()
     return torch.stack([torch.func.jvp(made, (neutral(rotary),), (d,))[1] for d in directions])
@@ -42,14 +43,14 @@ def form_of(changed, mask, kv_heads):
     return forms / int(mask.sum())
 
 
-def fed(query, key, value, output, rotary, mask, cap=None):
+def fed(query, key, value, output, rotary, mask, cap=None, causal=True):
     """The statistic, values in a basis in which the output's metric is the identity."""
     cos, sin = tables(query.shape[2], rotary)
     root = torch.linalg.cholesky(output @ output.mT)
     value = value.repeat_interleave(query.shape[1] // key.shape[1], 1) @ root
     turning = torch.arange(HALF) < rotary // 2
     found = PairScores()
-    whole = torch.tensor(query.shape[2])
+    whole = torch.tensor(query.shape[2] if causal else 0)
     caps = () if cap is None else (torch.tensor(cap).double(),)
     turned = (rotate(query, cos, sin), rotate(key, cos, sin))
     found.update(*turned, value, turning, whole, *caps, mask=mask)
@@ -75,6 +76,15 @@ def test_form_is_the_squared_change_by_autograd(rotary, kv_heads, cap):
     assert bool((torch.linalg.eigvalsh(found.mean) > -1e-9).all())
     everything = form_of(changed, torch.ones_like(mask), kv_heads)
     assert not torch.allclose(found.mean, everything, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_form_of_attention_to_both_sides(kv_heads):
+    """The mistake: a causal mask, which such a model has not."""
+    parts, mask = raw(3, kv_heads=kv_heads), torch.ones(2, 10, dtype=torch.bool)
+    expected = form_of(changes(*parts, 0, causal=False), mask, kv_heads)
+    torch.testing.assert_close(fed(*parts, 0, mask, causal=False).mean, expected)
+    assert not torch.allclose(fed(*parts, 0, mask).mean, expected, rtol=1e-2)
 
 
 @ROTARY
@@ -154,6 +164,25 @@ def test_calibration_measures_the_models_own_attention(opened, name):
     coarse = 100 if name == "gemma2" else 1  # eager attention takes the softmax in float32
     tolerance = {"rtol": 1e-4 * coarse, "atol": 1e-6 * coarse * float(expected.max())}
     torch.testing.assert_close(found.mean, expected, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_calibration_measures_attention_to_both_sides(opened, name):
+    """The mistake put back: attention taken for a causal one."""
+    model, tokens = opened(name, "float64"), read(name, 2, 16)
+    with torch.no_grad():
+        expected = finite_differences(model, tokens, model.blocks[1])
+
+    def measured():
+        store = Store()
+        calibrate(model, tokens, frozenset({Needs.PAIR_SCORES}), store)
+        return store.get(1, [Needs.PAIR_SCORES])[Needs.PAIR_SCORES].mean
+
+    tolerance = {"rtol": 1e-4, "atol": 1e-6 * float(expected.max())}
+    torch.testing.assert_close(measured(), expected, **tolerance)
+    attend_by(model.module, "eager")  # which is given no mask, whatever the module says
+    model.blocks[1].attention.is_causal = True
+    assert not torch.allclose(measured(), expected, rtol=1e-2)
 
 
 def test_calibration_stops_when_it_has_seen_enough(monkeypatch, opened):
