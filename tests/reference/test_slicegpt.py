@@ -256,8 +256,8 @@ def made(opened, tokens, tmp_path_factory):
         plan = make_plan(model, method, evidence, record, tokens, Goal(multiple_of=2))
         folder = tmp_path_factory.mktemp("sliced") / name
         prepared = Prepared(model, tokens, store, method, plan)
-        memory, ids = write(prepared, folder, Stopwatch(), Progress())
-        return Made(folder, plan, memory, ids, model)
+        memory, read = write(prepared, folder, Stopwatch(), Progress())
+        return Made(folder, plan, memory, read.ids, model)
 
     return make
 
@@ -308,7 +308,7 @@ def test_a_checkpoint_says_what_was_in_memory(made, name):
     loaded = AutoModelForCausalLM.from_pretrained(done.folder, dtype=torch.float32)
     assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
     assert loaded.lm_head.weight.shape == loaded.model.embed_tokens.weight.shape
-    ids = done.ids.unsqueeze(0)
+    ids = done.ids
     with torch.inference_mode():
         assert spread(loaded.lm_head.weight, loaded.model.embed_tokens.weight) > 0.1
         assert spread(loaded(ids).logits[0], done.memory["logits.float32.sdpa"]) < 2e-5
