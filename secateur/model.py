@@ -332,7 +332,12 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             f"{tuple(wanted)}; they are not from the same model."
         )
     if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
+        missing, made = sorted(loaded["missing_keys"]), type(module).__name__
+        if made not in (named := config.architectures or [made]):
+            raise InputError(
+                f"model {source!r} is a {named[0]}, of which {made} would lack {len(missing)} "
+                f"weights, {missing[0]} first; of this family {use_of(config).what}s are served."
+            )
         raise InputError(
             f"model {source!r}: {len(missing)} weights are missing from the checkpoint, "
             f"{missing[0]} first. Fetch the model again."

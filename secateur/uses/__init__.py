@@ -21,7 +21,7 @@ def use_of(config: Any) -> Use:
     if kind == "masked":
         return MaskedLM()
     if kind == "seq2seq":
-        return Seq2SeqLM(start=config.decoder_start_token_id or 0)
+        return Seq2SeqLM(start=getattr(config, "decoder_start_token_id", None) or 0)
     if kind == "images":
         side, patch = (_pair(size) for size in (config.image_size, config.patch_size))
         patches = (side[0] // patch[0]) * (side[1] // patch[1])

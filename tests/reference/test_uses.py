@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from secateur import InputError
+from secateur import InputError, Settings, open_model
 from secateur.evaluate import agreement as agreements
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.perplexity import answered
@@ -17,7 +18,7 @@ from secateur.select import check_choice
 from secateur.text import SET_ASIDE, UNLABELLED, Calibration, Text, Tokens
 from secateur.uses import CausalLM, ImageClassification, MaskedLM
 from tests.contract.conftest import logits, spread
-from tests.families import FAMILIES, read
+from tests.families import FAMILIES, read, save
 
 # Hidden tokens
 
@@ -267,6 +268,23 @@ def test_without_classes_images_calibrate_and_judge_nothing(
         answered(model.module, classifier, tokens)
     with pytest.raises(InputError, match="subfolders"):
         classifier.loss(torch.zeros(4, 3), tokens)
+
+
+# Heads
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_a_checkpoint_with_another_head_is_told_so(tmp_path, name):
+    """The mistake: a file that is whole is called incomplete."""
+    if name == "bert":
+        config = transformers.BertConfig(**FAMILIES["bert"].options)
+        model, what = transformers.BertForSequenceClassification(config), "masked language model"
+    else:
+        config = transformers.ViTConfig(**FAMILIES["vit"].options)
+        model, what = transformers.ViTModel(config), "image classifier"
+    save(model, tmp_path)
+    with pytest.raises(InputError, match=f"is a {type(model).__name__}.*{what}"):
+        open_model(tmp_path, Settings(device="cpu"))
 
 
 # Agreement
