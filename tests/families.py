@@ -34,6 +34,7 @@ class Family:
         fused: layout of a fused query/key/value map: "blocks" (all q, all k, all v), "heads" (per
             KV head its q, k, v) or "" where the three are apart.
         names: attention modules inside a block: those of q, k, v (one where fused) and o.
+        decoder: of a second stack, the path of its blocks and of the consumer in each.
     """
 
     config: str
@@ -44,6 +45,22 @@ class Family:
     consumer: str = "mlp.down_proj"
     blocks: str = "layers"
     use: str = "causal"
+    decoder: tuple[str, str] | None = None
+
+    def stacked(self, block: int) -> bool:
+        """Whether a block is one of the second stack."""
+        return self.decoder is not None and block >= self.options["num_layers"]
+
+    def path(self, block: int) -> str:
+        """Where a block is in the base model."""
+        if self.decoder is None or not self.stacked(block):
+            return f"{self.blocks}.{block}"
+        return f"{self.decoder[0]}.{block - self.options['num_layers']}"
+
+    def consumer_path(self, block: int) -> str:
+        """Where the consumer of a block is in the base model."""
+        inside = self.consumer if self.decoder is None else self.decoder[1]
+        return f"{self.path(block)}.{inside if self.stacked(block) else self.consumer}"
 
     @property
     def auto(self) -> Any:
@@ -55,6 +72,7 @@ AUTO = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "images": "AutoModelForImageClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
 }
 
 _LLAMA: Options = {
@@ -163,6 +181,32 @@ def _neox(**more: Any) -> Family:
     )
 
 
+def _t5(**more: Any) -> Family:
+    return Family(
+        "T5Config",
+        {
+            "vocab_size": VOCAB,
+            "d_model": HIDDEN,
+            "d_kv": HIDDEN // HEADS,
+            "d_ff": WIDTH,
+            "num_layers": 2,
+            "num_decoder_layers": 1,  # stock classes can't generate where they are more
+            "num_heads": HEADS,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 12,
+            "decoder_start_token_id": 0,
+            "eos_token_id": 2,
+        }
+        | more,
+        attention="layer.0.SelfAttention",
+        names=("q", "k", "v", "o"),
+        consumer="layer.1.DenseReluDense.wo",
+        blocks="encoder.block",
+        use="seq2seq",
+        decoder=("decoder.block", "layer.2.DenseReluDense.wo"),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaConfig", _LLAMA),
     "llama_biased_tied": Family(
@@ -247,11 +291,15 @@ FAMILIES: dict[str, Family] = {
         consumer="mlp.fc2",
         use="images",
     ),
+    "t5": _t5(),
+    "t5_gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
 CAUSAL = [name for name, family in FAMILIES.items() if family.use == "causal"]
+WRITING = [name for name, family in FAMILIES.items() if family.use in ("causal", "seq2seq")]
+WHOLE = {"t5", "t5_gated"}  # heads and blocks cannot go
 NORMED = {"qwen3", "gemma3", "olmo2"}  # queries and keys cannot be narrowed
 PARTIAL = {"phi3_partial", "gpt_neox", "gpt_neox_sequential", "stablelm", "glm"}
-ROTARY = {name for name in FAMILIES if not name.startswith(("opt", "gpt2", "bert", "vit"))}
+ROTARY = {name for name in FAMILIES if not name.startswith(("opt", "gpt2", "bert", "vit", "t5"))}
 
 
 def attentions(name: str) -> tuple[str, ...]:
@@ -268,8 +316,15 @@ def window(name: str, block: int) -> int | None:
 
 def caches(name: str, block: int) -> bool:
     """Whether a block keeps keys and values while a model writes."""
-    use, options = FAMILIES[name].use, FAMILIES[name].options
-    return use == "causal" or (use == "seq2seq" and block >= options["num_layers"])
+    return FAMILIES[name].use == "causal" or FAMILIES[name].stacked(block)
+
+
+def seen_by(name: str, block: int, tokens: Tokens) -> int:
+    """How many positions of a row a block sees."""
+    if FAMILIES[name].decoder is None:
+        return tokens.length
+    read = tokens.ids.shape[1]
+    return tokens.length - read if FAMILIES[name].stacked(block) else read
 
 
 def interleaved(name: str, block: int) -> bool:
@@ -292,7 +347,9 @@ def random_model(name: str, seed: int = 0) -> Any:
     head = model.get_output_embeddings().weight
     if head is not model.get_input_embeddings().weight:
         head.mul_(2.0)
-    if family.use == "causal":
+    if name == "t5_gated":  # its head is its own, as the sizes of two weights say
+        model.lm_head.weight = nn.Parameter(torch.randn(VOCAB, HIDDEN), requires_grad=False)
+    if name in WRITING:
         model.generation_config.eos_token_id = None  # continuations have one length
     return model
 
@@ -348,7 +405,8 @@ def words(length: int, seed: int = 0) -> str:
 
 
 def read(name: str, rows: int, length: int, seed: int = 0) -> Tokens:
-    """What a variant reads: windows of :func:`stream`, for a masked model with hidden tokens; or
+    """What a variant reads: windows of :func:`stream`, for a masked model with hidden tokens, for
+    one that reads and writes in two parts; or
     random images, one for every fourth token, as it has one output."""
     generator = torch.Generator().manual_seed(seed)
     if FAMILIES[name].use == "images":
@@ -361,6 +419,9 @@ def read(name: str, rows: int, length: int, seed: int = 0) -> Tokens:
     windows = sample(stream(rows * length, seed), rows, length, 0)
     if FAMILIES[name].use == "causal":
         return windows
+    if FAMILIES[name].use == "seq2seq":  # the last quarter is to be written
+        ends = -(length // 4)
+        return Tokens(windows.ids[:, :ends], windows.mask, windows.ids[:, ends:])
     hidden = torch.rand(windows.ids.shape, generator=generator) < 0.4
     labels = torch.where(hidden, windows.ids, UNLABELLED)
     return Tokens(torch.where(hidden, MASK, windows.ids), windows.mask, labels)

@@ -40,7 +40,7 @@ KINDS = ("full", "plain", "layered", "mixed", "gone")
 #: are all methods but one on variants that show them nothing new.
 EVERYWHERE = ("auto", "modegpt")
 ALWAYS = ("llama", "gpt2", "qwen3")
-NOTHING_NEW = ("gemma", "glm", "starcoder2", "falcon_multi_query")
+NOTHING_NEW = ("gemma", "glm", "starcoder2", "falcon_multi_query", "t5_gated")
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are looked at
@@ -69,12 +69,15 @@ def is_served(method: str | None, name: str | None) -> bool:
 @cache
 def shapes(name: str) -> Model:
     """A variant without storage, as it is looked at before any weight is read."""
-    family: Any = FAMILIES[name]
-    config = getattr(transformers, family.config)(**family.options)
+    config: Any = open_config(name)
     with torch.device("meta"):
-        module = family.auto.from_config(config)
+        module = FAMILIES[name].auto.from_config(config)
     nothing: Any = None
     return Model(name, module, nothing, torch.float32, anatomy_of(config))
+
+
+def open_config(name: str) -> Any:
+    return getattr(transformers, FAMILIES[name].config)(**FAMILIES[name].options)
 
 
 def parameters(item: pytest.Item) -> dict[str, Any]:
@@ -286,7 +289,9 @@ def readings(
             for kind in kinds:
                 made, job = written(name, kind), f"{name}/{kind}"
                 jobs[job] = {"folder": str(made.folder), "auto": AUTO[FAMILIES[name].use]}
-                given |= {f"{job}:{key}": value for key, value in asked_with(made.tokens).items()}
+                given |= {
+                    f"{job}:{key}": value for key, value in asked_with(name, made.tokens).items()
+                }
         (folder / "jobs.json").write_text(json.dumps(jobs))
         save_file(given, folder / "inputs.safetensors")
         return folder, run_reader(route, folder)
@@ -310,11 +315,11 @@ def readings(
     return read
 
 
-def asked_with(tokens: Tokens) -> dict[str, Tensor]:
+def asked_with(name: str, tokens: Tokens) -> dict[str, Tensor]:
     """A row as the arguments of a forward with a loss."""
-    what = "pixel_values" if tokens.ids.is_floating_point() else "input_ids"
+    asked = use_of(open_config(name)).inputs(tokens)
     labels = tokens.ids if tokens.labels is None else tokens.labels
-    return {what: tokens.ids, "labels": labels.clone()}
+    return {k: v for k, v in asked.items() if isinstance(v, Tensor)} | {"labels": labels.clone()}
 
 
 def run_reader(route: str, folder: Path) -> subprocess.Popen[str]:

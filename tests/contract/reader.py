@@ -51,9 +51,10 @@ def read(source: str, auto: str, asked: dict[str, Any], trust: dict[str, bool], 
     import torch
     import transformers
 
-    opener, causal = getattr(transformers, auto), auto == "AutoModelForCausalLM"
+    opener = getattr(transformers, auto)
+    writes = auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
     inputs = {key: value for key, value in asked.items() if key != "labels"}
-    plain = {"use_cache": False} if causal else {}
+    plain = {"use_cache": False} if writes else {}
     said: dict[str, torch.Tensor] = {}
     model, info = opener.from_pretrained(
         source, dtype=torch.float32, output_loading_info=True, **trust
@@ -66,23 +67,26 @@ def read(source: str, auto: str, asked: dict[str, Any], trust: dict[str, bool], 
     }
     with torch.inference_mode():
         for kind in ("eager", "sdpa"):
-            model.config._attn_implementation = kind if model._supports_sdpa else "eager"
+            attend_by(model, kind if model._supports_sdpa else "eager")
             said[f"logits.{kind}"] = model(**inputs, **plain).logits[0]
-            if causal:
+            if writes:
                 made = written(model, inputs["input_ids"])
                 said |= {f"{key}.{kind}": value for key, value in made.items()}
-        if causal:
+        if writes:
             said["alone"] = alone(model, inputs["input_ids"])
-        model.config._attn_implementation = "eager"
-        maps = model(**inputs, **plain, output_attentions=True).attentions
+        attend_by(model, "eager")
+        out = model(**inputs, **plain, output_attentions=True)
+        names = ("attentions", "encoder_attentions", "decoder_attentions")
+        maps = [one for name in names for one in out.get(name) or ()]
         said |= {f"attentions.{i}": a[0] for i, a in enumerate(maps)}
-        if causal:
-            layers = model(**inputs, use_cache=True).past_key_values.layers
+        if writes:
+            cache = model(**inputs, use_cache=True).past_key_values
+            layers = getattr(cache, "self_attention_cache", cache).layers
             facts["cache"] = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
 
         base = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, **trust)
         said["states"] = base(**inputs).last_hidden_state[0]
-        said["states.expected"] = model.base_model(**inputs).last_hidden_state[0]
+        said["states.expected"] = states(model, inputs)[0]
 
         half = opener.from_pretrained(source, dtype=torch.bfloat16, **trust)
         said["logits.bfloat16"] = half(**inputs, **plain).logits[0].float()
@@ -100,6 +104,13 @@ def read(source: str, auto: str, asked: dict[str, Any], trust: dict[str, bool], 
     return facts, said
 
 
+def attend_by(model: Any, kind: str) -> None:
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(kind)
+    else:  # too old a class (Falcon's)
+        model.config._attn_implementation = kind
+
+
 def generated(model: Any, batch: Any, mask: Any, cached: bool) -> Any:
     out = model.generate(
         batch,
@@ -110,11 +121,20 @@ def generated(model: Any, batch: Any, mask: Any, cached: bool) -> Any:
         use_cache=cached,
         pad_token_id=0,
     )
-    return out[:, batch.shape[1] :]
+    return out[:, 1 if model.config.is_encoder_decoder else batch.shape[1] :]
+
+
+def states(model: Any, inputs: dict[str, Any]) -> Any:
+    """What the body of a model says, also where it is no module of its own (T5's)."""
+    if model.base_model is not model:
+        return model.base_model(**inputs).last_hidden_state
+    read = model.encoder(input_ids=inputs["input_ids"]).last_hidden_state
+    written = model.decoder(input_ids=inputs["decoder_input_ids"], encoder_hidden_states=read)
+    return written.last_hidden_state
 
 
 def written(model: Any, ids: Any) -> dict[str, Any]:
-    """What a causal model goes on with, with and without a cache and left-padded."""
+    """What a model that writes goes on with, with and without a cache and left-padded."""
     longest, whole = max(PROMPTS), ids.new_ones(ids.shape)
     batch, mask = ids.new_zeros(2, len(PROMPTS), longest)
     for i, length in enumerate(PROMPTS):

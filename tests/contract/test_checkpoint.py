@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from secateur import pipeline
@@ -14,8 +13,17 @@ from secateur.prepare import Prepared
 from secateur.progress import Progress
 from secateur.stopwatch import Stopwatch
 from secateur.units import DEPTH
-from tests.contract.conftest import logits, narrowing, spread
-from tests.families import AUTO, CAUSAL, FAMILIES, HIDDEN, attentions, window
+from tests.contract.conftest import logits, narrowing, open_config, spread
+from tests.families import (
+    AUTO,
+    FAMILIES,
+    HIDDEN,
+    WRITING,
+    attentions,
+    caches,
+    seen_by,
+    window,
+)
 
 ROUTES = [
     ("stranger", "plain"),
@@ -27,7 +35,7 @@ ROUTES = [
     ("secateur", "gone"),
 ]
 every_family = pytest.mark.parametrize("name", FAMILIES)
-every_causal = pytest.mark.parametrize("name", CAUSAL)
+every_writer = pytest.mark.parametrize("name", WRITING)
 every_route = pytest.mark.parametrize(("route", "kind"), ROUTES)
 
 
@@ -44,7 +52,7 @@ def test_reloaded_logits_are_those_in_memory(readings, written, name, route, kin
     assert spread(read.tensors["logits.eager"], read.tensors["logits.sdpa"]) < 2e-5
 
 
-@every_causal
+@every_writer
 @every_route
 def test_cached_generation_equals_uncached(readings, name, route, kind):
     said = readings(route)(name, kind).tensors
@@ -54,7 +62,7 @@ def test_cached_generation_equals_uncached(readings, name, route, kind):
     assert torch.equal(said["cached.eager"], said["cached.sdpa"])
 
 
-@every_causal
+@every_writer
 @every_route
 def test_left_padding_changes_no_token(readings, name, route, kind):
     said = readings(route)(name, kind).tensors
@@ -84,7 +92,7 @@ def blocks_gone(plan):
 @every_route
 def test_attention_maps_are_given_out(readings, written, name, route, kind):
     said, rows = readings(route)(name, kind).tensors, written(name, kind).plan.units
-    gone, length = blocks_gone(written(name, kind).plan), written(name, kind).tokens.length
+    gone, tokens = blocks_gone(written(name, kind).plan), written(name, kind).tokens
     for place, i in enumerate(i for i in range(3) if i not in gone):
         own = {row.kind: row for row in rows if row.unit.startswith(f"layers.{i}.")}
         values = own.get("heads", own.get("value_output"))
@@ -93,10 +101,10 @@ def test_attention_maps_are_given_out(readings, written, name, route, kind):
             paid = 0.0  # that block has no attention left
         elif "heads" in own:
             heads = 4 * values.after // values.before
-        maps = said[f"attentions.{place}"]
+        maps, length = said[f"attentions.{place}"], seen_by(name, i, tokens)
         assert maps.shape == (heads, length, length)
         torch.testing.assert_close(maps.sum(-1), torch.full((heads, length), paid))
-        assert bool((maps.triu(1) == 0).all()) == (name in CAUSAL or paid * heads == 0)
+        assert bool((maps.triu(1) == 0).all()) == (caches(name, i) or paid * heads == 0)
 
 
 @every_family
@@ -152,24 +160,24 @@ def test_bytes_on_disk_are_those_of_the_plan(dense, opened, written, method, nam
 
 @narrowing("mlp")
 @every_family
-def test_weights_on_disk_are_narrow_and_changed(opened, written, name):
+def test_weights_on_disk_are_narrow_and_changed(opened, written, method, name):
     """Fails where edited weights never reach the file, or are zeroed instead of cut."""
     made, family = written(name, "layered"), FAMILIES[name]
     before, after = opened(name).module.state_dict(), stored(made)
-    paths = [f".{family.blocks}.{i}.{family.consumer}.weight" for i in range(3)]
-    consumers = [key for key in after if key.endswith(tuple(paths))]
+    paths = [f".{family.consumer_path(i)}.weight" for i in range(3)]
+    consumers = [key for path in paths for key in after if f".{key}".endswith(path)]
     widths = {row.unit: row.after for row in made.plan.units}
     dense_width = next(row.before for row in made.plan.units if row.kind == "mlp")
     assert len(consumers) == 3
     assert min(widths[f"layers.{i}.mlp"] for i in range(3)) < dense_width
-    for i, key in enumerate(sorted(consumers)):
+    for i, key in enumerate(consumers):
         width = widths[f"layers.{i}.mlp"]
         assert sorted(after[key].shape) == sorted((width, HIDDEN))
         assert (width < dense_width) == (after[key].shape != before[key].shape)
     for key, tensor in after.items():
         if tensor.dim() == 2 and tensor.numel() and ".rope_pairs" not in key and "embed" not in key:
             zeros = [int((tensor == 0).all(dim).sum()) for dim in (0, 1)]
-            if not (key in consumers and "opt" in name):  # a ReLU channel may be dead
+            if not (key in consumers and name.startswith(("opt", "t5"))):  # ReLUs may be dead
                 assert zeros == [0, 0], key
     attention = opened(name).blocks[0].attention
     heads = {
@@ -183,15 +191,17 @@ def test_weights_on_disk_are_narrow_and_changed(opened, written, name):
         "value_output": ("v_proj",),
         "heads": ("q_proj", "k_proj", "v_proj"),
     }
+    units = {unit.name: unit for unit in method().units(opened(name), 8)}
     for row in made.plan.units:
         for projection in narrowed.get(row.kind, ()):
-            layer = row.unit.removeprefix("layers").removesuffix(row.kind)
-            found = [k for k in after if layer in k and k.endswith(f".{projection}.weight")]
+            path = f".{family.path(units[row.unit].block)}."
+            own = [k for k in after if path in f".{k}"]
+            found = [k for k in own if k.endswith(f".{projection}.weight")]
             for key in found:  # where the attention did not change, maps may be fused
                 assert after[key].shape[0] / heads[projection] * each[row.kind] == row.after
 
 
-@every_causal
+@every_writer
 @pytest.mark.parametrize("kind", ["layered", "mixed", "gone"])
 def test_cache_is_as_narrow_as_the_plan_says(opened, readings, written, method, name, kind):
     made = written(name, kind)
@@ -199,10 +209,11 @@ def test_cache_is_as_narrow_as_the_plan_says(opened, readings, written, method, 
     facts, full = (readings("stranger")(name, k).facts for k in (kind, "full"))
     if name == "falcon":
         pytest.skip("its stock attention caches a key for every query head, and plans do not")
-    saved, tokens = 0, made.tokens.length
+    saved = 0
     for row in made.plan.units:
         unit = units[row.unit]
         before, back = unit.cost(row.before, 4).cache_bytes_per_token, window(name, unit.block)
+        tokens = seen_by(name, unit.block, made.tokens)
         held = tokens if back is None else min(tokens, back - 1)  # a window keeps its own length
         saved += (before - row.cache_bytes_per_token) * held
     assert (full["cache"] - facts["cache"]) * 4 == saved
@@ -213,7 +224,8 @@ def test_config_says_where_the_classes_are(written, name):
     made = written(name, "layered")
     config = json.loads((made.folder / "config.json").read_text())
     layers = 3 - len(blocks_gone(made.plan))
-    assert config.get("num_hidden_layers", config.get("n_layer")) == layers
+    counts = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers")
+    assert sum(config.get(key, 0) for key in counts) == layers
     if made.plan.tier == "plain":
         assert config["model_type"] == open_config(name).model_type
         assert {"secateur", "auto_map"}.isdisjoint(config)
@@ -221,14 +233,12 @@ def test_config_says_where_the_classes_are(written, name):
     family = FAMILIES[name]
     stock = family.config.removesuffix("Config").removesuffix("Text")
     head = AUTO[family.use].removeprefix("AutoModel") if stock != "GPT2" else "LMHeadModel"
+    head = head if stock != "T5" else "ForConditionalGeneration"
     assert config["model_type"].startswith("secateur_")
     assert config["architectures"] == [f"Secateur{stock}{head}"]
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", AUTO[family.use]}
-    assert len(config["secateur"]["layers"]) == layers
-
-
-def open_config(name):
-    return getattr(transformers, FAMILIES[name].config)
+    stacks = [config["secateur"], config["secateur"].get("decoder", {})]
+    assert sum(len(stack.get("layers", ())) for stack in stacks) == layers
 
 
 @every_family

@@ -158,7 +158,7 @@ def what_is_read(model, block, kind, given):
     handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     logits(model.module, given)
     handle.remove()
-    return seen[0].reshape(given.count, *block.read(kind).shape[:2])
+    return seen[0].reshape(-1, *block.read(kind).shape[:2])
 
 
 @methods(lambda method: issubclass(method, ScoredMethod))

@@ -64,17 +64,16 @@ def stock_coordinates(keep: Tensor, name: str, config: Any, width: int, block: i
 def narrowed(model: Any, name: str, narrowings: Narrowings) -> Iterator[Any]:
     """The stock ``model`` with hooks; they are gone again afterwards."""
     family = FAMILIES[name]
-    blocks = model.base_model.get_submodule(family.blocks)
     with ExitStack() as stack:
         for index, own in narrowings.items():
-            block: nn.Module = blocks[index]
+            block: nn.Module = model.base_model.get_submodule(family.path(index))
             if "block" in own:
                 hook = _handed_on(own["block"])
                 stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
             attention = block.get_submodule(family.attention)
             rows = head_rows(name, model.config)
             if "mlp" in own:
-                consumer = block.get_submodule(family.consumer)
+                consumer = model.base_model.get_submodule(family.consumer_path(index))
                 hook = _kept_channels(own["mlp"], consumer)
                 stack.callback(consumer.register_forward_hook(hook).remove)
             if "heads" in own:

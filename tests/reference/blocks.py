@@ -9,7 +9,7 @@ from secateur.stream import Stream
 from secateur.text import Tokens
 from secateur.units import WholeBlock
 from tests.contract.conftest import logits
-from tests.families import CAUSAL, FAMILIES, read, stream
+from tests.families import CAUSAL, FAMILIES, WHOLE, read, stream
 
 IDS = stream(24, seed=3).unsqueeze(0)
 #: those of which each has something that others have not
@@ -18,7 +18,12 @@ QUICK = (
     *("bert", "vit"),
 )
 every_family = pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+        if name not in WHOLE
+    ],
 )
 
 

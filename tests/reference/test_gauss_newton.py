@@ -11,7 +11,7 @@ from secateur.methods import gauss_newton
 from secateur.methods.base import Narrowing
 from secateur.methods.gauss_newton import GaussNewton
 from tests.contract.conftest import logits
-from tests.families import FAMILIES, HIDDEN, WIDTH, read
+from tests.families import FAMILIES, HIDDEN, WIDTH, read, seen_by
 
 MLPS = pytest.mark.parametrize("name", ["llama", "phi3", "opt", "gpt2"])
 
@@ -71,7 +71,8 @@ def test_produced_and_channels_are_what_the_consumer_reads(opened, name):
         inputs, expected = (seen[block.index, end].flatten(0, -2) for end in ("in", "out"))
         produced = block.produced(inputs)
         assert len(produced) == len(block.producer_weights)
-        assert expected.shape == (given.count, WIDTH if name != "gpt2" else 4 * HIDDEN)
+        count = len(given) * seen_by(name, block.index, given)
+        assert expected.shape == (count, WIDTH if name != "gpt2" else 4 * HIDDEN)
         torch.testing.assert_close(block.channels(produced), expected)
 
 

@@ -10,7 +10,7 @@ from secateur.block import inputs_by_outputs
 from secateur.methods.base import Narrowing
 from secateur.units import WHOLE_HEADS
 from tests.contract.conftest import logits
-from tests.families import FAMILIES, caches, read
+from tests.families import FAMILIES, WHOLE, caches, read
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 COSTS = ("parameters", "bytes", "flops_per_token", "cache_bytes_per_token")
@@ -121,7 +121,7 @@ def test_fewer_heads_are_zeroed_columns_of_the_output(opened, name, size):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@every_family
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in WHOLE])
 @pytest.mark.parametrize("biased", [False, True])
 def test_without_any_head_the_output_is_constant(shared, name, biased):
     block = shared(name).blocks[1]
