@@ -14,7 +14,7 @@ def refusal(config: Any) -> str | None:
     """Half a T5 has no targets, and without a start nothing says how they begin."""
     if not config.is_encoder_decoder:
         return "this T5 is an encoder or a decoder alone, and only both together are served"
-    if config.decoder_start_token_id is None:
+    if getattr(config, "decoder_start_token_id", None) is None:
         return "this T5 has no decoder_start_token_id, so nothing says what its decoder starts from"
     return None
 
