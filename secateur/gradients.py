@@ -175,7 +175,7 @@ def _backward(model: Model, tokens: Tokens, functional: Functional, sums: _Sums)
                 value.backward()
                 sums.count, sums.windows = sums.count + sums.terms, sums.windows + len(given)
     if sums.count == 0:
-        raise InputError("calibration saw no token that another one predicts; give it more text.")
+        raise InputError(f"calibration: {model.use.lacking}")
 
 
 @contextmanager

@@ -56,14 +56,14 @@ def overlaps(texts: tuple[Text, ...], calibration: Calibration) -> list[str]:
     return [f"{name!r} shares files with the calibration text: too good a figure" for name in found]
 
 
-def text_notes(calibration: Calibration, tokens: Tokens, units: list[Unit]) -> list[str]:
+def text_notes(calibration: Calibration, tokens: Tokens, units: list[Unit], use: Use) -> list[str]:
     """What a user should know about the amount of calibration text."""
     notes, samples, widest = [], len(tokens), max(unit.size for unit in units)
     if samples < calibration.samples:
         notes.append(f"there are {samples} of the {calibration.samples} samples asked for")
-    if tokens.count < TOKENS_PER_CHANNEL * widest:
+    if (seen := use.seen(tokens)) < TOKENS_PER_CHANNEL * widest:
         notes.append(
-            f"{tokens.count} tokens are few for {widest} channels, whose statistics will be noisy; "
+            f"{seen} tokens are few for {widest} channels, whose statistics will be noisy; "
             f"{TOKENS_PER_CHANNEL * widest} or more would be better"
         )
     return notes

@@ -119,6 +119,7 @@ def _identity(model: Model, goal: Goal) -> dict[str, Any]:
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     config = model.config.to_dict()
+    example = model.use.example(1, goal.length)
     return {
         "secateur": __version__,
         "torch": torch.__version__,
@@ -129,11 +130,12 @@ def _identity(model: Model, goal: Goal) -> dict[str, Any]:
         "model_type": config["model_type"],
         "batch": goal.batch,
         "length": goal.length,
+        "input": [list(part.shape) for part in (example.ids, example.mask)],
     }
 
 
 def _measure(model: Model, goal: Goal, own: dict[str, Any]) -> Table:
-    tokens = model.use.example(model.config, goal.batch, goal.length)
+    tokens = model.use.example(goal.batch, goal.length)
     stream = Stream(model, tokens, rows=goal.batch)
     states = stream.at(stream.batches[0])
     whole = partial(model.module, **model.use.inputs(tokens.to(model.device)))

@@ -29,7 +29,7 @@ class Divergence:
     In nats, mean over the outputs that count of some calibration windows. Hidden states are kept
     before the block at hand, so only the blocks behind it run again. With p the dense model's
     probabilities and z the narrowed one's logits, KL = Σ p log p − Σ p z + log Σ exp z. All p are
-    kept on the CPU, in float32: windows × length × vocabulary numbers.
+    kept on the CPU, in float32: outputs × vocabulary numbers.
     """
 
     def __init__(self, model: Model, tokens: Tokens) -> None:
@@ -50,11 +50,10 @@ class Divergence:
         total, count, behind = 0.0, 0, self.model.blocks[block.index :]
         for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
             found = self._logits(batch, self.stream.at(batch), behind)
-            counted = self.stream.counted(batch)
             expected = torch.linalg.vecdot(dense.to(found.device), found)
             terms = negentropy - expected + found.logsumexp(-1)
-            total += float(terms[counted].double().sum())
-            count += int(counted.sum())
+            total += float(terms.double().sum())
+            count += len(terms)
         if not math.isfinite(total):
             raise InputError(
                 f"block {block.index}: a narrowed model gives NaN or infinite logits; try --dtype "
@@ -69,7 +68,9 @@ class Divergence:
     def _logits(self, batch: slice, states: Tensor, blocks: Sequence[Block]) -> Tensor:
         for block in blocks:
             states = self.stream.through(block, states)
-        return self.stream.logits(batch, states).float()
+        logits, counted = self.stream.logits(batch, states), self.stream.counted(batch)
+        found = logits.flatten(0, -2) if bool(counted.all()) else logits[counted]
+        return found.float()
 
 
 def windows_to_measure(tokens: Tokens, units: int) -> Tokens:

@@ -95,7 +95,7 @@ class Row(Record):
     Attributes:
         predicted_error: share of the unit's own output that is lost, before any later refit, or
             what else the method's ``curve`` says.
-        predicted_loss: divergence of the model's output, in nats a token, measured with this unit
+        predicted_loss: divergence of the model's output, in nats, measured with this unit
             alone narrowed; None where the allocator did not ask for it.
     """
 

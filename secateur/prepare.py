@@ -116,7 +116,7 @@ def prepare(
         for note in model.obstacles_of(chosen.kinds):
             progress.say(f"note: {note}")
         units = chosen.units(model, goal.multiple_of)
-        for note in text_notes(calibration, tokens, units):
+        for note in text_notes(calibration, tokens, units, model.use):
             progress.say(f"note: {note}")
     if isinstance(method, Plan):
         check_sizes(method, model, chosen)

@@ -186,7 +186,7 @@ def show_plan(plan: Plan, written: Path | None) -> None:
     else:
         console.print(
             f"predicted loss: divergence of the model's output with that unit alone narrowed, in "
-            f"nats a token; {plan.predicted_loss:.4f} in all"
+            f"nats; {plan.predicted_loss:.4f} in all"
         )
     console.print(f"tier {plan.tier}: {TIERS[plan.tier]}")
     if written is not None:

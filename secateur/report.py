@@ -78,9 +78,12 @@ def comparison(report: Report) -> Any:
         other = small["tasks"][name]
         table.add_row(name, f"{value:.1%}", f"{other:.1%}", f"{100 * (other - value):+.1f} points")
     if agrees := small["agreement"]:
-        table.add_row("same first choice as the dense model", "", f"{agrees['top1']:.1%}", "")
-        table.add_row("divergence from it, nats", "", f"{agrees['kl']:.2g}", "")
-    for key, label in (("prefill", "reading, tokens/s"), ("decode", "writing, tokens/s")):
+        name = next(iter(dense["perplexity"]))
+        of = f"of {agrees['outputs']:,.0f} outputs"
+        table.add_row(f"same first choice, {name}", "", f"{agrees['top1']:.1%}", of)
+        table.add_row("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", "")
+    things = "images" if dense["counts"] == "images" else "tokens"
+    for key, label in (("prefill", f"reading, {things}/s"), ("decode", "writing, tokens/s")):
         if (key := f"{key}_tokens_per_second") in dense["speed"]:
             row(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
     row("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")

@@ -106,8 +106,8 @@ def select_calibration(
             method,
             goal,
             allocator,
-            [_part(tokens, draw) for draw in draws],
-            _part(tokens, range(len(order) - judged, len(order))),
+            [tokens[draw] for draw in draws],
+            tokens[range(len(order) - judged, len(order))],
             advance,
             folder,
         )
@@ -158,10 +158,6 @@ def _kept(path: Path, order: Sequence[int], wanted: int) -> tuple[int, ...] | No
     return found if len(set(found)) == wanted and set(found) <= set(order) else None
 
 
-def _part(tokens: Tokens, places: Sequence[int]) -> Tokens:
-    return Tokens(tokens.ids[list(places)], tokens.mask[list(places)])
-
-
 def random_draws(count: int, wanted: int, seed: int) -> list[list[int]]:
     """Draws of ``wanted`` places below ``count``; the first takes the first ones.
 
@@ -205,7 +201,7 @@ def divergences(
 ) -> list[float]:
     """For each draw, the divergence on ``judged`` of the model narrowed by what the draw says.
 
-    In nats a token. Every block is narrowed by statistics of the dense model: nothing is measured
+    In nats. Every block is narrowed by statistics of the dense model: nothing is measured
     again behind narrowed blocks, and nothing propagated. The model is left as it was. A draw's
     statistics lie in ``folder``, or the system's temporary one, until the next one's take over.
     """
@@ -241,7 +237,7 @@ class MiddleStates:
         rows = max(1, TOKENS_PER_BATCH // self.tokens.ids.shape[1])
         for first in range(0, len(self.tokens.ids), rows):
             places = range(len(self.tokens.ids))[first : first + rows]
-            yield from self._of(_part(self.tokens, places))
+            yield from self._of(self.tokens[places])
 
     @torch.no_grad()
     def _of(self, tokens: Tokens) -> Tensor:

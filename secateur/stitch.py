@@ -60,7 +60,7 @@ class Stitched:
 
     @torch.no_grad()
     def __call__(self, sizes: Mapping[str, int]) -> float:
-        """In nats a token; the model is left as it was.
+        """In nats; the model is left as it was.
 
         Raises:
             InputError: it is not finite.

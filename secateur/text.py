@@ -55,6 +55,11 @@ class Tokens:
         return type(self)(of(self.ids), of(self.mask), labels)
 
     @property
+    def whole(self) -> Self:
+        """The rows without padding."""
+        return self[self.mask.all(1).nonzero().flatten().tolist()]
+
+    @property
     def length(self) -> int:
         """Positions of a row."""
         return self.mask.shape[1]

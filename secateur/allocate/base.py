@@ -22,7 +22,7 @@ class Evidence:
     Attributes:
         curves: unit name → predicted error of the unit's own output.
         readings: of every block, what the allocator has read from it.
-        losses: unit name → measured divergence of the model's output, in nats a token, while that
+        losses: unit name → measured divergence of the model's output, in nats, while that
             unit alone is narrowed; None where the allocator does not need it.
         judge: measured divergence of the model with all units at given sizes, by name; only for an
             allocator that searches.

@@ -1,43 +1,62 @@
 """How far a compressed model's output is from that of the dense one, on the same text."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur.errors import InputError
+from secateur.evaluate.perplexity import rows_at_once
 from secateur.model import Model
 from secateur.text import Tokens
 
-ROWS_PER_BATCH = 8
-ROWS = 1024  # outputs compared at a time
+WINDOWS = 32
 MOST_NUMBERS = 2**24  # of the dense model's output that are kept: 64 MB
+ROWS = 1024  # outputs compared at a time
 
 
 def outputs(model: Model, tokens: Tokens) -> Tensor:
-    """Log-probabilities (outputs, classes) of the first outputs that count, float32 on the CPU.
+    """Log-probabilities (outputs, classes) of some outputs that count, float32 on the CPU.
 
-    As many as :data:`MOST_NUMBERS` hold.
+    Those of at most :data:`WINDOWS` rows spread over the text, all of them or every second, third
+    … so that :data:`MOST_NUMBERS` hold them.
     """
     module: Any = model.module
+    chosen = tokens[:: max(1, len(tokens) // WINDOWS)][:WINDOWS]
+    rows, seen, step = rows_at_once(module, model.use, chosen), 0, 1
     found: list[Tensor] = []
-    numbers = 0
     with torch.inference_mode():
-        for start in range(0, len(tokens), ROWS_PER_BATCH):
-            given = tokens[start : start + ROWS_PER_BATCH].to(model.device)
+        for start in range(0, len(chosen), rows):
+            given = chosen[start : start + rows].to(model.device)
             logits = module(**model.use.inputs(given)).logits
-            found.append(logits[model.use.counted(given)].float().log_softmax(-1).cpu())
-            numbers += found[-1].numel()
-            if numbers >= MOST_NUMBERS:
-                break
-    together = torch.cat(found)
-    return together[: max(1, MOST_NUMBERS // together.shape[1])]
+            if not found:
+                wanted = int(model.use.counted(chosen).sum()) * logits.shape[-1]
+                step = math.ceil(wanted / MOST_NUMBERS)
+            counted = logits[model.use.counted(given)]
+            found.append(counted[-seen % step :: step].float().log_softmax(-1).cpu())
+            seen += len(counted)
+    return torch.cat(found)
 
 
 def agreement(dense: Tensor, small: Tensor) -> dict[str, float]:
-    """Mean divergence KL(dense ‖ small) in nats, and the share of outputs with the same first."""
+    """Mean divergence KL(dense ‖ small) in nats, and the share of outputs with the same first.
+
+    Both (outputs, classes); their number is in the answer, too.
+
+    Raises:
+        InputError: the divergence is not finite.
+    """
     divergence = 0.0
     for ours, theirs in zip(small.split(ROWS), dense.split(ROWS), strict=True):
-        terms = theirs.double().exp() * (theirs.double() - ours.double())
-        divergence += float(terms.sum())
+        chances = theirs.double().exp()
+        terms = chances * (theirs.double() - ours.double())
+        divergence += float(terms[chances != 0].sum())
+    if not math.isfinite(divergence):
+        raise InputError("the models' divergence is not finite: an output holds NaN or infinities.")
     same = dense.argmax(-1) == small.argmax(-1)
-    return {"kl": max(0.0, divergence / len(dense)), "top1": float(same.double().mean())}
+    return {
+        "kl": max(0.0, divergence / len(dense)),
+        "top1": float(same.double().mean()),
+        "outputs": len(dense),
+    }

@@ -152,7 +152,8 @@ def _sampled(
             f"--new-tokens {new_tokens} behind a prompt of {len(prompt)} is more than the model's "
             f"{room} positions."
         )
-    shown = str(model.tokenizer.decode(prompt, skip_special_tokens=True))
+    hidden = model.use.share is not None  # what stands for it must be seen
+    shown = str(model.tokenizer.decode(prompt, skip_special_tokens=not hidden))
     return shown, _continued(model, prompt, new_tokens)
 
 
@@ -168,7 +169,8 @@ def _prompt(tokenizer: Any, questions: Questions, held: dict[str, Tokens]) -> Te
 def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
     ids = prompt.unsqueeze(0).to(model.device)
     new = model.use.generated(model.module, ids, new_tokens)
-    return str(model.tokenizer.decode(new[0], skip_special_tokens=True))
+    hidden = model.use.share is not None
+    return str(model.tokenizer.decode(new[0], skip_special_tokens=not hidden))
 
 
 def weight_bytes(model: Model) -> int:

@@ -29,17 +29,22 @@ def perplexity(
     return answered(module, CausalLM(), tokens, advance)[0]
 
 
+def rows_at_once(module: Any, use: Use, tokens: Tokens) -> int:
+    """How many rows go through the model together, so that their logits take bounded room."""
+    vocabulary = module.get_input_embeddings().weight.shape[0] if use.reads_text else 1
+    batch = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // vocabulary)
+    return max(1, batch // tokens.length)
+
+
 def answered(
     module: Any, use: Use, tokens: Tokens, advance: Callable[[int], None] = lambda _: None
 ) -> tuple[float, float]:
     """exp of the mean cross-entropy of all answers, and the share of them that are right.
 
     Raises:
-        InputError: the model's output is not finite.
+        InputError: the model's output is not finite, or nothing says what it should be.
     """
-    vocabulary = module.get_input_embeddings().weight.shape[0] if use.reads_text else 1
-    batch = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // vocabulary)
-    rows = max(1, batch // tokens.length)
+    rows = rows_at_once(module, use, tokens)
     total, right, count = 0.0, 0, 0
     with torch.inference_mode():
         for start in range(0, len(tokens), rows):
@@ -50,6 +55,8 @@ def answered(
             right += int((found.argmax(-1) == wanted).sum())
             count += len(wanted)
             advance(len(given))
+    if not count:
+        raise InputError(use.lacking)
     mean = total / count
     if not math.isfinite(mean):
         raise InputError("perplexity is not finite: the model's output holds NaN or infinities.")

@@ -19,7 +19,7 @@ class Speed:
     """Tokens per second at batch 1, best of five runs or more, and the lengths they were run at.
 
     The best run is the one that other work on the machine disturbed least. Without writing where a
-    model only reads.
+    model only reads; of images, images per second.
     """
 
     prefill_tokens_per_second: float
@@ -52,7 +52,8 @@ def measure_speed(model: Model, prompt: Tokens, new_tokens: int = 32) -> Speed:
         reading = _best(lambda _: prefill(), lambda: None, module)
         if writes:
             writing = new_tokens / _best(decode, prefill, module)
-    return Speed(prompt.length / reading, writing, prompt.length, new_tokens if writes else 0)
+    read = prompt.length if model.use.reads_text else len(prompt)
+    return Speed(read / reading, writing, prompt.length, new_tokens if writes else 0)
 
 
 def _best(run: Callable[[Any], Any], prepare: Callable[[], Any], module: Any) -> float:

@@ -26,7 +26,7 @@ def use_of(config: Any) -> Use:
         side, patch = (_pair(size) for size in (config.image_size, config.patch_size))
         patches = (side[0] // patch[0]) * (side[1] // patch[1])
         classes = {str(name): int(number) for name, number in config.label2id.items()}
-        return ImageClassification(patches + 1, config.num_channels, classes)
+        return ImageClassification(patches + 1, (config.num_channels, *side), classes)
     return CausalLM()
 
 

@@ -74,8 +74,13 @@ class Use(ABC):
             InputError: the source is missing, unreadable, empty or too short.
         """
 
+    @property
+    def lacking(self) -> str:
+        """What is wrong where no output has a label, and what to do."""
+        return "no token is there that others predict; give more text."
+
     @abstractmethod
-    def example(self, config: Any, rows: int, length: int) -> Tokens:
+    def example(self, rows: int, length: int) -> Tokens:
         """Any input of a shape, to be timed."""
 
     @abstractmethod
@@ -114,8 +119,12 @@ class Use(ABC):
         return tokens.labels != UNLABELLED
 
     def amount(self, tokens: Tokens) -> int:
-        """How many outputs count."""
+        """How many outputs the figures are of."""
         return int(self.counted(tokens).sum())
+
+    def seen(self, tokens: Tokens) -> int:
+        """How many tokens the blocks see, at least."""
+        return tokens.count
 
     def answers(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """The outputs that should be something, (n, classes), and what they should be, (n)."""

@@ -26,7 +26,7 @@ class CausalLM(Use):
         """Consecutive windows."""
         return held_windows(text, reader, length, limit)
 
-    def example(self, config: Any, rows: int, length: int) -> Tokens:
+    def example(self, rows: int, length: int) -> Tokens:
         """One token, again and again."""
         ids = torch.zeros(rows, length, dtype=torch.int64)
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))

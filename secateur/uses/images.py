@@ -25,12 +25,12 @@ class ImageClassification(Use):
 
     Attributes:
         positions: tokens that the blocks see of an image.
-        channels: of an image: 3, or 1 where it is grey.
+        shape: of an image: channels (3, or 1 where it is grey), height, width.
         classes: name of a class → its number.
     """
 
     positions: int
-    channels: int
+    shape: tuple[int, int, int]
     classes: dict[str, int]
 
     auto: ClassVar[str] = "AutoModelForImageClassification"
@@ -53,13 +53,14 @@ class ImageClassification(Use):
             raise InputError(NEEDED) from error
 
     def check(self, source: str) -> None:
-        """List the folder."""
-        self._files(source)
+        """List the folder, whose images must not all be of unknown classes."""
+        if all(label == UNLABELLED for _, label in self._files(source)):
+            raise InputError(f"image folder {source!r}: {self.lacking}")
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
         """Images drawn by the calibration's seed from those that are not set aside."""
         files = self._files(calibration.source)
-        files = files[: max(1, int(SET_ASIDE * len(files)))]
+        files = files[: int(SET_ASIDE * len(files))]
         order = torch.randperm(
             len(files), generator=torch.Generator().manual_seed(calibration.seed)
         )
@@ -70,12 +71,10 @@ class ImageClassification(Use):
         files = self._files(text.source)
         return self._read(files[int(text.start * len(files)) :][:limit], reader)
 
-    def example(self, config: Any, rows: int, length: int) -> Tokens:
+    def example(self, rows: int, length: int) -> Tokens:
         """Grey images."""
-        side = config.image_size
-        height, width = side if isinstance(side, list | tuple) else (side, side)
         labels = torch.zeros(rows, dtype=torch.int64)
-        return self._tokens(torch.zeros(rows, config.num_channels, height, width), labels)
+        return self._tokens(torch.zeros(rows, *self.shape), labels)
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
         """Pixels."""
@@ -85,19 +84,18 @@ class ImageClassification(Use):
         """The one output of every image."""
         return torch.ones_like(tokens.mask[:, 0])
 
-    def answers(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The outputs of images whose class is known.
+    def amount(self, tokens: Tokens) -> int:
+        """Images whose class is known."""
+        assert tokens.labels is not None
+        return int((tokens.labels != UNLABELLED).sum())
 
-        Raises:
-            InputError: none is.
-        """
-        given, right = super().answers(logits, tokens)
-        if not len(right):
-            raise InputError(
-                "no image says its class; put them in subfolders named after the classes, "
-                f"e.g. {', '.join(list(self.classes)[:3])}."
-            )
-        return given, right
+    @property
+    def lacking(self) -> str:
+        """Where classes come from."""
+        return (
+            "no image says its class; put them in subfolders named after the classes, e.g. "
+            f"{', '.join(list(self.classes)[:3])}."
+        )
 
     def _tokens(self, pixels: Tensor, labels: Tensor) -> Tokens:
         return Tokens(pixels, torch.ones(len(pixels), self.positions, dtype=torch.bool), labels)
@@ -140,15 +138,21 @@ class ImageClassification(Use):
         except ImportError as error:
             raise InputError(NEEDED) from error
         if not files:
-            raise InputError("no image is left to judge on; give more, or another folder.")
+            raise InputError("no image is left: of a folder with only one; give more.")
         pixels = []
         for path, _ in files:
             try:
                 with Image.open(path) as image:
-                    shown = image.convert("L" if self.channels == 1 else "RGB")
+                    shown = image.convert("L" if self.shape[0] == 1 else "RGB")
                 made = reader(shown, return_tensors="pt")["pixel_values"]
             except (UnidentifiedImageError, OSError) as error:
                 raise InputError(f"image {str(path)!r} cannot be read: {error}.") from error
+            if made.shape[1:] != self.shape:
+                raise InputError(
+                    f"image {str(path)!r}: the image processor makes it {tuple(made.shape[1:])} "
+                    f"(channels, height, width), and the model reads {self.shape}; they are not of "
+                    f"the same model."
+                )
             pixels.append(made)
         labels = torch.tensor([label for _, label in files])
         return self._tokens(torch.cat(pixels).float(), labels)

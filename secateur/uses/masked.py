@@ -38,13 +38,13 @@ class MaskedLM(Use):
         """Windows of the text that is not set aside, hidden by the calibration's seed."""
         inside = replace(calibration, length=_inside(calibration.length))
         found = calibration_tokens(inside, reader)
-        return self._hidden(found[_whole(found)], reader, calibration.seed)
+        return self._hidden(found.whole, reader, calibration.seed)
 
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
         """Consecutive windows, hidden the same way for every model with that tokenizer."""
         return self._hidden(held_windows(text, reader, _inside(length), limit), reader, 0)
 
-    def example(self, config: Any, rows: int, length: int) -> Tokens:
+    def example(self, rows: int, length: int) -> Tokens:
         """One token, again and again."""
         ids = torch.zeros(rows, length, dtype=torch.int64)
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), ids)
@@ -85,10 +85,6 @@ def _inside(length: int) -> int:
             f"least {SPECIALS + 1} (--length, --eval-length)."
         )
     return length - SPECIALS
-
-
-def _whole(windows: Tokens) -> list[int]:
-    return windows.mask.all(1).nonzero().flatten().tolist()
 
 
 def _between(ids: torch.Tensor, first: int, last: int) -> torch.Tensor:

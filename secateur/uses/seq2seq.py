@@ -40,14 +40,13 @@ class Seq2SeqLM(Use):
         """Windows of the text that is not set aside, hidden by the calibration's seed."""
         self._sentinels(reader, calibration.length)  # before a long text is read
         found = calibration_tokens(calibration, reader)
-        whole = found[found.mask.all(1).nonzero().flatten().tolist()]
-        return self._hidden(whole, reader, calibration.seed)
+        return self._hidden(found.whole, reader, calibration.seed)
 
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
         """Consecutive windows, hidden the same way for every model with that tokenizer."""
         return self._hidden(held_windows(text, reader, length, limit), reader, 0)
 
-    def example(self, config: Any, rows: int, length: int) -> Tokens:
+    def example(self, rows: int, length: int) -> Tokens:
         """One token, again and again, as many as :meth:`calibration` makes of a window."""
         hidden, spans = _counts(length)
         ids = torch.zeros(rows, length - hidden + spans + 1, dtype=torch.int64)
@@ -58,6 +57,11 @@ class Seq2SeqLM(Use):
         assert tokens.labels is not None
         before = nn.functional.pad(tokens.labels[:, :-1], (1, 0), value=self.start)
         return {"input_ids": tokens.ids, "decoder_input_ids": before, "use_cache": False}
+
+    def seen(self, tokens: Tokens) -> int:
+        """Those of the shorter side."""
+        assert tokens.labels is not None
+        return min(tokens.ids.numel(), tokens.labels.numel())
 
     def beginning(self, tokens: Tokens, count: int) -> Tokens:
         """A short row: no more than ``count`` tokens of either side."""

@@ -221,5 +221,5 @@ def test_targets_are_answers_and_the_decoder_starts_one_before(folder):
     short = model.use.beginning(tokens, 5)
     assert short.ids.shape == short.labels.shape == (1, 5)
     assert short.mask.shape == (1, 10)
-    example = model.use.example(model.config, 3, 40)
+    example = model.use.example(3, 40)
     assert example.mask.shape == (3, 40 + 2 * 2 + 3)
