@@ -82,6 +82,7 @@ class Model:
         tokenizer: its tokenizer; of a model that reads images, its image processor.
         stored: dtype of the weights on disk, and of what will be written.
         anatomy: its family, or None where the family is unknown.
+        left_out: tensors of the weight files that are no part of it: of another head, say.
     """
 
     source: str
@@ -89,6 +90,7 @@ class Model:
     tokenizer: Any
     stored: torch.dtype
     anatomy: Anatomy | None
+    left_out: tuple[str, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -352,6 +354,7 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
                 f"files, {min(lost)} first; they are not from the same model."
             )
     stored = module.dtype
+    check_half(source, module, {stored, settings.torch_dtype(stored)})
     module = module.to(settings.torch_device()).eval()
     cast(module, settings.torch_dtype(stored))
     module.requires_grad_(False)
@@ -364,7 +367,22 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
     reader = open_reader(source, settings, use_of(config))
     if use_of(config).reads_text:
         check_vocabulary(source, reader, module)
-    return Model(source, module, reader, stored, anatomy)
+    return Model(source, module, reader, stored, anatomy, tuple(sorted(loaded["unexpected_keys"])))
+
+
+def check_half(source: str, module: PreTrainedModel, dtypes: set[torch.dtype]) -> None:
+    """Refuse float16 where some weights of a family must stay wider (T5's MLPs overflow in it).
+
+    Raises:
+        InputError: one of the number formats is float16.
+    """
+    wide = getattr(module, "_keep_in_fp32_modules", None)
+    if wide and torch.float16 in dtypes:
+        raise InputError(
+            f"model {source!r}: {', '.join(wide)} of a {module.config.model_type} must not be "
+            f"float16, in which their outputs overflow; store the model as bfloat16 or float32, "
+            f"and leave --dtype float16 out."
+        )
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:

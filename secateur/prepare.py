@@ -113,6 +113,11 @@ def prepare(
     with watch.measure("open"):
         model = open_model(source, settings)
         chosen = method.build_method() if isinstance(method, Plan) else method
+        if left := model.left_out:
+            progress.say(
+                f"note: {len(left)} tensors of the file are no part of a {model.use.what} and are "
+                f"left out, {left[0]} first"
+            )
         for note in model.obstacles_of(chosen.kinds):
             progress.say(f"note: {note}")
         units = chosen.units(model, goal.multiple_of)
