@@ -87,7 +87,7 @@ DAMAGES = {
     "text for a number": (config_changed(hidden_size="wide"), ["broken"]),
     "unknown model_type": (config_changed(model_type="lama"), ["broken", "lama"]),
     "unknown family": (config_changed(model_type="mamba"), ["mamba", "gpt_neox", "inspect"]),
-    "no language model": (config_changed(model_type="swin"), ["swin"]),
+    "no language model": (config_changed(model_type="siglip_vision_model"), ["siglip"]),
     "broken config": (broken_config, ["broken"]),
     "no tokenizer": (no_tokenizer, ["broken", "tokenizer"]),
     "broken tokenizer": (broken_tokenizer, ["broken", "tokenizer"]),
