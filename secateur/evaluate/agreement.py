@@ -11,7 +11,7 @@ from secateur.evaluate.perplexity import rows_at_once
 from secateur.model import Model
 from secateur.text import Tokens
 
-WINDOWS = 32
+OUTPUTS = 8192  # compared, where there are as many
 MOST_NUMBERS = 2**24  # of the dense model's output that are kept: 64 MB
 ROWS = 1024  # outputs compared at a time
 
@@ -19,11 +19,13 @@ ROWS = 1024  # outputs compared at a time
 def outputs(model: Model, tokens: Tokens) -> Tensor:
     """Log-probabilities (outputs, classes) of some outputs that count, float32 on the CPU.
 
-    Those of at most :data:`WINDOWS` rows spread over the text, all of them or every second, third
-    … so that :data:`MOST_NUMBERS` hold them.
+    Those of rows spread over the text, as many as give :data:`OUTPUTS`; all of them, or every
+    second, third … so that :data:`MOST_NUMBERS` hold them.
     """
     module: Any = model.module
-    chosen = tokens[:: max(1, len(tokens) // WINDOWS)][:WINDOWS]
+    every = int(model.use.counted(tokens).sum())
+    number = math.ceil(len(tokens) * min(1.0, OUTPUTS / every))
+    chosen = tokens[[i * len(tokens) // number for i in range(number)]]
     rows, seen, step = rows_at_once(module, model.use, chosen), 0, 1
     found: list[Tensor] = []
     with torch.inference_mode():

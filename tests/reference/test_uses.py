@@ -11,9 +11,11 @@ from transformers import ViTImageProcessorPil
 
 from secateur import InputError, Settings, open_model
 from secateur.evaluate import agreement as agreements
+from secateur.evaluate import perplexity as perplexities
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.perplexity import answered
 from secateur.evaluate.reload import attend_by
+from secateur.gradients import LOSS, collect_gradients
 from secateur.select import check_choice
 from secateur.text import SET_ASIDE, UNLABELLED, Calibration, Text, Tokens
 from secateur.uses import CausalLM, ImageClassification, MaskedLM
@@ -173,7 +175,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def classifier():
-    return ImageClassification(positions=17, channels=3, classes=COLOURS)
+    return ImageClassification(positions=17, shape=(3, 16, 16), classes=COLOURS)
 
 
 @pytest.fixture
@@ -227,7 +229,7 @@ def test_folders_may_bear_numbers_and_hold_folders(tmp_path, classifier, process
 def test_grey_images_have_as_many_channels_as_the_model(tmp_path, channels):
     drawn(tmp_path, "red", 5, "L")
     drawn(tmp_path, "red", 6)
-    made = ImageClassification(17, channels, COLOURS)
+    made = ImageClassification(17, (channels, 8, 8), COLOURS)
     side = {"height": 8, "width": 8}
     grey = {"do_normalize": False} if channels == 3 else {"image_mean": [0.5], "image_std": [0.5]}
     processor = ViTImageProcessorPil(size=side, **grey)
@@ -267,7 +269,32 @@ def test_without_classes_images_calibrate_and_judge_nothing(
     with pytest.raises(InputError, match="subfolders"):
         answered(model.module, classifier, tokens)
     with pytest.raises(InputError, match="subfolders"):
-        classifier.loss(torch.zeros(4, 3), tokens)
+        classifier.check(str(tmp_path))
+    with pytest.raises(InputError, match="subfolders"):
+        collect_gradients(model, tokens, LOSS.values())
+
+
+def test_a_few_classes_are_enough_to_judge(monkeypatch, opened, classifier):
+    """The mistake: a batch in which no image says its class ends the whole."""
+    model, tokens = opened("vit"), read("vit", 6, 17)[:6]
+    tokens.labels[[0, 1, 2, 4]] = UNLABELLED
+    monkeypatch.setattr(perplexities, "TOKENS_PER_BATCH", 17)  # an image at a time
+    found = answered(model.module, classifier, tokens)
+    assert found == pytest.approx(answered(model.module, classifier, tokens[[3, 5]]))
+    assert classifier.amount(tokens) == 2
+
+
+def test_one_image_does_not_both_calibrate_and_judge(tmp_path, classifier, processor):
+    drawn(tmp_path, "red", 5)
+    assert len(classifier.held(Text("t", str(tmp_path), SET_ASIDE), processor, 1, 9)) == 1
+    with pytest.raises(InputError, match="only one"):
+        classifier.calibration(Calibration(str(tmp_path)), processor)
+
+
+def test_a_processor_of_another_model_is_refused(images, classifier):
+    other = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    with pytest.raises(InputError, match=r"\(3, 8, 8\).*\(3, 16, 16\)"):
+        classifier.calibration(Calibration(str(images), 2), other)
 
 
 # Heads
@@ -298,7 +325,7 @@ def test_agreement_is_the_mean_divergence_and_the_share_of_equal_firsts():
     other = 0.1 * math.log(0.5) + 0.7 * math.log(7 / 6)
     assert found["kl"] == pytest.approx((one + other) / 2, rel=1e-5)
     assert found["top1"] == 0.5
-    assert agreement(dense, dense) == {"kl": 0.0, "top1": 1.0}
+    assert agreement(dense, dense) == {"kl": 0.0, "top1": 1.0, "outputs": 2}
     assert agreement(small, dense)["kl"] != pytest.approx(found["kl"], rel=1e-3)
 
 
@@ -312,8 +339,29 @@ def test_outputs_are_those_that_count(monkeypatch, opened, name):
     found = outputs(model, tokens)
     assert len(found) == model.use.amount(tokens) < counted.numel() or name == "vit"
     torch.testing.assert_close(found, expected)
-    monkeypatch.setattr(agreements, "MOST_NUMBERS", 7 * expected.shape[1] + 1)
-    assert torch.equal(outputs(model, tokens), found[:7])
+    for rows in (1, 4):  # which outputs are kept has nothing to do with batches
+        monkeypatch.setattr(agreements, "rows_at_once", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(agreements, "MOST_NUMBERS", 3 * expected.shape[1])
+        step = math.ceil(len(expected) / 3)
+        torch.testing.assert_close(outputs(model, tokens), expected[::step])
+
+
+def test_outputs_come_from_all_of_the_text(monkeypatch, opened):
+    """The mistake: only the beginning of a text is compared."""
+    model, tokens = opened("llama"), read("llama", 10, 16)
+    monkeypatch.setattr(agreements, "OUTPUTS", 48)
+    expected = logits(model.module, tokens[[0, 3, 6]]).flatten(0, 1).log_softmax(-1)
+    torch.testing.assert_close(outputs(model, tokens), expected)
+
+
+def test_what_is_impossible_in_both_costs_nothing_and_nan_is_refused():
+    """The mistake: max(0, NaN) is 0, and all looks well."""
+    dense = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    assert agreement(dense, dense)["kl"] == 0.0
+    with pytest.raises(InputError, match="not finite"):
+        agreement(dense, torch.tensor([[0.0, 1.0, 0.0]]).log())
+    with pytest.raises(InputError, match="not finite"):
+        agreement(dense, dense * torch.nan)
 
 
 # Attention that sees both sides
