@@ -81,7 +81,9 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
     texts = judged_on(arguments)
     for source, select, samples, seed in [(None, "none", 0, 0), *jobs]:
         key = asked(arguments, source) | {"select": select, "samples": samples, "seed": seed}
-        if any(key.items() <= row.items() for row in rows):
+        if any(
+            key.items() <= row.items() and texts.keys() <= row["perplexity"].keys() for row in rows
+        ):
             continue
         row = key | measured(arguments, source, select, samples, seed, texts)
         rows.append(row)
@@ -94,9 +96,12 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
 
 def asked(arguments: argparse.Namespace, source: str | None) -> Row:
     """What a row is of, beside the choice and number of windows; of no text, the dense model."""
+    shape = {"length": arguments.length, "windows": arguments.windows}
+    row: Row = {"model": Path(arguments.model).name, "source": None} | shape
     if source is None:
-        return {"source": None}
-    return {"source": Path(source).name, "method": arguments.method, "keep": arguments.keep}
+        return row
+    how = {"method": arguments.method, "keep": arguments.keep, "multiple_of": arguments.multiple_of}
+    return row | how | {"source": Path(source).name}
 
 
 def judged_on(arguments: argparse.Namespace) -> dict[str, Tokens]:
@@ -141,7 +146,8 @@ def measured(
 def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
     """A table of choices and amounts, one of texts."""
     seeds, held = " ".join(map(str, arguments.seeds)), Path(arguments.held).name
-    dense = next(row["perplexity"] for row in rows if row["source"] is None)
+    of_dense = asked(arguments, None).items()
+    dense = next(row["perplexity"] for row in rows if of_dense <= row.items())
     text = Path(arguments.calibration).name
 
     def own(source: str, select: str, samples: int) -> list[Row]:
@@ -158,7 +164,7 @@ def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
         "",
         f"Windows of {arguments.length} tokens of `{text}`, perplexity on {arguments.windows} × "
         f"{arguments.length} tokens of `{held}` (dense {dense[held]:.2f}), mean over seeds {seeds} "
-        "with the range in parentheses.",
+        "with the range in parentheses. Other texts are judged on behind four fifths of them.",
         "",
         "| choice | " + " | ".join(f"{n} windows" for n in arguments.samples) + " |",
         "|---" * (len(arguments.samples) + 1) + "|",
