@@ -37,6 +37,8 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         return
     rows = gathered(arguments)
+    measured_names = {row["method"] for row in rows}
+    arguments.methods = [name for name in arguments.methods if name in measured_names]
     print(section(arguments, rows))
     if arguments.plot:
         draw(arguments, rows)
@@ -54,6 +56,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--multiple-of", type=int, default=8)
     parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
+    parser.add_argument("--kept", action="store_true", help="measure nothing that FILE lacks")
     parser.add_argument("--plot", type=Path, help="picture to write (extra: benchmarks)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -64,7 +67,7 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     if arguments.rows and arguments.rows.exists():
         rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
-    for seed in arguments.seeds:
+    for seed in () if arguments.kept else arguments.seeds:
         for name in ("dense", *arguments.methods):
             if any((row["method"], row["seed"]) == (name, seed) for row in rows):
                 continue

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Write RESULTS.md and its pictures: benchmarks/results.sh DATA [PYTHON]
+# Write RESULTS.md and its pictures: benchmarks/results.sh DATA [PYTHON [kept]]
 # DATA holds models/{stories260K,reference-7m} and text/. What benchmarks/measured/ holds already, a
 # section's output or the rows of a frontier, is not measured again; without it, expect a night on two
-# cores.
+# cores. With "kept", methods and seeds that a frontier's rows lack are left out.
 set -euo pipefail
 data=$1
 python=${2:-python}
+only=${3:+--kept}
 here=$(cd "$(dirname "$0")" && pwd)
 kept=$here/measured
 stories=("$data/models/stories260K" "$data/text/tinystories.calibration.txt" "$data/text/tinystories.held.txt")
@@ -19,7 +20,7 @@ shown() { # a benchmark's command line, with DATA for the folder
 
 drawn() { # a benchmark that keeps its rows
   shown "$@"
-  "$python" "$here/$1" "${@:2}" 2>/dev/null
+  "$python" "$here/$1" "${@:2}" ${only:+"$only"} 2>/dev/null
 }
 
 section() { # name, then the command line of a benchmark, whose output is kept under the name
@@ -50,9 +51,9 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   printf '\n## Calibration\n'
   texts=("$data/text/tinyshakespeare.txt" "$data/text/c4.jsonl")
   rows=(--multiple-of 4 --rows "$kept/calibration-stories260K.jsonl")
-  drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}"
-  drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}" --method modegpt
-  drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}" --method auto --selects none
+  only= drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}"
+  only= drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}" --method modegpt
+  only= drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}" --method auto --selects none
   printf '\n## Cost\n'
   section cost-auto cost.py "${reference[@]:0:2}"
   section cost-modegpt cost.py "${reference[@]:0:2}" --method modegpt
