@@ -370,12 +370,13 @@ def _randomise(module: nn.Module) -> None:
         bias.copy_(0.3 * torch.randn_like(bias))
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer: four specials and w0 … w87.
+def tokenizer(sentinels: int = 0) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: four specials, w0 … w87, and perhaps sentinels for hidden spans.
 
     Some ids stay free, as transformers adds specials of its own to a few families' tokenizers.
     """
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS)), "<mask>"]
+    hiding = [f"<extra_id_{i}>" for i in range(sentinels)]
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS)), "<mask>", *hiding]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -386,6 +387,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         cls_token="<s>",
         sep_token="</s>",
         mask_token="<mask>",
+        additional_special_tokens=hiding,
     )
 
 
@@ -434,5 +436,5 @@ def save(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
         side = model.config.image_size
         ViTImageProcessorPil(size={"height": side, "width": side}).save_pretrained(folder)
     else:
-        tokenizer().save_pretrained(folder)
+        tokenizer(5 if model.config.model_type == "t5" else 0).save_pretrained(folder)
     return folder
