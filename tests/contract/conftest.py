@@ -35,12 +35,10 @@ from tests.families import AUTO, FAMILIES
 READER = Path(__file__).with_name("reader.py")
 KINDS = ("full", "plain", "layered", "mixed", "gone")
 
-#: Methods that are tested on every variant, and the variants that every method is tested on: one
-#: without biases, one with biases everywhere, one with norms in its heads. The rest is slow, and so
-#: are all methods but one on variants that show them nothing new.
-EVERYWHERE = ("auto", "modegpt")
+#: The method that is tested on every variant, and the variants that every method is tested on: one
+#: without biases, one with biases everywhere, one with norms in its heads. The rest is slow.
+EVERYWHERE = "auto"
 ALWAYS = ("llama", "gpt2", "qwen3")
-NOTHING_NEW = ("gemma", "glm", "starcoder2", "falcon_multi_query", "t5_gated")
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are looked at
@@ -52,9 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=list(unserved))
     items[:] = [item for item in items if item not in unserved]
     for item, asked in own.items():
-        every = asked.get("method", EVERYWHERE[0]) in EVERYWHERE
-        every &= asked.get("name") not in NOTHING_NEW or asked.get("method") in (None, "auto")
-        if not every and asked.get("name", ALWAYS[0]) not in ALWAYS:
+        if asked.get("method", EVERYWHERE) != EVERYWHERE and asked.get("name", ALWAYS[0]) not in ALWAYS:
             item.add_marker(pytest.mark.slow)
 
 
