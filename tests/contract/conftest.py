@@ -50,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=list(unserved))
     items[:] = [item for item in items if item not in unserved]
     for item, asked in own.items():
-        if asked.get("method", EVERYWHERE) != EVERYWHERE and asked.get("name", ALWAYS[0]) not in ALWAYS:
+        special = asked.get("name", ALWAYS[0]) not in ALWAYS
+        if special and asked.get("method", EVERYWHERE) != EVERYWHERE:
             item.add_marker(pytest.mark.slow)
 
 
