@@ -54,6 +54,8 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   only= drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}"
   only= drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}" --method modegpt
   only= drawn calibration.py "${stories[@]}" "${texts[@]}" "${rows[@]}" --method auto --selects none
+  printf '\n## Encoders\n'
+  section encoders encoders.py "${stories[@]:1}"
   printf '\n## Cost\n'
   section cost-auto cost.py "${reference[@]:0:2}"
   section cost-modegpt cost.py "${reference[@]:0:2}" --method modegpt
