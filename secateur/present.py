@@ -185,8 +185,8 @@ def show_plan(plan: Plan, written: Path | None) -> None:
         console.print(curve)
     else:
         console.print(
-            f"predicted loss: divergence of the model's output with that unit alone narrowed, in "
-            f"nats; {plan.predicted_loss:.4f} in all"
+            f"predicted loss: divergence of the output with that unit alone narrowed, in nats; "
+            f"{plan.predicted_loss:.4f} in all"
         )
     console.print(f"tier {plan.tier}: {TIERS[plan.tier]}")
     if written is not None:

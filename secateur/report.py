@@ -66,9 +66,9 @@ def comparison(report: Report) -> Any:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
 
     def row(label: str, a: float, b: float, form: Any, change: str) -> None:
-        ratio = b / a if a else float("nan")
+        ratio = b / a if a else 1.0  # memory that the process had before, say
         note = {"share": f"{ratio:.1%}", "times": f"{ratio:.2f}×", "rise": f"{ratio - 1:+.1%}"}
-        table.add_row(label, form(a), form(b), note[change])
+        table.add_row(label, form(a), form(b), note[change] if a else "")
 
     row("parameters", dense["parameters"], small["parameters"], count, "share")
     row("bytes on disk", dense["bytes"], small["bytes"], size, "share")
