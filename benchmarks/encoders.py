@@ -30,7 +30,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from secateur import Calibration, Store, Text, calibrate, make_plan, open_model, score
+from secateur import Calibration, InputError, Store, Text, calibrate, make_plan, open_model, score
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.judge import quiet
 from secateur.evaluate.perplexity import answered
@@ -97,7 +97,11 @@ def judge(
         evidence = score(model, made, store, tokens)
         for keep in arguments.keeps:
             method, small = method_class(method_name)(keep=keep), open_model(folder)
-            plan = make_plan(small, method, evidence, record, tokens, store=store)
+            try:
+                plan = make_plan(small, method, evidence, record, tokens, store=store)
+            except InputError:  # as few blocks can't be left
+                print(f"| {name} | {method.name} | {keep:g} | out of reach | | | | |", flush=True)
+                continue
             units = method.units(small, plan.multiple_of)
             list(narrow_blocks(small, method, units, plan.sizes, tokens, store))
             value, right = answered(small.module, use, held)
