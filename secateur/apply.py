@@ -12,7 +12,7 @@ from secateur.errors import InputError
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
 from secateur.methods.base import Method, Narrowing
 from secateur.statistics import BlockStatistics
-from secateur.units import Unit
+from secateur.units import Matrix, Unit
 
 Part = tuple[Tensor, Tensor | None]  #: weight and bias of a map
 
@@ -38,6 +38,14 @@ def narrow_block(
 @contextmanager
 def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
     """A block with one unit below its full size, for as long as it takes to look at it."""
+    if isinstance(unit, Matrix):
+        layer = block.module.get_submodule(unit.path)
+        try:
+            narrow_unit(block, unit, narrowing)
+            yield
+        finally:
+            block.module.set_submodule(unit.path, layer)
+        return
     linears = [*(producer for producer, _ in block.producers), block.consumer]
     before = [(module, inputs_by_outputs(module).t(), module.bias) for module in linears]
     attention = block.attention
@@ -54,6 +62,10 @@ def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
 
 def narrow_unit(block: Block, unit: Unit, narrowing: Narrowing) -> None:
     """Bring one unit of a block to another size, in place."""
+    if isinstance(unit, Matrix):
+        assert narrowing.layer is not None
+        block.module.set_submodule(unit.path, narrowing.layer)
+        return
     narrow = {
         "mlp": narrow_mlp,
         "heads": narrow_heads,

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,27 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.anatomy import Anatomy, HeadLayout, Projection
 from secateur.errors import InputError
+from secateur.layers.factored_secateur import Factored, LowRank
 from secateur.layers.modeling_secateur import AnyConv1D, NarrowAttention, narrow_attention
 from secateur.units import MLP, WIDTHS, Heads, QueryKey, Unit, ValueOutput, WholeBlock
+
+
+class Linear(NamedTuple):
+    """A linear layer of a block.
+
+    Attributes:
+        path: where it is in the block.
+        module: the layer.
+        place: where a :class:`~secateur.statistics.Need` finds what it reads.
+        behind: another linear, through which that passes first; None where it reads it as it is.
+        published: whether the stock class has this very matrix under this name.
+    """
+
+    path: str
+    module: nn.Module
+    place: str
+    behind: nn.Module | None
+    published: bool
 
 
 @dataclass
@@ -64,6 +83,29 @@ class Block:
         """Path of each of the MLP's linears to its sizes, as a checkpoint has them."""
         paths = [path for path, _ in self.anatomy.producers] + [self.anatomy.consumer]
         return {path: _sizes(self.module.get_submodule(path)) for path in paths}
+
+    @property
+    def linear_layers(self) -> list[Linear]:
+        """All its linear layers that are not empty, the factors of one in two each by itself."""
+        names = ("q_proj", "k_proj", "v_proj", "o_proj")
+        at = {f"{self.anatomy.attention}.{name}": "attention_inputs" for name in names}
+        at[f"{self.anatomy.attention}.o_proj"] = "output_inputs"
+        at |= {path: "mlp_inputs" for path, _ in self.anatomy.producers}
+        at[self.anatomy.consumer] = "hidden"
+        found = []
+        for path, place in at.items():
+            layer, name = self.module.get_submodule(path), path.rpartition(".")[2]
+            stock = place in ("mlp_inputs", "hidden") or (
+                isinstance(getattr(self.stock_attention, name, None), nn.Linear)
+                and self.heads.pairs == sorted(self.heads.pairs)
+            )
+            if isinstance(layer, LowRank):
+                first, second = layer.first, layer.second
+                found.append(Linear(f"{path}.first", first, place, None, False))
+                found.append(Linear(f"{path}.second", second, place, first, False))
+            elif isinstance(layer, nn.Linear | Conv1D) and layer.weight.numel():
+                found.append(Linear(path, layer, place, None, stock))
+        return found
 
     def replace_attention(self, attention: NarrowAttention) -> None:
         """Put another attention in the block."""
@@ -392,6 +434,9 @@ def inputs_by_outputs(module: nn.Module) -> Tensor:
 
 
 def _sizes(linear: nn.Module) -> dict[str, Any]:
+    if isinstance(linear, Factored):
+        outputs, inputs = linear.out_features, linear.in_features
+        return {"out": outputs, "in": inputs, "bias": linear.bias is not None}
     inputs, outputs = inputs_by_outputs(linear).shape
     return {"out": outputs, "in": inputs, "bias": linear.bias is not None}
 

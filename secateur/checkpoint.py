@@ -17,8 +17,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from secateur.anatomy import Anatomy
 from secateur.block import Block, inputs_by_outputs
 from secateur.depth import place, renumber
-from secateur.goal import Tier
-from secateur.layers import modeling_secateur
+from secateur.goal import Written
+from secateur.layers import factored_secateur, modeling_secateur
+from secateur.layers.factored_secateur import Factored
 from secateur.model import Model
 from secateur.residual import residual_layout
 
@@ -149,13 +150,19 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _round(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    for layer in module.modules():
+        if isinstance(layer, Factored):
+            layer.forget()
 
 
 def attention_changed(block: Block) -> bool:
-    """Whether the block's attention differs in shape from the stock one."""
-    shape, heads = block.attention.shape, block.heads
+    """Whether the block's attention differs in shape or form from the stock one."""
+    attention, heads = block.attention, block.heads
+    shape = attention.shape
     stock = {"query_key": heads.width, "value": heads.width, "kv_heads": heads.kv_heads}
-    return "hidden" in shape or any(shape[name] != size for name, size in stock.items())
+    if "hidden" in shape or any(shape[name] != size for name, size in stock.items()):
+        return True
+    return any(isinstance(module, Factored) for module in attention.children())
 
 
 def layout(model: Model) -> dict[str, Any]:
@@ -178,11 +185,14 @@ def _stack(model: Model, anatomy: Anatomy) -> dict[str, Any]:
             layer["linears"] = changed
         if attention_changed(block):
             layer["attention"] = block.attention.shape
+        modules = block.module.named_modules()
+        if forms := {path: m.spec for path, m in modules if isinstance(m, Factored)}:
+            layer["forms"] = forms
         layers.append(layer)
     return {"blocks": anatomy.blocks, "attention": anatomy.attention, "layers": layers}
 
 
-def write_config(model: Model, tier: Tier, folder: Path) -> None:
+def write_config(model: Model, tier: Written, folder: Path) -> None:
     """Write config.json, generation config, tokenizer and, where needed, the modelling code.
 
     What is gone must have left the model (:func:`~secateur.depth.close_ranks`).
@@ -198,7 +208,8 @@ def write_config(model: Model, tier: Tier, folder: Path) -> None:
     else:
         prefix = modeling_secateur.PREFIX
         base: Any = MODEL_MAPPING[type(config)]
-        code = Path(str(modeling_secateur.__file__)).stem
+        files = [Path(str(code.__file__)) for code in (modeling_secateur, factored_secateur)]
+        code = files[0].stem
         fields["model_type"] = f"secateur_{config.model_type}"
         fields["architectures"] = [prefix + stock]
         fields["auto_map"] = {
@@ -207,7 +218,8 @@ def write_config(model: Model, tier: Tier, folder: Path) -> None:
             model.use.auto: f"{code}.{prefix}{stock}",
         }
         fields["secateur"] = layout(model)
-        shutil.copy(str(modeling_secateur.__file__), folder)
+        for file in files:
+            shutil.copy(file, folder)
     fields.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     if getattr(model.module, "generation_config", None) is not None:

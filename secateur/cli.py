@@ -109,7 +109,7 @@ def plan(
         raise InputError(f"--output {output!r}: there is no folder {str(path.parent)!r}.")
     quiet()
     method, calibration, settings = _method(ctx, rest), _calibration(rest), _settings(rest)
-    goal = _goal(rest)
+    goal = _goal(ctx, rest)
     allocator = chosen_allocator(method, goal, _allocator(ctx, rest))
     check_reach(skeleton(model, settings), method, goal, allocator)
     with TemporaryDirectory() as passing:
@@ -175,7 +175,7 @@ def compress(
         calibration, goal, allocator = replay.calibration.choice(), None, None
     else:
         made, calibration = _method(ctx, rest), _calibration(rest)
-        goal, allocator = _goal(rest), _allocator(ctx, rest)
+        goal, allocator = _goal(ctx, rest), _allocator(ctx, rest)
     use = use_of(read_config(model, _settings(rest)))
     questions = _questions(rest, inputs.default_texts(calibration, use), calibration.length)
     report = pipeline.compress(
@@ -241,11 +241,11 @@ def _given(kind: type, options: dict[str, Any]) -> dict[str, Any]:
     return {f.name: options[f.name] for f in fields(kind) if options.get(f.name) is not None}
 
 
-def _goal(options: dict[str, Any]) -> "Goal":
+def _goal(ctx: click.Context, options: dict[str, Any]) -> "Goal":
     from secateur.goal import Goal
 
     return Goal(
-        options["target"],
+        options["target"] or ctx.meta[METHOD_KEY].target,
         options["tier"],
         options["multiple_of"],
         options["latency_batch"],

@@ -23,8 +23,8 @@ def renumber(model: Model, block: Block) -> None:
     """
     number = place(model, block)
     attention, stock = block.attention, block.stock_attention
-    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
-        ratio = (number + 1) / (int(attention.layer_idx) + 1)
+    ratio = (number + 1) / (int(attention.layer_idx or 0) + 1)
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False) and ratio != 1:
         queries = (attention.q_proj, block.anatomy.project(stock, block.heads).q)
         # Narrow and stock attention share what nothing has changed, which must not shrink twice.
         own = {t.data_ptr(): t for q in queries for t in (q.weight, q.bias) if t is not None}

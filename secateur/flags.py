@@ -130,13 +130,14 @@ open_options = stacked(
 
 calibration_options = stacked(
     click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
-    click.option("--keep", type=float, help="Share of the target that stays  [default: 0.8]"),
+    click.option(
+        "--keep", type=float, help="Share of the target that stays  [default: the method's]"
+    ),
     click.option(
         "--target",
-        default="parameters",
-        show_default=True,
         help="What --keep is a share of: parameters, bytes or flops of what can shrink, cache "
-        "(bytes of KV cache), or latency of a forward pass on this machine.",
+        "(bytes of KV cache), or latency of a forward pass on this machine  [default: parameters; "
+        "bytes for a method that keeps widths]",
     ),
     click.option(
         "--tier",

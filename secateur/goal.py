@@ -6,7 +6,8 @@ from typing import Literal, get_args
 from secateur.errors import InputError, nearest
 from secateur.prices import Target
 
-Tier = Literal["plain", "per-layer"]
+Tier = Literal["plain", "per-layer"]  #: what may be asked for
+Written = Literal["plain", "per-layer", "factored"]  #: what a plan may need
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from secateur.model import Model
 from secateur.prices import Prices
 from secateur.records import Record, read_record
 from secateur.stream import Stream
-from secateur.units import DEPTH, EVERY_BLOCK, WIDTHS, Unit
+from secateur.units import DEPTH, EVERY_BLOCK, WIDTHS, Matrix, Unit
 from secateur.version import __version__
 
 POINTS = 9  # sizes measured of each kind of unit; linear between them
@@ -76,6 +76,11 @@ def check_timed(units: Sequence[Unit]) -> None:
         raise InputError(
             f"latency is timed in one block, and unit {through[0]!r} runs through all of them; "
             f"choose another --target, e.g. parameters."
+        )
+    if any(isinstance(unit, Matrix) for unit in units):
+        raise InputError(
+            "latency is timed for widths, not for the forms of a matrix: choose another --target, "
+            "e.g. bytes."
         )
 
 

@@ -1,6 +1,6 @@
 """Hooks that feed the statistics of a block while its forward runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,9 +23,6 @@ def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -
             if need.place == place and statistic.wants_more and not projecting:
                 statistic.update(*values, mask=mask)
 
-    def hidden(_: nn.Module, args: Any) -> None:
-        feed("hidden", args[0].reshape(*mask.shape, -1))
-
     def heads(output: Tensor) -> Tensor:
         if attention.q_norm is not None and attention.shape.get("head_norms") == "list":
             output = output.transpose(1, 2)
@@ -43,8 +40,8 @@ def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -
     def mixed(_: nn.Module, args: Any) -> None:
         feed("mixed", mixed_values(block, args[0]))
 
-    def between(_: nn.Module, args: Any) -> None:
-        feed("between", args[0].reshape(*mask.shape, -1))
+    def entering(place: str) -> Callable[[nn.Module, Any], None]:
+        return lambda _, args: feed(place, args[0].reshape(*mask.shape, -1))
 
     def scores(_: nn.Module, args: Any, kwargs: Any) -> None:
         nonlocal projecting
@@ -55,7 +52,16 @@ def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -
             feed("scores", *values)
 
     hooks: dict[str, tuple[Any, Any]] = {
-        "hidden": (block.consumer.register_forward_pre_hook, hidden),
+        "hidden": (block.consumer.register_forward_pre_hook, entering("hidden")),
+        "attention_inputs": (
+            attention.q_proj.register_forward_pre_hook,
+            entering("attention_inputs"),
+        ),
+        "output_inputs": (attention.o_proj.register_forward_pre_hook, entering("output_inputs")),
+        "mlp_inputs": (
+            block.producers[0][0].register_forward_pre_hook,
+            entering("mlp_inputs"),
+        ),
         "query": ((attention.q_norm or attention.q_proj).register_forward_hook, query),
         "key": ((attention.k_norm or attention.k_proj).register_forward_hook, key),
         "value": (attention.v_proj.register_forward_hook, value),
@@ -63,7 +69,7 @@ def observed(block: Block, statistics: Mapping[Need, Statistic], mask: Tensor) -
     }
     if block.anatomy.pre_norm is not None:
         norm = block.module.get_submodule(block.anatomy.pre_norm.mlp_norm)
-        hooks["between"] = norm.register_forward_pre_hook, between
+        hooks["between"] = norm.register_forward_pre_hook, entering("between")
     with ExitStack() as stack:
         places = {need.place for need in statistics}
         for place, (register, hook) in hooks.items():

@@ -92,7 +92,7 @@ def compress(
             raise InputError("a plan brings its own calibration; give one or the other.")
         calibration = own
     else:
-        plan, goal = None, goal or Goal()
+        plan, goal = None, goal or Goal(method.target)
         allocator = chosen_allocator(method, goal, allocator)
     calibration = calibration or Calibration()
     use = use_of(read_config(str(source), settings))

@@ -13,7 +13,7 @@ from secateur.allocate.base import Allocator, Evidence
 from secateur.allocate.plain import PlainWidth
 from secateur.calibration import Store
 from secateur.errors import InputError, nearest
-from secateur.goal import Goal, Tier
+from secateur.goal import Goal, Tier, Written
 from secateur.latency import measured
 from secateur.methods import method_class
 from secateur.methods.base import Method
@@ -22,7 +22,7 @@ from secateur.prices import Prices, Target, counted
 from secateur.records import Record, read_record
 from secateur.stitch import Stitched
 from secateur.text import Calibration, Tokens
-from secateur.units import DEPTH, Unit
+from secateur.units import DEPTH, MATRICES, Matrix, Unit
 from secateur.version import __version__
 
 MAX_PLAN_BYTES = 64 * 2**20
@@ -97,6 +97,9 @@ class Row(Record):
             what else the method's ``curve`` says.
         predicted_loss: divergence of the model's output, in nats, measured with this unit
             alone narrowed; None where the allocator did not ask for it.
+        form: of a matrix the spec of what it becomes; None where it stays dense.
+        becomes: the same in words.
+        dense_bytes: of a matrix what it takes dense.
     """
 
     unit: str
@@ -109,6 +112,9 @@ class Row(Record):
     cache_bytes_per_token: int
     predicted_error: Figure
     predicted_loss: Figure | None
+    form: dict[str, Any] | None = None
+    becomes: str | None = None
+    dense_bytes: int | None = None
 
 
 class Plan(Record):
@@ -122,7 +128,7 @@ class Plan(Record):
     allocator: Choice
     multiple_of: int = Field(ge=1)
     budget: Budget
-    tier: Tier
+    tier: Written
     units: tuple[Row, ...]
 
     @property
@@ -134,7 +140,8 @@ class Plan(Record):
     def goal(self) -> Goal:
         """What was asked for, but for the tier: sizes that are given need no constraint."""
         budget = self.budget
-        return Goal(budget.of, self.tier, self.multiple_of, budget.batch, budget.length)
+        tier: Tier = "plain" if self.tier == "plain" else "per-layer"
+        return Goal(budget.of, tier, self.multiple_of, budget.batch, budget.length)
 
     @property
     def predicted_loss(self) -> float | None:
@@ -164,7 +171,8 @@ def _built(kind: type[Built], choice: Choice) -> Built:
 
 def usual_allocator(method: Method, goal: Goal) -> Allocator:
     """What spends a budget where none is named: what the tier demands, or the method's own."""
-    shaped = goal.tier == "plain" and method.kinds != DEPTH  # whole blocks leave no odd shapes
+    # whole blocks and matrices leave no odd shapes
+    shaped = goal.tier == "plain" and method.kinds not in (DEPTH, MATRICES)
     return PlainWidth() if shaped else method.allocator
 
 
@@ -194,7 +202,7 @@ def make_plan(
             f"the calibration's windows are still to be chosen by {calibration.select!r}; give "
             "make_plan, and calibration_tokens, what select_calibration returns."
         )
-    goal = goal or Goal()
+    goal = goal or Goal(method.target)
     allocator = allocator or usual_allocator(method, goal)
     units = method.units(model, goal.multiple_of)
     prices = prices or prices_of(model, units, goal)
@@ -209,7 +217,10 @@ def make_plan(
             return found
 
         evidence = replace(evidence, judge=judge)
-    sizes = allocator.allocate(units, evidence, prices, method.keep)
+    if method.keep == 0:  # as little as there can be
+        sizes = allocator.least(units, prices)
+    else:
+        sizes = allocator.allocate(units, evidence, prices, method.keep)
     return Plan(
         secateur=__version__,
         base=Base(
@@ -267,17 +278,36 @@ def _rows(
             after=size,
             predicted_error=0.0 if size == unit.size else evidence.curves[unit.name].at(size),
             predicted_loss=loss,
+            **_form(unit, size, stored.itemsize),
             **asdict(unit.cost(size, stored.itemsize)),
         )
         rows.append(row)
     return tuple(rows)
 
 
-def tier_of(units: Sequence[Unit], sizes: Mapping[str, int]) -> Tier:
+def _form(unit: Unit, size: int, itemsize: int) -> dict[str, Any]:
+    if not isinstance(unit, Matrix):
+        return {}
+    form = unit.at(size)
+    return {
+        "form": None if form is None else dict(form.spec),
+        "becomes": unit.described(size),
+        "dense_bytes": unit.cost(unit.size, itemsize).bytes,
+    }
+
+
+def tier_of(units: Sequence[Unit], sizes: Mapping[str, int]) -> Written:
     """ "plain" where stock classes can express the sizes: one MLP width, attention untouched.
 
-    Whole blocks may be missing, as long as no constant takes their place.
+    Whole blocks may be missing, as long as no constant takes their place. "factored" where a matrix
+    has a form that only a layer of our own can read.
     """
+    matrices = [(u, u.at(sizes[u.name])) for u in units if isinstance(u, Matrix)]
+    if any(form is not None and not form.stock for _, form in matrices):
+        return "factored"
+    if matrices:
+        published = all(unit.published for unit, form in matrices if form is not None)
+        return "plain" if published else "per-layer"
     stock = not any(unit.new_bias and sizes[unit.name] < unit.size for unit in units)
     gone = {unit.block for unit in units if unit.kind == "block" and not sizes[unit.name]}
     left = [unit for unit in units if unit.block not in gone]

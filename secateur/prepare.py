@@ -31,7 +31,7 @@ from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch
 from secateur.stream import TOKENS_PER_BATCH
 from secateur.text import Calibration, Tokens
-from secateur.units import DEPTH
+from secateur.units import DEPTH, MATRICES, Matrix
 
 
 def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> Allocator:
@@ -40,7 +40,7 @@ def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> All
     Raises:
         InputError: the tier leaves nothing to allocate.
     """
-    shaped = goal.tier == "plain" and method.kinds != DEPTH
+    shaped = goal.tier == "plain" and method.kinds not in (DEPTH, MATRICES)
     if shaped and not isinstance(asked, PlainWidth | None):
         raise InputError(
             f"--tier plain has one MLP width and nothing to allocate. Leave out {asked.flags}, as "
@@ -61,6 +61,16 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
         raise InputError(
             f"--tier plain: {method.name} adds biases, for which stock classes of this family have "
             "no place. Leave them out (--compensate 0), or ask for --tier per-layer."
+        )
+    matrices = [unit for unit in units if isinstance(unit, Matrix)]
+    if goal.tier == "plain" and any(not f.stock for unit in matrices for f in unit.forms):
+        raise InputError(
+            f"--tier plain: no stock class reads the forms of {method.name}. Leave --tier out."
+        )
+    if goal.tier == "plain" and any(not unit.published for unit in matrices):
+        raise InputError(
+            "--tier plain: stock classes of this family keep attention in another layout than the "
+            "one that is worked on. Leave --tier out."
         )
     if goal.target == "cache" and not shapes.use.writes:
         raise InputError(

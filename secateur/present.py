@@ -32,6 +32,7 @@ SIDES = ("dense", "compressed")
 TIERS = {
     "plain": "loads wherever the dense model does, no extra code",
     "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
+    "factored": "loads in transformers after `import secateur`, or with trust_remote_code=True",
 }
 
 
@@ -173,8 +174,8 @@ def show_plan(plan: Plan, written: Path | None) -> None:
         loss = row.predicted_loss
         table.add_row(
             row.unit,
-            f"{row.before} → {row.after or 'gone'}",
-            f"{row.after / row.before:.0%}",
+            row.becomes or f"{row.before} → {row.after or 'gone'}",
+            f"{row.bytes / row.dense_bytes if row.dense_bytes else row.after / row.before:.0%}",
             size(row.bytes),
             f"{row.predicted_error:.2%}" if loss is None else f"{loss:.5f}",
             end_section=following is None or (several and following != block),

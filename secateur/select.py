@@ -89,7 +89,7 @@ def select_calibration(
     if by_kl:
         if method is None:
             raise InputError("--select-calibration kl compares narrowed models; name a method.")
-        goal = goal or Goal()
+        goal = goal or Goal(method.target)
         allocator = cheap(model, method, goal, allocator or usual_allocator(method, goal))
         own |= {"method": {"name": method.name, **asdict(method)}, "goal": asdict(goal)}
         own |= {"allocator": {"name": allocator.name, **asdict(allocator)}}

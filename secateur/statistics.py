@@ -232,7 +232,9 @@ class Need(NamedTuple):
     before rotation, after any norm inside them), "value" (heads without bias), "mixed" (values
     without bias, mixed by attention, as the output projection reads them), "scores" (see
     :class:`PairScores`), "block" (input and output of the block), "between" and "behind" (the
-    residual stream behind attention, where blocks have it, and behind the block).
+    residual stream behind attention, where blocks have it, and behind the block),
+    "attention_inputs", "output_inputs" and "mlp_inputs" (what the linears of attention, its output
+    projection and the MLP's producers read, biases and all).
     """
 
     place: str
@@ -261,8 +263,18 @@ class Needs:
     BEHIND_GRAM: ClassVar = Need("behind", Gram)
     HIDDEN_TARGET: ClassVar = Need("hidden", Cross)
     MIXED_TARGET: ClassVar = Need("mixed", Cross)
+    ATTENTION_INPUT_GRAM: ClassVar = Need("attention_inputs", Gram)
+    OUTPUT_INPUT_GRAM: ClassVar = Need("output_inputs", Gram)
+    MLP_INPUT_GRAM: ClassVar = Need("mlp_inputs", Gram)
 
 
 #: of what reads an MLP's channels and of what reads whole heads, by the kind of the axis
 GRAMS = {"mlp": Needs.HIDDEN_GRAM, "heads": Needs.MIXED_GRAM}
 MOMENTS = {"mlp": Needs.HIDDEN_MOMENTS, "heads": Needs.MIXED_MOMENTS}
+#: of what each linear of a block reads, by the place where that is seen
+INPUTS = {
+    "attention_inputs": Needs.ATTENTION_INPUT_GRAM,
+    "output_inputs": Needs.OUTPUT_INPUT_GRAM,
+    "mlp_inputs": Needs.MLP_INPUT_GRAM,
+    "hidden": Needs.HIDDEN_GRAM,
+}

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from itertools import takewhile
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from secateur.apply import narrowed
 from secateur.block import Block
@@ -88,8 +88,8 @@ class Stitched:
 
 
 def _moved(narrowing: Narrowing, device: torch.device) -> Narrowing:
-    parts = {field.name: getattr(narrowing, field.name) for field in fields(narrowing)}
-    return Narrowing(**{n: t.to(device) if isinstance(t, Tensor) else t for n, t in parts.items()})
+    parts: dict[str, Any] = {f.name: getattr(narrowing, f.name) for f in fields(narrowing)}
+    return Narrowing(**{n: t if t is None else t.to(device) for n, t in parts.items()})
 
 
 def _stored(narrowing: Narrowing, dtype: torch.dtype) -> Narrowing:

@@ -1,13 +1,17 @@
 """What can shrink: the units of a block, the sizes they may take and what each size costs."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 INDEX_BYTES = 8  # a kept rotary pair is stored as int64
 WIDTHS = ("mlp", "query_key", "value_output")
 WHOLE_HEADS = ("mlp", "heads")
 DEPTH = ("block",)
 STREAM = ("residual",)
+MATRICES = ("matrix",)
 EVERY_BLOCK = -1
 
 
@@ -69,6 +73,20 @@ class Unit(ABC):
     def beside(self, size: int) -> int:
         """Parameters that shrink along and that no unit counts; of its bytes alone."""
         return 0
+
+    def at_share(self, share: float) -> float:
+        """The size, perhaps between two, at which it keeps a share of its price, or nearly so."""
+        return share * self.size
+
+    def described(self, size: int) -> str:
+        """A size in words, for tables."""
+        return str(size)
+
+    @property
+    def together(self) -> tuple[int, str]:
+        """Units of one group make sense together only: values that go leave queries unread."""
+        attention = self.kind in ("query_key", "value_output", "heads")
+        return self.block, "attention" if attention else self.name
 
     @property
     def fixed(self) -> bool:
@@ -264,3 +282,84 @@ class Residual(Unit):
     def beside(self, size: int) -> int:
         rows = self.norms + self.biases + self.embeddings
         return size * (rows + (self.tied if size < self.size else 0))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a matrix may become: what stands in a checkpoint for it, and what that costs.
+
+    Attributes:
+        spec: plain JSON that says which tensors there are; for a run-time layer its whole spec.
+        label: in a few characters, for tables.
+        numbers: stored numbers of the model's own format.
+        packed: bytes of everything else: codes, scales, indices, masks.
+        multiplications: for one token, as the layer computes.
+        parameters: numbers that say what the matrix is, however they are stored.
+        stock: whether other libraries load it, as with integers in a common format.
+    """
+
+    spec: Mapping[str, Any]
+    label: str
+    numbers: int
+    packed: int
+    multiplications: int
+    parameters: int
+    stock: bool = False
+
+    def bytes(self, itemsize: int) -> int:
+        """Bytes on disk, when a number of the model takes ``itemsize``."""
+        return self.numbers * itemsize + self.packed
+
+
+@dataclass(frozen=True)
+class Matrix(Unit):
+    """The weight of one linear layer, dense or in one of several other forms.
+
+    Its size counts the forms, from 1 for the cheapest on; the largest is the dense weight.
+    """
+
+    path: str  #: of the linear in its block
+    outputs: int
+    inputs: int
+    forms: tuple[Form, ...]  #: those that are smaller than the dense weight, ascending
+    published: bool  #: whether a checkpoint of the stock class has this very matrix
+
+    @property
+    def kind(self) -> str:
+        return "matrix"
+
+    def at(self, size: int) -> Form | None:
+        """The form of a size; None where it is dense."""
+        return self.forms[size - 1] if size < self.size else None
+
+    def matrix_parameters(self, size: int) -> int:
+        form = self.at(size)
+        return self.outputs * self.inputs if form is None else form.multiplications
+
+    def parameters(self, size: int) -> int:
+        form = self.at(size)
+        return self.outputs * self.inputs if form is None else form.parameters
+
+    def cost(self, size: int, itemsize: int) -> Cost:
+        form = self.at(size)
+        whole = self.outputs * self.inputs
+        return Cost(
+            parameters=self.parameters(size),
+            bytes=whole * itemsize if form is None else form.bytes(itemsize),
+            flops_per_token=2 * self.matrix_parameters(size),
+            cache_bytes_per_token=0,
+        )
+
+    def at_share(self, share: float) -> float:
+        """By bytes, of numbers of two bytes each."""
+        whole = self.outputs * self.inputs * 2
+        prices = [form.bytes(2) for form in self.forms] + [whole]
+        index = bisect_right(prices, share * whole)
+        if index in (0, len(prices)):
+            return float(max(1, index))
+        low, high = prices[index - 1], prices[index]
+        return index + (share * whole - low) / (high - low)
+
+    def described(self, size: int) -> str:
+        form = self.at(size)
+        return "dense" if form is None else form.label

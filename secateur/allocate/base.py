@@ -102,7 +102,8 @@ class Allocator(ABC):
             InputError: not even the smallest sizes meet it; the message says what is within reach.
         """
         self.check_units(units)
-        prices.check(units, self.least(units, prices), keep, self.flags)
+        if keep > 0:
+            prices.check(units, self.least(units, prices), keep, self.flags)
 
     def judgements(self, units: Sequence[Unit], prices: Prices, keep: float) -> int:
         """How often, about, it will ask the judge; here never."""
@@ -150,7 +151,7 @@ class ShareAllocator(Allocator):
         # Where nothing that changes has a price, keep is 1.
         share = max(0.0, (keep * whole - still) / (whole - still)) if whole > still else 1.0
         shares = self.shares([u for u in units if not u.fixed], evidence, prices, share)
-        ideal = {u.name: u.size if u.fixed else shares[u.name] * u.size for u in units}
+        ideal = {u.name: u.size if u.fixed else u.at_share(shares[u.name]) for u in units}
         allowed = {unit.name: self.choices(unit) for unit in units}
         return fit(units, allowed, ideal, prices, prices.budget(units, keep))
 

@@ -77,9 +77,6 @@ class Greedy(Allocator):
     def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
         """What may go, as it goes."""
         last = max(unit.block for unit in units) - self.ends
-        groups = [
-            list(own)
-            for _, own in groupby(units, key=lambda unit: (unit.block, unit.kind == "mlp"))
-        ]
+        groups = [list(own) for _, own in groupby(units, key=lambda unit: unit.together)]
         free = [group for group in groups if not any(unit.least for unit in group)]
         return [group for group in free if self.ends <= group[0].block <= last]

@@ -65,7 +65,7 @@ class Knapsack(Allocator):
         budget = prices.budget(units, keep) - prices.fixed
         groups = [
             self._group(list(own), prices, losses)
-            for _, own in groupby(units, key=lambda unit: (unit.block, unit.kind == "mlp"))
+            for _, own in groupby(units, key=lambda unit: unit.together)
         ]
         spare = budget - sum(group[0].price for group in groups)
         measure = math.gcd(*(c.price - group[0].price for group in groups for c in group)) or 1

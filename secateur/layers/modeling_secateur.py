@@ -1,10 +1,11 @@
 """Stock transformers models with narrower layers.
 
 This file is written beside the weights of every checkpoint whose layers differ in shape, so it
-stands alone: it imports torch and transformers, never secateur. The shapes are read from the
-``secateur`` block of ``config.json``. A class is the stock class with some modules replaced:
-``SecateurLlamaForCausalLM`` is ``LlamaForCausalLM``, ``SecateurOPTModel`` is ``OPTModel`` and so
-on; they are made on request (``__getattr__`` at the end), so no family is named here.
+stands alone: it imports torch, transformers and the file of factored layers, never secateur. The
+shapes are read from the ``secateur`` block of ``config.json``. A class is the stock class with some
+modules replaced: ``SecateurLlamaForCausalLM`` is ``LlamaForCausalLM``, ``SecateurOPTModel`` is
+``OPTModel`` and so on; they are made on request (``__getattr__`` at the end), so no family is named
+here.
 """
 
 import copy
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
+
+from .factored_secateur import Factored, layer_class
 
 PREFIX = "Secateur"
 
@@ -397,8 +400,30 @@ def narrow(model: PreTrainedModel, shapes: dict[str, Any]) -> None:
             path = shapes["attention"]
             stock = block.get_submodule(path)
             block.set_submodule(path, narrow_attention(stock, layer["attention"]))
+        for path, spec in layer.get("forms", {}).items():
+            block.set_submodule(path, factored(block, path, spec))
     if "residual" in shapes:
         _slice(model, blocks, shapes["residual"])
+
+
+def factored(block: nn.Module, path: str, spec: Any) -> Factored:
+    """An uninitialised layer of another form in place of one of a block's linears.
+
+    Raises:
+        ValueError: the spec is none, or not for the linear that is there.
+    """
+    try:
+        old = block.get_submodule(path)
+    except AttributeError:
+        old = None
+    if not isinstance(old, (nn.Linear, Conv1D)):
+        raise ValueError(f"forms: {path!r} is no linear layer of a {type(block).__name__}.")
+    made = layer_class(spec)  # which refuses what is out of bounds
+    sizes = old.weight.shape if isinstance(old, nn.Linear) else old.weight.shape[::-1]
+    there = (*sizes, old.bias is not None)
+    if there != (spec["outputs"], spec["inputs"], spec["bias"]):
+        raise ValueError(f"forms: outputs, inputs and bias of {path!r} are {there}, not as {spec}.")
+    return made(spec)
 
 
 def _slice(model: PreTrainedModel, blocks: Any, residual: dict[str, Any]) -> None:

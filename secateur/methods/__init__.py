@@ -25,6 +25,8 @@ METHODS = {
     "shortgpt": "secateur.methods.shortgpt:ShortGPT",
     "sleb": "secateur.methods.sleb:SLEB",
     "replace": "secateur.methods.replace:Replace",
+    "svd": "secateur.methods.svd:SVD",
+    "svd-llm": "secateur.methods.svd_llm:SVDLLM",
 }
 
 

@@ -3,14 +3,16 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.block import Block
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.options import checked, option
+from secateur.prices import Target
 from secateur.statistics import BlockStatistics, Need
 from secateur.units import WIDTHS, Unit
 
@@ -32,6 +34,7 @@ class Narrowing:
         consumer: Ŵ in place of the consumer's rows: (k, outputs) for an MLP, (heads · k, outputs)
             for value/output. None leaves the kept rows as they are.
         bias: a constant for the consumer's output in place of what is gone, (outputs).
+        layer: a layer in place of a linear one, for a unit that is a matrix.
 
     Value/output without ``encode`` keeps its width, and only the consumer changes.
     """
@@ -40,19 +43,24 @@ class Narrowing:
     encode: Tensor | None = None
     consumer: Tensor | None = None
     bias: Tensor | None = None
+    layer: nn.Module | None = None
 
 
-@dataclass(frozen=True)
 class Solution:
     """A method's answer for one unit, at every size it may take.
 
-    Attributes:
-        curve: predicted error of the unit's output, or what else :attr:`Method.curve` says.
-        at: what replaces the unit at a size.
+    ``at`` says what replaces the unit at a size. The curve may be given as what works it out, where
+    that is dear: it is done when someone asks, and applying a plan never does.
     """
 
-    curve: Curve
-    at: Callable[[int], Narrowing]
+    def __init__(self, curve: Curve | Callable[[], Curve], at: Callable[[int], Narrowing]) -> None:
+        self._curve = curve
+        self.at = at
+
+    @cached_property
+    def curve(self) -> Curve:
+        """Predicted error of the unit's output, or what else :attr:`Method.curve` says."""
+        return self._curve if isinstance(self._curve, Curve) else self._curve()
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class Method(ABC):
     kinds: ClassVar[tuple[str, ...]] = WIDTHS
     #: the axes that stay whole, and that a budget counts all the same: ``keep`` means one thing
     spared: ClassVar[tuple[str, ...]] = ()
+    #: what a budget counts unless something else is asked for
+    target: ClassVar[Target] = "parameters"
     #: whether a block's statistics are read once more, behind the narrowed blocks before it
     rereads: ClassVar[bool] = False
     keep: float = option(0.8, "share of the target that stays")

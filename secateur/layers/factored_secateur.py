@@ -1,0 +1,191 @@
+"""Linear layers whose weight has another form than one dense matrix.
+
+This file is written beside the weights of checkpoints of the factored tier, so it stands alone: it
+imports torch, never secateur. A layer is described by a spec, plain JSON from ``config.json``:
+
+    {"form": "low_rank", "outputs": 768, "inputs": 256, "bias": false, "rank": 64}
+
+The tensors that it holds follow from the spec alone (``tensors``), the same on every machine and
+for every backend; what a kernel wants in another order is made from them after loading. A form that
+computes with its dense weight makes that once, at the first forward pass, and keeps it beside the
+packed tensors: it saves bytes on disk and nothing else.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Spec = dict[str, Any]
+#: of every tensor of a layer the shape, and the dtype where it is not the model's own
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+
+
+class Factored(nn.Module):
+    """y = x Ŵᵀ + b, with a weight Ŵ (outputs, inputs) made of the tensors that a spec describes.
+
+    Raises:
+        ValueError: the spec is not one of this form, or a number in it is out of bounds.
+    """
+
+    form: ClassVar[str]
+    #: the names of the numbers in a spec of this form, beside those of every form
+    numbers: ClassVar[tuple[str, ...]] = ()
+    #: whether it computes with its dense weight
+    densified: ClassVar[bool] = False
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.check(spec)
+        self.spec = dict(spec)
+        self.out_features, self.in_features = spec["outputs"], spec["inputs"]
+        self._made: tuple[Tensor, ...] = ()  # the dense weight, where it was needed
+        self.make()
+        if spec["bias"]:
+            self.bias = nn.Parameter(torch.empty(spec["outputs"]), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    def make(self) -> None:
+        """Make room for the tensors."""
+        for name, (shape, dtype) in self.tensors(self.spec).items():
+            if dtype is None:
+                room = nn.Parameter(torch.empty(shape), requires_grad=False)
+                self.register_parameter(name, room)
+            else:
+                self.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    @classmethod
+    def check(cls, spec: Spec) -> None:
+        """Refuse a spec that is not of this form, before any memory is taken."""
+        wanted = {"form", "outputs", "inputs", "bias", *cls.numbers}
+        if set(spec) != wanted or spec["form"] != cls.form or not isinstance(spec["bias"], bool):
+            raise ValueError(
+                f"spec {spec}: one of form {cls.form!r} has a truth value for bias, and whole "
+                f"numbers {', '.join(sorted(wanted - {'form', 'bias'}))}."
+            )
+        for name in wanted - {"form", "bias"}:
+            if type(spec[name]) is not int or not 0 < spec[name] < 2**31:
+                raise ValueError(f"spec {spec}: {name} should be a whole number above 0.")
+        problem = cls.problem(spec)
+        if problem is not None:
+            raise ValueError(f"spec {spec}: {problem}.")
+
+    @classmethod
+    def problem(cls, spec: Spec) -> str | None:
+        """What is wrong with the numbers of a spec, if anything is."""
+        return None
+
+    @classmethod
+    def tensors(cls, spec: Spec) -> Layout:
+        """The tensors of a spec; the bias, which every form keeps, is left out."""
+        raise NotImplementedError
+
+    @classmethod
+    def multiplications(cls, spec: Spec) -> int:
+        """Multiplications for one token, as it computes."""
+        outputs: int = spec["outputs"]
+        return outputs * int(spec["inputs"])  # with the dense weight
+
+    def dense(self) -> Tensor:
+        """The weight that it stands for, (outputs, inputs)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the dense weight would make of x (…, inputs): (…, outputs)."""
+        if not self._made or self._made[0].dtype != x.dtype or self._made[0].device != x.device:
+            self._made = (self.dense().to(x),)
+        return nn.functional.linear(x, self._made[0], self.bias)
+
+    def forget(self) -> None:
+        """Make the dense weight again when it is needed next; its tensors have changed."""
+        self._made = ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.spec.items())
+
+
+class LowRank(Factored):
+    """Ŵ = B A, with A (rank, inputs) read first and B (outputs, rank) second."""
+
+    form = "low_rank"
+    numbers = ("rank",)
+
+    def make(self) -> None:
+        rank = self.spec["rank"]
+        self.first = nn.Linear(self.in_features, rank, bias=False).requires_grad_(False)
+        self.second = nn.Linear(rank, self.out_features, bias=False).requires_grad_(False)
+
+    @classmethod
+    def problem(cls, spec: Spec) -> str | None:
+        most = min(spec["outputs"], spec["inputs"])
+        return f"rank should be at most {most}" if spec["rank"] > most else None
+
+    @classmethod
+    def tensors(cls, spec: Spec) -> Layout:
+        rank = spec["rank"]
+        return {
+            "first.weight": ((rank, spec["inputs"]), None),
+            "second.weight": ((spec["outputs"], rank), None),
+        }
+
+    @classmethod
+    def multiplications(cls, spec: Spec) -> int:
+        rank: int = spec["rank"]
+        return rank * int(spec["outputs"] + spec["inputs"])
+
+    def dense(self) -> Tensor:
+        return self.second.weight @ self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.second(self.first(x))
+        return output if self.bias is None else output + self.bias
+
+
+#: form → its layer
+FORMS: dict[str, type[Factored]] = {layer.form: layer for layer in (LowRank,)}
+
+
+def layer_class(spec: Any) -> type[Factored]:
+    """The layer of a spec.
+
+    Raises:
+        ValueError: it is no spec, or of no form that there is.
+    """
+    form = spec.get("form") if isinstance(spec, dict) else None
+    if not isinstance(form, str) or form not in FORMS:
+        raise ValueError(f"spec {str(spec)[:200]}: its form should be one of {', '.join(FORMS)}.")
+    FORMS[form].check(spec)
+    return FORMS[form]
+
+
+def build(spec: Any) -> Factored:
+    """An uninitialised layer from its spec."""
+    return layer_class(spec)(spec)
+
+
+def fill(
+    spec: Spec, tensors: dict[str, Tensor], bias: Tensor | None, dtype: torch.dtype
+) -> Factored:
+    """A layer with its tensors; those that are the model's own numbers become ``dtype``."""
+    with torch.device("meta"):
+        layer = build(spec)
+    wanted = layer_class(spec).tensors(spec)
+    state = {}
+    for name, (shape, own) in wanted.items():
+        found = tensors[name]
+        assert tuple(found.shape) == shape, (name, tuple(found.shape), shape)
+        assert own in (None, found.dtype), (name, found.dtype)
+        state[name] = found.to(own or dtype).contiguous()
+    if bias is not None:
+        state["bias"] = bias.detach()
+    layer.load_state_dict(state, assign=True)
+    return layer.requires_grad_(False)

@@ -1,0 +1,203 @@
+"""Methods that give the matrices of linear layers another form, and the metric they share."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.uniform import Uniform
+from secateur.block import Block, Linear, inputs_by_outputs
+from secateur.curve import Curve
+from secateur.errors import InputError
+from secateur.forms import smaller
+from secateur.layers.factored_secateur import Factored, fill
+from secateur.methods.base import Method, Narrowing, Solution
+from secateur.options import checked, option
+from secateur.prices import Target
+from secateur.statistics import INPUTS, BlockStatistics, Need
+from secateur.units import MATRICES, Form, Matrix, Unit
+
+if TYPE_CHECKING:
+    from secateur.model import Model
+
+
+class Metric:
+    """What an error of a weight W (outputs, inputs) does to the outputs: tr(Δ H Δᵀ), H = E xxᵀ.
+
+    H is a mean over tokens in float64; the identity where a method looks at the weights alone.
+    ``ridge``, relative to the mean of H's diagonal, is added where a root or an inverse is taken.
+    """
+
+    def __init__(self, gram: Tensor, ridge: float = 0.0) -> None:
+        self.gram = gram
+        self.ridge = ridge
+
+    @classmethod
+    def identity(cls, inputs: int, like: Tensor) -> "Metric":
+        """That of inputs which are equally large and have nothing to do with each other."""
+        return cls(torch.eye(inputs, dtype=torch.float64, device=like.device))
+
+    def error(self, difference: Tensor) -> float:
+        """The mean squared error of the outputs that a difference of weights makes."""
+        return float(torch.einsum("oi,ij,oj->", difference, self.gram, difference).clamp_min(0.0))
+
+    @property
+    def energy(self) -> Tensor:
+        """Mean square of every input, (inputs): the diagonal of H."""
+        return self.gram.diagonal()
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """H with the ridge on its diagonal."""
+        scale = self.energy.mean().clamp_min(1e-200)
+        return self.gram + self.ridge * scale * torch.eye(len(self.gram)).to(self.gram)
+
+    @cached_property
+    def whitening(self) -> tuple[Tensor, Tensor]:
+        """L with L Lᵀ = H and its pseudo-inverse, both (inputs, inputs).
+
+        By an eigendecomposition, as H may be singular; eigenvalues are raised by the ridge, and
+        directions without energy, which only a ridge of zero leaves, have none in either.
+        """
+        values, vectors = torch.linalg.eigh(self.damped)
+        floor = torch.finfo(values.dtype).eps * len(values) * values[-1]
+        there = (values > floor).to(values)
+        root = values.clamp_min(0).sqrt() * there
+        inverse = there / torch.where(there > 0, root, 1.0)
+        return vectors * root, (vectors * inverse).mT
+
+
+@dataclass(frozen=True)
+class FormMethod(Method):
+    """Keeps the width of every module and gives the weights of its linear layers another form.
+
+    A subclass says which :meth:`forms` it has for a matrix, and works out the tensors of one of
+    them in :meth:`reshaped`. A weight is W (outputs, inputs), in float64, and its error is that of
+    the outputs, ‖(W − Ŵ)L‖² with L Lᵀ = H. Don't use one where width can go: a narrower module is
+    faster on any hardware and needs no code of ours.
+    """
+
+    keep: float = option(0.0, "share of the target that stays; 0 for as little as its forms allow")
+
+    kinds: ClassVar[tuple[str, ...]] = MATRICES
+    target: ClassVar[Target] = "bytes"
+    #: whether it looks at what the layers read; a method that doesn't has the identity for a metric
+    data_aware: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checked(self)
+        if not 0 <= self.keep <= 1:
+            raise InputError(
+                f"keep {self.keep!r} should be at most 1, e.g. 0.5, or 0 for as little as possible."
+            )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The Gram of what every linear layer reads."""
+        return frozenset(INPUTS.values()) if self.data_aware else frozenset()
+
+    @property
+    def allocator(self) -> Allocator:
+        """The same share of every matrix."""
+        return Uniform()
+
+    @abstractmethod
+    def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
+        """What it may make of a matrix; what is no smaller than the dense weight is left out."""
+
+    @abstractmethod
+    def reshaped(self, weight: Tensor, metric: Metric, form: Form) -> dict[str, Tensor]:
+        """The tensors of a form for a weight (outputs, inputs), as its layer names them."""
+
+    def layer(
+        self, weight: Tensor, metric: Metric, form: Form, bias: Tensor | None, dtype: torch.dtype
+    ) -> nn.Module:
+        """The layer that a form makes of a weight."""
+        return fill(dict(form.spec), self.reshaped(weight, metric, form), bias, dtype)
+
+    def errors(self, weight: Tensor, metric: Metric, forms: Sequence[Form]) -> list[float]:
+        """The output error of every form; here by making each of them in float64."""
+        found = []
+        for form in forms:
+            layer = self.layer(weight, metric, form, None, torch.float64)
+            found.append(metric.error(weight - dense(layer)))
+        return found
+
+    def units(self, model: "Model", multiple_of: int) -> list[Unit]:
+        """The matrices of all linear layers in blocks."""
+        return [
+            self._unit(block, linear, model.stored.itemsize)
+            for block in model.blocks
+            for linear in block.linear_layers
+        ]
+
+    def _unit(self, block: Block, linear: Linear, itemsize: int) -> Matrix:
+        inputs, outputs = inputs_by_outputs(linear.module).shape
+        bias = isinstance(linear.module.bias, Tensor)
+        forms = smaller(self.forms(outputs, inputs, bias), outputs, inputs, itemsize)
+        return Matrix(
+            name=f"layers.{block.index}.{linear.path}",
+            block=block.index,
+            size=len(forms) + 1,
+            step=1,
+            hidden=block.attention.o_proj.out_features,
+            least=1,
+            path=linear.path,
+            outputs=outputs,
+            inputs=inputs,
+            forms=forms,
+            published=linear.published,
+        )
+
+    def obstacle(self, model: "Model") -> str | None:
+        """None of its matrices has a smaller form."""
+        if any(not unit.fixed for unit in self.units(model, 1)):
+            return None
+        return f"none of its matrices becomes smaller by the forms of {self.name}"
+
+    def metric(self, linear: Linear, statistics: BlockStatistics) -> Metric:
+        """What an error of a linear's weight does to its outputs.
+
+        What a second factor reads is x Aᵀ, so its Gram is A H Aᵀ: nothing has to be observed.
+        """
+        weight = inputs_by_outputs(linear.module)
+        if not self.data_aware:
+            return Metric.identity(len(weight), weight)
+        gram = statistics[INPUTS[linear.place]].mean
+        if linear.behind is not None:
+            first = inputs_by_outputs(linear.behind).double().t()
+            gram = first @ gram @ first.t()
+        return Metric(gram, getattr(self, "ridge", 0.0))
+
+    def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
+        """Every form of one matrix."""
+        assert isinstance(unit, Matrix)
+        (linear,) = (layer for layer in block.linear_layers if layer.path == unit.path)
+        metric = self.metric(linear, statistics)
+        own = inputs_by_outputs(linear.module).t()
+        weight, bias = own.double(), linear.module.bias
+        constant = bias if isinstance(bias, Tensor) else None
+
+        def curve() -> Curve:
+            errors = self.errors(weight, metric, unit.forms)
+            whole = metric.error(weight)
+            return Curve.of(torch.tensor([whole, *errors, 0.0], dtype=torch.float64))
+
+        def at(size: int) -> Narrowing:
+            form = unit.at(size)
+            assert form is not None
+            return Narrowing(layer=self.layer(weight, metric, form, constant, own.dtype))
+
+        return Solution(curve, at)
+
+
+def dense(layer: nn.Module) -> Tensor:
+    """The weight that a layer stands for, (outputs, inputs)."""
+    found = layer.dense() if isinstance(layer, Factored) else layer.weight
+    assert isinstance(found, Tensor)
+    return found
