@@ -24,6 +24,8 @@ class Linear(NamedTuple):
         module: the layer.
         place: where a :class:`~secateur.statistics.Need` finds what it reads.
         behind: another linear, through which that passes first; None where it reads it as it is.
+        factor: whether it is one of two that stand for one matrix.
+        order: of its first part among the block's :meth:`Block.matrices`, attention's first.
         published: whether the stock class has this very matrix under this name.
     """
 
@@ -31,6 +33,8 @@ class Linear(NamedTuple):
     module: nn.Module
     place: str
     behind: nn.Module | None
+    factor: bool
+    order: int
     published: bool
 
 
@@ -42,7 +46,8 @@ class Block:
     the block's attention by a :class:`NarrowAttention` of full width with the same weights, so that
     statistics and narrowing meet one kind of attention everywhere. ``stock_attention`` keeps the
     replaced module, which shares its weights where it can, and ``stock_linears`` the sizes of the
-    MLP's linears. A block that is ``gone`` hands on what it gets.
+    MLP's linears. In a checkpoint that is compressed already both are what they are there. A block
+    that is ``gone`` hands on what it gets.
     """
 
     index: int
@@ -56,8 +61,11 @@ class Block:
 
     def __post_init__(self) -> None:
         self.stock_attention = self.module.get_submodule(self.anatomy.attention)
-        self.replace_attention(uniform_attention(self.stock_attention, self.anatomy, self.heads))
-
+        if isinstance(self.stock_attention, NarrowAttention):  # of a compressed checkpoint
+            self.attention = self.stock_attention
+        else:
+            attention = uniform_attention(self.stock_attention, self.anatomy, self.heads)
+            self.replace_attention(attention)
         for path in (*(path for path, _ in self.anatomy.producers), self.anatomy.consumer):
             self.module.set_submodule(path, may_be_empty(self.module.get_submodule(path)))
         self.stock_linears = self.linears
@@ -92,8 +100,9 @@ class Block:
         at[f"{self.anatomy.attention}.o_proj"] = "output_inputs"
         at |= {path: "mlp_inputs" for path, _ in self.anatomy.producers}
         at[self.anatomy.consumer] = "hidden"
-        found = []
+        found, order, parts = [], 0, dict(self.anatomy.producers)
         for path, place in at.items():
+            here, order = order, order + parts.get(path, 1)
             layer, name = self.module.get_submodule(path), path.rpartition(".")[2]
             stock = place in ("mlp_inputs", "hidden") or (
                 isinstance(getattr(self.stock_attention, name, None), nn.Linear)
@@ -101,10 +110,10 @@ class Block:
             )
             if isinstance(layer, LowRank):
                 first, second = layer.first, layer.second
-                found.append(Linear(f"{path}.first", first, place, None, False))
-                found.append(Linear(f"{path}.second", second, place, first, False))
+                found.append(Linear(f"{path}.first", first, place, None, True, here, False))
+                found.append(Linear(f"{path}.second", second, place, first, True, here, False))
             elif isinstance(layer, nn.Linear | Conv1D) and layer.weight.numel():
-                found.append(Linear(path, layer, place, None, stock))
+                found.append(Linear(path, layer, place, None, False, here, stock))
         return found
 
     def replace_attention(self, attention: NarrowAttention) -> None:
@@ -228,11 +237,12 @@ class Block:
     def matrices(self, kind: str) -> list[Tensor]:
         """The matrices that an axis is a side of, or of whose heads it is, either way round."""
         if kind == "mlp":
-            return [*self.producer_weights, inputs_by_outputs(self.consumer)]
+            producers = [part for m, n in self.producers for part in dense_weight(m).chunk(n)]
+            return [*producers, dense_weight(self.consumer)]
         a = self.attention
         queries, values = [a.q_proj, a.k_proj], [a.v_proj, a.o_proj]
         own = {"query_key": queries, "value_output": values, "heads": queries + values}
-        return [linear.weight for linear in own[kind]]
+        return [dense_weight(linear) for linear in own[kind]]
 
     @property
     def output_weight(self) -> Tensor:
@@ -431,6 +441,11 @@ def inputs_by_outputs(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(module, nn.Linear) else weight
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight that a linear layer of whatever form stands for, (outputs, inputs)."""
+    return module.dense() if isinstance(module, Factored) else inputs_by_outputs(module).t()
 
 
 def _sizes(linear: nn.Module) -> dict[str, Any]:

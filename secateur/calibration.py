@@ -15,7 +15,7 @@ from secateur.errors import InputError, refuse_difference
 from secateur.gradients import collect_gradients, needs_gradients
 from secateur.model import Model
 from secateur.observe import observed
-from secateur.statistics import BlockStatistics, Need, Needs, Statistic
+from secateur.statistics import INPUTS, BlockStatistics, Need, Needs, Statistic
 from secateur.stream import Stream
 from secateur.text import Tokens
 from secateur.workspace import write_whole
@@ -153,12 +153,14 @@ def collect(
     Raises:
         InputError: the activations hold NaN or infinite numbers.
     """
+    places = {linear.place for linear in block.linear_layers}  # what is empty reads nothing
     statistics: dict[Need, Statistic] = {
         need: need.kind()
         for need in needs
         if not needs_gradients(need)
         and (need.place != "scores" or block.query_key_obstacle is None)
         and (need.place != "between" or block.anatomy.pre_norm is not None)
+        and (need.place not in INPUTS or need.place in places)
     }
     part = stream.part(block)
     for batch in stream.batches:

@@ -22,6 +22,7 @@ from secateur.layers import factored_secateur, modeling_secateur
 from secateur.layers.factored_secateur import Factored
 from secateur.model import Model
 from secateur.residual import residual_layout
+from secateur.uses import PREFIX
 
 SHARD_BYTES = 4 * 2**30
 
@@ -158,6 +159,8 @@ def _round(module: nn.Module, dtype: torch.dtype) -> None:
 def attention_changed(block: Block) -> bool:
     """Whether the block's attention differs in shape or form from the stock one."""
     attention, heads = block.attention, block.heads
+    if attention is block.stock_attention:  # so it came, from a compressed checkpoint
+        return True
     shape = attention.shape
     stock = {"query_key": heads.width, "value": heads.width, "kv_heads": heads.kv_heads}
     if "hidden" in shape or any(shape[name] != size for name, size in stock.items()):
@@ -177,9 +180,9 @@ def layout(model: Model) -> dict[str, Any]:
 
 
 def _stack(model: Model, anatomy: Anatomy) -> dict[str, Any]:
-    layers = []
-    for block in (b for b in model.blocks if b.anatomy is anatomy):
-        layer: dict[str, Any] = {}
+    layers, before = [], _layers_before(model, anatomy)
+    for number, block in enumerate(b for b in model.blocks if b.anatomy is anatomy):
+        layer: dict[str, Any] = dict(before[number]) if before else {}
         stock = block.stock_linears
         if changed := {path: own for path, own in block.linears.items() if own != stock[path]}:
             layer["linears"] = changed
@@ -192,6 +195,13 @@ def _stack(model: Model, anatomy: Anatomy) -> dict[str, Any]:
     return {"blocks": anatomy.blocks, "attention": anatomy.attention, "layers": layers}
 
 
+def _layers_before(model: Model, anatomy: Anatomy) -> list[dict[str, Any]]:
+    """The entries of a stack in the config that a compressed checkpoint came with."""
+    shapes = getattr(model.config, "secateur", None) or {}
+    found: list[dict[str, Any]] = shapes.get("layers", [])
+    return found if anatomy is model.anatomy else shapes.get("decoder", {}).get("layers", [])
+
+
 def write_config(model: Model, tier: Written, folder: Path) -> None:
     """Write config.json, generation config, tokenizer and, where needed, the modelling code.
 
@@ -201,20 +211,21 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
     assert anatomy is not None
     fields = config.to_dict()
     fields["dtype"] = str(model.stored).removeprefix("torch.")
-    stock = type(model.module).__name__
+    prefix = modeling_secateur.PREFIX
+    stock = type(model.module).__name__.removeprefix(prefix)
     if tier == "plain":
         fields[anatomy.width_key] = inputs_by_outputs(model.blocks[0].consumer).shape[0]
         fields["architectures"] = [stock]
     else:
-        prefix = modeling_secateur.PREFIX
-        base: Any = MODEL_MAPPING[type(config)]
+        base = MODEL_MAPPING[type(config)].__name__.removeprefix(prefix)  # type: ignore[attr-defined]
+        config_class = type(config).__name__.removeprefix(prefix)
         files = [Path(str(code.__file__)) for code in (modeling_secateur, factored_secateur)]
         code = files[0].stem
-        fields["model_type"] = f"secateur_{config.model_type}"
+        fields["model_type"] = PREFIX + config.model_type.removeprefix(PREFIX)
         fields["architectures"] = [prefix + stock]
         fields["auto_map"] = {
-            "AutoConfig": f"{code}.{prefix}{type(config).__name__}",
-            "AutoModel": f"{code}.{prefix}{base.__name__}",
+            "AutoConfig": f"{code}.{prefix}{config_class}",
+            "AutoModel": f"{code}.{prefix}{base}",
             model.use.auto: f"{code}.{prefix}{stock}",
         }
         fields["secateur"] = layout(model)

@@ -15,7 +15,7 @@ from secateur.methods.base import Solution
 from secateur.model import Model
 from secateur.stream import Stream
 from secateur.text import Tokens
-from secateur.units import Unit
+from secateur.units import Matrix, Unit
 
 #: sizes measured of every unit, as shares of today's; between them its own curve is used
 SHARES = (0.0, 1 / 3, 2 / 3)
@@ -94,18 +94,27 @@ def measure_losses(
     losses = {}
     for unit in units:
         solution, found = solutions[unit.name], {unit.size: 0.0}
-        for size in measured_sizes(unit):
+        for size in measured_sizes(unit, solution.curve):
             with narrowed(block, unit, solution.at(size)):
                 found[size] = divergence.of(block)
-        losses[unit.name] = between(found, solution.curve)
+        interpolated = by_error if isinstance(unit, Matrix) else between
+        losses[unit.name] = interpolated(found, solution.curve)
         advance(1)
     divergence.advance(block)
     return losses
 
 
-def measured_sizes(unit: Unit) -> list[int]:
-    """The sizes nearest to :data:`SHARES` of today's, without today's."""
+def measured_sizes(unit: Unit, curve: Curve) -> list[int]:
+    """The sizes nearest to :data:`SHARES` of today's, without today's.
+
+    Of a matrix the forms of the largest error, of a tenth and of a hundredth of it, or nearly so.
+    """
     allowed = unit.sizes()[:-1]
+    if isinstance(unit, Matrix):
+        errors = {size: max(curve.at(size), 1e-12) for size in allowed}
+        worst = max(errors.values())
+        marks = [math.log(worst) - step * math.log(10) for step in range(len(SHARES))]
+        return sorted({min(allowed, key=lambda s: abs(math.log(errors[s]) - m)) for m in marks})
     return sorted({min(allowed, key=lambda s: abs(s - share * unit.size)) for share in SHARES})
 
 
@@ -132,6 +141,31 @@ def between(measured: Mapping[int, float], curve: Curve) -> Curve:
                 along = rest / (high - low) if not x > y > 0 else _position(curve.at(size), x, y)
                 losses[size] = b * (a / b) ** along
     return Curve(tuple(losses))
+
+
+def by_error(measured: Mapping[int, float], curve: Curve) -> Curve:
+    """Losses of all forms of a matrix from measured ones of some, its dense weight among them.
+
+    Forms of different kinds are no sizes of one thing: what they lose goes by their error alone.
+    Between two measured errors log loss is linear in log error, beyond them proportional to it.
+    """
+    points, floor = [], 0.0
+    for size in sorted(measured, key=curve.at):  # a larger error is never taken for better
+        if curve.at(size) > 0:
+            floor = max(measured[size], floor)
+            points.append((curve.at(size), floor))
+
+    def loss(error: float) -> float:
+        if error <= 0 or not points:
+            return 0.0
+        low = max((p for p in points if p[0] <= error), default=points[0])
+        high = min((p for p in points if p[0] >= error), default=points[-1])
+        if low[0] >= high[0] or low[1] <= 0:
+            return high[1] * error / high[0]
+        along = math.log(error / low[0]) / math.log(high[0] / low[0])
+        return float(low[1] * (high[1] / low[1]) ** along)
+
+    return Curve(tuple(map(loss, curve.errors)))
 
 
 def _position(error: float, high: float, low: float) -> float:

@@ -18,6 +18,7 @@ from secateur import bundled
 from secateur.anatomy import FAMILIES, Anatomy, find
 from secateur.block import Block
 from secateur.errors import InputError, nearest
+from secateur.header import check_layers
 from secateur.text import expanded
 from secateur.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
 from secateur.uses import PREFIX, Use, use_of
@@ -101,6 +102,11 @@ class Model:
     def use(self) -> Use:
         """What it is for."""
         return use_of(self.config)
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether it is a compressed checkpoint in which layers have shapes of their own."""
+        return str(self.config.model_type).startswith(PREFIX)
 
     @property
     def positions(self) -> int | None:
@@ -221,22 +227,30 @@ def positions(config: Any) -> int | None:
 
 
 def anatomy_of(config: Any) -> Anatomy | None:
-    """What is coupled in a model of this config, or None where it is not served."""
-    families = (f for f in FAMILIES if config.model_type in f.model_types)
+    """What is coupled in a model of this config, or None where it is not served.
+
+    A compressed checkpoint has the anatomy of what it was made from.
+    """
+    model_type: str = config.model_type.removeprefix(PREFIX)
+    families = (f for f in FAMILIES if model_type in f.model_types)
     return next((f for f in families if f.refusal(config) is None), None)
+
+
+def has_forms(config: Any) -> bool:
+    """Whether some layers of a checkpoint are said to have a weight of another form."""
+    shapes = getattr(config, "secateur", None)
+    return isinstance(shapes, dict) and '"forms"' in json.dumps(shapes, default=str)
 
 
 def not_served(config: Any) -> str:
     """Why no anatomy describes a model, and what can be done with it."""
     model_type: str = config.model_type
-    family = find(model_type)
+    family = find(model_type.removeprefix(PREFIX))
     if family is not None:
         return (
             f"{family.refusal(config)}. Models of family {family.family} without that can be "
             f"narrowed; `secateur inspect` and `secateur eval` take this one too."
         )
-    if model_type.startswith(PREFIX):
-        return "this checkpoint is already compressed; start from the original model instead."
     served = ", ".join(sorted({t for family in FAMILIES for t in family.model_types}))
     return (
         f"model_type {model_type!r} is a family that no anatomy describes, so nothing says which "
@@ -311,6 +325,9 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
     """
     settings, source = settings or Settings(), str(source)
     config = read_config(source, settings)
+    folder = Path(locate(source))
+    if has_forms(config) and folder.is_dir():
+        check_layers(source, folder, skeleton(source, settings).module)
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         opened: Any = use_of(config).opener.from_pretrained(

@@ -296,6 +296,7 @@ class Form:
         multiplications: for one token, as the layer computes.
         parameters: numbers that say what the matrix is, however they are stored.
         stock: whether other libraries load it, as with integers in a common format.
+        by: the method that makes it, where several offer theirs.
     """
 
     spec: Mapping[str, Any]
@@ -305,6 +306,7 @@ class Form:
     multiplications: int
     parameters: int
     stock: bool = False
+    by: str = ""
 
     def bytes(self, itemsize: int) -> int:
         """Bytes on disk, when a number of the model takes ``itemsize``."""
@@ -322,6 +324,7 @@ class Matrix(Unit):
     outputs: int
     inputs: int
     forms: tuple[Form, ...]  #: those that are smaller than the dense weight, ascending
+    order: int  #: of its first part among all matrices of the block
     published: bool  #: whether a checkpoint of the stock class has this very matrix
 
     @property

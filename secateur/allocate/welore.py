@@ -13,9 +13,12 @@ from secateur.block import Block
 from secateur.linalg import energies
 from secateur.prices import Prices
 from secateur.statistics import BlockStatistics, Need
-from secateur.units import Unit
+from secateur.units import Matrix, Unit
 
 HALVINGS = 60
+Spectrum = tuple[
+    float, tuple[float, ...]
+]  #: entries of a matrix, and its normalised singular values
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class WeLore(ShareAllocator):
 
     and a unit's share is that of its matrices, weighed by their entries. The one k for all matrices
     is found by bisection, as the price falls with k: the target is the budget, not a mean rank.
-    Only widths come of it; no matrix is factorised. Weights only, and one outlying singular value
-    makes all others of its matrix look small, as published. Don't use it where there is text to
-    calibrate on.
+    The share of a matrix is what factors of that rank take of it, at most all. Weights only, and
+    one outlying singular value makes all others of its matrix look small, as published. Don't use
+    it where there is text to calibrate on.
 
     Source: Jaiswal et al., "From GaLore to WeLore", arXiv 2407.11239.
     """
@@ -49,7 +52,7 @@ class WeLore(ShareAllocator):
         """Of every matrix its entries, how many singular values it has, and these, ascending."""
         found: list[float] = []
         for matrix in (*block.matrices("heads"), *block.matrices("mlp")):
-            values = normalised(energies(matrix).sqrt())
+            values = normalised(energies(matrix).sqrt()) if matrix.numel() else matrix.flatten()
             found += [matrix.numel(), len(values), *values.tolist()]
         return tuple(found)
 
@@ -61,7 +64,7 @@ class WeLore(ShareAllocator):
         whole = {unit.name: prices.of(unit, unit.size) for unit in units}
 
         def at(threshold: float) -> dict[str, float]:
-            return {u.name: kept(_own(u.kind, spectra[u.block]), threshold) for u in units}
+            return {u.name: _share(u, spectra[u.block], threshold) for u in units}
 
         low, high = 0.0, 2.0  # all stay at 0, none at 2
         for _ in range(HALVINGS):
@@ -80,14 +83,14 @@ def normalised(values: Tensor) -> Tensor:
     return (values - low) / spread
 
 
-def kept(matrices: Sequence[tuple[float, tuple[float, ...]]], threshold: float) -> float:
+def kept(matrices: Sequence[Spectrum], threshold: float) -> float:
     """The share of singular values at or above a threshold, by the entries of their matrices."""
     entries = sum(size for size, _ in matrices)
     above = (size * (1 - bisect_left(values, threshold) / len(values)) for size, values in matrices)
     return sum(above) / entries
 
 
-def _matrices(reading: Sequence[float]) -> list[tuple[float, tuple[float, ...]]]:
+def _matrices(reading: Sequence[float]) -> list[Spectrum]:
     """Entries and normalised singular values of q, k, v, o and the MLP's matrices."""
     found, at = [], 0
     while at < len(reading):
@@ -97,9 +100,24 @@ def _matrices(reading: Sequence[float]) -> list[tuple[float, tuple[float, ...]]]
     return found
 
 
-def _own(
-    kind: str, matrices: Sequence[tuple[float, tuple[float, ...]]]
-) -> Sequence[tuple[float, tuple[float, ...]]]:
+def _share(unit: Unit, matrices: Sequence[Spectrum], threshold: float) -> float:
+    """What a unit keeps: of its size, or of the bytes of its matrix."""
+    if not isinstance(unit, Matrix):
+        return kept(_own(unit.kind, matrices), threshold)
+    rank = kept(_of_matrix(unit, matrices), threshold) * min(unit.outputs, unit.inputs)
+    return min(1.0, rank * (unit.outputs + unit.inputs) / (unit.outputs * unit.inputs))
+
+
+def _of_matrix(unit: Matrix, matrices: Sequence[Spectrum]) -> Sequence[Spectrum]:
+    """The spectrum of a matrix, or those of its equal parts where gate and up are stored as one."""
+    at = matrices[unit.order :]
+    found: list[Spectrum] = []
+    while sum(entries for entries, _ in found) < unit.outputs * unit.inputs:
+        found.append(at[len(found)])
+    return found
+
+
+def _own(kind: str, matrices: Sequence[Spectrum]) -> Sequence[Spectrum]:
     """Those of a block's matrices that a unit is a side of; of a whole block all."""
     own = {
         "query_key": slice(0, 2),

@@ -400,7 +400,7 @@ def narrow(model: PreTrainedModel, shapes: dict[str, Any]) -> None:
             path = shapes["attention"]
             stock = block.get_submodule(path)
             block.set_submodule(path, narrow_attention(stock, layer["attention"]))
-        for path, spec in layer.get("forms", {}).items():
+        for path, spec in dict(layer.get("forms", {})).items():
             block.set_submodule(path, factored(block, path, spec))
     if "residual" in shapes:
         _slice(model, blocks, shapes["residual"])
@@ -459,7 +459,18 @@ def _narrow_model(stock: Any) -> type[PreTrainedModel]:
         stock.__init__(self, config, *args, **kwargs)
         narrow(self, config.secateur)
 
+    @classmethod  # type: ignore[misc]
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class does, but for weights that are missing: it would make them up."""
+        asked = kwargs.pop("output_loading_info", False)
+        found, loaded = super(made, cls).from_pretrained(*args, output_loading_info=True, **kwargs)
+        if loaded["missing_keys"] and not asked:
+            missing = sorted(loaded["missing_keys"])
+            raise ValueError(f"{len(missing)} weights are missing, {missing[0]} first.")
+        return (found, loaded) if asked else found
+
     fields = {"__init__": build, "__module__": __name__, "config_class": config_class}
+    fields["from_pretrained"] = from_pretrained
     made: Any = type(PREFIX + stock.__name__, (stock,), fields)
     made.register_for_auto_class(_auto_class(stock))
     return made  # type: ignore[no-any-return]

@@ -27,6 +27,8 @@ METHODS = {
     "replace": "secateur.methods.replace:Replace",
     "svd": "secateur.methods.svd:SVD",
     "svd-llm": "secateur.methods.svd_llm:SVDLLM",
+    "welore": "secateur.methods.welore:WeLore",
+    "forms": "secateur.methods.forms:Forms",
 }
 
 

@@ -112,6 +112,11 @@ class Method(ABC):
 
     def obstacle(self, model: "Model") -> str | None:
         """Why it can change nothing in a model, or None."""
+        if model.narrowed:
+            return (
+                "it is already compressed, and only methods that keep widths can go on from there; "
+                "start from the original model instead"
+            )
         if any(not unit.fixed for unit in self.units(model, 1)):
             return None
         return "; ".join(model.obstacles_of(self.kinds))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block, Linear, inputs_by_outputs
+from secateur.block import Block, Linear, dense_weight, inputs_by_outputs
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.forms import smaller
-from secateur.layers.factored_secateur import Factored, fill
+from secateur.layers.factored_secateur import fill
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.options import checked, option
 from secateur.prices import Target
@@ -106,6 +106,11 @@ class FormMethod(Method):
         """The same share of every matrix."""
         return Uniform()
 
+    @classmethod
+    def among_others(cls) -> "FormMethod":
+        """The method as it offers its forms beside those of others: at several sizes each."""
+        return cls()
+
     @abstractmethod
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
         """What it may make of a matrix; what is no smaller than the dense weight is left out."""
@@ -125,21 +130,24 @@ class FormMethod(Method):
         found = []
         for form in forms:
             layer = self.layer(weight, metric, form, None, torch.float64)
-            found.append(metric.error(weight - dense(layer)))
+            found.append(metric.error(weight - dense_weight(layer)))
         return found
 
     def units(self, model: "Model", multiple_of: int) -> list[Unit]:
         """The matrices of all linear layers in blocks."""
         return [
-            self._unit(block, linear, model.stored.itemsize)
+            self._unit(block, linear, model)
             for block in model.blocks
             for linear in block.linear_layers
         ]
 
-    def _unit(self, block: Block, linear: Linear, itemsize: int) -> Matrix:
+    def _unit(self, block: Block, linear: Linear, model: "Model") -> Matrix:
         inputs, outputs = inputs_by_outputs(linear.module).shape
         bias = isinstance(linear.module.bias, Tensor)
-        forms = smaller(self.forms(outputs, inputs, bias), outputs, inputs, itemsize)
+        offered = self.forms(outputs, inputs, bias)
+        if linear.factor:  # no factor is made of factors
+            offered = [form for form in offered if form.stock]
+        forms = smaller(offered, outputs, inputs, model.stored.itemsize)
         return Matrix(
             name=f"layers.{block.index}.{linear.path}",
             block=block.index,
@@ -148,10 +156,11 @@ class FormMethod(Method):
             hidden=block.attention.o_proj.out_features,
             least=1,
             path=linear.path,
+            order=linear.order,
             outputs=outputs,
             inputs=inputs,
             forms=forms,
-            published=linear.published,
+            published=linear.published and not model.narrowed,
         )
 
     def obstacle(self, model: "Model") -> str | None:
@@ -194,10 +203,3 @@ class FormMethod(Method):
             return Narrowing(layer=self.layer(weight, metric, form, constant, own.dtype))
 
         return Solution(curve, at)
-
-
-def dense(layer: nn.Module) -> Tensor:
-    """The weight that a layer stands for, (outputs, inputs)."""
-    found = layer.dense() if isinstance(layer, Factored) else layer.weight
-    assert isinstance(found, Tensor)
-    return found

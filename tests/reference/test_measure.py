@@ -144,7 +144,8 @@ def unit_of(size, step, least=0):
     ids=lambda unit: f"{unit.least}-{unit.size}-by-{unit.step}",
 )
 def test_measured_sizes_are_the_nearest_to_their_shares(unit):
-    found, narrower = measured_sizes(unit), [size for size in unit.sizes() if size < unit.size]
+    curve = Curve((0.0,) * (unit.size + 1))
+    found, narrower = measured_sizes(unit, curve), [size for size in unit.sizes() if size < unit.size]
     assert found[0] == unit.least
     assert found == sorted(set(found))
     assert set(found) <= set(narrower)
@@ -273,7 +274,7 @@ def test_losses_of_a_block_are_its_divergences(opened, calibrated, padded):
                 assert len(losses[unit.name].errors) == unit.size + 1
                 assert losses[unit.name].at(unit.size) == 0
                 measured = {unit.size: 0.0}
-                for size in measured_sizes(unit):
+                for size in measured_sizes(unit, solution.curve):
                     with narrowed(block, unit, solution.at(size)):
                         measured[size] = reference.of(block)
                 assert losses[unit.name] == between(measured, solution.curve)

@@ -1,0 +1,106 @@
+"""Of several methods' forms, for each matrix the one that the budget is best spent on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate.base import Allocator
+from secateur.allocate.knapsack import Knapsack
+from secateur.errors import InputError, nearest
+from secateur.methods.form import FormMethod, Metric
+from secateur.named import by_name
+from secateur.options import option
+from secateur.units import Form
+
+
+@dataclass(frozen=True)
+class Forms(FormMethod):
+    """A mixture: every matrix may take any form of any of several methods.
+
+    All forms of a matrix compete by bytes and by what they lose: with e(f) the output error of form
+    f in the metric of what the layer reads, and the model's divergence measured at some of them,
+    one budget of bytes is spent over all matrices at once. Don't use it where every layer has to
+    have the same form, as some runtimes want it.
+
+    Source: own composition; the parts name theirs.
+    """
+
+    of: str = option("gptq,svd-llm", "methods whose forms compete, by commas")
+
+    name: ClassVar[str] = "forms"
+    summary: ClassVar[str] = (
+        "of several methods' forms the best for each matrix, by measured losses"
+    )
+    source: ClassVar[str] = "own composition"
+    rereads: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parts:
+            raise InputError("forms: name at least one method, e.g. --of gptq,svd-llm.")
+
+    @property
+    def parts(self) -> dict[str, FormMethod]:
+        """The methods by name."""
+        from secateur.methods import METHODS
+
+        found = {}
+        for name in filter(None, map(str.strip, self.of.split(","))):
+            kind = by_name(METHODS, name, "method")
+            if kind is Forms or not issubclass(kind, FormMethod):
+                able = [n for n in METHODS if _is_one(by_name(METHODS, n, "method"))]
+                raise InputError(f"forms: {name!r} keeps no width. {nearest(name, able)}")
+            found[name] = kind.among_others()
+        return found
+
+    @property
+    def allocator(self) -> Allocator:
+        """One budget by measured losses."""
+        return Knapsack()
+
+    def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
+        """Those of all methods."""
+        return [
+            replace(form, label=f"{name}: {form.label}", by=name)
+            for name, part in self.parts.items()
+            for form in part.forms(outputs, inputs, bias)
+        ]
+
+    def layer(
+        self, weight: Tensor, metric: Metric, form: Form, bias: Tensor | None, dtype: torch.dtype
+    ) -> nn.Module:
+        """As its own method makes it."""
+        part = self.parts[form.by]
+        return part.layer(weight, _seen(part, metric), form, bias, dtype)
+
+    def errors(self, weight: Tensor, metric: Metric, forms: Sequence[Form]) -> list[float]:
+        """By each method's own way where that sees the same metric."""
+        found: dict[int, float] = {}
+        for name, part in self.parts.items():
+            own = [i for i, form in enumerate(forms) if form.by == name]
+            of = [forms[i] for i in own]
+            if part.data_aware:
+                errors = part.errors(weight, _seen(part, metric), of)
+            else:
+                errors = super().errors(weight, metric, of)
+            found |= dict(zip(own, errors, strict=True))
+        return [found[i] for i in range(len(forms))]
+
+    def reshaped(self, weight: Tensor, metric: Metric, form: Form) -> dict[str, Tensor]:
+        """As its own method does."""
+        part = self.parts[form.by]
+        return part.reshaped(weight, _seen(part, metric), form)
+
+
+def _seen(part: FormMethod, metric: Metric) -> Metric:
+    """The metric as a method sees it: with its ridge, or none at all."""
+    if not part.data_aware:
+        return Metric.identity(len(metric.gram), metric.gram)
+    return Metric(metric.gram, getattr(part, "ridge", 0.0))
+
+
+def _is_one(kind: type) -> bool:
+    return issubclass(kind, FormMethod) and kind is not Forms
