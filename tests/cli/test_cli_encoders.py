@@ -141,11 +141,25 @@ def test_what_makes_no_sense_is_refused(run, folder, source, room, name, flags, 
         ("bert", ["--calibration", "words.txt", "--length", "65"], ["65", "64 positions"]),
         ("bert", ["--calibration", "words.txt", "--length", "9", "--prompt", "w1"], ["--prompt"]),
         ("vit", ["--calibration", "images", "--new-tokens", "4"], ["--new-tokens", "writes"]),
+        ("vit", ["--calibration", "images", "--length", "9"], ["--length", "images", "leave it"]),
+        ("vit", ["--calibration", "images", "--eval-length", "9"], ["--eval-length", "images"]),
+        ("vit", ["--calibration", "images", "--latency-length", "9"], ["--latency-length"]),
     ],
 )
 def test_bad_input_is_refused(run, near, folder, room, monkeypatch, name, flags, words):
     monkeypatch.chdir(folder)
     run("compress", name, room / "out", "--keep", 0.7, *flags).refused(*words)
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("plan", "--length"), ("plan", "--latency-length"), ("eval", "--eval-length")],
+)
+def test_images_have_no_length(run, folder, room, command, flag):
+    """The mistake: it is taken, and ignored."""
+    given = ["--eval", folder / "images"] if command == "eval" else ["-o", room / "p.json"]
+    run(command, folder / "vit", *given, flag, 64).refused(flag, "image classifier", "leave it out")
     assert list(room.iterdir()) == []
 
 
@@ -177,7 +191,8 @@ def test_latency_is_a_target(run, folder, source, forget, monkeypatch, name):
 
     forget()
     monkeypatch.setattr(latency, "_timed", counted)
-    flags = ["--method", "flap", "--target", "latency", "--latency-length", 32, "--keep", "0.8"]
+    flags = ["--method", "flap", "--target", "latency", "--keep", "0.8"]
+    flags += ["--latency-length", 32] if name == "bert" else []
     shown = run("plan", folder / name, *source[name], *flags, "--dry-run").succeeded().out
     assert ("1 × 32 tokens" if name == "bert" else "ms for a batch of 1 ") in shown
     found = run("plan", folder / name, *source[name], *flags, "--dry-run", "--json").succeeded()
