@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import report_of, sizes
 
+from secateur.evaluate.judge import Verdict
+from secateur.present import show_verdict
 from tests import families
 
 KEPT = ["--keep", "0.7", "--method", "modegpt"]
@@ -98,6 +100,14 @@ def test_the_result_is_inspected_and_measured_like_any_model(name, made, folder,
     assert {unit["kind"] for unit in content["units"]} == {"mlp", "query_key", "value_output"}
     shown = run("inspect", folder / name).succeeded().out
     assert ("--calibration YOUR_IMAGES" in shown) == (name == "vit")
+
+
+@pytest.mark.parametrize(("counts", "things"), [("images", "images"), ("hidden tokens", "tokens")])
+def test_images_are_read_by_the_image(capsys, counts, things):
+    """The mistake: images a second shown as tokens."""
+    speed = {"prefill_tokens_per_second": 12.0}
+    show_verdict(Verdict(1, 1, {}, {}, "", "", 1, speed, counts))
+    assert f"prefill {things} per second" in capsys.readouterr().out
 
 
 def test_a_plan_makes_the_same_again(name, made, folder, source, run, near, room):
