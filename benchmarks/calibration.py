@@ -91,7 +91,7 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
             with arguments.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         print(json.dumps(row), file=sys.stderr, flush=True)
-    return rows
+    return [row for row in rows if texts.keys() <= row["perplexity"].keys()]
 
 
 def asked(arguments: argparse.Namespace, source: str | None) -> Row:

@@ -99,7 +99,9 @@ def judge(
             method, small = method_class(method_name)(keep=keep), open_model(folder)
             try:
                 plan = make_plan(small, method, evidence, record, tokens, store=store)
-            except InputError:  # as few blocks can't be left
+            except InputError as error:
+                if "out of reach" not in str(error):
+                    raise
                 print(f"| {name} | {method.name} | {keep:g} | out of reach | | | | |", flush=True)
                 continue
             units = method.units(small, plan.multiple_of)

@@ -326,7 +326,7 @@ class Block:
         )
         found = (unit for unit in (*units, value_output, heads, whole) if unit.kind in kinds)
         caches = self.anatomy.use == "causal" or self.anatomy.crossing is not None
-        return [replace(unit, caches=caches) for unit in found]
+        return [replace(unit, caches=caches, stack=self.anatomy.blocks) for unit in found]
 
     @property
     def query_key_obstacle(self) -> str | None:

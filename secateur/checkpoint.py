@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from secateur.anatomy import Anatomy
 from secateur.block import Block, inputs_by_outputs
 from secateur.depth import place, renumber
+from secateur.errors import InputError
 from secateur.goal import Written
 from secateur.layers import factored_secateur, modeling_secateur
 from secateur.layers.factored_secateur import Factored
@@ -108,14 +109,17 @@ def store_block(model: Model, block: Block, writer: Writer) -> None:
 
     An attention that no unit changed is written in the family's own layout, fused or not. Of a
     block that is gone nothing is written.
+
+    Raises:
+        InputError: a weight is beyond the largest number of the stored format.
     """
     if block.gone:
         return
     renumber(model, block)
     prefix = block_prefix(model, block)
-    _round(block.module, model.stored)
-    _round(block.stock_attention, model.stored)
     inside = block.anatomy.attention + "."
+    _round(block.module, model.stored, prefix)
+    _round(block.stock_attention, model.stored, prefix + inside)
     for name, tensor in block.module.state_dict().items():
         if attention_changed(block) or not name.startswith(inside):
             writer.add(prefix + name, _stored(tensor, model.stored))
@@ -125,9 +129,13 @@ def store_block(model: Model, block: Block, writer: Writer) -> None:
 
 
 def store_rest(model: Model, writer: Writer) -> None:
-    """Write everything outside the blocks; a tied head is written once, as the embedding."""
+    """Write everything outside the blocks; a tied head is written once, as the embedding.
+
+    Raises:
+        InputError: a weight is beyond the largest number of the stored format.
+    """
     assert model.anatomy is not None
-    _round(model.module, model.stored)
+    _round(model.module, model.stored, "")
     inside = tuple(f"{model.prefix}{stack.blocks}." for stack in model.anatomy.stacks)
     seen: set[int] = set()
     for name, tensor in _state(model.module):
@@ -148,9 +156,17 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _round(module: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+def _round(module: nn.Module, dtype: torch.dtype, prefix: str) -> None:
+    for name, parameter in module.named_parameters():
+        rounded = parameter.data.to(dtype)
+        if not bool(torch.isfinite(rounded).all()):
+            raise InputError(
+                f"{prefix}{name} has numbers up to {float(parameter.data.abs().max()):.3g} by now, "
+                f"and {str(dtype).removeprefix('torch.')}, in which the model is stored, ends at "
+                f"{torch.finfo(dtype).max:.3g}; store the model as bfloat16 or float32, or narrow "
+                f"less."
+            )
+        parameter.data = rounded.to(parameter.dtype)
     for layer in module.modules():
         if isinstance(layer, Factored):
             layer.forget()

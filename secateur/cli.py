@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from secateur.model import Settings
     from secateur.plan import Plan
     from secateur.text import Calibration
+    from secateur.uses import Use
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -111,7 +112,9 @@ def plan(
     method, calibration, settings = _method(ctx, rest), _calibration(rest), _settings(rest)
     goal = _goal(ctx, rest)
     allocator = chosen_allocator(method, goal, _allocator(ctx, rest))
-    check_reach(skeleton(model, settings), method, goal, allocator)
+    shapes = skeleton(model, settings)
+    _refuse_lengths(ctx, shapes.use)
+    check_reach(shapes, method, goal, allocator)
     with TemporaryDirectory() as passing:
         made = prepare(
             model,
@@ -177,6 +180,7 @@ def compress(
         made, calibration = _method(ctx, rest), _calibration(rest)
         goal, allocator = _goal(ctx, rest), _allocator(ctx, rest)
     use = use_of(read_config(model, _settings(rest)))
+    _refuse_lengths(ctx, use)
     questions = _questions(rest, inputs.default_texts(calibration, use), calibration.length)
     report = pipeline.compress(
         model,
@@ -202,15 +206,19 @@ def compress(
 @model_argument
 @judge_options
 @open_options
-def evaluate(model: str, as_json: bool, **rest: Any) -> None:
+@click.pass_context
+def evaluate(ctx: click.Context, /, model: str, as_json: bool, **rest: Any) -> None:
     """Measure MODEL: perplexity, speed, memory and a sample, as `compress` does."""
     from dataclasses import asdict
 
     from secateur import present
     from secateur.evaluate.judge import judge_apart
+    from secateur.model import read_config
     from secateur.progress import for_terminal
     from secateur.text import BUNDLED, Text
+    from secateur.uses import use_of
 
+    _refuse_lengths(ctx, use_of(read_config(model, _settings(rest))))
     questions = _questions(rest, (Text("Python docs (bundled)", BUNDLED),), None)
     verdict = judge_apart(model, questions, _settings(rest), for_terminal())
     _print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
@@ -293,8 +301,22 @@ def _refuse_beside_plan(ctx: click.Context) -> None:
     own |= {"select_calibration"}
     own |= {"target", "tier", "allocator", "latency_batch", "latency_length"}
     for name in sorted(str(n) for n in own):
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+        if _typed(ctx, name):
             raise InputError(f"--{name.replace('_', '-')} and --plan exclude each other.")
+
+
+def _refuse_lengths(ctx: click.Context, use: "Use") -> None:
+    """An image has as many tokens as it has; a flag for their number would be ignored."""
+    for name in ("length", "eval_length", "latency_length"):
+        if not use.reads_text and _typed(ctx, name):
+            raise InputError(
+                f"--{name.replace('_', '-')}: this {use.what} reads images, whose number of tokens "
+                f"the model sets; leave it out."
+            )
+
+
+def _typed(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def _print_json(content: Any) -> None:

@@ -285,6 +285,11 @@ def skeleton(source: str, settings: Settings) -> Model:
             f"model {source!r}: transformers cannot build a {use.what} from its config "
             f"(model_type {config.model_type!r}): {_first_line(error)}"
         ) from error
+    family = find(config.model_type.removeprefix(PREFIX))
+    if family is not None and not getattr(config, family.tied, True):
+        head: Any = module.get_output_embeddings()
+        if head is not None and head.weight is module.get_input_embeddings().weight:
+            head.weight = nn.Parameter(torch.empty_like(head.weight))
     stored = getattr(config, "dtype", None) or torch.float32
     nothing: Any = None
     return Model(source, module, nothing, stored, anatomy_of(config))

@@ -193,7 +193,7 @@ def _forward_seconds(model: Model, tokens: Tokens) -> float:
     rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.length))
     given = tokens[:rows].to(model.device)
     with torch.inference_mode():
-        body = model.module.base_model  # the head takes no part in calibration
+        body = model.module.base_model  # only gradients and measured losses ask the head
         body(**model.use.inputs(given[:1]))
         start = time.perf_counter()
         float(body(**model.use.inputs(given))[0][0, 0, 0])  # waits for a GPU

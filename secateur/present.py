@@ -250,7 +250,9 @@ def show_verdict(verdict: Verdict) -> None:
         table.add_row(name, f"{value:.1%}")
     for key, value in verdict.speed.items():
         if key.endswith("per_second"):
-            table.add_row(key.replace("_", " "), f"{value:,.0f}")
+            things = "images" if verdict.counts == "images" else "tokens"
+            label = key.replace("tokens", things).replace("_", " ")
+            table.add_row(label, f"{value:,.0f}")
     table.add_row("peak memory", size(verdict.peak_memory_bytes))
     console.print(table)
     _show_samples(console, verdict.prompt, {"model": verdict.sample})

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ class Unit(ABC):
         least: smallest size; 0 where the unit may go altogether.
         new_bias: whether its reader has no bias today and gets one when it is narrowed.
         caches: whether its block keeps a KV cache, as those that write do.
+        stack: name of the encoder or decoder that its block is in; of all blocks one, where only
+            one is there.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Unit(ABC):
     least: int = field(default=0, kw_only=True)
     new_bias: bool = field(default=False, kw_only=True)
     caches: bool = field(default=True, kw_only=True)
+    stack: str = field(default="", kw_only=True)
 
     @property
     @abstractmethod
@@ -114,6 +117,18 @@ class Unit(ABC):
             flops_per_token=2 * self.matrix_parameters(size),
             cache_bytes_per_token=self.caches * self.cached(size) * itemsize,
         )
+
+
+def places(units: Sequence[Unit]) -> dict[int, tuple[int, int]]:
+    """Of every block its place in its stack, and how many blocks that stack has."""
+    stacks: dict[str, list[int]] = {}
+    for unit in units:
+        stacks.setdefault(unit.stack, []).append(unit.block)
+    return {
+        block: (block - min(stack), 1 + max(stack) - min(stack))
+        for stack in stacks.values()
+        for block in stack
+    }
 
 
 @dataclass(frozen=True)

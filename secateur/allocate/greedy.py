@@ -9,7 +9,7 @@ from typing import ClassVar
 from secateur.allocate.base import Allocator, Evidence
 from secateur.options import option
 from secateur.prices import Prices
-from secateur.units import Unit
+from secateur.units import Unit, places
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Greedy(Allocator):
 
         R ← R ∪ {argmin_u D(R ∪ {u})}   until Σ_{u ∉ R} price_u ≤ budget
 
-    The first and the last ``ends`` blocks lose nothing, and an attention goes as one. What the last
-    step freed too much of comes back, as far as it fits, the last to go first. To take n of L units
-    takes some n · L judgements, of half a forward pass each where units are blocks. Don't use it
-    over many small units.
+    The first and the last ``ends`` blocks, of an encoder and a decoder each, lose nothing, and an
+    attention goes as one. What the last step freed too much of comes back, as far as it fits, the
+    last to go first. To take n of L units takes some n · L judgements, of half a forward pass each
+    where units are blocks. Don't use it over many small units.
 
     Source: Song et al., "SLEB: Streamlining LLMs through Redundancy Verification and Elimination of
     Transformer Blocks", arXiv 2402.09025, algorithm 1.
@@ -76,7 +76,10 @@ class Greedy(Allocator):
 
     def _groups(self, units: Sequence[Unit]) -> list[list[Unit]]:
         """What may go, as it goes."""
-        last = max(unit.block for unit in units) - self.ends
+        where = places(units)
         groups = [list(own) for _, own in groupby(units, key=lambda unit: unit.together)]
         free = [group for group in groups if not any(unit.least for unit in group)]
-        return [group for group in free if self.ends <= group[0].block <= last]
+        return [group for group in free if self._inside(*where[group[0].block])]
+
+    def _inside(self, place: int, blocks: int) -> bool:
+        return self.ends <= place < blocks - self.ends

@@ -7,7 +7,7 @@ from typing import ClassVar
 from secateur.allocate.base import Allocator, Evidence, fit
 from secateur.options import option
 from secateur.prices import Prices
-from secateur.units import Unit
+from secateur.units import Unit, places
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Middle(Allocator):
         share = (B − P_out) / P_in   within,   1 at the ends
 
     so ``keep`` is kept of the whole model, not of the blocks within. Of 32 blocks the defaults
-    leave the first four and the last two, as published; of few blocks they leave none. Don't use it
-    where measured losses are to be had: they know which blocks matter.
+    leave the first four and the last two, as published; of few blocks they leave none. An encoder
+    and a decoder have ends of their own. Don't use it where measured losses are to be had: they
+    know which blocks matter.
 
     Source: arXiv 2305.11627, and its published script for the ends.
     """
@@ -37,9 +38,14 @@ class Middle(Allocator):
 
         Shares of blocks are rounded down.
         """
-        blocks = 1 + max(unit.block for unit in units)
-        low, high = int(self.first * blocks + 1e-9), blocks - int(self.last * blocks + 1e-9)
-        return {unit.name for unit in units if unit.fixed or not low <= unit.block < high}
+        where = places(units)
+
+        def within(unit: Unit) -> bool:
+            place, blocks = where[unit.block]
+            low, high = int(self.first * blocks + 1e-9), blocks - int(self.last * blocks + 1e-9)
+            return low <= place < high
+
+        return {unit.name for unit in units if unit.fixed or not within(unit)}
 
     def allowed(self, units: Sequence[Unit]) -> dict[str, list[int]]:
         """Today's size at the ends, any within."""

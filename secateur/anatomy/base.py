@@ -128,6 +128,7 @@ class Anatomy:
             which it gives, and which the others take.
         crossing: how its blocks read the stack before it, or None.
         decoder: the anatomy of the stack behind, or None.
+        tied: config key that is false where the head has weights of its own.
         use: what models of it are for; see :mod:`secateur.uses`.
         refusal: takes a config, says why it is not served, or None.
     """
@@ -151,6 +152,7 @@ class Anatomy:
     position_bias: bool = False
     crossing: Crossing | None = None
     decoder: "Anatomy | None" = None
+    tied: str = "tie_word_embeddings"
     use: Literal["causal", "masked", "images", "seq2seq"] = "causal"
     refusal: Callable[[Any], str | None] = served
 

@@ -42,6 +42,7 @@ ENCODER = Anatomy(
     rotary=False,
     outputs=3,
     position_bias=True,
+    tied="scale_decoder_outputs",  # tie_word_embeddings is made true, and the weights decide
     use="seq2seq",
     refusal=not_gated,
 )

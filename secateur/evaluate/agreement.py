@@ -12,7 +12,7 @@ from secateur.model import Model
 from secateur.text import Tokens
 
 OUTPUTS = 8192  # compared, where there are as many
-MOST_NUMBERS = 2**24  # of the dense model's output that are kept: 64 MB
+MOST_NUMBERS = 2**26  # of the dense model's output that are kept: 256 MB
 ROWS = 1024  # outputs compared at a time
 
 

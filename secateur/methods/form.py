@@ -155,6 +155,7 @@ class FormMethod(Method):
             step=1,
             hidden=block.attention.o_proj.out_features,
             least=1,
+            stack=block.anatomy.blocks,
             path=linear.path,
             order=linear.order,
             outputs=outputs,

@@ -25,8 +25,9 @@ class Replace(Method):
         y → x + b,   b = E(y − x),   error (E‖y − x‖² − ‖b‖²) / E‖y‖²
 
     The MLP of the last block that stays before it adds b, exactly; so the first block stays. Where
-    norms stand behind sums there is no place for b, and it is left out. Don't use it where stock
-    classes without such a bias should load the result (``compensate`` 0 leaves it out).
+    norms stand behind MLPs or sums there is no place for b; it is left out, and any block may go.
+    Don't use it where stock classes without such a bias should load the result (``compensate`` 0
+    leaves it out).
 
     Source: own; the mean of FLAP (arXiv 2312.11983), for whole blocks.
     """
@@ -52,7 +53,8 @@ class Replace(Method):
     def units(self, model: "Model", multiple_of: int) -> list[Unit]:
         """All blocks; the first has one size where those behind it need it for their constants."""
         found = super().units(model, multiple_of)
-        return [replace(u, least=1) if self.compensate and u.block == 0 else u for u in found]
+        stays = self.compensate and any(block.sums for block in model.blocks)
+        return [replace(u, least=1) if stays and u.block == 0 else u for u in found]
 
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The mean, and what it leaves."""

@@ -79,9 +79,10 @@ class Use(ABC):
         """What is wrong where no output has a label, and what to do."""
         return "no token is there that others predict; give more text."
 
-    @abstractmethod
     def example(self, rows: int, length: int) -> Tokens:
-        """Any input of a shape, to be timed."""
+        """Any input of a shape, to be timed; of text one token, again and again."""
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
     @abstractmethod
     def inputs(self, tokens: Tokens) -> dict[str, Any]:

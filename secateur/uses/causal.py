@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from secateur.text import Calibration, Text, Tokens, calibration_tokens, held_windows
@@ -25,11 +24,6 @@ class CausalLM(Use):
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
         """Consecutive windows."""
         return held_windows(text, reader, length, limit)
-
-    def example(self, rows: int, length: int) -> Tokens:
-        """One token, again and again."""
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
         """Ids; nothing is kept for tokens to come."""

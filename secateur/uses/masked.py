@@ -44,11 +44,6 @@ class MaskedLM(Use):
         """Consecutive windows, hidden the same way for every model with that tokenizer."""
         return self._hidden(held_windows(text, reader, _inside(length), limit), reader, 0)
 
-    def example(self, rows: int, length: int) -> Tokens:
-        """One token, again and again."""
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), ids)
-
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
         """Ids, of which all are real."""
         return {"input_ids": tokens.ids}

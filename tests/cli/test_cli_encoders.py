@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import report_of, sizes
 
+from secateur.evaluate.judge import Verdict
+from secateur.present import show_verdict
 from tests import families
 
 KEPT = ["--keep", "0.7", "--method", "modegpt"]
@@ -100,6 +102,14 @@ def test_the_result_is_inspected_and_measured_like_any_model(name, made, folder,
     assert ("--calibration YOUR_IMAGES" in shown) == (name == "vit")
 
 
+@pytest.mark.parametrize(("counts", "things"), [("images", "images"), ("hidden tokens", "tokens")])
+def test_images_are_read_by_the_image(capsys, counts, things):
+    """The mistake: images a second shown as tokens."""
+    speed = {"prefill_tokens_per_second": 12.0}
+    show_verdict(Verdict(1, 1, {}, {}, "", "", 1, speed, counts))
+    assert f"prefill {things} per second" in capsys.readouterr().out
+
+
 def test_a_plan_makes_the_same_again(name, made, folder, source, run, near, room):
     from safetensors.torch import load_file
 
@@ -141,11 +151,25 @@ def test_what_makes_no_sense_is_refused(run, folder, source, room, name, flags, 
         ("bert", ["--calibration", "words.txt", "--length", "65"], ["65", "64 positions"]),
         ("bert", ["--calibration", "words.txt", "--length", "9", "--prompt", "w1"], ["--prompt"]),
         ("vit", ["--calibration", "images", "--new-tokens", "4"], ["--new-tokens", "writes"]),
+        ("vit", ["--calibration", "images", "--length", "9"], ["--length", "images", "leave it"]),
+        ("vit", ["--calibration", "images", "--eval-length", "9"], ["--eval-length", "images"]),
+        ("vit", ["--calibration", "images", "--latency-length", "9"], ["--latency-length"]),
     ],
 )
 def test_bad_input_is_refused(run, near, folder, room, monkeypatch, name, flags, words):
     monkeypatch.chdir(folder)
     run("compress", name, room / "out", "--keep", 0.7, *flags).refused(*words)
+    assert list(room.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("plan", "--length"), ("plan", "--latency-length"), ("eval", "--eval-length")],
+)
+def test_images_have_no_length(run, folder, room, command, flag):
+    """The mistake: it is taken, and ignored."""
+    given = ["--eval", folder / "images"] if command == "eval" else ["-o", room / "p.json"]
+    run(command, folder / "vit", *given, flag, 64).refused(flag, "image classifier", "leave it out")
     assert list(room.iterdir()) == []
 
 
@@ -177,7 +201,8 @@ def test_latency_is_a_target(run, folder, source, forget, monkeypatch, name):
 
     forget()
     monkeypatch.setattr(latency, "_timed", counted)
-    flags = ["--method", "flap", "--target", "latency", "--latency-length", 32, "--keep", "0.8"]
+    flags = ["--method", "flap", "--target", "latency", "--keep", "0.8"]
+    flags += ["--latency-length", 32] if name == "bert" else []
     shown = run("plan", folder / name, *source[name], *flags, "--dry-run").succeeded().out
     assert ("1 × 32 tokens" if name == "bert" else "ms for a batch of 1 ") in shown
     found = run("plan", folder / name, *source[name], *flags, "--dry-run", "--json").succeeded()

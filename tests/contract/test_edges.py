@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from secateur import InputError, Method, MoDeGPT, Model, Store, calibrate, open_model
 from secateur.apply import narrow_block
+from secateur.checkpoint import Writer, store_block, store_rest
 from secateur.linalg import decoder, roots
 from secateur.model import Settings
 from secateur.text import sample
@@ -112,3 +113,22 @@ def test_a_config_with_fewer_blocks_than_the_weights_is_refused(dense, tmp_path:
     (folder / "config.json").write_text(short)
     with pytest.raises(InputError, match="no place for"):
         open_model(folder, Settings(device="cpu"))
+
+
+def test_what_overflows_on_rounding_is_refused_by_name(opened, tmp_path: Path) -> None:
+    """The mistake: a model that computes in float32 is written as infinite float16 numbers."""
+    for name, tensor in (
+        ("model.layers.0.mlp.down_proj.weight", lambda m: m.blocks[0].consumer.weight),
+        ("model.layers.0.self_attn.o_proj.weight", lambda m: m.blocks[0].attention.o_proj.weight),
+        ("model.norm.weight", lambda m: m.module.model.norm.weight),
+    ):
+        model = opened("llama")
+        model.stored, writer = torch.float16, Writer(tmp_path)
+        tensor(model)[0] = 1e5
+
+        def store(model: Model = model, writer: Writer = writer) -> None:
+            store_block(model, model.blocks[0], writer)
+            store_rest(model, writer)
+
+        with pytest.raises(InputError, match=rf"^{name} .*1e\+05.*float16.*6\.55e\+04"):
+            store()

@@ -1,5 +1,6 @@
 """Gradients of channels and KV heads, and what is made of them: finite differences, brute force."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 
@@ -10,6 +11,7 @@ from torch import nn
 from secateur import InputError, Store, calibrate
 from secateur import gradients as module
 from secateur.allocate.base import Evidence
+from secateur.allocate.greedy import Greedy
 from secateur.allocate.middle import Middle
 from secateur.allocate.nirvana import TwoThresholds
 from secateur.gradients import CURVED_LOSS, LOGITS, LOSS, collect_gradients
@@ -308,6 +310,18 @@ def test_the_ends_stay_whole_and_the_middle_shares_one_ratio():
             assert sizes[unit.name] == unit.size
         else:
             assert abs(sizes[unit.name] / unit.size - 0.4) < 1.0 / unit.size * unit.step
+
+
+def test_an_encoder_and_a_decoder_have_ends_of_their_own():
+    """The mistake: the ends of all blocks, which are in the first and the last stack alone."""
+    found = [replace(u, stack="decoder" if u.block > 2 else "encoder") for u in units()]
+    ends = {unit.name for unit in found if unit.block in (0, 2, 3, 5)}
+    assert Middle(0.34, 0.34).whole(found) == ends
+    prices = counted(found, "parameters", 4)
+    sizes = Greedy().allocate(found, Evidence({}, judge=lambda _: 0.0), prices, 0.7)
+    assert {unit.name for unit in found if sizes[unit.name] == unit.size} >= ends
+    with pytest.raises(InputError, match="out of reach"):
+        Greedy().check(found, prices, 0.6)
 
 
 def test_few_blocks_have_no_ends_and_too_many_are_refused():

@@ -68,6 +68,21 @@ def test_a_folded_constant_is_one_added_to_the_stream(opened, name, indices):
         assert spread(plain, expected) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["bert", "gemma2", "opt_norm_after", "llama"])
+def test_the_first_block_stays_only_for_constants(opened, name):
+    """The mistake: to keep it where no block behind it leaves one."""
+    model, (asked, tokens) = opened(name, "float64"), given_to(name)
+    stays = name == "llama"
+    assert [unit.least for unit in Replace().units(model, 1)] == [int(stays), 0, 0]
+    assert not any(unit.least for unit in Replace(compensate=0).units(model, 1))
+    if not stays:
+        method, expected = Replace(), bypassed(model, {0: 0.0, 1: 0.0}, asked)
+        _, store = measure(model, method, tokens)
+        units = method.units(model, 8)
+        list(narrow_blocks(model, method, units, gone(model, 0, 1), tokens, store))
+        assert spread(logits(model.module, asked), expected) < 1e-9
+
+
 @pytest.fixture
 def folded(opened):
     """The bias of the first MLP, 1 before, behind which two blocks go that each add a constant."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from secateur import Store, calibrate
+from secateur import Settings, Store, calibrate
 from secateur.allocate.uniform import Uniform
 from secateur.apply import narrow_block, narrow_unit
 from secateur.checkpoint import Writer, store_block, store_rest, write_config
@@ -18,8 +18,9 @@ from secateur.methods.base import Narrowing
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.slicegpt import SliceGPT
-from secateur.model import anatomy_of, not_served
+from secateur.model import anatomy_of, not_served, skeleton
 from secateur.propagate import Propagation
+from secateur.units import places
 from tests.contract.conftest import logits
 from tests.families import WIDTH
 from tests.reference import t5
@@ -45,6 +46,27 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     return t5.made(False, tmp_path_factory.mktemp("plain"))
+
+
+# What is seen of it
+
+
+def test_a_model_without_weights_has_as_many(folder, tmp_path):
+    """The mistake: the head of the gated one, whose config always says tied, counted as shared."""
+    model = opened(folder)
+    for stack in model.blocks[0], model.blocks[3]:
+        (unit,) = (u for u in stack.units(1) if u.kind == "mlp")
+        narrow_unit(stack, unit, narrowings(stack, 4)["mlp"])
+    save(model, tmp_path / "small", "per-layer")
+    for source in folder, tmp_path / "small":
+        shapes, whole = skeleton(str(source), Settings()), opened(source)
+        counts = [sum(p.numel() for p in m.module.parameters()) for m in (shapes, whole)]
+        assert counts[0] == counts[1]
+
+
+def test_units_know_the_ends_of_their_stacks(plain):
+    found = places(opened(plain).units(4))
+    assert found == {0: (0, 2), 1: (1, 2), 2: (0, 3), 3: (1, 3), 4: (2, 3)}
 
 
 # Propagation
