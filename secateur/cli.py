@@ -142,6 +142,11 @@ def plan(
 @model_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Apply this plan.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Follow the steps in this YAML file; --keep is then a share of the bytes of all blocks.",
+)
 @calibration_options
 @judge_options
 @open_options
@@ -153,6 +158,7 @@ def compress(
     model: str,
     out: Path,
     plan_file: Path | None,
+    recipe: Path | None,
     as_json: bool,
     overwrite: bool,
     scores: Path | None,
@@ -172,8 +178,11 @@ def compress(
     from secateur.uses import use_of
 
     quiet()
+    if recipe is not None:
+        _follow(ctx, model, out, recipe, as_json, overwrite, rest)
+        return
     if plan_file is not None:
-        _refuse_beside_plan(ctx)
+        _refuse_beside(ctx, "plan", {"keep", "calibration", "samples", "length", "seed"})
         made: Method | Plan = (replay := read_plan(plan_file))
         calibration, goal, allocator = replay.calibration.choice(), None, None
     else:
@@ -293,16 +302,51 @@ def _questions(options: dict[str, Any], default: Any, length: int | None) -> "Qu
     )
 
 
-def _refuse_beside_plan(ctx: click.Context) -> None:
-    """A plan has its own method, budget and calibration; a flag for them would be ignored."""
+def _follow(
+    ctx: click.Context,
+    model: str,
+    out: Path,
+    file: Path,
+    as_json: bool,
+    overwrite: bool,
+    options: dict[str, Any],
+) -> None:
+    """Compress in the steps of a recipe."""
+    from secateur import inputs, present
+    from secateur.model import read_config
+    from secateur.progress import for_terminal
+    from secateur.recipe import read_recipe
+    from secateur.sequence import compress_in_steps
+    from secateur.uses import use_of
+
+    _refuse_beside(ctx, "recipe", {"plan_file", "scores", "statistics"})
+    calibration, settings = _calibration(options), _settings(options)
+    use = use_of(read_config(model, settings))
+    _refuse_lengths(ctx, use)
+    report = compress_in_steps(
+        model,
+        out,
+        read_recipe(file, options["keep"]),
+        calibration,
+        _questions(options, inputs.default_texts(calibration, use), calibration.length),
+        settings,
+        overwrite,
+        for_terminal(),
+    )
+    _print_json(report.content) if as_json else present.show_report(report, out)
+
+
+def _refuse_beside(ctx: click.Context, what: str, also: set[str]) -> None:
+    """A plan, or a recipe, has its own method and budget; a flag for them would be ignored."""
     kinds = (ctx.meta[METHOD_KEY], ctx.meta[ALLOCATOR_KEY])
     own = {option.name for kind in kinds for option in field_options(kind)}
-    own |= {"method", "keep", "calibration", "samples", "length", "seed", "multiple_of"}
-    own |= {"select_calibration"}
-    own |= {"target", "tier", "allocator", "latency_batch", "latency_length"}
+    own |= {"method", "multiple_of", "target", "tier", "allocator"}
+    own |= {"latency_batch", "latency_length"} | also
+    own |= {"select_calibration"} if what == "plan" else set()
     for name in sorted(str(n) for n in own):
         if _typed(ctx, name):
-            raise InputError(f"--{name.replace('_', '-')} and --plan exclude each other.")
+            flag = name.removesuffix("_file").replace("_", "-")
+            raise InputError(f"--{flag} and --{what} exclude each other.")
 
 
 def _refuse_lengths(ctx: click.Context, use: "Use") -> None:

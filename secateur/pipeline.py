@@ -1,8 +1,8 @@
 """The main job: open, judge, calibrate, plan, apply, write, reload, judge again, report."""
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 from torch import Tensor
@@ -16,25 +16,18 @@ from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
 from secateur.goal import Goal
-from secateur.inputs import (
-    check_out,
-    default_texts,
-    overlaps,
-    read_calibration,
-    stamps,
-    unseen,
-)
 from secateur.methods.base import Method
-from secateur.model import Model, Settings, read_config, skeleton
-from secateur.plan import Plan, check_sizes, match_units
+from secateur.model import Model, Settings, skeleton
+from secateur.plan import Budget, Plan, check_sizes, match_units
 from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
 from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
+from secateur.recipe import Recipe, Step
 from secateur.report import Report
 from secateur.select import cheap
 from secateur.stopwatch import Stopwatch
+from secateur.task import Task
 from secateur.text import Calibration, Tokens
-from secateur.uses import use_of
 from secateur.workspace import Workspace
 
 TESTIMONY_TOKENS = 24
@@ -58,7 +51,8 @@ def compress(
 
     Give a method, or a plan to apply it without searching again (a plan brings its own method,
     calibration, goal and allocator). The result is reloaded in a fresh process and compared before
-    ``out`` appears. Don't use it for a model that is already compressed.
+    ``out`` appears. For several methods one after the other there is
+    :func:`~secateur.sequence.compress_in_steps`.
 
     Args:
         source: folder or hub id of a model.
@@ -94,48 +88,30 @@ def compress(
     else:
         plan, goal = None, goal or Goal(method.target)
         allocator = chosen_allocator(method, goal, allocator)
-    calibration = calibration or Calibration()
-    use = use_of(read_config(str(source), settings))
-    questions = questions or Questions(default_texts(calibration, use), length=calibration.length)
-    questions = replace(questions, texts=unseen(questions.texts, calibration))
-    source, out = str(source), Path(out).expanduser()
-    inputs_found = [source, calibration.source, *(text.source for text in questions.texts)]
-    check_out(out, inputs_found)
-    tokens = read_calibration(source, calibration, settings)
-    for text in questions.texts:
-        use.check(text.source)
-    for note in overlaps(questions.texts, calibration):
-        progress.say(f"note: {note}")
-    shapes = skeleton(source, settings)
+    task = Task.of(source, out, calibration, questions, settings, progress, overwrite)
+    shapes = skeleton(task.source, settings)
     if plan is None:
         check_reach(shapes, method, goal, allocator)
-        if calibration.select == "kl":
+        if task.calibration.select == "kl":
             cheap(shapes, method, goal, allocator)
     else:
         match_units(plan, shapes, method)
-    workspace = Workspace(out, overwrite)
-    inputs = {
-        "secateur": reporting.versions()["secateur"],
-        "model": source,
-        "method": {"name": method.name, **asdict(method)},
-        "plan": None if plan is None else plan.sizes,
-        "calibration": calibration.as_dict(),
-        "questions": asdict(questions),
-        "settings": asdict(settings),
-        "goal": asdict(goal),
-        "allocator": {"name": allocator.name, **asdict(allocator)},
-        "files": stamps(inputs_found, (workspace.folder, out)),
-    }
+    inputs = task.fingerprint(
+        method={"name": method.name, **asdict(method)},
+        plan=None if plan is None else plan.sizes,
+        goal=asdict(goal),
+        allocator={"name": allocator.name, **asdict(allocator)},
+    )
+    workspace = task.workspace
     watch = Stopwatch()
     with workspace.opened(inputs):
         with watch.measure("evaluate"):
-            outputs = workspace.folder / "dense.safetensors"
-            dense = _dense(source, questions, settings, progress, workspace, outputs)
+            dense = task.judge_dense()
         prepared = prepare(
-            source,
+            task.source,
             plan or method,
-            calibration,
-            tokens,
+            task.calibration,
+            task.tokens,
             settings,
             goal,
             allocator,
@@ -147,13 +123,10 @@ def compress(
         memory, first = write(prepared, workspace.result, watch, progress)
         plan = prepared.plan
         del prepared  # the measuring process needs the memory
-        with watch.measure("evaluate"):
-            progress.say("reloading in a fresh process")
-            small = judge_apart(
-                str(workspace.result), questions, settings, progress, memory, first, outputs
-            )
-        report = _report(plan, dense, small, watch, calibration)
-        _write_record(workspace.result, plan, goal, report, questions, settings)
+        small = judge_result(task, watch, memory, first)
+        report = make_report(task, [plan], plan.budget, dense, small, watch)
+        step = Step(method, goal, allocator, method.keep or None)
+        write_record(task, report, [plan], Recipe((step,)))
         workspace.publish()
     return report
 
@@ -191,68 +164,66 @@ def write(
         return testimony(model, first), first
 
 
-def _dense(
-    source: str,
-    questions: Questions,
-    settings: Settings,
-    progress: Progress,
-    workspace: Workspace,
-    outputs: Path,
-) -> Verdict:
-    def measured() -> dict[str, Any]:
-        progress.say("measuring the dense model")
-        outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
-        verdict = judge_apart(source, questions, settings, progress, outputs_of_dense=outputs)
-        return asdict(verdict)
-
-    return Verdict(**workspace.stage("dense", measured))
+def judge_result(task: Task, watch: Stopwatch, memory: dict[str, Tensor], first: Tokens) -> Verdict:
+    """What a fresh process measures of the result, which must say what memory said."""
+    with watch.measure("evaluate"):
+        task.progress.say("reloading in a fresh process")
+        given = (str(task.workspace.result), task.questions, task.settings, task.progress)
+        return judge_apart(*given, memory, first, task.outputs)
 
 
-def _report(
-    plan: Plan, dense: Verdict, small: Verdict, watch: Stopwatch, calibration: Calibration
+def make_report(
+    task: Task,
+    plans: Sequence[Plan],
+    budget: Budget,
+    dense: Verdict,
+    small: Verdict,
+    watch: Stopwatch,
 ) -> Report:
+    """What a run of one or several plans has come to."""
     seconds = dict.fromkeys(("calibrate", "curves", "allocate", "apply", "save", "evaluate"), 0.0)
-    return Report(
-        {
-            "version": 2,
-            "model": plan.base.model_dump(),
-            "method": plan.method.model_dump(),
-            "allocator": plan.allocator.model_dump(),
-            "budget": plan.budget.model_dump(),
-            "tier": plan.tier,
-            "dense": asdict(dense),
-            "compressed": asdict(small),
-            "seconds": seconds | watch.finish(),
-            "versions": reporting.versions(),
-            "seed": calibration.seed,
-            "calibration": plan.calibration.model_dump(),
-        }
-    )
-
-
-def _write_record(
-    folder: Path,
-    plan: Plan,
-    goal: Goal,
-    report: Report,
-    questions: Questions,
-    settings: Settings,
-) -> None:
-    record = folder / "secateur"
-    record.mkdir()
-    (record / "plan.json").write_text(plan.to_json())
-    report.write(record / "report.json")
-    recipe = {
+    plan = plans[-1]
+    content = {
         "version": 2,
-        "model": plan.base.source,
+        "model": plans[0].base.model_dump(),
         "method": plan.method.model_dump(),
         "allocator": plan.allocator.model_dump(),
-        "calibration": plan.calibration.model_dump(exclude={"tokens", "fingerprint", "windows"}),
-        "goal": asdict(goal),
-        "evaluate": asdict(questions) | {"texts": [asdict(text) for text in questions.texts]},
-        "settings": asdict(settings),
+        "budget": budget.model_dump(),
+        "tier": plan.tier,
+        "dense": asdict(dense),
+        "compressed": asdict(small),
+        "seconds": seconds | watch.finish(),
+        "versions": reporting.versions(),
+        "seed": task.calibration.seed,
+        "calibration": plan.calibration.model_dump(),
     }
-    (record / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    if len(plans) > 1:
+        content["method"] = {"name": " + ".join(p.method.name for p in plans), "options": {}}
+        keys = ("method", "allocator", "budget")
+        content["steps"] = [{k: getattr(p, k).model_dump() for k in keys} for p in plans]
+    return Report(content)
+
+
+def write_record(task: Task, report: Report, plans: Sequence[Plan], recipe: Recipe) -> None:
+    """Put beside the weights what was asked for, what was decided and what came of it."""
+    record = task.workspace.result / "secateur"
+    record.mkdir()
+    for number, plan in enumerate(plans, 1):
+        name = "plan.json" if len(plans) == 1 else f"plan-{number}.json"
+        (record / name).write_text(plan.to_json())
+    report.write(record / "report.json")
+    calibration = plans[0].calibration.model_dump(exclude={"tokens", "fingerprint", "windows"})
+    texts = [asdict(text) for text in task.questions.texts]
+    content = {
+        "version": 3,
+        "model": task.source,
+        "keep": recipe.keep,
+        "steps": [step.as_dict() for step in recipe.steps],
+        "calibration": calibration,
+        "evaluate": asdict(task.questions) | {"texts": texts},
+        "settings": asdict(task.settings),
+    }
+    (record / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def save(

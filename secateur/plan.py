@@ -17,7 +17,7 @@ from secateur.goal import Goal, Tier, Written
 from secateur.latency import measured
 from secateur.methods import method_class
 from secateur.methods.base import Method
-from secateur.model import Model, fingerprint
+from secateur.model import Model, fingerprint, has_forms
 from secateur.prices import Prices, Target, counted
 from secateur.records import Record, read_record
 from secateur.stitch import Stitched
@@ -235,7 +235,7 @@ def make_plan(
         allocator=Choice(name=allocator.name, options=asdict(allocator)),
         multiple_of=goal.multiple_of,
         budget=_budget(units, sizes, method.keep, prices, goal),
-        tier=tier_of(units, sizes),
+        tier=_tier(model, units, sizes),
         units=_rows(units, sizes, evidence, model.stored),
     )
 
@@ -296,6 +296,14 @@ def _form(unit: Unit, size: int, itemsize: int) -> dict[str, Any]:
     }
 
 
+def _tier(model: Model, units: Sequence[Unit], sizes: Mapping[str, int]) -> Written:
+    """What sizes and forms need, and what a checkpoint that is compressed already has needed."""
+    tier = tier_of(units, sizes)
+    if has_forms(model.config):
+        return "factored"
+    return "per-layer" if model.narrowed and tier == "plain" else tier
+
+
 def tier_of(units: Sequence[Unit], sizes: Mapping[str, int]) -> Written:
     """ "plain" where stock classes can express the sizes: one MLP width, attention untouched.
 
@@ -353,7 +361,7 @@ def revise(
         update={
             "units": rows,
             "budget": _budget(units, plan.sizes, plan.budget.keep, prices, plan.goal),
-            "tier": tier_of(units, plan.sizes),
+            "tier": _tier(model, units, plan.sizes),
         }
     )
 

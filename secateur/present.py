@@ -228,7 +228,8 @@ def show_report(report: Report, out: Path) -> None:
     )
     _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
     console.print(f"\n[bold]{escape(str(out))}[/]  tier {report['tier']}: {TIERS[report['tier']]}")
-    console.print("in it, under secateur/: report.json, plan.json, recipe.yaml", markup=False)
+    plans = "the plan of each step" if "steps" in report.content else "plan.json"
+    console.print(f"in it, under secateur/: report.json, {plans}, recipe.yaml", markup=False)
     own = report["model"]["source"] == DEMO
     following = ("compress", "YOUR_MODEL", "OUT --keep 0.8 --calibration YOUR_TEXT.txt")
     yours = "YOUR_IMAGES" if _sees(report["model"]["model_type"]) else "YOUR_TEXT.txt"

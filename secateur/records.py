@@ -30,6 +30,11 @@ def read_record(kind: type[R], path: Path, what: str, most_bytes: int, advice: s
     except OSError as error:
         raise InputError(f"{what} {str(path)!r}: {error.strerror}.") from error
     except pydantic.ValidationError as error:
-        first: Any = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"{what} {str(path)!r}: {where}: {first['msg']}.{advice}") from error
+        raise InputError(f"{what} {str(path)!r}: {said(error)}.{advice}") from error
+
+
+def said(error: pydantic.ValidationError) -> str:
+    """Where a record is wrong first, and how."""
+    first: Any = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    return f"{where}: {first['msg']}"

@@ -1,0 +1,232 @@
+"""Several methods one after the other, under one budget of bytes."""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from secateur.calibration import Store
+from secateur.errors import InputError
+from secateur.evaluate.judge import Questions
+from secateur.methods import check_served
+from secateur.model import Model, Settings, skeleton
+from secateur.pipeline import judge_result, make_report, write, write_record
+from secateur.plan import Budget, Plan, read_plan
+from secateur.prepare import check_reach, prepare
+from secateur.progress import Progress
+from secateur.recipe import Recipe, Step
+from secateur.report import Report
+from secateur.stopwatch import Stopwatch
+from secateur.task import Task
+from secateur.text import Calibration, Tokens
+
+ATTEMPTS = 4
+PLAN = "plan.json"
+
+
+def compress_in_steps(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    questions: Questions | None = None,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Apply the steps of a recipe, each to what the one before has written, under one budget.
+
+    Statistics are taken anew before each step. The budget is a share of the bytes that all blocks
+    take on disk. The result is reloaded in a fresh process and compared before ``out`` appears. A
+    run that was killed goes on behind its last finished step. Don't use it for a single method:
+    :func:`~secateur.pipeline.compress` has all of its options.
+
+    Raises:
+        InputError: anything wrong with the input, or a budget that no keep of the open step meets.
+        RunError: the reloaded checkpoint differs from the model in memory.
+    """
+    settings, progress = settings or Settings(), progress or Progress()
+    task = Task.of(source, out, calibration, questions, settings, progress, overwrite)
+    shapes = skeleton(task.source, settings)
+    budget = _Bytes.of(shapes, recipe)
+    if recipe.open is not None:
+        step = recipe.steps[recipe.open]
+        check_served(step.method, shapes)
+        if recipe.open == 0:
+            check_reach(
+                shapes,
+                step.with_keep(budget.share(shapes, budget.dense)),
+                step.goal,
+                step.allocator,
+            )
+    workspace = task.workspace
+    inputs = task.fingerprint(keep=recipe.keep, steps=[step.as_dict() for step in recipe.steps])
+    watch = Stopwatch()
+    with workspace.opened(inputs):
+        with watch.measure("evaluate"):
+            dense = task.judge_dense()
+        for _ in range(ATTEMPTS):
+            plans, memory, first = _run(task, recipe, budget, watch)
+            reached = stored_bytes(workspace.result, shapes)
+            if recipe.keep is None or reached <= recipe.keep * budget.dense:
+                break
+            # What later steps leave of narrowed shapes is known only when they are done.
+            progress.say("a little above the budget: narrowing further")
+            budget = replace(budget, later=budget.later * reached / (recipe.keep * budget.dense))
+            if recipe.open is None:
+                raise InputError(
+                    f"recipe: the keeps of its steps leave {reached / budget.dense:.3f} of the "
+                    f"bytes, more than {recipe.keep}; leave one of them out."
+                )
+            _forget(workspace.folder, recipe)
+        else:
+            raise InputError(
+                f"keep {recipe.keep}: the steps leave {reached / budget.dense:.3f} of the bytes. "
+                f"Ask for more, or for less in the steps that have a keep."
+            )
+        small = judge_result(task, watch, memory, first)
+        spent = Budget(
+            keep=recipe.keep or 0.0,
+            of="bytes",
+            total=budget.dense,
+            reached=reached / budget.dense,
+            batch=1,
+            length=task.tokens.length,
+        )
+        report = make_report(task, plans, spent, dense, small, watch)
+        write_record(task, report, plans, recipe)
+        workspace.publish()
+    return report
+
+
+def _run(
+    task: Task, recipe: Recipe, budget: "_Bytes", watch: Stopwatch
+) -> tuple[list[Plan], dict[str, Tensor], Tokens]:
+    """Every step that is not finished; the last one's result is the run's."""
+    source, plans, workspace = task.source, [], task.workspace
+    for number, step in enumerate(recipe.steps, 1):
+        last = number == len(recipe.steps)
+        folder = workspace.result if last else workspace.folder / f"step-{number}"
+        if not last and folder.exists():
+            plans.append(read_plan(folder / PLAN))
+            source = str(folder)
+            continue
+        shapes = skeleton(source, task.settings)
+        check_served(step.method, shapes)
+        keep = step.keep or 0.0
+        if number - 1 == recipe.open:
+            there = budget.dense if number == 1 else stored_bytes(Path(source), shapes)
+            keep = budget.share(shapes, there)
+        task.progress.say(f"step {number} of {len(recipe.steps)}: {step.method.name}")
+        prepared = prepare(
+            source,
+            step.with_keep(keep),
+            task.calibration,
+            task.tokens,
+            task.settings,
+            step.goal,
+            step.allocator,
+            Store(workspace.folder / f"statistics-{number}"),
+            None,
+            watch,
+            task.progress,
+        )
+        made = folder if last else workspace.folder / "unfinished"
+        shutil.rmtree(made, ignore_errors=True)
+        memory, first = write(prepared, made, watch, task.progress)
+        plans.append(prepared.plan)
+        del prepared
+        if not last:
+            (made / PLAN).write_text(plans[-1].to_json())
+            made.rename(folder)
+            source = str(folder)
+    return plans, memory, first
+
+
+def _forget(folder: Path, recipe: Recipe) -> None:
+    """Let the open step and those behind it be done again."""
+    assert recipe.open is not None
+    for number in range(recipe.open + 1, len(recipe.steps) + 1):
+        shutil.rmtree(folder / f"step-{number}", ignore_errors=True)
+        if number > recipe.open + 1:
+            shutil.rmtree(folder / f"statistics-{number}", ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """A budget of bytes on disk for all blocks.
+
+    Attributes:
+        dense: of the dense model.
+        keep: share of that which stays; 1 where the steps say by themselves.
+        later: what the steps behind the open one leave of what they find.
+        open: the step that this budget decides.
+    """
+
+    dense: int
+    keep: float
+    later: float
+    open: Step | None
+
+    @classmethod
+    def of(cls, shapes: Model, recipe: Recipe) -> "_Bytes":
+        dense = sum(_own(block.module) for block in shapes.blocks) * shapes.stored.itemsize
+        later, step = 1.0, None
+        if recipe.open is not None:
+            step = recipe.steps[recipe.open]
+            for behind in recipe.steps[recipe.open + 1 :]:
+                later *= behind.keep or _least(behind, shapes)
+        return cls(dense, recipe.keep or 1.0, later, step)
+
+    def share(self, model: Model, there: int) -> float:
+        """The keep at which the open step leaves its part of the budget.
+
+        ``there`` is what the blocks take on disk before it.
+
+        Raises:
+            InputError: it is above 1, so the step would have nothing to do, or nothing is left.
+        """
+        assert self.open is not None
+        itemsize = model.stored.itemsize
+        units = self.open.method.units(model, self.open.goal.multiple_of)
+        moving = sum(unit.cost(unit.size, itemsize).bytes for unit in units)
+        found = (self.keep * self.dense / self.later - (there - moving)) / moving
+        if found > 1:
+            raise InputError(
+                f"recipe: the other steps leave {self.later:.3f} of the bytes, less than the "
+                f"{self.keep:.3f} asked for, and {self.open.method.name} has nothing to do. Ask "
+                f"for less, or leave that step out."
+            )
+        if found <= 0:
+            raise InputError(
+                f"recipe: keep {self.keep:.3f} is out of reach: what no step changes takes more."
+            )
+        return found
+
+
+def _own(module: object) -> int:
+    return sum(p.numel() for p in module.parameters())  # type: ignore[attr-defined]
+
+
+def _least(step: Step, shapes: Model) -> float:
+    """The least share that a step can leave of the dense shapes."""
+    units, itemsize = step.method.units(shapes, step.goal.multiple_of), shapes.stored.itemsize
+    whole = sum(unit.cost(unit.size, itemsize).bytes for unit in units)
+    least = sum(unit.cost(step.allocator.choices(unit)[0], itemsize).bytes for unit in units)
+    return least / whole
+
+
+def stored_bytes(folder: Path, shapes: Model) -> int:
+    """What the tensors of all blocks take in the files of a checkpoint."""
+    assert shapes.anatomy is not None
+    inside = tuple(f"{shapes.prefix}{stack.blocks}." for stack in shapes.anatomy.stacks)
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (it is no mapping)
+                if name.startswith(inside):
+                    tensor = file.get_tensor(name)
+                    total += tensor.numel() * tensor.element_size()
+    return total
