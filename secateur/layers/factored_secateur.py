@@ -42,15 +42,15 @@ class Factored(nn.Module):
         self._made: tuple[Tensor, ...] = ()  # the dense weight, where it was needed
         self.make()
         if spec["bias"]:
-            self.bias = nn.Parameter(torch.empty(spec["outputs"]), requires_grad=False)
+            self.bias = nn.Parameter(torch.empty(spec["outputs"]))
         else:
             self.register_parameter("bias", None)
 
     def make(self) -> None:
-        """Make room for the tensors."""
+        """Make room for the tensors; what a dense weight is made of once can't be trained."""
         for name, (shape, dtype) in self.tensors(self.spec).items():
             if dtype is None:
-                room = nn.Parameter(torch.empty(shape), requires_grad=False)
+                room = nn.Parameter(torch.empty(shape), requires_grad=not self.densified)
                 self.register_parameter(name, room)
             else:
                 self.register_buffer(name, torch.empty(shape, dtype=dtype))
@@ -121,8 +121,8 @@ class LowRank(Factored):
 
     def make(self) -> None:
         rank = self.spec["rank"]
-        self.first = nn.Linear(self.in_features, rank, bias=False).requires_grad_(False)
-        self.second = nn.Linear(rank, self.out_features, bias=False).requires_grad_(False)
+        self.first = nn.Linear(self.in_features, rank, bias=False)
+        self.second = nn.Linear(rank, self.out_features, bias=False)
 
     @classmethod
     def problem(cls, spec: Spec) -> str | None:

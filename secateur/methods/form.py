@@ -123,7 +123,8 @@ class FormMethod(Method):
         self, weight: Tensor, metric: Metric, form: Form, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """The layer that a form makes of a weight."""
-        return fill(dict(form.spec), self.reshaped(weight, metric, form), bias, dtype)
+        spec = {**form.spec, "bias": bias is not None}
+        return fill(spec, self.reshaped(weight, metric, form), bias, dtype)
 
     def errors(self, weight: Tensor, metric: Metric, forms: Sequence[Form]) -> list[float]:
         """The output error of every form; here by making each of them in float64."""

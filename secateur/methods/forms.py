@@ -28,7 +28,7 @@ class Forms(FormMethod):
     Source: own composition; the parts name theirs.
     """
 
-    of: str = option("gptq,svd-llm", "methods whose forms compete, by commas")
+    of: str = option("svd-llm,svd", "methods whose forms compete, by commas")
 
     name: ClassVar[str] = "forms"
     summary: ClassVar[str] = (

@@ -27,7 +27,7 @@ from secateur.prepare import Prepared
 from secateur.progress import Progress
 from secateur.stopwatch import Stopwatch
 from secateur.text import Tokens
-from secateur.units import DEPTH, STREAM, Unit
+from secateur.units import DEPTH, MATRICES, STREAM, Unit
 from secateur.uses import use_of
 from tests.conftest import Calibrated
 from tests.families import AUTO, FAMILIES
@@ -39,6 +39,8 @@ KINDS = ("full", "plain", "layered", "mixed", "gone")
 #: without biases, one with biases everywhere, one with norms in its heads. The rest is slow.
 EVERYWHERE = "auto"
 ALWAYS = ("llama", "gpt2", "qwen3")
+#: methods that narrow; those that keep widths have tests of their own (test_forms.py)
+NARROWING = [name for name in METHODS if method_class(name).kinds != MATRICES]
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are looked at
@@ -84,7 +86,7 @@ def parameters(item: pytest.Item) -> dict[str, Any]:
 
 def methods(applies: Callable[[type[Method]], bool]) -> Any:
     """The test is for methods to which something applies."""
-    names = [name for name in METHODS if applies(method_class(name))]
+    names = [name for name in NARROWING if applies(method_class(name))]
     return pytest.mark.parametrize("method", names, indirect=True)
 
 
@@ -113,7 +115,7 @@ class Written:
     memory: dict[str, Tensor]
 
 
-@pytest.fixture(scope="session", params=list(METHODS))
+@pytest.fixture(scope="session", params=NARROWING)
 def method(request: pytest.FixtureRequest) -> type[Method]:
     return method_class(request.param)
 

@@ -145,7 +145,10 @@ def unit_of(size, step, least=0):
 )
 def test_measured_sizes_are_the_nearest_to_their_shares(unit):
     curve = Curve((0.0,) * (unit.size + 1))
-    found, narrower = measured_sizes(unit, curve), [size for size in unit.sizes() if size < unit.size]
+    found, narrower = (
+        measured_sizes(unit, curve),
+        [size for size in unit.sizes() if size < unit.size],
+    )
     assert found[0] == unit.least
     assert found == sorted(set(found))
     assert set(found) <= set(narrower)

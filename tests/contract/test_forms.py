@@ -1,0 +1,217 @@
+"""What every method that gives matrices another form owes to its users."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateur import Goal, Settings, make_plan, open_model, score
+from secateur.allocate.uniform import Uniform
+from secateur.apply import narrowed
+from secateur.block import dense_weight, inputs_by_outputs
+from secateur.methods import METHODS, method_class
+from secateur.pipeline import write
+from secateur.prepare import Prepared
+from secateur.progress import Progress
+from secateur.stopwatch import Stopwatch
+from secateur.units import MATRICES
+from tests.contract.conftest import ALWAYS, asked_with, run_reader, spread
+from tests.contract.variants import VARIANTS
+from tests.families import AUTO, FAMILIES
+
+RESHAPING = [name for name in METHODS if method_class(name).kinds == MATRICES]
+SHOWN = ("llama", "gpt2")  # one without biases, one with transposed weights and biases
+SPECIAL = [name for name in FAMILIES if name not in ALWAYS]
+every_method = pytest.mark.parametrize("method", RESHAPING)
+every_name = pytest.mark.parametrize(
+    "name", [*SHOWN, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in SHOWN)]
+)
+
+
+def made(method, **options):
+    """The method at sizes that fit models this small."""
+    return method_class(method)(**{**VARIANTS.get(method, {}), **options})
+
+
+def served(model, method):
+    if method.obstacle(model) is not None:
+        pytest.skip(f"{method.name} has no form for this model")
+
+
+@pytest.fixture(scope="session")
+def evidence(opened, calibrated):
+    @cache
+    def measured(method, name):
+        data = calibrated(name)
+        return score(opened(name), made(method), data.store, data.tokens, Uniform())
+
+    return measured
+
+
+@pytest.fixture(scope="session")
+def reshaped(opened, calibrated, evidence, tmp_path_factory):
+    """Method, variant and keep to a written checkpoint, its plan and what memory said."""
+    root = tmp_path_factory.mktemp("forms")
+
+    @cache
+    def checkpoint(method, name, keep):
+        model, data = opened(name), calibrated(name)
+        chosen = made(method, keep=keep)
+        given = (model, chosen, evidence(method, name), data.record, data.tokens)
+        plan = make_plan(*given, Goal(chosen.target), Uniform())
+        folder = root / f"{method}-{name}-{keep}"
+        prepared = Prepared(model, data.tokens, data.store, chosen, plan)
+        memory, tokens = write(prepared, folder, Stopwatch(), Progress())
+        return folder, plan, memory, tokens
+
+    return checkpoint
+
+
+@every_name
+@every_method
+def test_a_reloaded_model_says_what_memory_said(opened, reshaped, method, name):
+    served(opened(name), made(method))
+    folder, plan, memory, tokens = reshaped(method, name, 0.0)
+    model = open_model(folder, Settings(device="cpu"))
+    assert model.narrowed == (plan.tier != "plain")
+    with torch.inference_mode():
+        found = model.module(**model.use.inputs(tokens)).logits[0]
+    assert spread(found, memory["logits.float32.eager"]) < 2e-5
+
+
+@every_name
+@every_method
+def test_bytes_on_disk_are_those_of_the_plan(opened, reshaped, method, name):
+    served(opened(name), made(method))
+    folder, plan, *_ = reshaped(method, name, 0.0)
+    files = [load_file(path) for path in folder.glob("*.safetensors")]
+    sizes = {n: t.numel() * t.element_size() for file in files for n, t in file.items()}
+    changed = [row for row in plan.units if row.form is not None]
+    assert changed
+    for row in changed:
+        inside = f".{row.unit.removeprefix('layers.')}."
+        own = {n: s for n, s in sizes.items() if inside in n and not n.endswith(".bias")}
+        assert sum(own.values()) == row.bytes, (row, own)
+
+
+@every_name
+@every_method
+def test_keeping_everything_changes_nothing(opened, reshaped, method, name):
+    served(opened(name), made(method))
+    folder, plan, _, tokens = reshaped(method, name, 1.0)
+    assert plan.tier == "plain"
+    assert plan.budget.reached == 1
+    model, dense = open_model(folder, Settings(device="cpu")), opened(name)
+    with torch.inference_mode():
+        found, expected = (m.module(**m.use.inputs(tokens)).logits for m in (model, dense))
+    assert torch.equal(found, expected)
+
+
+@every_name
+@every_method
+def test_a_budget_is_met(opened, reshaped, method, name):
+    served(opened(name), made(method))
+    least = reshaped(method, name, 0.0)[1].budget.reached
+    keep = (1 + least) / 2
+    _, plan, *_ = reshaped(method, name, keep)
+    assert plan.budget.of == "bytes"
+    assert plan.budget.reached <= keep
+    assert sum(row.bytes for row in plan.units) == plan.budget.reached * plan.budget.total
+
+
+@every_name
+@every_method
+def test_every_layer_computes_with_the_weight_that_it_stands_for(opened, calibrated, method, name):
+    model, chosen, generator = opened(name, "float64"), made(method), torch.Generator()
+    served(model, chosen)
+    data, block = calibrated(name), model.blocks[1]
+    statistics = data.store.get(1, chosen.needs)
+    for unit in (u for u in chosen.units(model, 1) if u.block == 1 and not u.fixed):
+        solution = chosen.solve(unit, block, statistics)
+        x = torch.randn(2, 5, unit.inputs, generator=generator, dtype=torch.float64)
+        old = block.module.get_submodule(unit.path)
+        for size in sorted({unit.sizes()[0], unit.sizes()[-2]}):
+            layer = solution.at(size).layer
+            expected = x @ dense_weight(layer).t()
+            if old.bias is not None:
+                expected = expected + old.bias
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+            assert (layer.bias is None) == (old.bias is None)
+
+
+@every_name
+@every_method
+def test_predicted_errors_are_those_of_what_is_made(opened, calibrated, method, name):
+    model, chosen = opened(name, "float64"), made(method)
+    served(model, chosen)
+    data, block = calibrated(name), model.blocks[1]
+    statistics = data.store.get(1, chosen.needs)
+    for unit in (u for u in chosen.units(model, 1) if u.block == 1 and not u.fixed):
+        solution = chosen.solve(unit, block, statistics)
+        (linear,) = (found for found in block.linear_layers if found.path == unit.path)
+        metric = chosen.metric(linear, statistics)
+        weight = inputs_by_outputs(linear.module).t().double()
+        for size in sorted({unit.sizes()[0], unit.sizes()[-2]}):
+            lost = metric.error(weight - dense_weight(solution.at(size).layer))
+            share = min(1.0, lost / metric.error(weight))
+            assert solution.curve.at(size) == pytest.approx(
+                share, rel=1e-3, abs=1e-9
+            )  # but for ridges
+        assert solution.curve.at(unit.size) == 0
+
+
+@every_method
+def test_looking_at_a_form_leaves_the_block_as_it_was(opened, calibrated, method):
+    model, chosen = opened("llama"), made(method)
+    served(model, chosen)
+    statistics = calibrated("llama").store.get(0, chosen.needs)
+    block, unit = model.blocks[0], next(u for u in chosen.units(model, 1) if not u.fixed)
+    before = {n: t.clone() for n, t in block.module.state_dict().items()}
+    layer = block.module.get_submodule(unit.path)
+    with narrowed(block, unit, chosen.solve(unit, block, statistics).at(1)):
+        assert block.module.get_submodule(unit.path) is not layer
+    assert block.module.get_submodule(unit.path) is layer
+    after = block.module.state_dict()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_strangers_read_every_form(reshaped, opened, tmp_path):
+    """Without this package, by the code beside the weights; caches, padding, saving again."""
+    jobs, given, memories = {}, {}, {}
+    for method in RESHAPING:
+        if made(method).obstacle(opened("llama")) is not None:
+            continue
+        folder, plan, memory, tokens = reshaped(method, "llama", 0.0)
+        job = f"{method}/{'plain' if plan.tier == 'plain' else 'layered'}"
+        jobs[job] = {"folder": str(folder), "auto": AUTO["causal"]}
+        memories[job] = memory["logits.float32.eager"]
+        given |= {f"{job}:{key}": value for key, value in asked_with("llama", tokens).items()}
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    save_file(given, tmp_path / "inputs.safetensors")
+    process = run_reader("stranger", tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    said = load_file(tmp_path / "tensors.safetensors")
+    for job, expected in memories.items():
+        assert "error" not in facts[job], facts[job]["error"]
+        assert facts[job]["missing"] == facts[job]["unexpected"] == []
+        assert facts[job]["without_gradient"] == []
+        for kind in ("eager", "sdpa", "again"):
+            assert spread(said[f"{job}:logits.{kind}"], expected) < 2e-5, (job, kind)
+        assert torch.equal(said[f"{job}:cached.sdpa"], said[f"{job}:uncached.sdpa"])
+        assert torch.equal(said[f"{job}:padded.sdpa"], said[f"{job}:alone"])
+
+
+@pytest.mark.parametrize("method", RESHAPING)
+def test_the_same_calibration_gives_the_same_bits(opened, calibrated, method):
+    model, chosen = opened("llama"), made(method)
+    served(model, chosen)
+    statistics = calibrated("llama").store.get(0, chosen.needs)
+    unit = next(u for u in chosen.units(model, 1) if not u.fixed)
+    layers = [chosen.solve(unit, model.blocks[0], statistics).at(1).layer for _ in range(2)]
+    first, second = (layer.state_dict() for layer in layers)
+    assert all(torch.equal(first[name], second[name]) for name in first)

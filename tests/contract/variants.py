@@ -1,0 +1,10 @@
+"""Options with which methods that reshape matrices fit models as small as those of the tests."""
+
+from typing import Any
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "svd": {"rank_step": 2},
+    "svd-llm": {"rank_step": 2},
+    "welore": {"rank_step": 2},
+    "forms": {"of": "svd-llm,svd"},
+}
