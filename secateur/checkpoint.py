@@ -232,6 +232,9 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
     if tier == "plain":
         fields[anatomy.width_key] = inputs_by_outputs(model.blocks[0].consumer).shape[0]
         fields["architectures"] = [stock]
+        fields["model_type"] = config.model_type.removeprefix(PREFIX)
+        for name in ("secateur", "auto_map"):  # of a compressed checkpoint that is stock again
+            fields.pop(name, None)
     else:
         base = MODEL_MAPPING[type(config)].__name__.removeprefix(prefix)  # type: ignore[attr-defined]
         config_class = type(config).__name__.removeprefix(prefix)

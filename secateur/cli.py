@@ -18,6 +18,7 @@ from secateur.flags import (
     judge_options,
     model_argument,
     open_options,
+    text_options,
 )
 from secateur.version import __version__
 
@@ -59,12 +60,32 @@ def list_all(as_json: bool) -> None:
 @model_argument
 @open_options
 @click.option("--multiple-of", default=8, show_default=True, type=click.IntRange(1))
-def inspect(model: str, as_json: bool, multiple_of: int, **opening: Any) -> None:
+@click.option(
+    "--forms",
+    is_flag=False,
+    flag_value="all",
+    metavar="[METHODS]",
+    help="Error against bytes of the forms of these methods, by commas, or of all: needs weights.",
+)
+@text_options
+def inspect(model: str, as_json: bool, multiple_of: int, forms: str | None, **rest: Any) -> None:
     """Show what can shrink in MODEL, and what calibration would need; reads no weights."""
     from secateur import present
 
-    content = present.inspection(model, _settings(opening), multiple_of)
-    _print_json(content) if as_json else present.show_inspection(content)
+    if forms is None:
+        content = present.inspection(model, _settings(rest), multiple_of)
+        _print_json(content) if as_json else present.show_inspection(content)
+        return
+    from secateur.evaluate.judge import quiet
+    from secateur.methods.forms import Forms, reshaping
+    from secateur.progress import for_terminal
+    from secateur.spectrum import spectrum
+
+    quiet()
+    methods = Forms(of=",".join(reshaping()) if forms == "all" else forms)
+    given = (_calibration(rest), _settings(rest), for_terminal())
+    content = spectrum(model, methods, *given)
+    _print_json(content) if as_json else present.show_spectrum(content)
 
 
 @cli.command(cls=MethodCommand)
@@ -231,6 +252,29 @@ def evaluate(ctx: click.Context, /, model: str, as_json: bool, **rest: Any) -> N
     questions = _questions(rest, (Text("Python docs (bundled)", BUNDLED),), None)
     verdict = judge_apart(model, questions, _settings(rest), for_terminal())
     _print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
+
+
+@cli.command()
+@model_argument
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dense", is_flag=True, help="Multiply out every matrix of another form.")
+@open_options
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
+def export(model: str, out: Path, dense: bool, as_json: bool, overwrite: bool, **rest: Any) -> None:
+    """Write MODEL, a compressed checkpoint, to the folder OUT for readers that know less."""
+    from secateur import present
+    from secateur.evaluate.judge import quiet
+    from secateur.export import export_dense
+    from secateur.progress import for_terminal
+
+    if not dense:
+        raise InputError("say what for: --dense multiplies out every matrix of another form.")
+    quiet()
+    tier = export_dense(model, out, _settings(rest), overwrite, for_terminal())
+    if as_json:
+        _print_json({"out": str(out), "tier": tier})
+    else:
+        present.show_export(out, tier)
 
 
 def _settings(options: dict[str, Any]) -> "Settings":

@@ -128,6 +128,39 @@ open_options = stacked(
     click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
 )
 
+text_options = stacked(
+    click.option(
+        "--calibration",
+        default="bundled",
+        show_default=True,
+        help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
+        '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
+    ),
+    click.option(
+        "--samples",
+        default=128,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Windows of that text, drawn at random.",
+    ),
+    click.option(
+        "--length",
+        default=256,
+        show_default=True,
+        type=click.IntRange(2),
+        help="Tokens in a window.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the choice of samples."),
+    click.option(
+        "--select-calibration",
+        default="none",
+        show_default=True,
+        help="How to choose the windows: none (at random), kl (of several random draws the one "
+        "whose cheaply narrowed model is nearest to the dense one), leverage (windows with tokens "
+        "that others don't explain), dpp (windows unlike each other).",
+    ),
+)
+
 calibration_options = stacked(
     click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
     click.option(
@@ -174,42 +207,13 @@ calibration_options = stacked(
         help="Folder to keep the calibration's statistics in, or to find them in.",
     ),
     click.option(
-        "--calibration",
-        default="bundled",
-        show_default=True,
-        help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
-        '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
-    ),
-    click.option(
-        "--samples",
-        default=128,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Windows of that text, drawn at random.",
-    ),
-    click.option(
-        "--length",
-        default=256,
-        show_default=True,
-        type=click.IntRange(2),
-        help="Tokens in a window.",
-    ),
-    click.option("--seed", default=0, show_default=True, help="Of the choice of samples."),
-    click.option(
-        "--select-calibration",
-        default="none",
-        show_default=True,
-        help="How to choose the windows: none (at random), kl (of several random draws the one "
-        "whose cheaply narrowed model is nearest to the dense one), leverage (windows with tokens "
-        "that others don't explain), dpp (windows unlike each other).",
-    ),
-    click.option(
         "--multiple-of",
         default=8,
         show_default=True,
         type=click.IntRange(1),
         help="MLP widths become multiples of this, so that kernels stay fast.",
     ),
+    text_options,
 )
 
 judge_options = stacked(

@@ -160,6 +160,30 @@ def show_inspection(content: dict[str, Any]) -> None:
     _next(console, "plan", content["model"], f"--keep 0.8 --dry-run{images}")
 
 
+def show_spectrum(content: dict[str, Any]) -> None:
+    """Print :func:`~secateur.spectrum.spectrum`: a line a method, a column a share of the bytes."""
+    console = _console()
+    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("share of the bytes")
+    for share in content["shares"]:
+        table.add_column(f"{share:.1%}", justify="right")
+    best = [
+        min((own[i] for own in content["methods"].values() if own[i] is not None), default=None)
+        for i in range(len(content["shares"]))
+    ]
+    for name, errors in content["methods"].items():
+        cells = ["–" if e is None else f"{e:.2%}" for e in errors]
+        marked = zip(cells, errors, best, strict=True)
+        table.add_row(
+            name, *(f"[bold]{c}*[/]" if e is not None and e == b else c for c, e, b in marked)
+        )
+    console.print(table)
+    console.print(
+        "mean over matrices of the share of a layer's output that is lost, with the best form "
+        "within that share; * least, – no form so small"
+    )
+
+
 def show_plan(plan: Plan, written: Path | None) -> None:
     """Print a plan, one line a unit."""
     console = _console()
@@ -234,6 +258,13 @@ def show_report(report: Report, out: Path) -> None:
     following = ("compress", "YOUR_MODEL", "OUT --keep 0.8 --calibration YOUR_TEXT.txt")
     yours = "YOUR_IMAGES" if _sees(report["model"]["model_type"]) else "YOUR_TEXT.txt"
     _next(console, *(following if own else ("eval", str(out), f"--eval {yours}")))
+
+
+def show_export(out: Path, tier: str) -> None:
+    """Print where an exported checkpoint is and who reads it."""
+    console = _console()
+    console.print(f"[bold]{escape(str(out))}[/]  tier {tier}: {TIERS[tier]}")
+    _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
 
 
 def show_verdict(verdict: Verdict) -> None:

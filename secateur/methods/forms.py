@@ -51,8 +51,7 @@ class Forms(FormMethod):
         for name in filter(None, map(str.strip, self.of.split(","))):
             kind = by_name(METHODS, name, "method")
             if kind is Forms or not issubclass(kind, FormMethod):
-                able = [n for n in METHODS if _is_one(by_name(METHODS, n, "method"))]
-                raise InputError(f"forms: {name!r} keeps no width. {nearest(name, able)}")
+                raise InputError(f"forms: {name!r} keeps no width. {nearest(name, reshaping())}")
             found[name] = kind.among_others()
         return found
 
@@ -102,5 +101,9 @@ def _seen(part: FormMethod, metric: Metric) -> Metric:
     return Metric(metric.gram, getattr(part, "ridge", 0.0))
 
 
-def _is_one(kind: type) -> bool:
-    return issubclass(kind, FormMethod) and kind is not Forms
+def reshaping() -> list[str]:
+    """The names of all methods whose forms can compete."""
+    from secateur.methods import METHODS
+
+    kinds = {name: by_name(METHODS, name, "method") for name in METHODS}
+    return [n for n, kind in kinds.items() if issubclass(kind, FormMethod) and kind is not Forms]
