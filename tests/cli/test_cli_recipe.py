@@ -1,0 +1,120 @@
+"""Several methods one after the other, under one budget."""
+
+import json
+
+import pytest
+import yaml
+
+STEPS = [
+    {"method": "modegpt", "multiple_of": 2},
+    {"method": "svd-llm", "options": {"rank_step": 1}, "keep": 0.85},
+]
+SMALL = ["--no-speed", "--samples", 4, "--length", 32, "--eval-windows", 2, "--new-tokens", 4]
+
+
+@pytest.fixture
+def follow(run, near, model, text, held, room):
+    """Compress by a recipe that is given as data."""
+
+    def command(content, *flags, source=None):
+        file = room.parent / "recipe.yaml"
+        file.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        given = ["--recipe", file, "--calibration", text, "--eval", held, *SMALL]
+        return run("compress", source or model, room / "out", *given, *flags)
+
+    return command
+
+
+def record(room):
+    return json.loads((room / "out" / "secateur" / "report.json").read_text())
+
+
+def stored(folder):
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    return sum(t.numel() * t.element_size() for n, t in tensors.items() if ".layers." in n)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.7])
+def test_one_budget_of_bytes_holds_for_all_steps(follow, room, model, keep):
+    follow({"keep": keep, "steps": STEPS}).succeeded()
+    report = record(room)
+    share = stored(room / "out") / stored(model)
+    assert report["budget"]["reached"] == pytest.approx(share)
+    assert keep - 0.04 < share <= keep
+    assert [step["method"]["name"] for step in report["steps"]] == ["modegpt", "svd-llm"]
+    assert report["tier"] == "factored"
+
+
+def test_statistics_are_those_of_what_the_step_before_has_left(follow, room):
+    follow({"keep": 0.6, "steps": STEPS}).succeeded()
+    plans = [json.loads(p.read_text()) for p in sorted((room / "out/secateur").glob("plan-*"))]
+    assert plans[0]["base"]["fingerprint"] != plans[1]["base"]["fingerprint"]
+    sizes = {row["unit"]: row["after"] for row in plans[0]["units"]}
+    for row in plans[1]["units"]:
+        if row["unit"].endswith("up_proj") and row["form"]:
+            block = row["unit"].split(".")[1]
+            assert row["form"]["outputs"] == sizes[f"layers.{block}.mlp"]
+
+
+def test_the_record_of_a_run_is_a_recipe(follow, compress, room, model):
+    """What a run with one method leaves can be followed again, too."""
+    compress("--method", "modegpt", "--keep", "0.8").succeeded()
+    first = (room / "out" / "model.safetensors").read_bytes()
+    follow((room / "out/secateur/recipe.yaml").read_text(), "--overwrite").succeeded()
+    assert (room / "out" / "model.safetensors").read_bytes() == first
+
+
+def test_a_keep_at_the_command_line_is_the_budget(follow, room):
+    follow({"keep": 0.9, "steps": STEPS}, "--keep", "0.6").succeeded()
+    assert record(room)["budget"]["keep"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("steps: []", ["at least one step"]),
+        ("keep: 2\nsteps: [{method: svd}]", ["keep"]),
+        ("steps: [{method: modegpt}]", ["how much", "--keep"]),
+        ("keep: 0.5\nsteps: [{method: modegpt}, {method: flap}]", ["all but one"]),
+        ("steps: [{method: modgpt, keep: 0.5}]", ["modegpt"]),
+        ("steps: [{method: svd, keep: 0.5, options: {rank: 2}}]", ["rank_step"]),
+        ("steps: [{method: svd, keep: 0.5, alloc: uniform}]", ["alloc", "docs/recipes.md"]),
+        ("steps: [{method: svd, keep: 0.5, allocator_options: {cells: 3}}]", ["allocator"]),
+        ("steps: {", ["no YAML"]),
+        ("- 1", ["recipe"]),
+        ("keep: 0.9\nsteps: [{method: modegpt}, {method: svd, keep: 0.5}]", ["nothing to do"]),
+        ("keep: 0.5\nsteps: [{method: svd, keep: 0.8}, {method: modegpt}]", ["compressed"]),
+    ],
+)
+def test_bad_recipes_are_refused_and_leave_nothing(follow, room, content, words):
+    follow(content).refused(*words)
+    assert list(room.iterdir()) == []
+
+
+def test_flags_of_a_method_are_refused_beside_a_recipe(follow, room, model):
+    recipe = {"keep": 0.6, "steps": STEPS}
+    for flags in (["--method", "flap"], ["--target", "bytes"], ["--multiple-of", "4"]):
+        follow(recipe, *flags).refused(flags[0], "--recipe")
+
+
+def test_a_killed_run_goes_on_behind_its_last_step(follow, room, monkeypatch):
+    from secateur import sequence
+
+    recipe, seen = {"keep": 0.6, "steps": STEPS}, []
+    prepare = sequence.prepare
+
+    def once(source, method, *rest):
+        seen.append(method.name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return prepare(source, method, *rest)
+
+    monkeypatch.setattr(sequence, "prepare", once)
+    assert follow(recipe).code == 130
+    follow(recipe).succeeded()
+    assert seen == ["modegpt", "svd-llm", "svd-llm"]
+    interrupted = (room / "out" / "model.safetensors").read_bytes()
+    follow(recipe, "--overwrite").succeeded()
+    assert (room / "out" / "model.safetensors").read_bytes() == interrupted
