@@ -20,12 +20,14 @@ from statistics import mean
 from typing import Any
 
 from secateur.methods import METHODS, method_class
+from secateur.units import MATRICES
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
 LENGTH, WINDOWS = 256, 128
 BASELINE = "modegpt"
-NAMES = (*METHODS, "modegpt, knapsack", "modegpt, uniform")  # after a comma, another allocator
+NARROWING = [name for name in METHODS if method_class(name).kinds != MATRICES]
+NAMES = (*NARROWING, "modegpt, knapsack", "modegpt, uniform")  # after a comma, another allocator
 MARKERS = "os^vDP*Xp<>hd8HsP"
 Row = dict[str, Any]
 

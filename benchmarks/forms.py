@@ -1,0 +1,290 @@
+"""Perplexity against bytes: every form of matrices, and mixes of them.
+
+    python benchmarks/forms.py MODEL CALIBRATION HELD [--group 128,64] [--rows FILE] [--plot FILE]
+
+Prints a Markdown section. The model is taken as stored in bfloat16, so that four bits are a quarter
+of it. Bytes are those of all blocks on disk, as a share of the dense ones. Each way is measured in a
+process of its own; rows that FILE already holds are not measured again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LENGTH, WINDOWS = 256, 128
+KEEPS = (0.75, 0.5, 0.375)
+MIXED = (0.36, 0.28, 0.22)  # of the bytes; below an integer form of four bits in the last two
+Row = dict[str, Any]
+
+
+def ways(group: str, block: int) -> dict[str, tuple[str, dict[str, Any], tuple[float, ...]]]:
+    """Title → method, options, budgets; 0 for the smallest form everywhere."""
+    integers = {"group": group}
+    return {
+        "int8, gptq": ("gptq", {"bits": "8", **integers}, (0,)),
+        "int4-g128, gptq": ("gptq", {"bits": "4", **integers}, (0,)),
+        "int4-g128, rtn": ("rtn", {"bits": "4", **integers}, (0,)),
+        "int3-g128, gptq": ("gptq", {"bits": "3", **integers}, (0,)),
+        "ptqtp": ("ptqtp", {"groups": group}, (0,)),
+        "svd": ("svd", {}, KEEPS),
+        "svd-llm": ("svd-llm", {}, KEEPS),
+        "welore": ("welore", {}, KEEPS),
+        "monarch": ("monarch", {}, KEEPS),
+        "block-dense": ("block-dense", {}, KEEPS),
+        "block-shuffle": ("block-shuffle", {}, KEEPS),
+        "magnitude": ("magnitude", {}, KEEPS),
+        "wanda": ("wanda", {}, KEEPS),
+        "sparsegpt": ("sparsegpt", {}, KEEPS),
+        "wanda 2:4": ("wanda", {"pattern": "2:4"}, (0,)),
+        "sparsegpt 2:4": ("sparsegpt", {"pattern": "2:4"}, (0,)),
+        "armor": ("armor", {"block": block}, (0,)),
+        "compot": ("compot", {}, KEEPS),
+        "cospadi": ("cospadi", {}, KEEPS),
+        "dsformer": ("dsformer", {}, KEEPS),
+        "mix: integers": ("forms", {"of": "gptq"}, MIXED),
+        "mix: all forms": ("forms", {"of": "gptq,ptqtp,sparsegpt,svd-llm"}, MIXED),
+        "mix: auto, then int4": ("recipe", {}, (0.22, 0.18, 0.14)),
+    }
+
+
+def main() -> None:
+    arguments = parsed()
+    if arguments.worker:
+        for row in measured(arguments, arguments.worker):
+            print(json.dumps(row), flush=True)
+        return
+    rows = gathered(arguments)
+    print(section(arguments, rows))
+    if arguments.plot:
+        draw(arguments, rows)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("held")
+    parser.add_argument(
+        "--group", default="128,64", help="integers' groups, the first that divides"
+    )
+    parser.add_argument("--block", type=int, default=32, help="of ARMOR's wrappers")
+    parser.add_argument("--only", nargs="+", help="ways to measure")
+    parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
+    parser.add_argument("--kept", action="store_true", help="measure nothing that FILE lacks")
+    parser.add_argument("--plot", type=Path, help="picture to write (extra: benchmarks)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def gathered(arguments: argparse.Namespace) -> list[Row]:
+    """All rows, from the file or from a process each."""
+    rows: list[Row] = []
+    if arguments.rows and arguments.rows.exists():
+        rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    names = arguments.only or ["dense", *ways(arguments.group, arguments.block)]
+    for name in () if arguments.kept else names:
+        if any(row["way"] == name for row in rows):
+            continue
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        new = [json.loads(line) for line in answer.stdout.splitlines()]
+        rows += new
+        if arguments.rows:
+            with arguments.rows.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in new)
+        print(f"{name}: {len(new)} rows", file=sys.stderr, flush=True)
+    return rows
+
+
+def measured(arguments: argparse.Namespace, name: str) -> Iterator[Row]:
+    """One row a budget; statistics and scores are shared between budgets."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from secateur.evaluate.judge import quiet
+
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        dense = str(Path(folder, "dense"))
+        half = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+        half.save_pretrained(dense)
+        AutoTokenizer.from_pretrained(arguments.model).save_pretrained(dense)
+        if name == "dense":
+            yield {"way": name, "reached": 1.0, "perplexity": judged(arguments, dense)}
+            return
+        method, options, keeps = ways(arguments.group, arguments.block)[name]
+        if method == "recipe":
+            for keep in keeps:
+                yield followed(arguments, dense, Path(folder, "out"), name, keep)
+            return
+        yield from reshaped(arguments, dense, name, method, options, keeps)
+
+
+def judged(arguments: argparse.Namespace, source: str) -> float:
+    from secateur import open_model
+
+    return perplexity_of(arguments, open_model(source))
+
+
+def perplexity_of(arguments: argparse.Namespace, model: Any) -> float:
+    from secateur.evaluate.perplexity import perplexity
+    from secateur.text import contiguous, read_documents, token_stream
+
+    ids = token_stream(read_documents(arguments.held), model.tokenizer)
+    return perplexity(model.module, contiguous(ids, LENGTH, WINDOWS))
+
+
+def reshaped(
+    arguments: argparse.Namespace,
+    dense: str,
+    name: str,
+    method: str,
+    options: dict[str, Any],
+    keeps: tuple[float, ...],
+) -> Iterator[Row]:
+    from secateur import (
+        Calibration,
+        Goal,
+        InputError,
+        Store,
+        calibrate,
+        calibration_tokens,
+        make_plan,
+        open_model,
+        score,
+    )
+    from secateur.methods import method_class
+    from secateur.propagate import narrow_blocks
+
+    kind, model = method_class(method), open_model(dense)
+    calibration = Calibration(arguments.calibration, 128, LENGTH, 0)
+    tokens = calibration_tokens(calibration, model.tokenizer)
+    own, start, store = kind(**options), time.perf_counter(), Store()
+    calibrate(model, tokens, own.needs | own.allocator.needs, store)
+    evidence = score(model, own, store, tokens)
+    before = time.perf_counter() - start
+    for keep in keeps:
+        small, chosen = open_model(dense), kind(keep=keep, **options)
+        start = time.perf_counter()
+        try:
+            plan = make_plan(
+                small, chosen, evidence, calibration, tokens, Goal("bytes"), store=store
+            )
+        except InputError as error:  # out of its reach
+            print(f"{name}, keep {keep:g}: {error}", file=sys.stderr)
+            continue
+        list(narrow_blocks(small, chosen, chosen.units(small, 8), plan.sizes, tokens, store))
+        seconds = before + time.perf_counter() - start
+        found = perplexity_of(arguments, small)
+        yield {
+            "way": name,
+            "keep": keep,
+            "reached": plan.budget.reached,
+            "perplexity": found,
+            "seconds": seconds,
+        }
+
+
+def followed(arguments: argparse.Namespace, dense: str, out: Path, name: str, keep: float) -> Row:
+    """Widths by the default method, then integers of four bits."""
+    from secateur import GPTQ, Auto, Calibration, Goal, Questions
+    from secateur.recipe import Recipe, Step
+    from secateur.sequence import compress_in_steps
+
+    grain = int(arguments.group.split(",")[-1])
+    groups = f"{arguments.group},32,16,0"
+    steps = (
+        Step.of(Auto(), goal=Goal("bytes", multiple_of=grain)),
+        Step.of(GPTQ(bits="4", group=groups)),
+    )
+    start = time.perf_counter()
+    report = compress_in_steps(
+        dense,
+        out,
+        Recipe(steps, keep),
+        Calibration(arguments.calibration, 128, LENGTH, 0),
+        Questions((), speed=False),
+        overwrite=True,
+    )
+    seconds = time.perf_counter() - start
+    return {
+        "way": name,
+        "keep": keep,
+        "reached": report["budget"]["reached"],
+        "perplexity": judged(arguments, str(out)),
+        "seconds": seconds,
+    }
+
+
+def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
+    """One table by way, and one that holds mixes against the best single form of their bytes."""
+    dense = next(row["perplexity"] for row in rows if row["way"] == "dense")
+    lines = [
+        f"### {Path(arguments.model).name}",
+        "",
+        f"128 × {LENGTH} calibration tokens of `{Path(arguments.calibration).name}`, perplexity on "
+        f"{WINDOWS} × {LENGTH} tokens of `{Path(arguments.held).name}`, one seed; dense in "
+        f"bfloat16 {dense:.2f}. Share of the bytes of all blocks → perplexity; seconds of the whole.",
+        "",
+        "| way | share → perplexity | seconds |",
+        "|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["way"] for row in rows if row["way"] != "dense"):
+        own = [row for row in rows if row["way"] == name]
+        cells = "; ".join(f"{row['reached']:.3f} → {row['perplexity']:.2f}" for row in own)
+        seconds = ", ".join(f"{row['seconds']:.0f}" for row in own)
+        lines.append(f"| {name} | {cells} | {seconds} |")
+    single = [r for r in rows if r["way"] != "dense" and not r["way"].startswith("mix")]
+    lines += [
+        "",
+        "| mix | share | perplexity | best single form within that share |",
+        "|---" * 4 + "|",
+    ]
+    for row in (row for row in rows if row["way"].startswith("mix")):
+        within = [one for one in single if one["reached"] <= row["reached"] + 1e-3]
+        best = min(within, key=lambda one: one["perplexity"], default=None)
+        beside = (
+            "none so small"
+            if best is None
+            else (f"{best['way']}, {best['reached']:.3f} → {best['perplexity']:.2f}")
+        )
+        lines.append(
+            f"| {row['way']} | {row['reached']:.3f} | {row['perplexity']:.2f} | {beside} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Perplexity against the share of the bytes, a line a way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(11, 6), layout="constrained")
+    for index, name in enumerate(dict.fromkeys(r["way"] for r in rows if r["way"] != "dense")):
+        own = sorted((r for r in rows if r["way"] == name), key=lambda r: r["reached"])
+        style = {"linewidth": 2.5} if name.startswith("mix") else {"linewidth": 1.0}
+        marker = "os^vDP*Xp<>hd8HsPos^vDP"[index % 23]
+        x, y = [r["reached"] for r in own], [r["perplexity"] for r in own]
+        panel.plot(x, y, marker=marker, markersize=5, label=name, **style)
+    dense = next(row["perplexity"] for row in rows if row["way"] == "dense")
+    panel.axhline(dense, color="black", linestyle=":", label="dense")
+    panel.set(xlabel="share of the bytes of all blocks, of bfloat16", ylabel="perplexity")
+    panel.set_yscale("log")
+    panel.set_ylim(top=30 * dense)
+    panel.grid(alpha=0.3, which="both")
+    panel.invert_xaxis()
+    panel.set_title(Path(arguments.model).name)
+    figure.legend(loc="outside right upper")
+    figure.savefig(arguments.plot, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
