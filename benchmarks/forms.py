@@ -3,8 +3,8 @@
     python benchmarks/forms.py MODEL CALIBRATION HELD [--group 128,64] [--rows FILE] [--plot FILE]
 
 Prints a Markdown section. The model is taken as stored in bfloat16, so that four bits are a quarter
-of it. Bytes are those of all blocks on disk, as a share of the dense ones. Each way is measured in a
-process of its own; rows that FILE already holds are not measured again.
+of it. Bytes are those of all blocks on disk, as a share of the dense ones. Each way is measured in
+a process of its own; rows that FILE already holds are not measured again.
 """
 
 import argparse
@@ -230,7 +230,7 @@ def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
         "",
         f"128 × {LENGTH} calibration tokens of `{Path(arguments.calibration).name}`, perplexity on "
         f"{WINDOWS} × {LENGTH} tokens of `{Path(arguments.held).name}`, one seed; dense in "
-        f"bfloat16 {dense:.2f}. Share of the bytes of all blocks → perplexity; seconds of the whole.",
+        f"bfloat16 {dense:.2f}. Share of the bytes of all blocks → perplexity, and seconds.",
         "",
         "| way | share → perplexity | seconds |",
         "|---|---|---|",
