@@ -32,6 +32,8 @@ class Sparse(Factored):
     form = "sparse"
     numbers = ("count",)
     densified = True
+    mask: Tensor
+    values: Tensor
 
     @classmethod
     def problem(cls, spec: Spec) -> str | None:
@@ -59,6 +61,8 @@ class TwoOfFour(Factored):
     """What has a 2:4 matrix in it, for which there may be a kernel."""
 
     densified = True
+    values: Tensor
+    codes: Tensor
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -134,6 +138,8 @@ class Armor(TwoOfFour):
 
     form = "armor"
     numbers = ("block",)
+    left: Tensor
+    right: Tensor
 
     @classmethod
     def problem(cls, spec: Spec) -> str | None:
@@ -174,14 +180,16 @@ class Armor(TwoOfFour):
 def blockwise(x: Tensor, blocks: Tensor) -> Tensor:
     """x (…, k · b) times the transpose of the block-diagonal matrix of ``blocks`` (k, b, b)."""
     parts = x.unflatten(-1, blocks.shape[:2])
-    return torch.einsum("...kj,kij->...ki", parts, blocks).flatten(-2)
+    output: Tensor = torch.einsum("...kj,kij->...ki", parts, blocks)
+    return output.flatten(-2)
 
 
 def packed(bits: Tensor) -> Tensor:
     """Bits (…, n) as bytes (…, n / 8 rounded up), the first in the lowest bit of a byte."""
     full = nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % 8)).unflatten(-1, (-1, 8))
     powers = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (full * powers).sum(-1, dtype=torch.uint8)
+    codes: Tensor = (full * powers).sum(-1, dtype=torch.uint8)
+    return codes
 
 
 def unpacked(codes: Tensor, count: int) -> Tensor:
@@ -213,6 +221,7 @@ def decoded(codes: Tensor, inputs: int, n: int, m: int) -> Tensor:
         ValueError: they don't say which ``n`` of every ``m``.
     """
     bits, groups = place_bits(m), inputs // m
+    mask: Tensor
     if n * bits > m:
         mask = unpacked(codes, inputs).unflatten(1, (groups, m))
         sound = mask.sum(-1) == n

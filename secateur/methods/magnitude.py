@@ -5,6 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from secateur.allocate.base import Allocator
+from secateur.allocate.least_error import LeastError
 from secateur.block import Block, inputs_by_outputs
 from secateur.curve import Curve
 from secateur.methods.base import Solution
@@ -20,10 +22,10 @@ class Magnitude(SparseMethod):
 
         Ŵ_ij = W_ij where |W_ij| is among the largest of its matrix, or of its group; 0 elsewhere
 
-    The curve is Σ (W − Ŵ)², not a share of the matrix's own, so the allocator ``least-error`` finds
-    what one threshold for the whole model would (in steps of ``levels``), with ``floor`` below
-    which no matrix falls: a bare threshold empties matrices of small weights. Don't use it where
-    there is text to calibrate on: ``wanda`` and ``sparsegpt`` look at what the layers read.
+    The curve is Σ (W − Ŵ)², not a share of the matrix's own, so the sum that ``least-error``
+    minimises over the model is least where one threshold would leave it, in steps of ``levels``,
+    but for ``floor``: a bare threshold empties matrices of small weights. Don't use it where there
+    is text to calibrate on: ``wanda`` and ``sparsegpt`` look at what the layers read.
 
     Source: Jaiswal et al., "The Emergence of Essential Sparsity in Large Pre-trained Models",
     arXiv 2306.03805.
@@ -34,6 +36,11 @@ class Magnitude(SparseMethod):
     source: ClassVar[str] = "arXiv 2306.03805"
     curve: ClassVar[str] = "squares lost: sum over the zeroed weights, by the square of the width"
     data_aware: ClassVar[bool] = False
+
+    @property
+    def allocator(self) -> Allocator:
+        """One threshold for all matrices."""
+        return LeastError()
 
     def pruned(self, weight: Tensor, metric: Metric, form: Form) -> tuple[Tensor, Tensor]:
         scores = weight.abs()

@@ -68,7 +68,8 @@ def inverse_factor(gram: Tensor, ridge: float) -> Tensor:
     """
     reverse, _ = damped_cholesky(gram.flip(0, 1), ridge, "sparsegpt")
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(reverse.flip(0, 1), eye, upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(reverse.flip(0, 1), eye, upper=True)
+    return factor
 
 
 def swept(weight: Tensor, factor: Tensor, chosen: Chosen, span: int) -> tuple[Tensor, Tensor]:

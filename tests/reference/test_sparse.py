@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.allocate.base import Evidence
 from secateur.errors import InputError
 from secateur.layers import sparse_secateur as layers
 from secateur.layers.factored_secateur import build, fill, layer_class
@@ -18,6 +19,7 @@ from secateur.methods.magnitude import Magnitude
 from secateur.methods.sparse import largest, largest_of_groups
 from secateur.methods.sparsegpt import COLUMNS, SparseGPT, inverse_factor, swept
 from secateur.methods.wanda import Wanda
+from secateur.prices import counted
 
 SPARSE = (Magnitude, Wanda, SparseGPT)
 PATTERNS = ("", "1:2", "2:4", "1:4", "3:4", "3:8", "4:8", "1:8", "2:6", "5:12")
@@ -442,3 +444,32 @@ def test_every_count_is_reached(method):
         for form in made.forms(outputs, inputs, False):
             _, mask = made.pruned(drawn(outputs, inputs), metric_of(inputs), form)
             assert int(mask.sum()) == form.spec["count"]
+
+
+def test_least_squares_lost_is_one_threshold_for_all_matrices():
+    """Two matrices of different size of weights: what is kept is what one threshold keeps."""
+    small, large = 0.5 * drawn(16, 32), drawn(16, 32, seed=4)
+    model = model_of((16, 32), (16, 32))
+    linears = model.blocks[0].linear_layers
+    for linear, weight in zip(linears, (small, large), strict=True):
+        linear.module.requires_grad_(False).weight.copy_(weight)
+    block = SimpleNamespace(
+        linear_layers=[
+            SimpleNamespace(**vars(linear), place="hidden", behind=None) for linear in linears
+        ],
+        module=SimpleNamespace(
+            get_submodule={linear.path: linear.module for linear in linears}.get
+        ),
+    )
+    made = Magnitude(levels=16, floor=0.0, keep=0.5)
+    units = made.units(model, 1)
+    curves = {unit.name: made.solve(unit, block, {}).curve for unit in units}
+    for unit, weight in zip(units, (small, large), strict=True):
+        assert curves[unit.name].at(0) == pytest.approx(float(weight.square().sum()) / 8**2)
+    sizes = made.allocator.allocate(units, Evidence(curves), counted(units, "bytes", 2), made.keep)
+    counts = [unit.at(sizes[unit.name]).spec["count"] for unit in units]
+    values = torch.cat((small.flatten().abs(), large.flatten().abs())).sort().values
+    threshold = values[-sum(counts)]
+    for weight, count in zip((small, large), counts, strict=True):
+        assert abs(int((weight.abs() >= threshold).sum()) - count) <= 32  # a level
+    assert counts[0] < 0.7 * counts[1]
