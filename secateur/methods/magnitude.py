@@ -23,7 +23,7 @@ class Magnitude(SparseMethod):
         Ŵ_ij = W_ij where |W_ij| is among the largest of its matrix, or of its group; 0 elsewhere
 
     The curve is Σ (W − Ŵ)², not a share of the matrix's own, so the sum that ``least-error``
-    minimises over the model is least where one threshold would leave it, in steps of ``levels``,
+    minimises over the model is least where one threshold would leave it, in steps of ``grain``,
     but for ``floor``: a bare threshold empties matrices of small weights. Don't use it where there
     is text to calibrate on: ``wanda`` and ``sparsegpt`` look at what the layers read.
 

@@ -33,12 +33,12 @@ class SparseMethod(FormMethod):
     Attributes:
         pattern: "2:4" for two of every four consecutive inputs, "*:4" for any number of every four;
             empty for weights wherever they are.
-        levels: how finely densities are told apart, without a pattern.
+        grain: how finely densities are told apart, without a pattern.
         floor: the least density, but for one that the pattern names.
     """
 
     pattern: str = option("", "N:M of consecutive inputs, *:M for any N; empty for no pattern")
-    levels: int = option(16, "without a pattern, kept weights are multiples of 1 / levels", 2, 4096)
+    grain: int = option(16, "without a pattern, kept weights are multiples of 1 / grain", 2, 4096)
     floor: float = option(0.5, "least share of a matrix's weights that stays", 0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class SparseMethod(FormMethod):
         """Every density, or those of the pattern; none where M doesn't divide the inputs."""
         common: Spec = {"outputs": outputs, "inputs": inputs, "bias": bias}
         if self.group is None:
-            parts = [inputs * level // self.levels for level in range(1, self.levels)]
+            parts = [inputs * level // self.grain for level in range(1, self.grain)]
             counts = sorted({part for part in parts if part >= max(1, self.floor * inputs)})
             return [
                 form_of({"form": "sparse", "count": outputs * n, **common}, f"{n / inputs:.1%}")

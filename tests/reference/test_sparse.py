@@ -225,7 +225,7 @@ def test_m_that_divides_nothing_is_an_obstacle_that_names_the_nearest():
 
 def test_magnitude_keeps_the_nearest_matrix():
     weight = drawn(2, 5)
-    form = form_with(Magnitude(levels=5, floor=0.0), weight, 0.4)
+    form = form_with(Magnitude(grain=5, floor=0.0), weight, 0.4)
     _, mask = Magnitude().pruned(weight, Metric.identity(5, weight), form)
     lost = min(
         float(weight.flatten()[~kept].square().sum()) for kept in masks(1, 10, form.spec["count"])
@@ -244,7 +244,7 @@ def test_magnitudes_floor_holds_in_a_matrix_of_small_weights():
 def test_wanda_keeps_the_mask_of_least_error(inputs):
     """By all masks of a row. A score of |W| h instead of |W| √h is not the least."""
     weight, metric = drawn(12, inputs), metric_of(inputs)
-    form = form_with(Wanda(levels=2), weight, 0.5)
+    form = form_with(Wanda(grain=2), weight, 0.5)
     found, mask = Wanda().pruned(weight, metric, form)
     cost = weight.square() * metric.energy
     least = torch.stack([cost[:, ~kept].sum(1) for kept in masks(1, inputs, inputs // 2)]).amin(0)
@@ -255,7 +255,7 @@ def test_wanda_keeps_the_mask_of_least_error(inputs):
 @pytest.mark.parametrize("pattern", ["", "2:4"])
 def test_wanda_of_equal_inputs_goes_by_weights_row_by_row(pattern):
     weight = drawn(6, 16)
-    made = Wanda(pattern=pattern, levels=2)
+    made = Wanda(pattern=pattern, grain=2)
     (form,) = made.forms(6, 16, False)
     _, mask = made.pruned(weight, Metric(3 * torch.eye(16).double()), form)
     size = weight.abs()
@@ -264,7 +264,7 @@ def test_wanda_of_equal_inputs_goes_by_weights_row_by_row(pattern):
 
 def test_wanda_is_the_same_for_rows_in_another_order():
     weight, metric, order = drawn(6, 16), metric_of(16), torch.tensor([3, 0, 5, 1, 4, 2])
-    form = form_with(Wanda(levels=2), weight, 0.5)
+    form = form_with(Wanda(grain=2), weight, 0.5)
     one, other = (Wanda().pruned(w, metric, form)[0] for w in (weight, weight[order]))
     assert torch.equal(one[order], other)
 
@@ -368,7 +368,7 @@ def test_inputs_that_were_silent_go_first_and_keep_their_weights_if_they_stay():
     keep = fixed(torch.ones_like(weight, dtype=torch.bool))
     factor = inverse_factor(gram, 0.01)
     assert torch.equal(swept(weight, factor, keep, COLUMNS)[0], weight)
-    form = form_with(SparseGPT(levels=8), weight, 0.875)
+    form = form_with(SparseGPT(grain=8), weight, 0.875)
     _, mask = SparseGPT(ridge=1e-6).pruned(weight, Metric(gram), form)
     assert mask.sum(0).tolist() == [4, 4, 4, 4, 4, 0, 4, 4]
 
@@ -440,7 +440,7 @@ def test_a_kernel_that_torch_refuses_is_not_used(kernels):
 def test_every_count_is_reached(method):
     """Levels that no block of columns divides evenly."""
     for outputs, inputs in product((1, 3), (5, 130)):
-        made = method(levels=7, floor=0.0)
+        made = method(grain=7, floor=0.0)
         for form in made.forms(outputs, inputs, False):
             _, mask = made.pruned(drawn(outputs, inputs), metric_of(inputs), form)
             assert int(mask.sum()) == form.spec["count"]
@@ -461,7 +461,7 @@ def test_least_squares_lost_is_one_threshold_for_all_matrices():
             get_submodule={linear.path: linear.module for linear in linears}.get
         ),
     )
-    made = Magnitude(levels=16, floor=0.0, keep=0.5)
+    made = Magnitude(grain=16, floor=0.0, keep=0.5)
     units = made.units(model, 1)
     curves = {unit.name: made.solve(unit, block, {}).curve for unit in units}
     for unit, weight in zip(units, (small, large), strict=True):
