@@ -247,12 +247,18 @@ def test_blocks_that_fit_nothing():
     with pytest.raises(InputError, match="multiple of 4, e"):
         Armor(block=30)
     linears = [
-        SimpleNamespace(path="a", module=nn.Linear(64, 64, bias=False), published=True),
-        SimpleNamespace(path="b", module=nn.Linear(64, 172, bias=False), published=True),
+        SimpleNamespace(
+            path="a", module=nn.Linear(64, 64, bias=False), factor=False, order=0, published=True
+        ),
+        SimpleNamespace(
+            path="b", module=nn.Linear(64, 172, bias=False), factor=False, order=0, published=True
+        ),
     ]
     attention = SimpleNamespace(o_proj=SimpleNamespace(out_features=64))
-    block = SimpleNamespace(index=0, linear_layers=linears, attention=attention)
-    model = SimpleNamespace(blocks=[block], stored=SimpleNamespace(itemsize=2))
+    anatomy = SimpleNamespace(blocks="layers")
+    block = SimpleNamespace(index=0, linear_layers=linears, attention=attention, anatomy=anatomy)
+    stored = SimpleNamespace(itemsize=2)
+    model = SimpleNamespace(blocks=[block], stored=stored, narrowed=False)
     found = Armor(block=32).obstacle(model)  # 64 x 64 would take more than dense
     assert "64 x 64, 172 x 64" in found
     assert "--block 8" in found

@@ -198,13 +198,17 @@ def test_patterns_that_are_none_are_refused(pattern, says):
 def model_of(*shapes, itemsize=2):
     """What methods ask of a model, with one block of linears of these (outputs, inputs)."""
     linears = [
-        SimpleNamespace(path=f"l{i}", module=nn.Linear(n, m, bias=False), published=True)
+        SimpleNamespace(
+            path=f"l{i}", module=nn.Linear(n, m, bias=False), factor=False, order=0, published=True
+        )
         for i, (m, n) in enumerate(shapes)
     ]
     o_proj = SimpleNamespace(out_features=8)
     attention = SimpleNamespace(o_proj=o_proj)
-    block = SimpleNamespace(index=0, linear_layers=linears, attention=attention)
-    return SimpleNamespace(blocks=[block], stored=SimpleNamespace(itemsize=itemsize))
+    anatomy = SimpleNamespace(blocks="layers")
+    block = SimpleNamespace(index=0, linear_layers=linears, attention=attention, anatomy=anatomy)
+    stored = SimpleNamespace(itemsize=itemsize)
+    return SimpleNamespace(blocks=[block], stored=stored, narrowed=False)
 
 
 def test_m_that_divides_nothing_is_an_obstacle_that_names_the_nearest():
