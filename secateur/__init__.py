@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from secateur.calibration import Store, calibrate
     from secateur.evaluate.judge import Questions, judge_apart
     from secateur.goal import Goal
+    from secateur.methods.armor import Armor
     from secateur.methods.auto import Auto
     from secateur.methods.base import Method
     from secateur.methods.cfsp import CFSP
     from secateur.methods.flap import FLAP
     from secateur.methods.ispasp import ISpaSP
     from secateur.methods.llm_pruner import LLMPruner
+    from secateur.methods.magnitude import Magnitude
     from secateur.methods.modegpt import MoDeGPT
     from secateur.methods.nirvana import Nirvana
     from secateur.methods.obspa import OBSPA
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from secateur.methods.shortgpt import ShortGPT
     from secateur.methods.sleb import SLEB
     from secateur.methods.slicegpt import SliceGPT
+    from secateur.methods.sparsegpt import SparseGPT
+    from secateur.methods.wanda import Wanda
     from secateur.methods.wanda_sp import WandaSP
     from secateur.methods.ziplm import ZipLM
     from secateur.model import Model, Settings, open_model
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AlphaPruning": "secateur.allocate.alpha",
     "Angular": "secateur.allocate.angular",
+    "Armor": "secateur.methods.armor",
     "Auto": "secateur.methods.auto",
     "CFSP": "secateur.methods.cfsp",
     "Calibration": "secateur.text",
@@ -68,6 +73,7 @@ _HOMES = {
     "Knapsack": "secateur.allocate.knapsack",
     "LLMPruner": "secateur.methods.llm_pruner",
     "LeastError": "secateur.allocate.least_error",
+    "Magnitude": "secateur.methods.magnitude",
     "Method": "secateur.methods.base",
     "Middle": "secateur.allocate.middle",
     "MoDeGPT": "secateur.methods.modegpt",
@@ -83,10 +89,12 @@ _HOMES = {
     "Settings": "secateur.model",
     "ShortGPT": "secateur.methods.shortgpt",
     "SliceGPT": "secateur.methods.slicegpt",
+    "SparseGPT": "secateur.methods.sparsegpt",
     "Store": "secateur.calibration",
     "Text": "secateur.text",
     "TwoThresholds": "secateur.allocate.nirvana",
     "Uniform": "secateur.allocate.uniform",
+    "Wanda": "secateur.methods.wanda",
     "WandaSP": "secateur.methods.wanda_sp",
     "WeLore": "secateur.allocate.welore",
     "ZipLM": "secateur.methods.ziplm",
@@ -110,6 +118,7 @@ __all__ = [
     "SPDY",
     "AlphaPruning",
     "Angular",
+    "Armor",
     "Auto",
     "Calibration",
     "EntropicInfluence",
@@ -121,6 +130,7 @@ __all__ = [
     "Knapsack",
     "LLMPruner",
     "LeastError",
+    "Magnitude",
     "Method",
     "Middle",
     "MoDeGPT",
@@ -133,10 +143,12 @@ __all__ = [
     "Settings",
     "ShortGPT",
     "SliceGPT",
+    "SparseGPT",
     "Store",
     "Text",
     "TwoThresholds",
     "Uniform",
+    "Wanda",
     "WandaSP",
     "WeLore",
     "ZipLM",

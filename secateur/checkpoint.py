@@ -19,13 +19,15 @@ from secateur.block import Block, inputs_by_outputs
 from secateur.depth import place, renumber
 from secateur.errors import InputError
 from secateur.goal import Written
-from secateur.layers import factored_secateur, modeling_secateur
+from secateur.layers import factored_secateur, modeling_secateur, sparse_secateur
 from secateur.layers.factored_secateur import Factored
 from secateur.model import Model
 from secateur.residual import residual_layout
 from secateur.uses import PREFIX
 
 SHARD_BYTES = 4 * 2**30
+#: written beside the weights of what stock classes can't load; the first imports the others
+CODE = (modeling_secateur, factored_secateur, sparse_secateur)
 
 
 class Writer:
@@ -238,7 +240,7 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
     else:
         base = MODEL_MAPPING[type(config)].__name__.removeprefix(prefix)  # type: ignore[attr-defined]
         config_class = type(config).__name__.removeprefix(prefix)
-        files = [Path(str(code.__file__)) for code in (modeling_secateur, factored_secateur)]
+        files = [Path(str(code.__file__)) for code in CODE]
         code = files[0].stem
         fields["model_type"] = PREFIX + config.model_type.removeprefix(PREFIX)
         fields["architectures"] = [prefix + stock]

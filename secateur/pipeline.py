@@ -190,6 +190,7 @@ def make_report(
         "allocator": plan.allocator.model_dump(),
         "budget": budget.model_dump(),
         "tier": plan.tier,
+        "densified": sum(p.densified for p in plans),
         "dense": asdict(dense),
         "compressed": asdict(small),
         "seconds": seconds | watch.finish(),

@@ -15,6 +15,7 @@ from secateur.calibration import Store
 from secateur.errors import InputError, nearest
 from secateur.goal import Goal, Tier, Written
 from secateur.latency import measured
+from secateur.layers.factored_secateur import FORMS
 from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint, has_forms
@@ -142,6 +143,12 @@ class Plan(Record):
         budget = self.budget
         tier: Tier = "plain" if self.tier == "plain" else "per-layer"
         return Goal(budget.of, tier, self.multiple_of, budget.batch, budget.length)
+
+    @property
+    def densified(self) -> int:
+        """How many matrices are stored in a form that is computed as if it were dense."""
+        layers = [FORMS.get(row.form.get("form", "")) for row in self.units if row.form]
+        return sum(layer is not None and layer.densified for layer in layers)
 
     @property
     def predicted_loss(self) -> float | None:

@@ -1,7 +1,7 @@
 """Stock transformers models with narrower layers.
 
 This file is written beside the weights of every checkpoint whose layers differ in shape, so it
-stands alone: it imports torch, transformers and the file of factored layers, never secateur. The
+stands alone: it imports torch, transformers and the files of factored layers, never secateur. The
 shapes are read from the ``secateur`` block of ``config.json``. A class is the stock class with some
 modules replaced: ``SecateurLlamaForCausalLM`` is ``LlamaForCausalLM``, ``SecateurOPTModel`` is
 ``OPTModel`` and so on; they are made on request (``__getattr__`` at the end), so no family is named
@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from .factored_secateur import Factored, layer_class
+from .sparse_secateur import Sparse  # noqa: F401 (its file has forms that are found by name)
 
 PREFIX = "Secateur"
 

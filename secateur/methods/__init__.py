@@ -29,6 +29,10 @@ METHODS = {
     "svd-llm": "secateur.methods.svd_llm:SVDLLM",
     "welore": "secateur.methods.welore:WeLore",
     "forms": "secateur.methods.forms:Forms",
+    "magnitude": "secateur.methods.magnitude:Magnitude",
+    "wanda": "secateur.methods.wanda:Wanda",
+    "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
+    "armor": "secateur.methods.armor:Armor",
 }
 
 

@@ -7,4 +7,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "svd-llm": {"rank_step": 2},
     "welore": {"rank_step": 2},
     "forms": {"of": "svd-llm,svd"},
+    "armor": {"block": 4, "rounds": 5},
 }
