@@ -29,6 +29,9 @@ METHODS = {
     "svd-llm": "secateur.methods.svd_llm:SVDLLM",
     "welore": "secateur.methods.welore:WeLore",
     "forms": "secateur.methods.forms:Forms",
+    "rtn": "secateur.methods.rtn:RTN",
+    "gptq": "secateur.methods.gptq:GPTQ",
+    "ptqtp": "secateur.methods.ptqtp:PTQTP",
 }
 
 
