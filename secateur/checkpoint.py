@@ -200,7 +200,9 @@ def linear_layers(model: Model) -> dict[str, nn.Module]:
 
     What is gone must have left it (:func:`~secateur.depth.close_ranks`).
     """
-    found = {n: layer for n, layer in model.module.named_modules() if isinstance(layer, nn.Linear)}
+    inside_model = model.module.named_modules()
+    found: dict[str, nn.Module]
+    found = {name: layer for name, layer in inside_model if isinstance(layer, nn.Linear)}
     for block in model.blocks:
         if attention_changed(block):
             continue

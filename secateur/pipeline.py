@@ -192,6 +192,7 @@ def make_report(
         "allocator": plan.allocator.model_dump(),
         "budget": budget.model_dump(),
         "tier": plan.tier,
+        "libraries": plan.libraries,
         "dense": asdict(dense),
         "compressed": asdict(small),
         "seconds": seconds | watch.finish(),

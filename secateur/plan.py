@@ -15,6 +15,7 @@ from secateur.calibration import Store
 from secateur.errors import InputError, nearest
 from secateur.goal import Goal, Tier, Written
 from secateur.latency import measured
+from secateur.layers.integers import INTEGERS, LIBRARY
 from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint, has_forms
@@ -142,6 +143,12 @@ class Plan(Record):
         budget = self.budget
         tier: Tier = "plain" if self.tier == "plain" else "per-layer"
         return Goal(budget.of, tier, self.multiple_of, budget.batch, budget.length)
+
+    @property
+    def libraries(self) -> list[str]:
+        """What has to be installed, beside transformers, where the result is loaded."""
+        forms = {row.form["form"] for row in self.units if row.form is not None}
+        return [LIBRARY] if INTEGERS in forms else []
 
     @property
     def predicted_loss(self) -> float | None:

@@ -36,7 +36,7 @@ def feedback(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, Tensor]:
 def sweep(
     weight: Tensor, rows: Tensor, width: int, begin: Callable[[int, Tensor], Settle]
 ) -> Tensor:
-    """The weight that a sweep in blocks of ``width`` columns leaves; ``rows`` from :func:`feedback`.
+    """The weight that a sweep in blocks of ``width`` columns leaves; ``rows`` of :func:`feedback`.
 
     ``begin`` is given the first column of each block and the block, with all errors before it made
     good, and gives what settles its columns.

@@ -163,6 +163,8 @@ class Trits(Factored):
     form = "trits"
     numbers = ("group",)
     densified = True
+    codes: Tensor
+    scales: Tensor
 
     @classmethod
     def problem(cls, spec: Spec) -> str | None:
@@ -187,7 +189,8 @@ def packed_trits(trits: Tensor) -> Tensor:
     """Trits (…, count) as bytes (…, ⌈count / 5⌉)."""
     digits = nn.functional.pad(trits.long() + 1, (0, -trits.shape[-1] % TRITS))
     places = 3 ** torch.arange(TRITS, device=trits.device)
-    return (digits.unflatten(-1, (-1, TRITS)) * places).sum(-1).to(torch.uint8)
+    codes: Tensor = (digits.unflatten(-1, (-1, TRITS)) * places).sum(-1).to(torch.uint8)
+    return codes
 
 
 def unpacked_trits(codes: Tensor, count: int) -> Tensor:

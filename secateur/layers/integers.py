@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateur.units import Form
 
+INTEGERS = "integers"  # as the form of a plan's row
 LIBRARY = "compressed-tensors"
 FORMAT = "pack-quantized"
 BITS = range(3, 9)
@@ -68,7 +69,8 @@ class Integers(nn.Linear):
 def weight_of(codes: Tensor, scale: Tensor) -> Tensor:
     """Codes (outputs, inputs) times their scales (outputs, groups), in the format of the scales."""
     groups = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)
-    return (groups * scale.unsqueeze(-1)).flatten(1)
+    weight: Tensor = (groups * scale.unsqueeze(-1)).flatten(1)
+    return weight
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
@@ -86,7 +88,7 @@ def packed(codes: Tensor, bits: int) -> Tensor:
         words[..., word] |= (runs[..., i] << low) & (2**WORD - 1)
         if low + bits > WORD:
             words[..., word + 1] |= runs[..., i] >> (WORD - low)
-    signed = words - ((words >> (WORD - 1)) << WORD)
+    signed: Tensor = words - ((words >> (WORD - 1)) << WORD)
     return signed.flatten(1)[:, : words_of(columns, bits)].int().contiguous()
 
 
@@ -97,7 +99,7 @@ def words_of(inputs: int, bits: int) -> int:
 
 def integer_form(outputs: int, inputs: int, bias: bool, bits: int, group: int) -> Form:
     """A matrix of numbers of so many bits, with its exact price."""
-    spec = {"form": "integers", "outputs": outputs, "inputs": inputs, "bias": bias}
+    spec = {"form": INTEGERS, "outputs": outputs, "inputs": inputs, "bias": bias}
     return Form(
         spec={**spec, "bits": bits, "group": group},
         label=f"int{bits}",

@@ -28,7 +28,7 @@ class GPTQ(RTN):
     sum least for the weights as they stand where the group begins. With ``act_order`` the columns
     of most energy come first, and scales are those of the dense weight, so that groups stay
     neighbours. With H = I it is ``rtn``. A Gram that isn't positive definite gets a larger ridge,
-    with a warning. Don't use it with text that is unlike what the model will read: it fits the text.
+    with a warning. Don't use it with text unlike what the model will read, to which it is fitted.
 
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers", arXiv 2210.17323.

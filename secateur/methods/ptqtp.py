@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -11,15 +12,11 @@ from secateur.forms import form_of, nearest_divisors
 from secateur.layers.factored_secateur import packed_trits
 from secateur.methods.form import FormMethod, Metric
 from secateur.options import option, whole_numbers
+from secateur.trits import Found, best_scales, better_of, errors, nearest_trits
 from secateur.units import Form, Matrix
 
 if TYPE_CHECKING:
     from secateur.model import Model
-
-#: Of equally good pairs the first is taken. Between two equal scales this order makes the planes
-#: differ, and for −w it gives the opposite planes.
-PAIRS = ((0, 0), (1, 0), (-1, 0), (1, 1), (-1, -1), (0, 1), (0, -1), (1, -1), (-1, 1))
-CONDITION = 1e12
 
 
 @dataclass(frozen=True)
@@ -89,34 +86,35 @@ class PTQTP(FormMethod):
         size = groups.square().mean(1).sqrt().clamp_min(1e-200)
         groups = groups / size.unsqueeze(1)
         signs = torch.where(groups >= 0, 1.0, -1.0).to(groups).expand(2, -1, -1)
-        scales, trits, least = self.alternated(groups, signs)
+        found = self.alternated(groups, signs)
         if self.ratios:
-            peak, starts = groups.abs().amax(1), []
-            for step in range(1, self.ratios + 1):
-                ratio = step / (self.ratios + 1)
-                tried = nearest_trits(groups, torch.stack((peak, ratio * peak)) / (1 + ratio))
-                starts.append((errors(groups, self.best_scales(groups, tried), tried), tried))
-            of = torch.stack([error for error, _ in starts]).argmin(0)
-            start = sum((of == i).unsqueeze(1) * tried for i, (_, tried) in enumerate(starts))
-            assert isinstance(start, Tensor)
-            others, planes, error = self.alternated(groups, start)
-            better = error < least
-            scales = torch.where(better, others, scales)
-            trits = torch.where(better.unsqueeze(1), planes, trits)
+            found = better_of(found, self.alternated(groups, self.start(groups)))
+        scales, trits, _ = found
         return scales * size, trits
 
-    def alternated(self, groups: Tensor, trits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def start(self, groups: Tensor) -> Tensor:
+        """The trits of the best ratio of scales that add up to the largest weight."""
+        peak = groups.abs().amax(1)
+        tried = []
+        for step in range(1, self.ratios + 1):
+            ratio = step / (self.ratios + 1)
+            trits = nearest_trits(groups, torch.stack((peak, ratio * peak)) / (1 + ratio))
+            scales = best_scales(groups, trits, self.ridge)
+            tried.append((scales, trits, errors(groups, scales, trits)))
+        return reduce(better_of, tried)[1]
+
+    def alternated(self, groups: Tensor, trits: Tensor) -> Found:
         """Scales, trits and squared errors where turns from some trits end; never above the start.
 
         Groups have a root mean square of 1.
         """
-        scales, trits = self.best_scales(groups, trits), trits.clone()
+        scales, trits = best_scales(groups, trits, self.ridge), trits.clone()
         least = errors(groups, scales, trits)
         left = torch.arange(len(groups), device=groups.device)
         for _ in range(self.turns):
             own = groups[left]
             planes = nearest_trits(own, scales[:, left])
-            found = self.best_scales(own, planes)
+            found = best_scales(own, planes, self.ridge)
             error = errors(own, found, planes)
             better = error < least[left]
             moved = (found - scales[:, left]).abs().amax(0) > self.epsilon
@@ -127,34 +125,3 @@ class PTQTP(FormMethod):
             if not len(left):
                 break
         return scales, trits, least
-
-    def best_scales(self, groups: Tensor, trits: Tensor) -> Tensor:
-        """The scales that solve (SᵀS + λI) a = Sᵀw in each group."""
-        first, second = trits
-        a, d, b = first.square().sum(1), second.square().sum(1), (first * second).sum(1)
-        x, y = (first * groups).sum(1), (second * groups).sum(1)
-        ridge = torch.full_like(a, self.ridge)
-
-        def determinant() -> Tensor:
-            return (a * d - b * b) + ridge * (a + d + ridge)  # its first part is whole
-
-        condition = (a.square() + 2 * b.square() + d.square()) / determinant()
-        ridge = (ridge * (condition / CONDITION).clamp_min(1).sqrt()).clamp_max(1)
-        solved = torch.stack((d * x - b * y + ridge * x, a * y - b * x + ridge * y))
-        return solved / determinant()
-
-
-def errors(groups: Tensor, scales: Tensor, trits: Tensor) -> Tensor:
-    """‖w − ŵ‖² of each group."""
-    return (groups - (scales.unsqueeze(-1) * trits).sum(0)).square().sum(1)
-
-
-def nearest_trits(groups: Tensor, scales: Tensor) -> Tensor:
-    """The best of the nine pairs for every weight, (2, groups, weights)."""
-    first, second = scales.unsqueeze(-1)
-    least, chosen = torch.full_like(groups, torch.inf), groups.new_zeros(groups.shape).long()
-    for index, (t, u) in enumerate(PAIRS):
-        error = (groups - (t * first + u * second)).square()
-        better = error < least
-        least, chosen = torch.where(better, error, least), torch.where(better, index, chosen)
-    return torch.tensor(PAIRS).to(groups)[chosen].movedim(-1, 0)
