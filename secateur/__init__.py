@@ -35,13 +35,16 @@ if TYPE_CHECKING:
     from secateur.methods.base import Method
     from secateur.methods.cfsp import CFSP
     from secateur.methods.flap import FLAP
+    from secateur.methods.gptq import GPTQ
     from secateur.methods.ispasp import ISpaSP
     from secateur.methods.llm_pruner import LLMPruner
     from secateur.methods.magnitude import Magnitude
     from secateur.methods.modegpt import MoDeGPT
     from secateur.methods.nirvana import Nirvana
     from secateur.methods.obspa import OBSPA
+    from secateur.methods.ptqtp import PTQTP
     from secateur.methods.replace import Replace
+    from secateur.methods.rtn import RTN
     from secateur.methods.shortgpt import ShortGPT
     from secateur.methods.sleb import SLEB
     from secateur.methods.slicegpt import SliceGPT
@@ -66,6 +69,7 @@ _HOMES = {
     "EntropicInfluence": "secateur.allocate.influence",
     "FARMS": "secateur.allocate.farms",
     "FLAP": "secateur.methods.flap",
+    "GPTQ": "secateur.methods.gptq",
     "Fluctuation": "secateur.allocate.fluctuation",
     "Goal": "secateur.goal",
     "Greedy": "secateur.allocate.greedy",
@@ -80,9 +84,11 @@ _HOMES = {
     "Model": "secateur.model",
     "Nirvana": "secateur.methods.nirvana",
     "OBSPA": "secateur.methods.obspa",
+    "PTQTP": "secateur.methods.ptqtp",
     "PlainWidth": "secateur.allocate.plain",
     "Plan": "secateur.plan",
     "Questions": "secateur.evaluate.judge",
+    "RTN": "secateur.methods.rtn",
     "Replace": "secateur.methods.replace",
     "SLEB": "secateur.methods.sleb",
     "SPDY": "secateur.allocate.spdy",
@@ -113,7 +119,10 @@ __all__ = [
     "CFSP",
     "FARMS",
     "FLAP",
+    "GPTQ",
     "OBSPA",
+    "PTQTP",
+    "RTN",
     "SLEB",
     "SPDY",
     "AlphaPruning",

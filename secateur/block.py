@@ -104,10 +104,7 @@ class Block:
         for path, place in at.items():
             here, order = order, order + parts.get(path, 1)
             layer, name = self.module.get_submodule(path), path.rpartition(".")[2]
-            stock = place in ("mlp_inputs", "hidden") or (
-                isinstance(getattr(self.stock_attention, name, None), nn.Linear)
-                and self.heads.pairs == sorted(self.heads.pairs)
-            )
+            stock = place in ("mlp_inputs", "hidden") or self.published(name)
             if isinstance(layer, LowRank):
                 first, second = layer.first, layer.second
                 found.append(Linear(f"{path}.first", first, place, None, True, here, False))
@@ -115,6 +112,11 @@ class Block:
             elif isinstance(layer, nn.Linear | Conv1D) and layer.weight.numel():
                 found.append(Linear(path, layer, place, None, False, here, stock))
         return found
+
+    def published(self, name: str) -> bool:
+        """Whether the stock attention has this linear of the block's, dims in the same order."""
+        there = isinstance(getattr(self.stock_attention, name, None), nn.Linear)
+        return there and self.heads.pairs == sorted(self.heads.pairs)
 
     def replace_attention(self, attention: NarrowAttention) -> None:
         """Put another attention in the block."""

@@ -21,6 +21,7 @@ from secateur.errors import InputError
 from secateur.goal import Written
 from secateur.layers import factored_secateur, modeling_secateur, sparse_secateur
 from secateur.layers.factored_secateur import Factored
+from secateur.layers.integers import Integers, quantization_config
 from secateur.model import Model
 from secateur.residual import residual_layout
 from secateur.uses import PREFIX
@@ -120,6 +121,9 @@ def store_block(model: Model, block: Block, writer: Writer) -> None:
     renumber(model, block)
     prefix = block_prefix(model, block)
     inside = block.anatomy.attention + "."
+    if not attention_changed(block):
+        for name, layer in integers_in(block.attention):
+            block.stock_attention.set_submodule(name, layer)
     _round(block.module, model.stored, prefix)
     _round(block.stock_attention, model.stored, prefix + inside)
     for name, tensor in block.module.state_dict().items():
@@ -149,7 +153,7 @@ def store_rest(model: Model, writer: Writer) -> None:
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """State dict entries, parameters that are shared under their first name first."""
     state = module.state_dict()
-    first = [name for name, _ in module.named_parameters()]
+    first = [name for name, _ in module.named_parameters() if name in state]  # not of packed ones
     yield from ((name, state[name]) for name in first)
     yield from ((name, tensor) for name, tensor in state.items() if name not in set(first))
 
@@ -183,7 +187,32 @@ def attention_changed(block: Block) -> bool:
     stock = {"query_key": heads.width, "value": heads.width, "kv_heads": heads.kv_heads}
     if "hidden" in shape or any(shape[name] != size for name, size in stock.items()):
         return True
+    if any(not block.published(name) for name, _ in integers_in(attention)):
+        return True
     return any(isinstance(module, Factored) for module in attention.children())
+
+
+def integers_in(attention: nn.Module) -> list[tuple[str, Integers]]:
+    """The layers of an attention that are stored packed, by name."""
+    return [(name, m) for name, m in attention.named_children() if isinstance(m, Integers)]
+
+
+def linear_layers(model: Model) -> dict[str, nn.Module]:
+    """All linear layers by the names that they have in a written model.
+
+    What is gone must have left it (:func:`~secateur.depth.close_ranks`).
+    """
+    inside_model = model.module.named_modules()
+    found: dict[str, nn.Module]
+    found = {name: layer for name, layer in inside_model if isinstance(layer, nn.Linear)}
+    for block in model.blocks:
+        if attention_changed(block):
+            continue
+        inside = f"{block_prefix(model, block)}{block.anatomy.attention}."
+        found = {name: layer for name, layer in found.items() if not name.startswith(inside)}
+        own = block.stock_attention.named_modules()
+        found |= {inside + name: layer for name, layer in own if isinstance(layer, nn.Linear)}
+    return found
 
 
 def layout(model: Model) -> dict[str, Any]:
@@ -252,6 +281,8 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
         fields["secateur"] = layout(model)
         for file in files:
             shutil.copy(file, folder)
+    if (packed := quantization_config(linear_layers(model))) is not None:
+        fields["quantization_config"] = packed
     fields.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     if getattr(model.module, "generation_config", None) is not None:

@@ -26,3 +26,13 @@ def smaller(forms: Iterable[Form], outputs: int, inputs: int, itemsize: int) -> 
     whole = outputs * inputs * itemsize
     found = [form for form in forms if form.bytes(itemsize) < whole]
     return tuple(sorted(found, key=lambda form: form.bytes(itemsize)))
+
+
+def nearest_divisors(inputs: Iterable[int], group: int) -> str:
+    """Of all these numbers of inputs the divisor that is nearest to a size of groups, in words."""
+    found = []
+    for count in sorted(set(inputs)):
+        divisors = (size for size in range(1, count + 1) if count % size == 0)
+        near = min(divisors, key=lambda size: (abs(size - group), size))
+        found.append(f"{near} for {count} inputs")
+    return ", ".join(found)

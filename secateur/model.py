@@ -19,6 +19,7 @@ from secateur.anatomy import FAMILIES, Anatomy, find
 from secateur.block import Block
 from secateur.errors import InputError, nearest
 from secateur.header import check_layers
+from secateur.layers.integers import unpack
 from secateur.text import expanded
 from secateur.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
 from secateur.uses import PREFIX, Use, use_of
@@ -375,6 +376,7 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
                 f"model {source!r}: config.json has no place for {len(lost)} tensors of the weight "
                 f"files, {min(lost)} first; they are not from the same model."
             )
+    unpack(module)
     stored = module.dtype
     check_half(source, module, {stored, settings.torch_dtype(stored)})
     module = module.to(settings.torch_device()).eval()

@@ -39,3 +39,21 @@ def checked(thing: Any) -> None:
         if not (low is None or value >= low) or not (high is None or value <= high):
             bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise InputError(f"{thing.name}: {f.name}={value!r} should be {bounds}.")
+
+
+def whole_numbers(thing: Any, name: str, low: int, high: int) -> tuple[int, ...]:
+    """A text field of a dataclass with a ``name`` as whole numbers, ascending, each once.
+
+    Raises:
+        InputError: it is anything but whole numbers from ``low`` to ``high`` between commas.
+    """
+    text: str = getattr(thing, name)
+    parts = [part.strip() for part in text.split(",")]
+    digits = [part for part in parts if part.isascii() and part.isdigit()]
+    nearby = sorted({min(max(int(part), low), high) for part in digits}) or [low]
+    if digits != parts or [int(part) for part in digits if not low <= int(part) <= high]:
+        raise InputError(
+            f"{thing.name}: {name}={text!r} should be whole numbers between {low} and {high}, with "
+            f"commas between several; try {','.join(map(str, nearby))}."
+        )
+    return tuple(nearby)

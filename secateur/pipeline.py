@@ -16,6 +16,7 @@ from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
 from secateur.goal import Goal
+from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, Settings, skeleton
 from secateur.plan import Budget, Plan, check_sizes, match_units
@@ -96,6 +97,7 @@ def compress(
             cheap(shapes, method, goal, allocator)
     else:
         match_units(plan, shapes, method)
+        check_served(method, shapes)
     inputs = task.fingerprint(
         method={"name": method.name, **asdict(method)},
         plan=None if plan is None else plan.sizes,
@@ -191,6 +193,7 @@ def make_report(
         "budget": budget.model_dump(),
         "tier": plan.tier,
         "densified": sum(p.densified for p in plans),
+        "libraries": sorted({name for p in plans for name in p.libraries}),
         "dense": asdict(dense),
         "compressed": asdict(small),
         "seconds": seconds | watch.finish(),
@@ -248,6 +251,7 @@ def save(
     """
     method = method or plan.build_method()
     check_sizes(plan, model, method)
+    check_served(method, model)
     prepared = Prepared(model, tokens, store, method, plan)
     workspace, progress = Workspace(Path(out), overwrite), Progress()
     settings = Settings(

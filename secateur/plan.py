@@ -16,6 +16,7 @@ from secateur.errors import InputError, nearest
 from secateur.goal import Goal, Tier, Written
 from secateur.latency import measured
 from secateur.layers.factored_secateur import FORMS
+from secateur.layers.integers import INTEGERS, LIBRARY
 from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint, has_forms
@@ -149,6 +150,12 @@ class Plan(Record):
         """How many matrices are stored in a form that is computed as if it were dense."""
         layers = [FORMS.get(row.form.get("form", "")) for row in self.units if row.form]
         return sum(layer is not None and layer.densified for layer in layers)
+
+    @property
+    def libraries(self) -> list[str]:
+        """What has to be installed, beside transformers, where the result is loaded."""
+        forms = {row.form["form"] for row in self.units if row.form is not None}
+        return [LIBRARY] if INTEGERS in forms else []
 
     @property
     def predicted_loss(self) -> float | None:

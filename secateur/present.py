@@ -36,6 +36,12 @@ TIERS = {
 }
 
 
+def _tier(tier: str, libraries: list[str]) -> str:
+    """What a tier means to who loads the result."""
+    needed = f"; needs {', '.join(libraries)}" if libraries else ""
+    return f"tier {tier}: {TIERS[tier]}{needed}"
+
+
 def _console() -> Console:
     console = Console(highlight=False)
     if not console.is_terminal or console.width > WIDTH:
@@ -213,7 +219,7 @@ def show_plan(plan: Plan, written: Path | None) -> None:
             f"predicted loss: divergence of the output with that unit alone narrowed, in nats; "
             f"{plan.predicted_loss:.4f} in all"
         )
-    console.print(f"tier {plan.tier}: {TIERS[plan.tier]}")
+    console.print(_tier(plan.tier, plan.libraries))
     if written is not None:
         _next(console, "compress", plan.base.source, f"OUT --plan {shlex.quote(str(written))}")
     else:
@@ -256,7 +262,8 @@ def show_report(report: Report, out: Path) -> None:
             "saves bytes on disk, and neither memory nor time, but for 2:4 on GPUs with a kernel"
         )
     _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
-    console.print(f"\n[bold]{escape(str(out))}[/]  tier {report['tier']}: {TIERS[report['tier']]}")
+    tier = _tier(report["tier"], report["libraries"])
+    console.print(f"\n[bold]{escape(str(out))}[/]  {tier}")
     plans = "the plan of each step" if "steps" in report.content else "plan.json"
     console.print(f"in it, under secateur/: report.json, {plans}, recipe.yaml", markup=False)
     own = report["model"]["source"] == DEMO

@@ -150,8 +150,58 @@ class LowRank(Factored):
         return output if self.bias is None else output + self.bias
 
 
+TRITS = 5  # that a byte holds: 3⁵ = 243 numbers
+
+
+class Trits(Factored):
+    """Ŵ = a₁ T₁ + a₂ T₂ of two planes of −1, 0 and 1, with scales for every group of inputs.
+
+    ``codes`` has the planes one behind the other, each row by itself, with five trits to a byte:
+    the sum of (t + 1) 3^i. ``scales`` has the a of each.
+    """
+
+    form = "trits"
+    numbers = ("group",)
+    densified = True
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def problem(cls, spec: Spec) -> str | None:
+        return "group should divide inputs" if spec["inputs"] % spec["group"] else None
+
+    @classmethod
+    def tensors(cls, spec: Spec) -> Layout:
+        outputs, inputs = spec["outputs"], spec["inputs"]
+        return {
+            "codes": ((2, outputs, -(-inputs // TRITS)), torch.uint8),
+            "scales": ((2, outputs, inputs // spec["group"]), None),
+        }
+
+    def dense(self) -> Tensor:
+        trits = unpacked_trits(self.codes, self.in_features).to(self.scales)
+        groups = trits.unflatten(-1, (-1, self.spec["group"]))
+        weight: Tensor = (self.scales.unsqueeze(-1) * groups).sum(0).flatten(1)
+        return weight
+
+
+def packed_trits(trits: Tensor) -> Tensor:
+    """Trits (…, count) as bytes (…, ⌈count / 5⌉)."""
+    digits = nn.functional.pad(trits.long() + 1, (0, -trits.shape[-1] % TRITS))
+    places = 3 ** torch.arange(TRITS, device=trits.device)
+    codes: Tensor = (digits.unflatten(-1, (-1, TRITS)) * places).sum(-1).to(torch.uint8)
+    return codes
+
+
+def unpacked_trits(codes: Tensor, count: int) -> Tensor:
+    """The first ``count`` trits of bytes (…, bytes)."""
+    places = 3 ** torch.arange(TRITS, device=codes.device)
+    digits = codes.long().unsqueeze(-1) // places % 3 - 1
+    return digits.flatten(-2)[..., :count]
+
+
 #: form → its layer
-FORMS: dict[str, type[Factored]] = {layer.form: layer for layer in (LowRank,)}
+FORMS: dict[str, type[Factored]] = {layer.form: layer for layer in (LowRank, Trits)}
 
 
 def layer_class(spec: Any) -> type[Factored]:

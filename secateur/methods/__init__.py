@@ -33,6 +33,9 @@ METHODS = {
     "wanda": "secateur.methods.wanda:Wanda",
     "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
     "armor": "secateur.methods.armor:Armor",
+    "rtn": "secateur.methods.rtn:RTN",
+    "gptq": "secateur.methods.gptq:GPTQ",
+    "ptqtp": "secateur.methods.ptqtp:PTQTP",
 }
 
 

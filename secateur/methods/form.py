@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -130,6 +130,7 @@ class FormMethod(Method):
         """The output error of every form; here by making each of them in float64."""
         found = []
         for form in forms:
+            form = replace(form, spec={**form.spec, "bias": False})
             layer = self.layer(weight, metric, form, None, torch.float64)
             found.append(metric.error(weight - dense_weight(layer)))
         return found

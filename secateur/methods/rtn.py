@@ -1,0 +1,110 @@
+"""Round to nearest: weights as whole numbers of few bits, in groups with a scale."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.forms import nearest_divisors
+from secateur.layers.integers import BITS, Integers, integer_form, missing_library
+from secateur.methods.form import FormMethod, Metric
+from secateur.options import option, whole_numbers
+from secateur.rounding import best_scale, codes_of
+from secateur.units import Form, Matrix, Unit
+
+if TYPE_CHECKING:
+    from secateur.model import Model
+
+
+@dataclass(frozen=True)
+class RTN(FormMethod):
+    """Every weight becomes the nearest multiple of its group's scale.
+
+        q = clamp(round(w / s), −2^(b−1), 2^(b−1) − 1),   ŵ = q s
+
+    Of some scales, from max|w| / (2^(b−1) − 1), which clips nothing, down to half of that, a group
+    takes the one with the least ‖w − ŵ‖². Scales are rounded to the checkpoint's own format before
+    anything is divided by them. Don't use it where there is text to calibrate on: ``gptq`` takes
+    the same bytes.
+
+    Source: the common baseline.
+    """
+
+    bits: str = option("4", "of a weight, 3 to 8; several, as in 3,4,8, for an allocator to mix")
+    group: int = option(128, "inputs that share a scale, a divisor of them; 0 for one a row", 0)
+    scale_steps: int = option(20, "scales tried for a group; 1 for the one that clips nothing", 1)
+
+    name: ClassVar[str] = "rtn"
+    summary: ClassVar[str] = "integers by rounding to nearest, read by transformers and vLLM"
+    source: ClassVar[str] = "a baseline"
+    data_aware: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._bits()
+
+    def _bits(self) -> tuple[int, ...]:
+        return whole_numbers(self, "bits", BITS[0], BITS[-1])
+
+    def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
+        """One for each number of bits, where groups divide the inputs."""
+        if self.group and inputs % self.group:
+            return []
+        return [integer_form(outputs, inputs, bias, bits, self.group) for bits in self._bits()]
+
+    def units(self, model: "Model", multiple_of: int) -> list[Unit]:
+        """The matrices of all linear layers; those of Conv1Ds, which the format has not, stay.
+
+        A form says in which number format its scales are: the checkpoint's.
+        """
+        scales = {"scales": str(model.stored).removeprefix("torch.")}
+        found: list[Unit] = []
+        for unit in super().units(model, multiple_of):
+            assert isinstance(unit, Matrix)
+            layer = model.blocks[unit.block].module.get_submodule(unit.path)
+            own = unit.forms if isinstance(layer, nn.Linear) else ()
+            forms = tuple(replace(form, spec={**form.spec, **scales}) for form in own)
+            found.append(replace(unit, forms=forms, size=len(forms) + 1))
+        return found
+
+    def obstacle(self, model: "Model") -> str | None:
+        """No linear layers, groups that divide no inputs, or no library to read the result."""
+        layers = [layer.module for block in model.blocks for layer in block.linear_layers]
+        inputs = {layer.in_features for layer in layers if isinstance(layer, nn.Linear)}
+        if not inputs:
+            return "its weights are those of Conv1D layers, which the integer format has not"
+        if self.group and all(count % self.group for count in inputs):
+            return (
+                f"groups of {self.group} divide the inputs of none of its layers; nearest are "
+                f"{nearest_divisors(inputs, self.group)}, and --group 0 gives each row one scale"
+            )
+        return super().obstacle(model) or missing_library()
+
+    def rounded(
+        self, weight: Tensor, metric: Metric, form: Form, stored: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Codes (outputs, inputs) and scales (outputs, groups)."""
+        bits, groups = form.spec["bits"], weight.unflatten(1, (-1, width(form)))
+        scale = best_scale(groups, bits, self.scale_steps, stored)
+        return codes_of(groups, scale.unsqueeze(-1), bits).flatten(1), scale
+
+    def reshaped(self, weight: Tensor, metric: Metric, form: Form) -> dict[str, Tensor]:
+        """Codes and scales, not packed yet."""
+        stored: torch.dtype = getattr(torch, form.spec["scales"])
+        codes, scale = self.rounded(weight, metric, form, stored)
+        return {"codes": codes, "scale": scale}
+
+    def layer(
+        self, weight: Tensor, metric: Metric, form: Form, bias: Tensor | None, dtype: torch.dtype
+    ) -> nn.Module:
+        """A linear layer that is stored packed."""
+        made, spec = self.reshaped(weight, metric, form), form.spec
+        return Integers(spec["bits"], spec["group"], made["codes"], made["scale"], bias, dtype)
+
+
+def width(form: Form) -> int:
+    """Inputs that share a scale."""
+    found: int = form.spec["group"] or form.spec["inputs"]
+    return found
