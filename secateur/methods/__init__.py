@@ -33,6 +33,12 @@ METHODS = {
     "wanda": "secateur.methods.wanda:Wanda",
     "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
     "armor": "secateur.methods.armor:Armor",
+    "monarch": "secateur.methods.monarch:MonarchProjection",
+    "block-dense": "secateur.methods.block_dense:BlockDenseProjection",
+    "block-shuffle": "secateur.methods.block_shuffle:BlockShuffleProjection",
+    "compot": "secateur.methods.compot:COMPOT",
+    "cospadi": "secateur.methods.cospadi:CoSpaDi",
+    "dsformer": "secateur.methods.dsformer:DSFormer",
 }
 
 
