@@ -41,39 +41,41 @@ def matching_pursuit(signals: Tensor, atoms: Tensor, nonzeros: int) -> Tensor:
 
         q_t = (G_i: − Σ_{j<t} q_j[i] q_j) / ‖·‖,   YAᵀ ← YAᵀ − a_t q_t
     """
-    gram = atoms @ atoms.mT
+    lengths = atoms.norm(dim=1)
+    there = lengths > 1e-12 * lengths.max()
+    lengths = torch.where(there, lengths, 1.0)
+    units = atoms * (there / lengths).unsqueeze(1)
+    gram = units @ units.mT
     batch = max(1, BATCH_BYTES // (8 * nonzeros * (len(atoms) + nonzeros)))
-    return torch.cat([_pursuit(part @ atoms.mT, gram, nonzeros) for part in signals.split(batch)])
+    found = [_pursuit(part @ units.mT, gram, nonzeros) for part in signals.split(batch)]
+    return torch.cat(found) / lengths
 
 
-def _pursuit(products: Tensor, gram: Tensor, nonzeros: int) -> Tensor:
-    rows, count = products.shape
-    every = torch.arange(rows, device=products.device)
-    norms = gram.diagonal()
-    floor = torch.finfo(gram.dtype).eps * count * norms.clamp_min(1e-200)
-    lengths = norms.clamp_min(1e-200).sqrt()
-    left, taken = products.clone(), torch.zeros_like(products, dtype=torch.bool)
-    seen = products.new_zeros(rows, nonzeros, count)  # q_t
-    chosen = torch.empty(rows, nonzeros, dtype=torch.long, device=products.device)
-    parts = products.new_zeros(rows, nonzeros)  # a_t
+def _pursuit(left: Tensor, gram: Tensor, nonzeros: int) -> Tensor:
+    """From Y Aᵀ and A Aᵀ of unit atoms."""
+    rows, count = left.shape
+    every = torch.arange(rows, device=left.device)
+    floor = torch.finfo(gram.dtype).eps * count
+    seen = left.new_zeros(rows, nonzeros, count)  # q_t
+    chosen = torch.empty(rows, nonzeros, dtype=torch.long, device=left.device)
+    parts = left.new_zeros(rows, nonzeros)  # a_t
     for step in range(nonzeros):
-        best = (left.abs() / lengths).masked_fill(taken, -1.0).argmax(1)
-        taken[every, best] = True
+        best = left.abs().scatter_(1, chosen[:, :step], -1.0).argmax(1)
         chosen[:, step] = best
         before = seen[:, :step]
         new = gram[best] - torch.einsum("rt,rtk->rk", before[every, :, best], before)
         own = new[every, best]
         # An atom that those before it make up adds nothing, and may have rounding for a direction.
-        there = own > floor[best]
-        scale = torch.where(there, own, 1.0).sqrt()
-        seen[:, step] = new * (there / scale).unsqueeze(1)
-        parts[:, step] = left[every, best] * there / scale
-        left -= parts[:, step].unsqueeze(1) * seen[:, step]
+        sound = own > floor
+        scale = sound / torch.where(sound, own, 1.0).sqrt()
+        seen[:, step] = new.mul_(scale.unsqueeze(1))
+        parts[:, step] = left[every, best] * scale
+        left = left.addcmul(parts[:, step].unsqueeze(1), new, value=-1)
     factor = seen.gather(2, chosen.unsqueeze(1).expand(-1, nonzeros, -1)).mT.tril()
     diagonal = factor.diagonal(dim1=1, dim2=2)
     diagonal.copy_(torch.where(diagonal > 0, diagonal, 1.0))
     values = torch.linalg.solve_triangular(factor.mT, parts.unsqueeze(2), upper=True)
-    return torch.zeros_like(products).scatter_(1, chosen, values.squeeze(2))
+    return torch.zeros_like(left).scatter_(1, chosen, values.squeeze(2))
 
 
 def recoded(signals: Tensor, codes: Tensor, atoms: Tensor, nonzeros: int) -> Tensor:

@@ -1,19 +1,14 @@
 """BlockDense: low rank for every block of inputs by itself."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from secateur.layers.structured_secateur import BlockDense, Monarch
-from secateur.methods.structured import StructuredMethod, undivided
-from secateur.options import option
-
-if TYPE_CHECKING:
-    from secateur.model import Model
+from secateur.methods.structured import RankedBlocks
 
 
 @dataclass(frozen=True)
-class BlockDenseProjection(StructuredMethod):
+class BlockDenseProjection(RankedBlocks):
     """A weight as D · blkdiag(B_1 … B_b), the truncated SVD of each of its b blocks of columns.
 
     The form lets every block have its own rank ρ map and nothing else, so that SVDs in the metric
@@ -27,22 +22,14 @@ class BlockDenseProjection(StructuredMethod):
     Structured Feedforward Layers", arXiv 2406.16450, section 3.
     """
 
-    blocks: int = option(4, "blocks of inputs", 1)
-    rank_step: int = option(2, "ranks are multiples of this", 1)
-
     name: ClassVar[str] = "block-dense"
     summary: ClassVar[str] = "low rank for every block of inputs, by SVDs in their metric"
     source: ClassVar[str] = "arXiv 2406.16450"
     layers: ClassVar[type[Monarch]] = BlockDense
+    cuts_outputs: ClassVar[bool] = False
 
-    def specs(self, outputs: int, inputs: int) -> Sequence[tuple[dict[str, int], str]]:
-        """All ranks of a block below the break-even."""
-        count = self.blocks
-        most = (outputs * inputs - 1) // (inputs + count * outputs)
-        ranks = range(self.rank_step, most + 1, self.rank_step)
-        return [({"blocks": count, "rank": rank}, f"{count}× rank {rank}") for rank in ranks]
+    def most(self, outputs: int, inputs: int) -> int:
+        return (outputs * inputs - 1) // (inputs + self.blocks * outputs)
 
-    def obstacle(self, model: "Model") -> str | None:
-        """Say which numbers of blocks would do."""
-        found = super().obstacle(model)
-        return found and (undivided(self.units(model, 1), self.blocks, both=False) or found)
+    def of_rank(self, rank: int) -> tuple[dict[str, int], str]:
+        return {"blocks": self.blocks, "rank": rank}, f"{self.blocks}× rank {rank}"

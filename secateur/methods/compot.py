@@ -7,6 +7,7 @@ from torch import Tensor
 
 from secateur.dictionaries import orthonormal_dictionary
 from secateur.methods.dictionary import DictionaryMethod
+from secateur.options import option
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class COMPOT(DictionaryMethod):
 
     Source: COMPOT, arXiv 2602.15200.
     """
+
+    sweeps: int = option(20, "rounds of the solver", 1)
 
     name: ClassVar[str] = "compot"
     summary: ClassVar[str] = "orthonormal dictionary and sparse codes, in the metric of inputs"

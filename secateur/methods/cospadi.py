@@ -9,7 +9,7 @@ from secateur.dictionaries import distance, first_atoms, matching_pursuit, recod
 from secateur.methods.dictionary import DictionaryMethod
 from secateur.options import option
 
-SETTLED = 1e-4  # of the error, in one round
+SETTLED = 1e-3  # of the error, in one round
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class CoSpaDi(DictionaryMethod):
     2509.22075.
     """
 
-    powers: int = option(3, "power iterations for an atom", 1)
+    powers: int = option(2, "power iterations for an atom", 1)
 
     name: ClassVar[str] = "cospadi"
     summary: ClassVar[str] = "dictionary and sparse codes by K-SVD, in the metric of inputs"

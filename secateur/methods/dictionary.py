@@ -34,7 +34,7 @@ class DictionaryMethod(FormMethod):
     ridge: float = option(1e-6, "on the diagonal of H, relative", 0.0)
     ratio: float = option(2.0, "atoms for each non-zero of a row", 1.0)
     levels: int = option(8, "sizes that are tried for a matrix", 1)
-    sweeps: int = option(20, "rounds of the solver", 1)
+    sweeps: int = option(10, "rounds of the solver", 1)
 
     rereads: ClassVar[bool] = True
 

@@ -16,7 +16,7 @@ from secateur.units import Form
 if TYPE_CHECKING:
     from secateur.model import Model
 
-SETTLED = 1e-4  # of the error, in one round
+SETTLED = 1e-3  # of the error, in one round
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,14 @@
 """Monarch: block-diagonal, shuffled, block-diagonal."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from secateur.layers.structured_secateur import Monarch
-from secateur.methods.structured import StructuredMethod, undivided
-from secateur.options import option
-
-if TYPE_CHECKING:
-    from secateur.model import Model
+from secateur.methods.structured import RankedBlocks
 
 
 @dataclass(frozen=True)
-class MonarchProjection(StructuredMethod):
+class MonarchProjection(RankedBlocks):
     """The nearest product of two block-diagonal matrices with a permutation between.
 
     A weight is cut into b × b slices, neighbouring inputs by every b-th output, and each slice
@@ -28,23 +23,15 @@ class MonarchProjection(StructuredMethod):
     Training", arXiv 2204.00595, section 3 and its projection.
     """
 
-    blocks: int = option(4, "blocks of inputs, and of outputs", 1)
-    rank_step: int = option(2, "ranks are multiples of this", 1)
-
     name: ClassVar[str] = "monarch"
     summary: ClassVar[str] = "two block-diagonal factors with a shuffle between, by SVDs of slices"
     source: ClassVar[str] = "arXiv 2204.00595"
     layers: ClassVar[type[Monarch]] = Monarch
+    cuts_outputs: ClassVar[bool] = True
 
-    def specs(self, outputs: int, inputs: int) -> Sequence[tuple[dict[str, int], str]]:
-        """All ranks of a slice below the break-even."""
-        count = self.blocks
-        most = (outputs * inputs - 1) // (count * (outputs + inputs))
-        blocks = {"in_blocks": count, "out_blocks": count}
-        ranks = range(self.rank_step, most + 1, self.rank_step)
-        return [({**blocks, "rank": rank}, f"{count}×{count} rank {rank}") for rank in ranks]
+    def most(self, outputs: int, inputs: int) -> int:
+        return (outputs * inputs - 1) // (self.blocks * (outputs + inputs))
 
-    def obstacle(self, model: "Model") -> str | None:
-        """Say which numbers of blocks would do."""
-        found = super().obstacle(model)
-        return found and (undivided(self.units(model, 1), self.blocks, both=True) or found)
+    def of_rank(self, rank: int) -> tuple[dict[str, int], str]:
+        numbers = {"in_blocks": self.blocks, "out_blocks": self.blocks, "rank": rank}
+        return numbers, f"{self.blocks}×{self.blocks} rank {rank}"

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from secateur.linalg import least_squares
 from secateur.methods.form import FormMethod, Metric
 from secateur.options import option
 from secateur.units import Form, Matrix, Unit
+
+if TYPE_CHECKING:
+    from secateur.model import Model
 
 Slices = tuple[Tensor, Tensor, Tensor]
 
@@ -118,6 +121,43 @@ def refitted(weight: Tensor, metric: Metric, rows: Tensor, second: Tensor) -> Te
         fit = least_squares(read @ toward, (own @ toward).mT, second[index].mT, metric.ridge)
         found.append(fit.mT)
     return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class RankedBlocks(StructuredMethod):
+    """One of these with a number of blocks for all matrices, and ranks to choose from."""
+
+    blocks: int = option(4, "blocks of inputs, and of outputs where they are cut, too", 1)
+    rank_step: int = option(2, "ranks are multiples of this", 1)
+
+    cuts_outputs: ClassVar[bool]
+
+    @abstractmethod
+    def most(self, outputs: int, inputs: int) -> int:
+        """The largest rank of a slice that is smaller than the dense weight."""
+
+    @abstractmethod
+    def of_rank(self, rank: int) -> tuple[dict[str, int], str]:
+        """The numbers of a form of this rank, and what to call it."""
+
+    def specs(self, outputs: int, inputs: int) -> Sequence[tuple[dict[str, int], str]]:
+        """All ranks below the break-even."""
+        ranks = range(self.rank_step, self.most(outputs, inputs) + 1, self.rank_step)
+        return [self.of_rank(rank) for rank in ranks]
+
+    def obstacle(self, model: "Model") -> str | None:
+        """Say which numbers would do."""
+        found = super().obstacle(model)
+        if found is None:
+            return None
+        units = [unit for unit in self.units(model, 1) if isinstance(unit, Matrix)]
+        most = max((self.most(unit.outputs, unit.inputs) for unit in units), default=0)
+        if 0 < most < self.rank_step:
+            return (
+                f"rank_step {self.rank_step} is above the largest rank that takes fewer bytes than "
+                f"a matrix, {most}; try --rank-step {most}"
+            )
+        return undivided(units, self.blocks, self.cuts_outputs) or found
 
 
 def undivided(units: Sequence[Unit], blocks: int, both: bool) -> str | None:
