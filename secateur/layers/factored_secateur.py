@@ -102,14 +102,15 @@ class Factored(nn.Module):
         """Use the dense weight for up to so many tokens, as when text is written; 0 for never.
 
         One product is faster than several where there is little to multiply. The dense weight is
-        then kept in memory beside its factors. While training, factors are used all the same.
+        then kept in memory beside its factors. Where gradients are asked for, factors are used.
         """
         self._few = tokens
         self.forget()
 
     def merged(self, x: Tensor) -> bool:
         """Whether x (…, inputs) has so few tokens that it meets the dense weight."""
-        return not self.training and 0 < x.numel() <= self._few * self.in_features
+        few = 0 < x.numel() <= self._few * self.in_features
+        return few and not (self.training or torch.is_grad_enabled())
 
     def train(self, mode: bool = True) -> Self:
         self.forget()

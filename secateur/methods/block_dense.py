@@ -16,7 +16,7 @@ class BlockDenseProjection(RankedBlocks):
 
         ρ (inputs + b · outputs)   of   outputs · inputs
 
-    Don't use it where inputs of different blocks are much alike: ``svd-llm`` sees that.
+    Don't use it where inputs of different blocks are much alike: ``svd-llm`` makes use of that.
 
     Source: Wei et al., "Building on Efficient Foundations: Effectively Training LLMs with
     Structured Feedforward Layers", arXiv 2406.16450, section 3.

@@ -19,8 +19,7 @@ class COMPOT(DictionaryMethod):
         C = the s largest of Y Aᵀ in every row,   A = U Vᵀ from Cᵀ Y = U Σ Vᵀ
 
     so that the error never rises. It costs an SVD a round. The paper's allocation is left out: any
-    allocator serves. Don't use it where there is time for ``cospadi``, whose atoms need not be at
-    right angles, or where speed counts: products are made with the dense weight.
+    allocator serves. Don't use it where speed counts: products are made with the dense weight.
 
     Source: COMPOT, arXiv 2602.15200.
     """

@@ -23,8 +23,8 @@ class CoSpaDi(DictionaryMethod):
         E = Y_R − C_R A + c_R aᵀ,   a ← first right singular vector of E,   c_R ← E a
 
     So the error never rises, and the last state is the best. Rounds end where one gains nothing.
-    Don't use it in a hurry: ``compot`` is much cheaper. Nor for speed: products are made with the
-    dense weight.
+    Don't use it before ``compot`` and ``dsformer``, which are much cheaper, nor where speed counts:
+    products are made with the dense weight.
 
     Source: "CoSpaDi: Compressing LLMs via Calibration-Guided Sparse Dictionary Learning", arXiv
     2509.22075.

@@ -30,7 +30,7 @@ class DSFormer(DictionaryMethod):
         Ŵ_j is near W_j + E_{<j} H_{<j,j} H_jj⁻¹   in the metric of H_jj
 
     The paper trains through the factors, W as a proxy; that is not done here. Don't use it where
-    ``cospadi`` is quick enough: one dictionary for all inputs sees more.
+    speed counts: products are made with the dense weight.
 
     Source: Chand et al., "DSFormer: Effective Compression of Text-Transformers by Dense-Sparse
     Weight Factorization", arXiv 2312.13211.

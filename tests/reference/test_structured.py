@@ -301,6 +301,7 @@ def test_the_shuffle_is_part_of_what_a_block_shuffle_stands_for():
     ],
     ids=lambda s: s["form"],
 )
+@torch.no_grad()
 def test_few_tokens_meet_the_dense_weight_where_that_is_asked_for(spec):
     layer = layer_of(spec, tensors_of(spec), normal(9, spec["outputs"]))
     few, many = normal(1, 2, 2, spec["inputs"]), normal(2, 5, spec["inputs"])
@@ -318,9 +319,12 @@ def test_few_tokens_meet_the_dense_weight_where_that_is_asked_for(spec):
     layer.train()(few)
     assert layer._made == ()  # while factors change, they are what counts
     layer.eval()
-    with torch.no_grad():
-        next(layer.parameters()).mul_(2.0)
-    layer.forget()
+    with torch.enable_grad():
+        layer(few)
+    assert layer._made == ()
+    layer(few)
+    next(layer.parameters()).mul_(2.0)
+    layer.train().eval()
     torch.testing.assert_close(layer(few), few @ layer.dense().mT + layer.bias)
     layer.premerge(0)
     layer(few)
