@@ -33,13 +33,19 @@ if TYPE_CHECKING:
     from secateur.methods.armor import Armor
     from secateur.methods.auto import Auto
     from secateur.methods.base import Method
+    from secateur.methods.block_dense import BlockDenseProjection
+    from secateur.methods.block_shuffle import BlockShuffleProjection
     from secateur.methods.cfsp import CFSP
+    from secateur.methods.compot import COMPOT
+    from secateur.methods.cospadi import CoSpaDi
+    from secateur.methods.dsformer import DSFormer
     from secateur.methods.flap import FLAP
     from secateur.methods.gptq import GPTQ
     from secateur.methods.ispasp import ISpaSP
     from secateur.methods.llm_pruner import LLMPruner
     from secateur.methods.magnitude import Magnitude
     from secateur.methods.modegpt import MoDeGPT
+    from secateur.methods.monarch import MonarchProjection
     from secateur.methods.nirvana import Nirvana
     from secateur.methods.obspa import OBSPA
     from secateur.methods.ptqtp import PTQTP
@@ -64,8 +70,13 @@ _HOMES = {
     "Angular": "secateur.allocate.angular",
     "Armor": "secateur.methods.armor",
     "Auto": "secateur.methods.auto",
+    "BlockDenseProjection": "secateur.methods.block_dense",
+    "BlockShuffleProjection": "secateur.methods.block_shuffle",
     "CFSP": "secateur.methods.cfsp",
+    "COMPOT": "secateur.methods.compot",
     "Calibration": "secateur.text",
+    "CoSpaDi": "secateur.methods.cospadi",
+    "DSFormer": "secateur.methods.dsformer",
     "EntropicInfluence": "secateur.allocate.influence",
     "FARMS": "secateur.allocate.farms",
     "FLAP": "secateur.methods.flap",
@@ -82,6 +93,7 @@ _HOMES = {
     "Middle": "secateur.allocate.middle",
     "MoDeGPT": "secateur.methods.modegpt",
     "Model": "secateur.model",
+    "MonarchProjection": "secateur.methods.monarch",
     "Nirvana": "secateur.methods.nirvana",
     "OBSPA": "secateur.methods.obspa",
     "PTQTP": "secateur.methods.ptqtp",
@@ -117,6 +129,7 @@ _HOMES = {
 
 __all__ = [
     "CFSP",
+    "COMPOT",
     "FARMS",
     "FLAP",
     "GPTQ",
@@ -129,7 +142,11 @@ __all__ = [
     "Angular",
     "Armor",
     "Auto",
+    "BlockDenseProjection",
+    "BlockShuffleProjection",
     "Calibration",
+    "CoSpaDi",
+    "DSFormer",
     "EntropicInfluence",
     "Fluctuation",
     "Goal",
@@ -144,6 +161,7 @@ __all__ = [
     "Middle",
     "MoDeGPT",
     "Model",
+    "MonarchProjection",
     "Nirvana",
     "PlainWidth",
     "Plan",

@@ -19,7 +19,12 @@ from secateur.block import Block, inputs_by_outputs
 from secateur.depth import place, renumber
 from secateur.errors import InputError
 from secateur.goal import Written
-from secateur.layers import factored_secateur, modeling_secateur, sparse_secateur
+from secateur.layers import (
+    factored_secateur,
+    modeling_secateur,
+    sparse_secateur,
+    structured_secateur,
+)
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers, quantization_config
 from secateur.model import Model
@@ -28,7 +33,7 @@ from secateur.uses import PREFIX
 
 SHARD_BYTES = 4 * 2**30
 #: written beside the weights of what stock classes can't load; the first imports the others
-CODE = (modeling_secateur, factored_secateur, sparse_secateur)
+CODE = (modeling_secateur, factored_secateur, sparse_secateur, structured_secateur)
 
 
 class Writer:

@@ -4,4 +4,4 @@
 import transformers  # noqa: F401
 
 # Forms are found by name, whoever asks for the first of them.
-from secateur.layers import sparse_secateur  # noqa: F401
+from secateur.layers import sparse_secateur, structured_secateur  # noqa: F401

@@ -11,7 +11,7 @@ computes with its dense weight makes that once, at the first forward pass, and k
 packed tensors: it saves bytes on disk and nothing else.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Factored(nn.Module):
         self.spec = dict(spec)
         self.out_features, self.in_features = spec["outputs"], spec["inputs"]
         self._made: tuple[Tensor, ...] = ()  # the dense weight, where it was needed
+        self._few = 0  # tokens for which the dense weight is used
         self.make()
         if spec["bias"]:
             self.bias = nn.Parameter(torch.empty(spec["outputs"]))
@@ -97,6 +98,24 @@ class Factored(nn.Module):
             self._made = (self.dense().to(x),)
         return nn.functional.linear(x, self._made[0], self.bias)
 
+    def premerge(self, tokens: int = 16) -> None:
+        """Use the dense weight for up to so many tokens, as when text is written; 0 for never.
+
+        One product is faster than several where there is little to multiply. The dense weight is
+        then kept in memory beside its factors. Where gradients are asked for, factors are used.
+        """
+        self._few = tokens
+        self.forget()
+
+    def merged(self, x: Tensor) -> bool:
+        """Whether x (…, inputs) has so few tokens that it meets the dense weight."""
+        few = 0 < x.numel() <= self._few * self.in_features
+        return few and not (self.training or torch.is_grad_enabled())
+
+    def train(self, mode: bool = True) -> Self:
+        self.forget()
+        return super().train(mode)
+
     def forget(self) -> None:
         """Make the dense weight again when it is needed next; its tensors have changed."""
         self._made = ()
@@ -146,6 +165,8 @@ class LowRank(Factored):
         return self.second.weight @ self.first.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged(x):
+            return super().forward(x)
         output: Tensor = self.second(self.first(x))
         return output if self.bias is None else output + self.bias
 

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .factored_secateur import Factored, layer_class
 from .sparse_secateur import Sparse  # noqa: F401 (its file has forms that are found by name)
+from .structured_secateur import Monarch  # noqa: F401 (its file has forms that are found by name)
 
 PREFIX = "Secateur"
 

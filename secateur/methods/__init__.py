@@ -36,6 +36,12 @@ METHODS = {
     "rtn": "secateur.methods.rtn:RTN",
     "gptq": "secateur.methods.gptq:GPTQ",
     "ptqtp": "secateur.methods.ptqtp:PTQTP",
+    "monarch": "secateur.methods.monarch:MonarchProjection",
+    "block-dense": "secateur.methods.block_dense:BlockDenseProjection",
+    "block-shuffle": "secateur.methods.block_shuffle:BlockShuffleProjection",
+    "compot": "secateur.methods.compot:COMPOT",
+    "cospadi": "secateur.methods.cospadi:CoSpaDi",
+    "dsformer": "secateur.methods.dsformer:DSFormer",
 }
 
 

@@ -8,4 +8,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "welore": {"rank_step": 2},
     "forms": {"of": "svd-llm,svd"},
     "armor": {"block": 4, "rounds": 5},
+    "monarch": {"blocks": 2, "rank_step": 1},
+    "block-dense": {"blocks": 2, "rank_step": 1},
+    "compot": {"levels": 3, "sweeps": 3},
+    "cospadi": {"levels": 2, "sweeps": 2},
+    "dsformer": {"levels": 2, "sweeps": 2, "blocks": 2},
 }

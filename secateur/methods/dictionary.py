@@ -1,0 +1,89 @@
+"""Weights as a dictionary times a sparse code: what the methods with that form share."""
+
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from secateur.forms import form_of
+from secateur.layers.factored_secateur import Spec
+from secateur.layers.structured_secateur import MOST_ATOMS, Dictionary
+from secateur.methods.form import FormMethod, Metric
+from secateur.options import option
+from secateur.units import Form
+
+ITEMSIZE = 2  # of a number when sizes are set out; what is paid is counted with the model's own
+
+
+@dataclass(frozen=True)
+class DictionaryMethod(FormMethod):
+    """Makes every row of a weight a sum of few atoms that all rows share.
+
+    With L Lᵀ = H, rows are y = w L, so that plain least squares is what the layer's outputs lose:
+
+        ‖(W − C A)L‖² = ‖Y − C (A L)‖²,   s non-zeros in every row of C,   k = ratio · s atoms
+
+    Between the cheapest form and the dense weight there are ``levels`` sizes, evenly spaced in
+    bytes. Each has to be solved by itself, in the curve as when it is applied.
+    """
+
+    ridge: float = option(1e-6, "on the diagonal of H, relative", 0.0)
+    ratio: float = option(2.0, "atoms for each non-zero of a row", 1.0)
+    levels: int = option(8, "sizes that are tried for a matrix", 1)
+    sweeps: int = option(10, "rounds of the solver", 1)
+
+    rereads: ClassVar[bool] = True
+
+    @property
+    def parts(self) -> int:
+        """Blocks of inputs, each with a dictionary."""
+        return 1
+
+    def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
+        """For every level the most atoms that its bytes pay for."""
+        common = {"form": "dictionary", "outputs": outputs, "inputs": inputs, "bias": bias}
+        if inputs % self.parts:
+            return []
+        counts = range(1, min(self.most(outputs, inputs), MOST_ATOMS) + 1)
+        budgets = [
+            level * outputs * inputs * ITEMSIZE // (self.levels + 1)
+            for level in range(1, self.levels + 1)
+        ]
+        within = {
+            bisect_right(counts, budget, key=lambda n: self._form(common, n).bytes(ITEMSIZE))
+            for budget in budgets
+        }
+        return [self._form(common, atoms) for atoms in sorted(within - {0})]
+
+    def most(self, outputs: int, inputs: int) -> int:
+        """The most atoms that a block of a matrix can use."""
+        nonzeros = inputs // self.parts
+        return min(outputs, int(nonzeros * self.ratio))
+
+    def _form(self, common: Spec, atoms: int) -> Form:
+        nonzeros = max(1, int(atoms / self.ratio))
+        numbers = {"blocks": self.parts, "atoms": atoms, "nonzeros": nonzeros}
+        return form_of({**common, **numbers}, f"{nonzeros} of {atoms} atoms")
+
+    def reshaped(self, weight: Tensor, metric: Metric, form: Form) -> dict[str, Tensor]:
+        """Atoms, codes and what says which atoms they are for."""
+        spec = dict(form.spec)
+        root, inverse = metric.whitening
+        codes, atoms = self.coded(weight @ root, spec["atoms"], spec["nonzeros"])
+        return stored(spec, codes.unsqueeze(0), (atoms @ inverse).unsqueeze(0))
+
+    @abstractmethod
+    def coded(self, signals: Tensor, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor]:
+        """Codes (rows, atoms) and atoms for whitened rows."""
+
+
+def stored(spec: Spec, codes: Tensor, atoms: Tensor) -> dict[str, Tensor]:
+    """The tensors of codes (blocks, outputs, atoms), of which s in every row say all, and atoms."""
+    order = codes.abs().topk(spec["nonzeros"], dim=2).indices  # zeros make up the number
+    chosen = torch.zeros_like(codes, dtype=torch.bool).scatter_(2, order, True)
+    values = codes[chosen].unflatten(0, (*codes.shape[:2], -1))
+    return {"first": atoms, "second": values, **Dictionary.support(spec, chosen)}
