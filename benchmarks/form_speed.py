@@ -65,7 +65,7 @@ def main() -> None:
 
 def random_layer(spec: dict[str, object], dtype: torch.dtype) -> Factored:
     """A layer of a spec with numbers of no meaning; indices and codes are zeros."""
-    from secateur.layers.factored_secateur import build
+    from secateur.layers.forms_secateur import build
 
     layer = build(spec)
     for parameter in layer.parameters():

@@ -19,12 +19,7 @@ from secateur.block import Block, inputs_by_outputs
 from secateur.depth import place, renumber
 from secateur.errors import InputError
 from secateur.goal import Written
-from secateur.layers import (
-    factored_secateur,
-    modeling_secateur,
-    sparse_secateur,
-    structured_secateur,
-)
+from secateur.layers import modeling_secateur
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers, quantization_config
 from secateur.model import Model
@@ -32,8 +27,8 @@ from secateur.residual import residual_layout
 from secateur.uses import PREFIX
 
 SHARD_BYTES = 4 * 2**30
-#: written beside the weights of what stock classes can't load; the first imports the others
-CODE = (modeling_secateur, factored_secateur, sparse_secateur, structured_secateur)
+#: imports the other files of its folder that are called so, and is written beside weights with them
+CODE = Path(str(modeling_secateur.__file__))
 
 
 class Writer:
@@ -274,8 +269,7 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
     else:
         base = MODEL_MAPPING[type(config)].__name__.removeprefix(prefix)  # type: ignore[attr-defined]
         config_class = type(config).__name__.removeprefix(prefix)
-        files = [Path(str(code.__file__)) for code in CODE]
-        code = files[0].stem
+        code = CODE.stem
         fields["model_type"] = PREFIX + config.model_type.removeprefix(PREFIX)
         fields["architectures"] = [prefix + stock]
         fields["auto_map"] = {
@@ -284,7 +278,7 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
             model.use.auto: f"{code}.{prefix}{stock}",
         }
         fields["secateur"] = layout(model)
-        for file in files:
+        for file in CODE.parent.glob("*_secateur.py"):
             shutil.copy(file, folder)
     if (packed := quantization_config(linear_layers(model))) is not None:
         fields["quantization_config"] = packed

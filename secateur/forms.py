@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from secateur.layers.factored_secateur import Spec, layer_class
+from secateur.layers.factored_secateur import Spec
+from secateur.layers.forms_secateur import layer_class
 from secateur.units import Form
 
 

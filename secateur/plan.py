@@ -15,7 +15,7 @@ from secateur.calibration import Store
 from secateur.errors import InputError, nearest
 from secateur.goal import Goal, Tier, Written
 from secateur.latency import measured
-from secateur.layers.factored_secateur import FORMS
+from secateur.layers.forms_secateur import FORMS
 from secateur.layers.integers import INTEGERS, LIBRARY
 from secateur.methods import method_class
 from secateur.methods.base import Method

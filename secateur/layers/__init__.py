@@ -2,6 +2,3 @@
 
 # First of all: its import registers our classes, which needs the modules below to be importable.
 import transformers  # noqa: F401
-
-# Forms are found by name, whoever asks for the first of them.
-from secateur.layers import sparse_secateur, structured_secateur  # noqa: F401

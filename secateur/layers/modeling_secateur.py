@@ -19,9 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .factored_secateur import Factored, layer_class
-from .sparse_secateur import Sparse  # noqa: F401 (its file has forms that are found by name)
-from .structured_secateur import Monarch  # noqa: F401 (its file has forms that are found by name)
+from .factored_secateur import Factored
+from .forms_secateur import layer_class
 
 PREFIX = "Secateur"
 

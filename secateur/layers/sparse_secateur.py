@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .factored_secateur import FORMS, Factored, Layout, Spec
+from .factored_secateur import Factored, Layout, Spec
 
 MANY = 64  #: rows from which a 2:4 kernel may be faster than a dense product
 WITHIN = 0.02  #: how far, relatively, a kernel's product may be from the dense one
@@ -263,6 +263,3 @@ def trusted(weight: Tensor) -> Tensor | None:
         warnings.warn("the 2:4 kernel is wrong here; dense products instead", stacklevel=3)
         return None
     return made
-
-
-FORMS.update({layer.form: layer for layer in (Sparse, NM, Armor)})

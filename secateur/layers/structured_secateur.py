@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .factored_secateur import FORMS, Factored, Layout, Spec
+from .factored_secateur import Factored, Layout, Spec
 
 MOST_ATOMS = 2**15  # an index is an int16
 
@@ -177,6 +177,3 @@ class Dictionary(Factored):
         codes = self.second.new_zeros(chosen.shape)
         codes[chosen] = self.second.flatten()
         return (codes @ self.first).transpose(0, 1).flatten(1)
-
-
-FORMS.update({layer.form: layer for layer in (Monarch, BlockShuffle, BlockDense, Dictionary)})

@@ -15,7 +15,7 @@ from secateur.block import Block, Linear, dense_weight, inputs_by_outputs
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.forms import smaller
-from secateur.layers.factored_secateur import fill
+from secateur.layers.forms_secateur import fill
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.options import checked, option
 from secateur.prices import Target

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur.forms import form_of
-from secateur.layers.factored_secateur import Spec, fill
+from secateur.layers.factored_secateur import Spec
+from secateur.layers.forms_secateur import fill
 from secateur.layers.structured_secateur import Monarch
 from secateur.linalg import least_squares
 from secateur.methods.form import FormMethod, Metric

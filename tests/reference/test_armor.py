@@ -9,7 +9,7 @@ from torch import nn
 
 from secateur.errors import InputError
 from secateur.layers import sparse_secateur as layers
-from secateur.layers.factored_secateur import build
+from secateur.layers.forms_secateur import build
 from secateur.methods.armor import Armor
 from secateur.methods.form import Metric
 from secateur.methods.sparse import largest_of_groups

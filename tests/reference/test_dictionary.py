@@ -18,7 +18,7 @@ from secateur.dictionaries import (
     updated_atoms,
 )
 from secateur.forms import form_of
-from secateur.layers.factored_secateur import FORMS, build, fill
+from secateur.layers.forms_secateur import FORMS, build, fill
 from secateur.methods import check_served
 from secateur.methods.compot import COMPOT
 from secateur.methods.cospadi import CoSpaDi

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from secateur import Goal, InputError, make_plan, score
-from secateur.layers.factored_secateur import FORMS, LowRank, build, fill
+from secateur.layers.factored_secateur import LowRank
+from secateur.layers.forms_secateur import FORMS, build, fill
 from secateur.methods.form import Metric
 from secateur.methods.svd import SVD
 from secateur.methods.svd_llm import SVDLLM

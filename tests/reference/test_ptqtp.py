@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from secateur import PTQTP, InputError
-from secateur.layers.factored_secateur import (
-    Trits,
-    build,
-    fill,
-    packed_trits,
-    unpacked_trits,
-)
+from secateur.layers.factored_secateur import Trits, packed_trits, unpacked_trits
+from secateur.layers.forms_secateur import build, fill
 from secateur.methods import check_served
 from secateur.methods.form import Metric
 from secateur.trits import PAIRS, best_scales, errors, nearest_trits

@@ -7,7 +7,7 @@ import torch
 
 from secateur import InputError
 from secateur.forms import form_of
-from secateur.layers.factored_secateur import FORMS, build, fill
+from secateur.layers.forms_secateur import FORMS, build, fill
 from secateur.methods import check_served
 from secateur.methods.block_dense import BlockDenseProjection
 from secateur.methods.block_shuffle import BlockShuffleProjection
