@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from secateur.methods.cospadi import CoSpaDi
     from secateur.methods.dsformer import DSFormer
     from secateur.methods.flap import FLAP
+    from secateur.methods.forms import Forms
     from secateur.methods.gptq import GPTQ
     from secateur.methods.ispasp import ISpaSP
     from secateur.methods.llm_pruner import LLMPruner
@@ -55,14 +56,19 @@ if TYPE_CHECKING:
     from secateur.methods.sleb import SLEB
     from secateur.methods.slicegpt import SliceGPT
     from secateur.methods.sparsegpt import SparseGPT
+    from secateur.methods.svd import SVD
+    from secateur.methods.svd_llm import SVDLLM
     from secateur.methods.wanda import Wanda
     from secateur.methods.wanda_sp import WandaSP
+    from secateur.methods.welore import LowRankWeLore
     from secateur.methods.ziplm import ZipLM
     from secateur.model import Model, Settings, open_model
     from secateur.pipeline import compress, save
     from secateur.plan import Plan, make_plan
+    from secateur.recipe import Recipe, Step
     from secateur.scores import score
     from secateur.select import select_calibration
+    from secateur.sequence import compress_in_steps
     from secateur.text import Calibration, Text, calibration_tokens
 
 _HOMES = {
@@ -80,14 +86,16 @@ _HOMES = {
     "EntropicInfluence": "secateur.allocate.influence",
     "FARMS": "secateur.allocate.farms",
     "FLAP": "secateur.methods.flap",
-    "GPTQ": "secateur.methods.gptq",
     "Fluctuation": "secateur.allocate.fluctuation",
+    "Forms": "secateur.methods.forms",
+    "GPTQ": "secateur.methods.gptq",
     "Goal": "secateur.goal",
     "Greedy": "secateur.allocate.greedy",
     "ISpaSP": "secateur.methods.ispasp",
     "Knapsack": "secateur.allocate.knapsack",
     "LLMPruner": "secateur.methods.llm_pruner",
     "LeastError": "secateur.allocate.least_error",
+    "LowRankWeLore": "secateur.methods.welore",
     "Magnitude": "secateur.methods.magnitude",
     "Method": "secateur.methods.base",
     "Middle": "secateur.allocate.middle",
@@ -101,13 +109,17 @@ _HOMES = {
     "Plan": "secateur.plan",
     "Questions": "secateur.evaluate.judge",
     "RTN": "secateur.methods.rtn",
+    "Recipe": "secateur.recipe",
     "Replace": "secateur.methods.replace",
     "SLEB": "secateur.methods.sleb",
     "SPDY": "secateur.allocate.spdy",
+    "SVD": "secateur.methods.svd",
+    "SVDLLM": "secateur.methods.svd_llm",
     "Settings": "secateur.model",
     "ShortGPT": "secateur.methods.shortgpt",
     "SliceGPT": "secateur.methods.slicegpt",
     "SparseGPT": "secateur.methods.sparsegpt",
+    "Step": "secateur.recipe",
     "Store": "secateur.calibration",
     "Text": "secateur.text",
     "TwoThresholds": "secateur.allocate.nirvana",
@@ -119,6 +131,7 @@ _HOMES = {
     "calibrate": "secateur.calibration",
     "calibration_tokens": "secateur.text",
     "compress": "secateur.pipeline",
+    "compress_in_steps": "secateur.sequence",
     "judge_apart": "secateur.evaluate.judge",
     "make_plan": "secateur.plan",
     "open_model": "secateur.model",
@@ -138,6 +151,8 @@ __all__ = [
     "RTN",
     "SLEB",
     "SPDY",
+    "SVD",
+    "SVDLLM",
     "AlphaPruning",
     "Angular",
     "Armor",
@@ -149,6 +164,7 @@ __all__ = [
     "DSFormer",
     "EntropicInfluence",
     "Fluctuation",
+    "Forms",
     "Goal",
     "Greedy",
     "ISpaSP",
@@ -156,6 +172,7 @@ __all__ = [
     "Knapsack",
     "LLMPruner",
     "LeastError",
+    "LowRankWeLore",
     "Magnitude",
     "Method",
     "Middle",
@@ -166,11 +183,13 @@ __all__ = [
     "PlainWidth",
     "Plan",
     "Questions",
+    "Recipe",
     "Replace",
     "Settings",
     "ShortGPT",
     "SliceGPT",
     "SparseGPT",
+    "Step",
     "Store",
     "Text",
     "TwoThresholds",
@@ -183,6 +202,7 @@ __all__ = [
     "calibrate",
     "calibration_tokens",
     "compress",
+    "compress_in_steps",
     "judge_apart",
     "make_plan",
     "open_model",

@@ -1,6 +1,7 @@
 """All that comes before a weight changes: a budget within reach, calibration, scores, a plan."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,14 +25,14 @@ from secateur.plan import (
     revise,
     usual_allocator,
 )
-from secateur.prices import counted
+from secateur.prices import Prices, counted
 from secateur.progress import Progress
 from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch
 from secateur.stream import TOKENS_PER_BATCH
 from secateur.text import Calibration, Tokens
-from secateur.units import DEPTH, MATRICES, Matrix
+from secateur.units import DEPTH, MATRICES, Matrix, Unit
 
 
 def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> Allocator:
@@ -83,7 +84,19 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
         check_length(shapes, goal)
     else:
         prices = counted(units, goal.target, shapes.stored.itemsize)
+        check_keep(allocator, units, prices, method)
+
+
+def check_keep(allocator: Allocator, units: Sequence[Unit], prices: Prices, method: Method) -> None:
+    """Refuse a budget out of reach; as little as there can be is always within.
+
+    Raises:
+        InputError: it is out of reach, or the allocator can't spend over these units.
+    """
+    if method.keep:
         allocator.check(units, prices, method.keep)
+    else:
+        allocator.check_units(units)
 
 
 @dataclass
@@ -140,7 +153,7 @@ def prepare(
             progress.say("timing the units on this machine, unless that was done before")
         prices = prices_of(model, units, goal)
         if not isinstance(method, Plan):
-            allocator.check(units, prices, chosen.keep)
+            check_keep(allocator, units, prices, chosen)
     if calibration.select != "none" and not calibration.windows:
         with (
             watch.measure("select"),

@@ -63,7 +63,10 @@ class Step:
             "allocator": self.allocator.name,
             "allocator_options": asdict(self.allocator),
             "target": self.goal.target,
+            "tier": self.goal.tier,
             "multiple_of": self.goal.multiple_of,
+            "latency_batch": self.goal.batch,
+            "latency_length": self.goal.length,
         }
 
 
@@ -126,7 +129,10 @@ class StepRecord(Record):
     allocator: str | None = None
     allocator_options: Options = Field(default_factory=dict)
     target: str = "bytes"
+    tier: str = "per-layer"
     multiple_of: int = Field(default=8, ge=1)
+    latency_batch: int = Field(default=1, ge=1)
+    latency_length: int = Field(default=256, ge=1)
 
     def step(self) -> Step:
         """The objects that it names.
@@ -136,7 +142,13 @@ class StepRecord(Record):
         """
         kind = method_class(self.method)
         method = _built(kind, f"method {self.method}", self.options)
-        goal = Goal(self.target, multiple_of=self.multiple_of)  # type: ignore[arg-type]
+        goal = Goal(
+            self.target,  # type: ignore[arg-type]
+            self.tier,  # type: ignore[arg-type]
+            self.multiple_of,
+            self.latency_batch,
+            self.latency_length,
+        )
         allocator: Allocator | None = None
         if self.allocator is not None:
             spender = allocator_class(self.allocator)

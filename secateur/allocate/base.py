@@ -102,8 +102,7 @@ class Allocator(ABC):
             InputError: not even the smallest sizes meet it; the message says what is within reach.
         """
         self.check_units(units)
-        if keep > 0:
-            prices.check(units, self.least(units, prices), keep, self.flags)
+        prices.check(units, self.least(units, prices), keep, self.flags)
 
     def judgements(self, units: Sequence[Unit], prices: Prices, keep: float) -> int:
         """How often, about, it will ask the judge; here never."""

@@ -27,7 +27,7 @@ METHODS = {
     "replace": "secateur.methods.replace:Replace",
     "svd": "secateur.methods.svd:SVD",
     "svd-llm": "secateur.methods.svd_llm:SVDLLM",
-    "welore": "secateur.methods.welore:WeLore",
+    "welore": "secateur.methods.welore:LowRankWeLore",
     "forms": "secateur.methods.forms:Forms",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "wanda": "secateur.methods.wanda:Wanda",

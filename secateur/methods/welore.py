@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.allocate.base import Allocator
-from secateur.allocate.welore import WeLore as Threshold
+from secateur.allocate.welore import WeLore
 from secateur.methods.svd import SVD
 
 
 @dataclass(frozen=True)
-class WeLore(SVD):
+class LowRankWeLore(SVD):
     """Low rank where singular values fall off fast, and dense weights where they don't.
 
     With σ̃ = (σ − min σ) / (max σ − min σ) of each matrix and one threshold k for all of them, found
@@ -27,4 +27,4 @@ class WeLore(SVD):
     @property
     def allocator(self) -> Allocator:
         """The threshold."""
-        return Threshold()
+        return WeLore()

@@ -170,7 +170,7 @@ def test_an_unusable_text_is_refused(compress, tmp_path, room, name, role):
 
 FLAGS = [
     (("--method", "modegtp"), ["modegtp", "did you mean 'modegpt'"]),
-    (("--method=svd",), ["svd", "modegpt"]),
+    (("--method=svdd",), ["svdd", "svd"]),
     (("-m", "nothing-like-it"), ["nothing-like-it", "modegpt"]),
     (("-mmodegtp",), ["modegtp", "modegpt"]),
     (("--keep", "0"), ["keep"]),

@@ -7,7 +7,8 @@ import pytest
 from conftest import SMALL
 
 from secateur.allocate import ALLOCATORS
-from secateur.methods import METHODS
+from secateur.methods import METHODS, method_class
+from secateur.units import MATRICES
 
 CALIBRATION = ["--samples", "4", "--length", "32"]
 JUDGE = ["--no-speed", "--eval-windows", "2", "--new-tokens", "4", "--eval-length", "32"]
@@ -38,8 +39,9 @@ def test_ls_json(run):
     content = json.loads(run("ls", "--json").succeeded().out)
     methods = {method["name"]: method for method in content["methods"]}
     assert list(methods) == list(METHODS)
-    for method in methods.values():
-        assert method["options"]["keep"]["default"] == 0.8
+    for name, method in methods.items():
+        reshapes = method_class(name).kinds == MATRICES
+        assert method["options"]["keep"]["default"] == (0 if reshapes else 0.8)
     assert set(methods["auto"]["options"]) == {"keep", "ridge", "iterations"}
     assert set(methods["flap"]["options"]) == {"keep", "compensate"}
     allocators = {"auto": "knapsack", "modegpt": "influence", "flap": "fluctuation"}

@@ -9,7 +9,7 @@ from secateur.layers.forms_secateur import FORMS, build, fill
 from secateur.methods.form import Metric
 from secateur.methods.svd import SVD
 from secateur.methods.svd_llm import SVDLLM
-from secateur.methods.welore import WeLore
+from secateur.methods.welore import LowRankWeLore
 
 
 def noise(*shape, seed=0):
@@ -135,7 +135,7 @@ def test_welore_keeps_dense_what_factors_would_not_shrink(opened, calibrated):
         steep = block.attention.o_proj.weight
         left, values, right = torch.linalg.svd(steep, full_matrices=False)
         steep.data = left @ (values * 0.3 ** torch.arange(len(values))).diag() @ right
-    method = WeLore(rank_step=1, keep=0.9)
+    method = LowRankWeLore(rank_step=1, keep=0.9)
     evidence = score(model, method, data.store, data.tokens)
     plan = make_plan(model, method, evidence, data.record, data.tokens, Goal("bytes"))
     assert 0.85 < plan.budget.reached <= 0.9
