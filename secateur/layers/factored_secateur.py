@@ -95,7 +95,8 @@ class Factored(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the dense weight would make of x (…, inputs): (…, outputs)."""
         if not self._made or self._made[0].dtype != x.dtype or self._made[0].device != x.device:
-            self._made = (self.dense().to(x),)
+            with torch.inference_mode(False), torch.no_grad():  # may be read while training, too
+                self._made = (self.dense().to(x),)
         return nn.functional.linear(x, self._made[0], self.bias)
 
     def premerge(self, tokens: int = 16) -> None:

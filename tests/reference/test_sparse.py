@@ -134,6 +134,15 @@ def test_a_layer_is_its_weight_its_bytes_and_its_file(method, pattern, dtype):
     assert torch.equal(other.dense(), expected)
 
 
+def test_a_dense_weight_made_in_inference_serves_training():
+    layer = two_of_four()
+    with torch.inference_mode():
+        layer(drawn(3, 16).float())
+    x = drawn(3, 16).float().requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.dense().sum(0).expand(3, -1))
+
+
 def test_forms_say_that_they_are_computed_dense():
     for name in ("sparse", "n_m", "armor"):
         assert layers.FORMS[name].densified
