@@ -143,6 +143,14 @@ def test_a_dense_weight_made_in_inference_serves_training():
     assert torch.allclose(x.grad, layer.dense().sum(0).expand(3, -1))
 
 
+def test_what_is_packed_is_not_trained_whoever_loads_it():
+    layer = build({"form": "n_m", "outputs": 2, "inputs": 8, "bias": True, "n": 2, "m": 4})
+    layer.values = nn.Parameter(torch.ones(2, 4))
+    layer.bias = nn.Parameter(torch.ones(2))
+    assert not layer.values.requires_grad
+    assert layer.bias.requires_grad
+
+
 def test_forms_say_that_they_are_computed_dense():
     for name in ("sparse", "n_m", "armor"):
         assert layers.FORMS[name].densified
