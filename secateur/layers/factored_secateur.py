@@ -48,13 +48,18 @@ class Factored(nn.Module):
             self.register_parameter("bias", None)
 
     def make(self) -> None:
-        """Make room for the tensors; what a dense weight is made of once can't be trained."""
+        """Make room for the tensors."""
         for name, (shape, dtype) in self.tensors(self.spec).items():
             if dtype is None:
-                room = nn.Parameter(torch.empty(shape), requires_grad=not self.densified)
-                self.register_parameter(name, room)
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
             else:
                 self.register_buffer(name, torch.empty(shape, dtype=dtype))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What a dense weight is made of once can't be trained, whoever puts it there."""
+        if self.densified and name != "bias" and param is not None:
+            param.requires_grad_(False)
+        super().register_parameter(name, param)
 
     @classmethod
     def check(cls, spec: Spec) -> None:
@@ -95,7 +100,8 @@ class Factored(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the dense weight would make of x (…, inputs): (…, outputs)."""
         if not self._made or self._made[0].dtype != x.dtype or self._made[0].device != x.device:
-            self._made = (self.dense().to(x),)
+            with torch.inference_mode(False), torch.no_grad():  # may be read while training, too
+                self._made = (self.dense().to(x),)
         return nn.functional.linear(x, self._made[0], self.bias)
 
     def premerge(self, tokens: int = 16) -> None:

@@ -79,7 +79,8 @@ class TwoOfFour(Factored):
             return None
         key = x.dtype, x.device
         if key not in self._kernels:
-            self._kernels[key] = trusted(self.core().to(x))
+            with torch.inference_mode(False), torch.no_grad():
+                self._kernels[key] = trusted(self.core().to(x))
         return self._kernels[key]
 
     def forget(self) -> None:

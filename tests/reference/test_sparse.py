@@ -134,6 +134,23 @@ def test_a_layer_is_its_weight_its_bytes_and_its_file(method, pattern, dtype):
     assert torch.equal(other.dense(), expected)
 
 
+def test_a_dense_weight_made_in_inference_serves_training():
+    layer = two_of_four()
+    with torch.inference_mode():
+        layer(drawn(3, 16).float())
+    x = drawn(3, 16).float().requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.dense().sum(0).expand(3, -1))
+
+
+def test_what_is_packed_is_not_trained_whoever_loads_it():
+    layer = build({"form": "n_m", "outputs": 2, "inputs": 8, "bias": True, "n": 2, "m": 4})
+    layer.values = nn.Parameter(torch.ones(2, 4))
+    layer.bias = nn.Parameter(torch.ones(2))
+    assert not layer.values.requires_grad
+    assert layer.bias.requires_grad
+
+
 def test_forms_say_that_they_are_computed_dense():
     for name in ("sparse", "n_m", "armor"):
         assert layers.FORMS[name].densified
