@@ -27,13 +27,13 @@ class DictionaryMethod(FormMethod):
 
         ‖(W − C A)L‖² = ‖Y − C (A L)‖²,   s non-zeros in every row of C,   k = ratio · s atoms
 
-    Between the cheapest form and the dense weight there are ``levels`` sizes, evenly spaced in
-    bytes. Each has to be solved by itself, in the curve as when it is applied.
+    Sizes are evenly spaced in bytes, with as many atoms as they pay for. Each has to be solved by
+    itself, for the curve as when it is applied.
     """
 
     ridge: float = option(1e-6, "on the diagonal of H, relative", 0.0)
     ratio: float = option(2.0, "atoms for each non-zero of a row", 1.0)
-    levels: int = option(8, "sizes that are tried for a matrix", 1)
+    grain: int = option(8, "sizes are multiples of 1 / grain of the bytes", 2, 4096)
     sweeps: int = option(10, "rounds of the solver", 1)
 
     rereads: ClassVar[bool] = True
@@ -44,14 +44,13 @@ class DictionaryMethod(FormMethod):
         return 1
 
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
-        """For every level the most atoms that its bytes pay for."""
+        """For every size the most atoms that its bytes pay for."""
         common = {"form": "dictionary", "outputs": outputs, "inputs": inputs, "bias": bias}
         if inputs % self.parts:
             return []
         counts = range(1, min(self.most(outputs, inputs), MOST_ATOMS) + 1)
         budgets = [
-            level * outputs * inputs * ITEMSIZE // (self.levels + 1)
-            for level in range(1, self.levels + 1)
+            level * outputs * inputs * ITEMSIZE // self.grain for level in range(1, self.grain)
         ]
         within = {
             bisect_right(counts, budget, key=lambda n: self._form(common, n).bytes(ITEMSIZE))

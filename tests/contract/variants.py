@@ -10,7 +10,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "armor": {"block": 4, "rounds": 5},
     "monarch": {"blocks": 2, "rank_step": 1},
     "block-dense": {"blocks": 2, "rank_step": 1},
-    "compot": {"levels": 3, "sweeps": 3},
-    "cospadi": {"levels": 2, "sweeps": 2},
-    "dsformer": {"levels": 2, "sweeps": 2, "blocks": 2},
+    "compot": {"grain": 4, "sweeps": 3},
+    "cospadi": {"grain": 3, "sweeps": 2},
+    "dsformer": {"grain": 3, "sweeps": 2, "blocks": 2},
 }

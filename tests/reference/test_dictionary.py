@@ -400,14 +400,14 @@ def test_blocks_make_good_what_those_before_them_lost():
 
 
 @METHODS
-def test_levels_are_even_in_bytes_and_hold_to_the_ratio(method):
+def test_sizes_are_even_in_bytes_and_hold_to_the_ratio(method):
     forms = method.forms(512, 256, True)
     shares = [form.bytes(2) / (512 * 256 * 2) for form in forms]
-    assert shares == pytest.approx([(i + 1) / 9 for i in range(8)], abs=0.02)
-    for form, share in zip(forms, shares, strict=True):
+    assert shares == pytest.approx([i / 8 for i in range(1, 8)], abs=0.02)
+    for level, (form, share) in enumerate(zip(forms, shares, strict=True), 1):
         spec = form.spec
         assert spec["nonzeros"] == max(1, spec["atoms"] // 2)
-        assert share <= (forms.index(form) + 1) / 9
+        assert share <= level / 8
 
 
 @METHODS
