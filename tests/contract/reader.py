@@ -59,6 +59,9 @@ def read(source: str, auto: str, asked: dict[str, Any], trust: dict[str, bool], 
     model, info = opener.from_pretrained(
         source, dtype=torch.float32, output_loading_info=True, **trust
     )
+    if hasattr(model, "hf_quantizer"):  # which unpacks in the first pass, here for training, too
+        with torch.no_grad():
+            model(**inputs)
     facts: dict[str, Any] = {
         "class": type(model).__name__,
         "module": type(model).__module__,
