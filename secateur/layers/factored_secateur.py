@@ -94,7 +94,7 @@ class Factored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the dense weight would make of x (…, inputs): (…, outputs)."""
-        if not self._made or self._made[0].dtype != x.dtype or self._made[0].device != x.device:
+        if not self._made or not _serves(self._made[0], x):
             self._made = (self.dense().to(x),)
         return nn.functional.linear(x, self._made[0], self.bias)
 
@@ -130,6 +130,12 @@ class Factored(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.spec.items())
+
+
+def _serves(made: Tensor, x: Tensor) -> bool:
+    """Whether a weight can be multiplied with x; one made in inference mode can't be in training."""
+    same = made.dtype == x.dtype and made.device == x.device
+    return same and (torch.is_inference_mode_enabled() or not made.is_inference())
 
 
 class LowRank(Factored):
