@@ -133,7 +133,7 @@ class Factored(nn.Module):
 
 
 def _serves(made: Tensor, x: Tensor) -> bool:
-    """Whether a weight can be multiplied with x; one made in inference mode can't be in training."""
+    """Whether a weight can be multiplied with x; one of inference mode can't be in training."""
     same = made.dtype == x.dtype and made.device == x.device
     return same and (torch.is_inference_mode_enabled() or not made.is_inference())
 
