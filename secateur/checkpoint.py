@@ -280,7 +280,7 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
         fields["secateur"] = layout(model)
         for file in CODE.parent.glob("*_secateur.py"):
             shutil.copy(file, folder)
-    if (packed := quantization_config(linear_layers(model))) is not None:
+    if (packed := quantization_config(linear_layers(model), model.prefix)) is not None:
         fields["quantization_config"] = packed
     fields.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

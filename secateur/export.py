@@ -15,6 +15,7 @@ from secateur.evaluate.reload import testimony
 from secateur.goal import Written
 from secateur.inputs import check_out
 from secateur.layers.factored_secateur import Factored
+from secateur.layers.integers import packed_in
 from secateur.model import Model, Settings, has_forms, open_model, skeleton
 from secateur.progress import Progress
 from secateur.text import Tokens
@@ -47,7 +48,7 @@ def export_dense(
     check_out(out, [source])
     workspace = Workspace(out, overwrite)
     shapes = skeleton(source, settings)
-    if not has_forms(shapes.config):
+    if not has_forms(shapes.config) and not packed_in(shapes.config):
         raise InputError(
             f"model {source!r}: every matrix of it is dense already; `secateur eval` measures it."
         )
@@ -90,8 +91,8 @@ def multiply_out(model: Model) -> None:
                     made = nn.Linear(layer.in_features, layer.out_features)
                 set_linear(made, layer.dense(), layer.bias)
                 block.module.set_submodule(path, made)
-    config: Any = model.config
-    for stack in (config.secateur, config.secateur.get("decoder", {})):
+    shapes = getattr(model.config, "secateur", {})
+    for stack in (shapes, shapes.get("decoder", {})):
         for layer in stack.get("layers", []):
             layer.pop("forms", None)
 
@@ -102,7 +103,7 @@ def stock_again(model: Model, settings: Settings) -> bool:
         return False
     fields = model.config.to_dict()
     model_type = str(fields.pop("model_type")).removeprefix(PREFIX)
-    fields.pop("secateur")
+    fields.pop("secateur", None)
     config = AutoConfig.for_model(model_type, **fields)
     with torch.device("meta"):
         stock = model.use.opener.from_config(config)

@@ -91,6 +91,12 @@ class Recipe:
             raise InputError("a recipe has at least one step, e.g. `- method: auto`.")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise InputError(f"recipe: keep {self.keep!r} should be above 0 and at most 1.")
+        for step in self.steps[:-1]:
+            if step.method.final:
+                raise InputError(
+                    f"recipe: behind {step.method.name}, which leaves integers, no step can go on "
+                    f"and keep them; make it the last."
+                )
         open_ones = [step.method.name for step in self.steps if _open(step)]
         if self.keep is None and open_ones:
             raise InputError(

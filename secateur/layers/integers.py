@@ -4,6 +4,7 @@ A checkpoint with such layers has a ``quantization_config``, by which transforme
 them; nothing of ours is needed there. What runs on packed numbers are kernels of those libraries.
 """
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -121,16 +122,20 @@ def missing_library() -> str | None:
     )
 
 
-def quantization_config(layers: Mapping[str, nn.Module]) -> dict[str, Any] | None:
+def quantization_config(layers: Mapping[str, nn.Module], prefix: str) -> dict[str, Any] | None:
     """What config.json says of the integer layers among all linear ones, by name; or None.
 
-    Every layer is named: those that are dense are to be ignored, or vLLM asks for their scheme.
+    ``prefix`` is what stands before the names of the base model's layers. A pattern takes both
+    names of a layer, as whoever opens the base model alone would find its weights made up. Those
+    that are dense are to be ignored, or vLLM asks for their scheme.
     """
     groups: dict[tuple[int, int], list[str]] = {}
     ignored = []
     for name, layer in layers.items():
         if isinstance(layer, Integers):
-            groups.setdefault((layer.bits, layer.group), []).append(name)
+            path = re.escape(name.removeprefix(prefix))
+            target = f"re:({re.escape(prefix)})?{path}$"
+            groups.setdefault((layer.bits, layer.group), []).append(target)
         else:
             ignored.append(name)
     if not groups:
@@ -159,6 +164,12 @@ def quantization_config(layers: Mapping[str, nn.Module]) -> dict[str, Any] | Non
         "config_groups": schemes,
         "ignore": ignored,
     }
+
+
+def packed_in(config: Any) -> bool:
+    """Whether a checkpoint's config says that the library reads some of its weights."""
+    said = getattr(config, "quantization_config", None)
+    return isinstance(said, dict) and said.get("quant_method") == LIBRARY
 
 
 def unpack(model: Any) -> None:

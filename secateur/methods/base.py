@@ -101,6 +101,11 @@ class Method(ABC):
         """What spends the budget when nothing else is asked for."""
 
     @property
+    def final(self) -> bool:
+        """Whether no method can go on from what it leaves and keep it."""
+        return False
+
+    @property
     def biased(self) -> bool:
         """Whether narrowing makes up for what is gone by a bias."""
         return False

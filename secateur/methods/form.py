@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -115,6 +115,11 @@ class FormMethod(Method):
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
         """What it may make of a matrix; what is no smaller than the dense weight is left out."""
 
+    def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
+        """The forms for a linear layer of a model, of whose matrix nothing else is asked here."""
+        inputs, outputs = inputs_by_outputs(linear.module).shape
+        return self.forms(outputs, inputs, isinstance(linear.module.bias, Tensor))
+
     @abstractmethod
     def reshaped(self, weight: Tensor, metric: Metric, form: Form) -> dict[str, Tensor]:
         """The tensors of a form for a weight (outputs, inputs), as its layer names them."""
@@ -130,7 +135,6 @@ class FormMethod(Method):
         """The output error of every form; here by making each of them in float64."""
         found = []
         for form in forms:
-            form = replace(form, spec={**form.spec, "bias": False})
             layer = self.layer(weight, metric, form, None, torch.float64)
             found.append(metric.error(weight - dense_weight(layer)))
         return found
@@ -145,8 +149,7 @@ class FormMethod(Method):
 
     def _unit(self, block: Block, linear: Linear, model: "Model") -> Matrix:
         inputs, outputs = inputs_by_outputs(linear.module).shape
-        bias = isinstance(linear.module.bias, Tensor)
-        offered = self.forms(outputs, inputs, bias)
+        offered = self.offered(linear, model)
         if linear.factor:  # no factor is made of factors
             offered = [form for form in offered if form.stock]
         forms = smaller(offered, outputs, inputs, model.stored.itemsize)

@@ -2,18 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.knapsack import Knapsack
+from secateur.block import Linear
 from secateur.errors import InputError, nearest
 from secateur.methods.form import FormMethod, Metric
 from secateur.named import by_name
 from secateur.options import option
 from secateur.units import Form
+
+if TYPE_CHECKING:
+    from secateur.model import Model
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class Forms(FormMethod):
         return found
 
     @property
+    def final(self) -> bool:
+        """Whether one of the methods is."""
+        return any(part.final for part in self.parts.values())
+
+    @property
     def allocator(self) -> Allocator:
         """One budget by measured losses."""
         return Knapsack()
@@ -66,6 +75,14 @@ class Forms(FormMethod):
             replace(form, label=f"{name}: {form.label}", by=name)
             for name, part in self.parts.items()
             for form in part.forms(outputs, inputs, bias)
+        ]
+
+    def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
+        """Likewise."""
+        return [
+            replace(form, label=f"{name}: {form.label}", by=name)
+            for name, part in self.parts.items()
+            for form in part.offered(linear, model)
         ]
 
     def layer(

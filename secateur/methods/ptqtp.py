@@ -55,6 +55,11 @@ class PTQTP(FormMethod):
     def _groups(self) -> tuple[int, ...]:
         return whole_numbers(self, "groups", 2, 2**20)
 
+    @classmethod
+    def among_others(cls) -> "PTQTP":
+        """With groups of two sizes."""
+        return cls(groups="64,128")
+
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
         """One for each size of groups that divides the inputs."""
         common = {"form": "trits", "outputs": outputs, "inputs": inputs, "bias": bias}

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from secateur.block import Linear
 from secateur.forms import nearest_divisors
 from secateur.layers.integers import BITS, Integers, integer_form, missing_library
 from secateur.methods.form import FormMethod, Metric
 from secateur.options import option, whole_numbers
 from secateur.rounding import best_scale, codes_of
-from secateur.units import Form, Matrix, Unit
+from secateur.units import Form
 
 if TYPE_CHECKING:
     from secateur.model import Model
@@ -48,26 +49,32 @@ class RTN(FormMethod):
     def _bits(self) -> tuple[int, ...]:
         return whole_numbers(self, "bits", BITS[0], BITS[-1])
 
+    @classmethod
+    def among_others(cls) -> "RTN":
+        """With 3, 4 and 8 bits."""
+        return cls(bits="3,4,8")
+
+    @property
+    def final(self) -> bool:
+        """Integers come last: what reads them makes dense weights of them."""
+        return True
+
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
         """One for each number of bits, where groups divide the inputs."""
         if self.group and inputs % self.group:
             return []
         return [integer_form(outputs, inputs, bias, bits, self.group) for bits in self._bits()]
 
-    def units(self, model: "Model", multiple_of: int) -> list[Unit]:
-        """The matrices of all linear layers; those of Conv1Ds, which the format has not, stay.
+    def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
+        """None for a Conv1D, which the format has not.
 
         A form says in which number format its scales are: the checkpoint's.
         """
+        if not isinstance(linear.module, nn.Linear):
+            return []
         scales = {"scales": str(model.stored).removeprefix("torch.")}
-        found: list[Unit] = []
-        for unit in super().units(model, multiple_of):
-            assert isinstance(unit, Matrix)
-            layer = model.blocks[unit.block].module.get_submodule(unit.path)
-            own = unit.forms if isinstance(layer, nn.Linear) else ()
-            forms = tuple(replace(form, spec={**form.spec, **scales}) for form in own)
-            found.append(replace(unit, forms=forms, size=len(forms) + 1))
-        return found
+        own = super().offered(linear, model)
+        return [replace(form, spec={**form.spec, **scales}) for form in own]
 
     def obstacle(self, model: "Model") -> str | None:
         """No linear layers, groups that divide no inputs, or no library to read the result."""

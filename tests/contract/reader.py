@@ -94,6 +94,8 @@ def read(source: str, auto: str, asked: dict[str, Any], trust: dict[str, bool], 
         model.save_pretrained(again)
         saved = opener.from_pretrained(again, dtype=torch.float32, **trust)
         said["logits.again"] = saved(**inputs, **plain).logits[0]
+    if hasattr(model, "hf_quantizer"):  # unpacked in the first pass, which was one of inference
+        model = opener.from_pretrained(source, dtype=torch.float32, **trust)
     model.train()
     model(**asked).loss.backward()
     facts["without_gradient"] = [

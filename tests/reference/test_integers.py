@@ -79,9 +79,9 @@ def test_the_library_unpacks_what_is_stored(bits, group, stored):
     shape = form(6, 44, bits, group, str(stored).removeprefix("torch."))
     identity = Metric.identity(44, weight)
     layer = RTN().layer(weight, identity, shape, None, torch.float32)
-    config = integers.quantization_config({"one": layer, "other": torch.nn.Linear(2, 2)})
+    config = integers.quantization_config({"model.1": layer, "2": torch.nn.Linear(2, 2)}, "model.")
     scheme = QuantizationScheme(**config["config_groups"]["group_0"])
-    assert (scheme.targets, config["ignore"]) == (["one"], ["other"])
+    assert (scheme.targets, config["ignore"]) == ([r"re:(model\.)?1$"], ["2"])
     state = layer.state_dict()
     codes = RTN().reshaped(weight, identity, shape)["codes"]
     assert torch.equal(state["weight_packed"], pack_to_int32(codes, bits))
