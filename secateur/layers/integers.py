@@ -103,7 +103,7 @@ def integer_form(outputs: int, inputs: int, bias: bool, bits: int, group: int) -
     spec = {"form": INTEGERS, "outputs": outputs, "inputs": inputs, "bias": bias}
     return Form(
         spec={**spec, "bits": bits, "group": group},
-        label=f"int{bits}",
+        label=f"int{bits}-g{group}" if group else f"int{bits}",
         numbers=outputs * (inputs // group if group else 1),
         packed=4 * outputs * words_of(inputs, bits) + SHAPE_BYTES,
         multiplications=outputs * inputs,

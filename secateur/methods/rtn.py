@@ -34,7 +34,9 @@ class RTN(FormMethod):
     """
 
     bits: str = option("4", "of a weight, 3 to 8; several, as in 3,4,8, for an allocator to mix")
-    group: int = option(128, "inputs that share a scale, a divisor of them; 0 for one a row", 0)
+    group: str = option(
+        "128", "inputs that share a scale; of several the largest that divides; 0 for one a row"
+    )
     scale_steps: int = option(20, "scales tried for a group; 1 for the one that clips nothing", 1)
 
     name: ClassVar[str] = "rtn"
@@ -45,14 +47,23 @@ class RTN(FormMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._bits()
+        self._groups()
+
+    def _groups(self) -> tuple[int, ...]:
+        return whole_numbers(self, "group", 0, 2**20)
+
+    def _group(self, inputs: int) -> int | None:
+        """The largest that divides the inputs, 0 where none does and that is allowed."""
+        dividing = (size for size in reversed(self._groups()) if not size or inputs % size == 0)
+        return next(dividing, None)
 
     def _bits(self) -> tuple[int, ...]:
         return whole_numbers(self, "bits", BITS[0], BITS[-1])
 
     @classmethod
     def among_others(cls) -> "RTN":
-        """With 3, 4 and 8 bits."""
-        return cls(bits="3,4,8")
+        """With 3, 4 and 8 bits, whatever the inputs."""
+        return cls(bits="3,4,8", group="0,16,32,64,128")
 
     @property
     def final(self) -> bool:
@@ -61,9 +72,10 @@ class RTN(FormMethod):
 
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
         """One for each number of bits, where groups divide the inputs."""
-        if self.group and inputs % self.group:
+        group = self._group(inputs)
+        if group is None:
             return []
-        return [integer_form(outputs, inputs, bias, bits, self.group) for bits in self._bits()]
+        return [integer_form(outputs, inputs, bias, bits, group) for bits in self._bits()]
 
     def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
         """None for a Conv1D, which the format has not.
@@ -82,10 +94,11 @@ class RTN(FormMethod):
         inputs = {layer.in_features for layer in layers if isinstance(layer, nn.Linear)}
         if not inputs:
             return "its weights are those of Conv1D layers, which the integer format has not"
-        if self.group and all(count % self.group for count in inputs):
+        if all(self._group(count) is None for count in inputs):
+            smallest = min(self._groups())
             return (
                 f"groups of {self.group} divide the inputs of none of its layers; nearest are "
-                f"{nearest_divisors(inputs, self.group)}, and --group 0 gives each row one scale"
+                f"{nearest_divisors(inputs, smallest)}, and --group 0 gives each row one scale"
             )
         return super().obstacle(model) or missing_library()
 

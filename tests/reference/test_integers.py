@@ -271,7 +271,7 @@ def test_bits_that_are_none_are_refused(bits, nearby):
 
 
 def test_levels_are_those_asked_for():
-    shapes = RTN(bits="8, 3,4,4", group=16).forms(8, 32, False)
+    shapes = RTN(bits="8, 3,4,4", group="16").forms(8, 32, False)
     assert [shape.label for shape in shapes] == ["int3", "int4", "int8"]
     assert {width(shape) for shape in shapes} == {16}
     assert all(shape.stock for shape in shapes)
@@ -280,16 +280,16 @@ def test_levels_are_those_asked_for():
 def test_groups_that_divide_no_inputs_are_refused_with_those_that_do(opened):
     model = opened("llama")  # 32 and 56 inputs
     with pytest.raises(InputError, match=r"groups of 24 .* 16 for 32 inputs, 28 for 56 inputs"):
-        check_served(RTN(group=24), model)
-    some = [unit for unit in RTN(group=32).units(model, 1) if unit.size > 1]
+        check_served(RTN(group="24"), model)
+    some = [unit for unit in RTN(group="32").units(model, 1) if unit.size > 1]
     assert {unit.inputs for unit in some} == {32}
-    assert RTN(group=32).obstacle(model) is None
+    assert RTN(group="32").obstacle(model) is None
 
 
 def test_without_the_library_nothing_is_begun(opened, monkeypatch):
     monkeypatch.setattr(integers, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install 'secateur\[integers\]'"):
-        check_served(GPTQ(group=8), opened("llama"))
+        check_served(GPTQ(group="8"), opened("llama"))
 
 
 # Checkpoints
@@ -315,7 +315,7 @@ def test_what_is_loaded_again_says_the_same(tmp_path, name):
     pytest.importorskip("compressed_tensors")
     dense = families.save(families.random_model(name), tmp_path / "dense", torch.bfloat16)
     settings = Settings(device="cpu", dtype="float32")
-    model, method = open_model(dense, settings), GPTQ(bits="3,4,8", group=8)
+    model, method = open_model(dense, settings), GPTQ(bits="3,4,8", group="8")
     units = method.units(model, 1)
     sizes = {u.name: u.size if u.block == 0 else 1 + i % u.size for i, u in enumerate(units)}
     plan, memory, tokens = write(model, method, sizes, tmp_path / "small")
@@ -365,7 +365,7 @@ def test_stock_classes_alone_say_what_the_model_in_memory_said(tmp_path):
     )
     stock = transformers.LlamaForCausalLM(config)
     dense = families.save(stock, tmp_path / "dense", torch.bfloat16)
-    model, method = open_model(dense, Settings(device="cpu", dtype="float32")), GPTQ(group=32)
+    model, method = open_model(dense, Settings(device="cpu", dtype="float32")), GPTQ(group="32")
     sizes = {unit.name: 1 for unit in method.units(model, 1)}
     plan, memory, tokens = write(model, method, sizes, tmp_path / "small")
     assert plan.tier == "plain"
