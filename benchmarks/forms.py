@@ -31,7 +31,7 @@ def ways(group: str, block: int) -> dict[str, tuple[str, dict[str, Any], tuple[f
         "int4-g128, gptq": ("gptq", {"bits": "4", **integers}, (0,)),
         "int4-g128, rtn": ("rtn", {"bits": "4", **integers}, (0,)),
         "int3-g128, gptq": ("gptq", {"bits": "3", **integers}, (0,)),
-        "ptqtp": ("ptqtp", {"groups": group}, (0,)),
+        "ptqtp": ("ptqtp", {"groups": group.replace("0,", "")}, (0,)),
         "svd": ("svd", {}, KEEPS),
         "svd-llm": ("svd-llm", {}, KEEPS),
         "welore": ("welore", {}, KEEPS),
@@ -198,7 +198,7 @@ def followed(arguments: argparse.Namespace, dense: str, out: Path, name: str, ke
     from secateur.sequence import compress_in_steps
 
     grain = int(arguments.group.split(",")[-1])
-    groups = f"{arguments.group},32,16,0"
+    groups = f"0,16,32,{arguments.group}"
     steps = (
         Step.of(Auto(), goal=Goal("bytes", multiple_of=grain)),
         Step.of(GPTQ(bits="4", group=groups)),

@@ -272,7 +272,7 @@ def test_bits_that_are_none_are_refused(bits, nearby):
 
 def test_levels_are_those_asked_for():
     shapes = RTN(bits="8, 3,4,4", group="16").forms(8, 32, False)
-    assert [shape.label for shape in shapes] == ["int3", "int4", "int8"]
+    assert [shape.label for shape in shapes] == ["int3-g16", "int4-g16", "int8-g16"]
     assert {width(shape) for shape in shapes} == {16}
     assert all(shape.stock for shape in shapes)
 
