@@ -43,6 +43,17 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   drawn frontier.py "${reference[@]}" "$data/text/c4.jsonl" \
     --rows "$kept/frontier-reference-7m.jsonl" --plot "$here/frontier-reference-7m.png"
   printf '![reference-7m](frontier-reference-7m.png)\n'
+  printf '\n## Forms\n'
+  drawn forms.py "${stories[@]}" --group 43,64 --block 4 \
+    --rows "$kept/forms-stories260K.jsonl" --plot "$here/forms-stories260K.png"
+  printf '![stories260K](forms-stories260K.png)\n'
+  drawn forms.py "${reference[@]}" \
+    --rows "$kept/forms-reference-7m.jsonl" --plot "$here/forms-reference-7m.png"
+  printf '![reference-7m](forms-reference-7m.png)\n'
+  section form-speed form_speed.py
+  section sparsity-reference-7m essential_sparsity.py "${reference[0]}" "${reference[2]}" \
+    --plot "$here/sparsity-reference-7m.png"
+  printf '![sparsity](sparsity-reference-7m.png)\n'
   printf '\n## Ingredients\n'
   section ablation-stories260K ablation.py "${stories[@]}" --multiple-of 4
   section ablation-reference-7m ablation.py "${reference[@]}"
