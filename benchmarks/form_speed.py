@@ -2,8 +2,8 @@
 
     python benchmarks/form_speed.py [--outputs 2816] [--inputs 1024] [--dtype float32]
 
-Prints a Markdown section. Layers hold random numbers, one thread, each timing the least of several
-within this run; a form's time is a ratio to the dense layer's, measured next to it.
+Prints a Markdown section. Layers are made of random weights by few rounds; one thread, each timing
+the least of several within this run. A form's time is a ratio to that of the dense layer next to it.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from secateur.layers.factored_secateur import Factored
 from secateur.methods import method_class
+from secateur.methods.form import Metric
 
 TOKENS = (1, 128)
 WAYS = (
@@ -24,8 +24,8 @@ WAYS = (
     ("block-dense", {}, 0.5),
     ("block-shuffle", {}, 0.5),
     ("wanda", {"pattern": "2:4"}, 0.6),
-    ("armor", {}, 0.7),
-    ("compot", {}, 0.5),
+    ("armor", {"rounds": 0}, 0.8),
+    ("compot", {"sweeps": 1}, 0.5),
     ("ptqtp", {}, 0.5),
 )
 
@@ -41,6 +41,8 @@ def main() -> None:
     torch.manual_seed(0)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     shape = arguments.outputs, arguments.inputs
+    weight = torch.randn(*shape, dtype=torch.float64) / shape[1] ** 0.5
+    metric = Metric.identity(shape[1], weight)
     dense = nn.Linear(arguments.inputs, arguments.outputs, bias=False, dtype=dtype)
     print(
         f"A layer of {shape[0]} × {shape[1]} in {arguments.dtype}, one thread. Time and\n"
@@ -53,26 +55,14 @@ def main() -> None:
         size, whole = dtype.itemsize, shape[0] * shape[1]
         forms = [f for f in method.forms(*shape, False) if f.bytes(size) <= share * whole * size]
         form = max(forms, key=lambda f: f.bytes(size))
-        layer = random_layer(dict(form.spec), dtype)
+        layer = method.layer(weight, metric, form, None, dtype)
         times = [ratio(dense, layer, n, dtype, arguments.repeats) for n in TOKENS]
         cells = " | ".join(f"{t:.2f}" for t in times)
-        computed = " (dense weight)" if layer.densified else ""
+        computed = " (dense weight)" if getattr(layer, "densified", False) else ""
         print(
             f"| {name}, {form.label}{computed} | {form.bytes(size) / whole / size:.2f} | "
             f"{form.multiplications / whole:.2f} | {cells} |"
         )
-
-
-def random_layer(spec: dict[str, object], dtype: torch.dtype) -> Factored:
-    """A layer of a spec with numbers of no meaning; indices and codes are zeros."""
-    from secateur.layers.forms_secateur import build
-
-    layer = build(spec)
-    for parameter in layer.parameters():
-        parameter.data = torch.randn(parameter.shape).to(dtype) / parameter.shape[-1] ** 0.5
-    for buffer in layer.buffers():
-        buffer.zero_()
-    return layer.requires_grad_(False)
 
 
 def ratio(
