@@ -3,7 +3,7 @@
     python benchmarks/form_speed.py [--outputs 2816] [--inputs 1024] [--dtype float32]
 
 Prints a Markdown section. Layers are made of random weights by few rounds; one thread, each timing
-the least of several within this run. A form's time is a ratio to that of the dense layer next to it.
+the least of several within this run, as a ratio to that of the dense layer next to it.
 """
 
 import argparse
