@@ -21,7 +21,10 @@ from secateur.layers.integers import Integers, integer_form, packed, weight_of
 from secateur.linalg import DampingWarning
 from secateur.methods import check_served
 from secateur.methods.form import Metric
+from secateur.methods.forms import Forms
 from secateur.methods.rtn import width
+from secateur.methods.svd_llm import SVDLLM
+from secateur.recipe import Recipe, Step
 from secateur.rounding import best_scale, codes_of
 from secateur.sweep import inverse_factor, sweep
 from tests import families
@@ -292,6 +295,25 @@ def test_without_the_library_nothing_is_begun(opened, monkeypatch):
     monkeypatch.setattr(integers, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install 'secateur\[integers\]'"):
         check_served(GPTQ(group=8), opened("llama"))
+
+
+def test_nothing_can_follow_integers_in_a_recipe():
+    last, first = Step.of(GPTQ()), Step.of(SVDLLM(), keep=0.5)
+    assert Recipe((first, last)).name == "svd-llm + gptq"
+    for method in (GPTQ(), Forms(of="svd-llm,rtn")):
+        with pytest.raises(InputError, match=f"behind {method.name}, which leaves integers"):
+            Recipe((Step.of(method), first))
+
+
+def test_mixtures_offer_integers_with_scales_of_the_checkpoint(opened):
+    model = opened("gpt2")
+    units = Forms(of="rtn,svd").units(model, 1)
+    forms = {unit.path: [f for f in unit.forms if f.by == "rtn"] for unit in units}
+    assert not any(forms.values())  # groups of 128
+    linears = {linear.path: linear for linear in model.blocks[0].linear_layers}
+    offered = {path: RTN(group=8).offered(linear, model) for path, linear in linears.items()}
+    assert offered["mlp.c_fc"] == []
+    assert [form.spec["scales"] for form in offered["attn.q_proj"]] == ["float32"]
 
 
 # Checkpoints
