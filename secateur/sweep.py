@@ -1,11 +1,12 @@
 """Columns of a weight changed one after the other, each error made good by the columns behind it.
 
-Changing column j of W (outputs, inputs) by e, with the columns behind it free, costs ‖e‖² r_j² in
-E‖ΔW x‖² once these are at their best, and with H = E xxᵀ = R Rᵀ, R upper triangular, U = R⁻¹,
+With (H + λI)⁻¹ = CᵀC, C upper triangular, and H = E xxᵀ, a column j of W (outputs, inputs) that
+changes by −e while those behind it are free costs ‖e‖² / C_jj² in E‖ΔW x‖² when they are at their
+best, which is
 
-    w_k ← w_k − e U_jk / U_jj   for k > j,     r_j = R_jj = 1 / U_jj
+    w_k ← w_k − e C_jk / C_jj   for k > j
 
-whatever the columns before j became. Over a whole sweep the costs add up, exactly.
+whatever became of the columns before. Over a whole sweep these costs add up.
 """
 
 from collections.abc import Callable
@@ -19,29 +20,29 @@ from secateur.linalg import damped_cholesky
 Settle = Callable[[int, Tensor], Tensor]
 
 
-def feedback(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, Tensor]:
-    """The rows U_j / U_jj, a unit upper triangle, and r_j² of every column.
+def inverse_factor(gram: Tensor, ridge: float, what: str = "column sweep") -> Tensor:
+    """Upper triangular C with CᵀC = (H + λI)⁻¹, λ = ridge · mean of H's diagonal.
 
-    A Gram that is not positive definite has its ridge raised, with a DampingWarning: there is no
-    sweep without feedback that goes by the same name.
+    From the Cholesky factor of H with its order reversed, so nothing is factorised that rounding
+    may have made indefinite. Where H is not positive definite, λ is raised, with a warning; no
+    other H takes its place.
     """
-    lower, _ = damped_cholesky(gram.flip(0, 1), ridge, what)
-    upper = lower.flip(0, 1)
+    reverse, _ = damped_cholesky(gram.flip(0, 1), ridge, what)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.linalg.solve_triangular(upper, eye, upper=True)
-    diagonal = upper.diagonal()
-    return diagonal.unsqueeze(1) * inverse, diagonal.square()
+    factor: Tensor = torch.linalg.solve_triangular(reverse.flip(0, 1), eye, upper=True)
+    return factor
 
 
 def sweep(
-    weight: Tensor, rows: Tensor, width: int, begin: Callable[[int, Tensor], Settle]
+    weight: Tensor, factor: Tensor, width: int, begin: Callable[[int, Tensor], Settle]
 ) -> Tensor:
-    """The weight that a sweep in blocks of ``width`` columns leaves; ``rows`` of :func:`feedback`.
+    """The weight that a sweep in blocks of ``width`` columns leaves; ``factor`` is C.
 
     ``begin`` is given the first column of each block and the block, with all errors before it made
     good, and gives what settles its columns.
     """
     current, found = weight.clone(), torch.empty_like(weight)
+    rows = factor / factor.diagonal().unsqueeze(1)
     for first in range(0, weight.shape[1], width):
         block = current[:, first : first + width]  # a view
         last = first + block.shape[1]

@@ -10,7 +10,7 @@ from secateur.methods.form import Metric
 from secateur.methods.rtn import RTN, width
 from secateur.options import option
 from secateur.rounding import best_scale, codes_of
-from secateur.sweep import Settle, feedback, sweep
+from secateur.sweep import Settle, inverse_factor, sweep
 from secateur.units import Form
 
 COLUMNS = 128  # of a block in which groups play no part
@@ -20,11 +20,11 @@ COLUMNS = 128  # of a block in which groups play no part
 class GPTQ(RTN):
     """Rounds column by column, the error of each spread over those behind it.
 
-    With H + λI = R Rᵀ, R upper triangular, U = R⁻¹, λ = ridge · mean of H's diagonal,
+    With (H + λI)⁻¹ = CᵀC, C upper triangular, λ = ridge · mean of H's diagonal,
 
-        q_j = clamp(round(w_j / s)),   w_k ← w_k − (w_j − q_j s) U_jk / U_jj   for k > j
+        q_j = clamp(round(w_j / s)),   w_k ← w_k − (w_j − q_j s) C_jk / C_jj   for k > j
 
-    loses Σ_j ‖w_j − q_j s‖² R_jj² in all, so a group's scale is the one that makes its part of that
+    loses Σ_j ‖w_j − q_j s‖² / C_jj² in all, so a group takes the scale that makes its part of that
     sum least for the weights as they stand where the group begins. With ``act_order`` the columns
     of most energy come first, and scales are those of the dense weight, so that groups stay
     neighbours. With H = I it is ``rtn``. A Gram that isn't positive definite gets a larger ridge,
@@ -52,7 +52,8 @@ class GPTQ(RTN):
         if self.act_order:
             order = torch.sort(metric.energy, descending=True, stable=True).indices
         group_of = order // size
-        rows, costs = feedback(metric.gram[order][:, order], self.ridge, "GPTQ")
+        factor = inverse_factor(metric.gram[order][:, order], self.ridge, "GPTQ")
+        costs = factor.diagonal() ** -2
         worth = torch.empty_like(costs)
         worth[order] = costs / costs.max()
         grouped = form.spec["group"] > 0 and not self.act_order
@@ -75,5 +76,5 @@ class GPTQ(RTN):
 
             return settle
 
-        sweep(weight[:, order], rows, size if grouped else COLUMNS, begin)
+        sweep(weight[:, order], factor, size if grouped else COLUMNS, begin)
         return codes, scale

@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.linalg import damped_cholesky
 from secateur.methods.form import Metric
 from secateur.methods.sparse import SparseMethod, largest, largest_of_groups
 from secateur.options import option
+from secateur.sweep import Settle, inverse_factor, sweep
 from secateur.units import Form
 
 COLUMNS = 128  #: chosen among, and updated, together
@@ -46,7 +46,7 @@ class SparseGPT(SparseMethod):
     rereads: ClassVar[bool] = True
 
     def pruned(self, weight: Tensor, metric: Metric, form: Form) -> tuple[Tensor, Tensor]:
-        factor = inverse_factor(metric.gram, self.ridge)
+        factor = inverse_factor(metric.gram, self.ridge, "sparsegpt")
         if form.spec["form"] == "n_m":
             n, m = form.spec["n"], form.spec["m"]
             return swept(weight, factor, lambda _, scores: largest_of_groups(scores, n, m), m)
@@ -60,33 +60,20 @@ class SparseGPT(SparseMethod):
         return swept(weight, factor, chosen, COLUMNS)
 
 
-def inverse_factor(gram: Tensor, ridge: float) -> Tensor:
-    """Upper triangular C with CᵀC = (H + λI)⁻¹.
-
-    From the Cholesky factor of H with its order reversed, so nothing is factorised that rounding
-    may have made indefinite.
-    """
-    reverse, _ = damped_cholesky(gram.flip(0, 1), ridge, "sparsegpt")
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor: Tensor = torch.linalg.solve_triangular(reverse.flip(0, 1), eye, upper=True)
-    return factor
-
-
 def swept(weight: Tensor, factor: Tensor, chosen: Chosen, span: int) -> tuple[Tensor, Tensor]:
     """The weight after a sweep, and the mask of what stays, chosen for ``span`` columns at once."""
-    weight, inputs = weight.clone(), weight.shape[1]
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    width = max(span, COLUMNS - COLUMNS % span)
-    for start in range(0, inputs, width):
-        stop = min(start + width, inputs)
-        part, kept, own = weight[:, start:stop], mask[:, start:stop], factor[start:stop, start:stop]
-        errors = torch.zeros_like(part)
-        for j in range(stop - start):
-            if j % span == 0:
-                ahead = slice(j, j + span)
-                scores = (part[:, ahead] / own.diagonal()[ahead]).square()
-                kept[:, ahead] = chosen(start + j, scores)
-            errors[:, j] = torch.where(kept[:, j], 0.0, part[:, j] / own[j, j])
-            part[:, j:] -= errors[:, j : j + 1] * own[j, j:]
-        weight[:, stop:] -= errors @ factor[start:stop, stop:]
-    return weight * mask, mask
+    mask, worth = torch.ones_like(weight, dtype=torch.bool), factor.diagonal() ** -2
+
+    def begin(first: int, block: Tensor) -> Settle:
+        kept, own = mask[:, first : first + block.shape[1]], worth[first:]
+
+        def settle(i: int, block: Tensor) -> Tensor:
+            if i % span == 0:
+                ahead = slice(i, min(i + span, block.shape[1]))
+                kept[:, ahead] = chosen(first + i, block[:, ahead].square() * own[ahead])
+            return torch.where(kept[:, i], block[:, i], 0.0)
+
+        return settle
+
+    found = sweep(weight, factor, max(span, COLUMNS - COLUMNS % span), begin)
+    return found, mask

@@ -21,9 +21,12 @@ from secateur.layers.integers import Integers, integer_form, packed, weight_of
 from secateur.linalg import DampingWarning
 from secateur.methods import check_served
 from secateur.methods.form import Metric
+from secateur.methods.forms import Forms
 from secateur.methods.rtn import width
+from secateur.methods.svd_llm import SVDLLM
+from secateur.recipe import Recipe, Step
 from secateur.rounding import best_scale, codes_of
-from secateur.sweep import feedback, sweep
+from secateur.sweep import inverse_factor, sweep
 from tests import families
 from tests.reference.raw import activations, gram_of, normal
 from tests.reference.test_depth_checkpoint import write
@@ -165,13 +168,14 @@ def test_more_bits_lose_less_and_smaller_groups_too():
 
 def test_one_column_is_made_good_as_the_optimal_brain_surgeon_would():
     gram, weight = correlated(6, 9).gram, normal(7, 4, 9)
-    rows, costs = feedback(gram, 0.0, "test")
+    factor = inverse_factor(gram, 0.0)
+    costs = factor.diagonal() ** -2
 
     def begin(first, block):
         return lambda i, now: now[:, i].round() if first + i == 0 else now[:, i]
 
     for size in (2, 4, 9):
-        found = sweep(weight, rows, size, begin)
+        found = sweep(weight, factor, size, begin)
         inverse = torch.linalg.inv(gram)
         error = weight[:, 0] - weight[:, 0].round()
         expected = weight - torch.outer(error, inverse[0]) / inverse[0, 0]
@@ -183,7 +187,8 @@ def test_one_column_is_made_good_as_the_optimal_brain_surgeon_would():
 @pytest.mark.parametrize("size", [1, 4, 12])
 def test_costs_add_up_over_a_sweep(size):
     gram, weight = correlated(8, 12).gram, normal(9, 4, 12)
-    rows, costs = feedback(gram, 0.0, "test")
+    factor = inverse_factor(gram, 0.0)
+    costs = factor.diagonal() ** -2
     lost = []
 
     def begin(first, block):
@@ -193,7 +198,7 @@ def test_costs_add_up_over_a_sweep(size):
 
         return settle
 
-    found = sweep(weight, rows, size, begin)
+    found = sweep(weight, factor, size, begin)
     assert torch.equal(found, found.round())
     assert Metric(gram).error(found - weight) == pytest.approx(sum(lost))
 
@@ -290,6 +295,25 @@ def test_without_the_library_nothing_is_begun(opened, monkeypatch):
     monkeypatch.setattr(integers, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install 'secateur\[integers\]'"):
         check_served(GPTQ(group="8"), opened("llama"))
+
+
+def test_nothing_can_follow_integers_in_a_recipe():
+    last, first = Step.of(GPTQ()), Step.of(SVDLLM(), keep=0.5)
+    assert Recipe((first, last)).name == "svd-llm + gptq"
+    for method in (GPTQ(), Forms(of="svd-llm,rtn")):
+        with pytest.raises(InputError, match=f"behind {method.name}, which leaves integers"):
+            Recipe((Step.of(method), first))
+
+
+def test_mixtures_offer_integers_with_scales_of_the_checkpoint(opened):
+    model = opened("gpt2")
+    units = Forms(of="rtn,svd").units(model, 1)
+    forms = {unit.path: [f for f in unit.forms if f.by == "rtn"] for unit in units}
+    assert not any(forms.values())  # groups of 128
+    linears = {linear.path: linear for linear in model.blocks[0].linear_layers}
+    offered = {path: RTN(group=8).offered(linear, model) for path, linear in linears.items()}
+    assert offered["mlp.c_fc"] == []
+    assert [form.spec["scales"] for form in offered["attn.q_proj"]] == ["float32"]
 
 
 # Checkpoints
