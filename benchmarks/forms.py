@@ -23,9 +23,15 @@ MIXED = (0.36, 0.28, 0.22)  # of the bytes; below an integer form of four bits i
 Row = dict[str, Any]
 
 
-def ways(group: str, block: int) -> dict[str, tuple[str, dict[str, Any], tuple[float, ...]]]:
-    """Title → method, options, budgets; 0 for the smallest form everywhere."""
+def ways(
+    group: str, block: int, light: bool
+) -> dict[str, tuple[str, dict[str, Any], tuple[float, ...]]]:
+    """Title → method, options, budgets; 0 for the smallest form everywhere.
+
+    Light: few rounds and one size for the solvers that take hours.
+    """
     integers = {"group": group}
+    few, keeps = ({"grain": 2, "sweeps": 3}, (0.5,)) if light else ({}, KEEPS)
     return {
         "int8, gptq": ("gptq", {"bits": "8", **integers}, (0,)),
         "int4-g128, gptq": ("gptq", {"bits": "4", **integers}, (0,)),
@@ -43,10 +49,10 @@ def ways(group: str, block: int) -> dict[str, tuple[str, dict[str, Any], tuple[f
         "sparsegpt": ("sparsegpt", {}, KEEPS),
         "wanda 2:4": ("wanda", {"pattern": "2:4"}, (0,)),
         "sparsegpt 2:4": ("sparsegpt", {"pattern": "2:4"}, (0,)),
-        "armor": ("armor", {"block": block}, (0,)),
+        "armor": ("armor", {"block": block} | ({"rounds": 20} if light else {}), (0,)),
         "compot": ("compot", {}, KEEPS),
-        "cospadi": ("cospadi", {}, KEEPS),
-        "dsformer": ("dsformer", {}, KEEPS),
+        "cospadi": ("cospadi", few, keeps),
+        "dsformer": ("dsformer", few, keeps),
         "mix: integers": ("forms", {"of": "gptq"}, MIXED),
         "mix: all forms": ("forms", {"of": "gptq,ptqtp,sparsegpt,svd-llm"}, MIXED),
         "mix: auto, then int4": ("recipe", {}, (0.22, 0.18, 0.14)),
@@ -74,6 +80,9 @@ def parsed() -> argparse.Namespace:
         "--group", default="128,64", help="integers' groups, the first that divides"
     )
     parser.add_argument("--block", type=int, default=32, help="of ARMOR's wrappers")
+    parser.add_argument(
+        "--light", action="store_true", help="few rounds, one size of ARMOR, CoSpaDi and DSFormer"
+    )
     parser.add_argument("--only", nargs="+", help="ways to measure")
     parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
     parser.add_argument("--kept", action="store_true", help="measure nothing that FILE lacks")
@@ -87,7 +96,7 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     if arguments.rows and arguments.rows.exists():
         rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
-    names = arguments.only or ["dense", *ways(arguments.group, arguments.block)]
+    names = arguments.only or ["dense", *ways(arguments.group, arguments.block, arguments.light)]
     for name in () if arguments.kept else names:
         if any(row["way"] == name for row in rows):
             continue
@@ -118,7 +127,7 @@ def measured(arguments: argparse.Namespace, name: str) -> Iterator[Row]:
         if name == "dense":
             yield {"way": name, "reached": 1.0, "perplexity": judged(arguments, dense)}
             return
-        method, options, keeps = ways(arguments.group, arguments.block)[name]
+        method, options, keeps = ways(arguments.group, arguments.block, arguments.light)[name]
         if method == "recipe":
             for keep in keeps:
                 yield followed(arguments, dense, Path(folder, "out"), name, keep)
@@ -230,7 +239,8 @@ def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
         "",
         f"128 × {LENGTH} calibration tokens of `{Path(arguments.calibration).name}`, perplexity on "
         f"{WINDOWS} × {LENGTH} tokens of `{Path(arguments.held).name}`, one seed; dense in "
-        f"bfloat16 {dense:.2f}. Share of the bytes of all blocks → perplexity, and seconds.",
+        f"bfloat16 {dense:.2f}. Share of the bytes of all blocks → perplexity, and seconds"
+        + (". ARMOR, CoSpaDi and DSFormer with few rounds." if arguments.light else "."),
         "",
         "| way | share → perplexity | seconds |",
         "|---|---|---|",

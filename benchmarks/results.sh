@@ -47,7 +47,7 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   drawn forms.py "${stories[@]}" --group 43,64 --block 4 \
     --rows "$kept/forms-stories260K.jsonl" --plot "$here/forms-stories260K.png"
   printf '![stories260K](forms-stories260K.png)\n'
-  drawn forms.py "${reference[@]}" \
+  drawn forms.py "${reference[@]}" --light \
     --rows "$kept/forms-reference-7m.jsonl" --plot "$here/forms-reference-7m.png"
   printf '![reference-7m](forms-reference-7m.png)\n'
   section form-speed form_speed.py
