@@ -14,10 +14,9 @@ from secateur.errors import InputError
 from secateur.goal import Goal
 from secateur.inputs import text_notes
 from secateur.latency import check_length, check_timed
-from secateur.layers.integers import packed_in
 from secateur.methods import check_served
 from secateur.methods.base import Method
-from secateur.model import Model, Settings, open_model, read_config
+from secateur.model import Model, Settings, open_model
 from secateur.plan import (
     Plan,
     check_sizes,
@@ -141,11 +140,6 @@ def prepare(
             progress.say(
                 f"note: {len(left)} tensors of the file are no part of a {model.use.what} and are "
                 f"left out, {left[0]} first"
-            )
-        if packed_in(read_config(source, settings)):
-            progress.say(
-                "note: this checkpoint's integers are taken as dense weights, rounded as they are; "
-                "better start from what it was made of"
             )
         for note in model.obstacles_of(chosen.kinds):
             progress.say(f"note: {note}")
