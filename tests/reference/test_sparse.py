@@ -153,7 +153,7 @@ def test_what_is_packed_is_not_trained_whoever_loads_it():
 
 def test_forms_say_that_they_are_computed_dense():
     for name in ("sparse", "n_m", "armor"):
-        assert layers.FORMS[name].densified
+        assert FORMS[name].densified
     form = Wanda(pattern="2:4").forms(8, 16, False)[0]
     assert form.multiplications == 8 * 16
 
