@@ -11,7 +11,7 @@ from torch import nn
 from secateur.allocate.base import Evidence
 from secateur.errors import InputError
 from secateur.layers import sparse_secateur as layers
-from secateur.layers.forms_secateur import build, fill, layer_class
+from secateur.layers.forms_secateur import FORMS, build, fill, layer_class
 from secateur.layers.sparse_secateur import decoded, encoded, packed, unpacked
 from secateur.linalg import DampingWarning
 from secateur.methods.form import Metric
