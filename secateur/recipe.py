@@ -1,6 +1,7 @@
 """A recipe: several methods one after the other, under one budget of bytes."""
 
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.prepare import chosen_allocator
 from secateur.records import Record, said
+from secateur.units import MATRICES
 
 MAX_BYTES = 2**20
 Options = dict[str, int | float | str]
@@ -91,11 +93,16 @@ class Recipe:
             raise InputError("a recipe has at least one step, e.g. `- method: auto`.")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise InputError(f"recipe: keep {self.keep!r} should be above 0 and at most 1.")
-        for step in self.steps[:-1]:
+        for step, following in pairwise(self.steps):
             if step.method.final:
                 raise InputError(
                     f"recipe: behind {step.method.name}, which leaves integers, no step can go on "
                     f"and keep them; make it the last."
+                )
+            if step.method.kinds == MATRICES != following.method.kinds:
+                raise InputError(
+                    f"recipe: {following.method.name} narrows, and behind {step.method.name} only "
+                    f"methods of forms can go on from what is compressed already; put it before."
                 )
         open_ones = [step.method.name for step in self.steps if _open(step)]
         if self.keep is None and open_ones:

@@ -8,8 +8,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibration import Store
+from secateur.checkpoint import published_name
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions
+from secateur.layers.integers import missing_library
 from secateur.methods import check_served
 from secateur.model import Model, Settings, skeleton
 from secateur.pipeline import judge_result, make_report, write, write_record
@@ -23,7 +25,7 @@ from secateur.task import Task
 from secateur.text import Calibration, Tokens
 
 ATTEMPTS = 4
-PLAN = "plan.json"
+PLAN, UNFINISHED = "plan.json", "unfinished"
 
 
 def compress_in_steps(
@@ -50,6 +52,9 @@ def compress_in_steps(
     settings, progress = settings or Settings(), progress or Progress()
     task = Task.of(source, out, calibration, questions, settings, progress, overwrite)
     shapes = skeleton(task.source, settings)
+    missing = missing_library() if recipe.steps[-1].method.final else None
+    if missing is not None:  # no need to find that out behind the other steps
+        raise InputError(f"recipe: {recipe.steps[-1].method.name}: {missing}.")
     budget = _Bytes.of(shapes, recipe)
     if recipe.open is not None:
         step = recipe.steps[recipe.open]
@@ -133,7 +138,7 @@ def _run(
             watch,
             task.progress,
         )
-        made = folder if last else workspace.folder / "unfinished"
+        made = folder if last else workspace.folder / UNFINISHED
         shutil.rmtree(made, ignore_errors=True)
         memory, first = write(prepared, made, watch, task.progress)
         plans.append(prepared.plan)
@@ -148,8 +153,11 @@ def _run(
 def _forget(folder: Path, recipe: Recipe) -> None:
     """Let the open step and those behind it be done again."""
     assert recipe.open is not None
-    for number in range(recipe.open + 1, len(recipe.steps) + 1):
-        shutil.rmtree(folder / f"step-{number}", ignore_errors=True)
+    for number in range(len(recipe.steps), recipe.open, -1):  # last first: none outlives its source
+        step = folder / f"step-{number}"
+        if step.exists():
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            step.rename(folder / UNFINISHED)  # at once: half of it would pass for a finished one
         if number > recipe.open + 1:
             shutil.rmtree(folder / f"statistics-{number}", ignore_errors=True)
 
@@ -220,9 +228,7 @@ def _least(step: Step, shapes: Model) -> float:
 
 def stored_bytes(folder: Path, shapes: Model) -> int:
     """What the tensors of all blocks take in the files of a checkpoint."""
-    assert shapes.anatomy is not None
-    inside = tuple(f"{shapes.prefix}{stack.blocks}." for stack in shapes.anatomy.stacks)
-    total = 0
+    inside, total = _block_prefixes(shapes), 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (it is no mapping)
@@ -230,3 +236,14 @@ def stored_bytes(folder: Path, shapes: Model) -> int:
                     tensor = file.get_tensor(name)
                     total += tensor.numel() * tensor.element_size()
     return total
+
+
+def _block_prefixes(shapes: Model) -> tuple[str, ...]:
+    """How names of tensors in blocks begin, in memory and in plain checkpoints (ViT's differ)."""
+    assert shapes.anatomy is not None
+    rename, found = published_name(shapes.module), set()
+    for stack in shapes.anatomy.stacks:
+        own = f"{shapes.prefix}{stack.blocks}."
+        first = ((n, t) for n, t in shapes.module.state_dict().items() if n.startswith(own))
+        found |= {own, rename(*next(first)).partition("0.")[0]}
+    return tuple(sorted(found))

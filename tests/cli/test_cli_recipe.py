@@ -86,6 +86,7 @@ def test_a_keep_at_the_command_line_is_the_budget(follow, room):
         ("- 1", ["recipe"]),
         ("keep: 0.9\nsteps: [{method: modegpt}, {method: svd, keep: 0.5}]", ["nothing to do"]),
         ("keep: 0.5\nsteps: [{method: svd, keep: 0.8}, {method: modegpt}]", ["compressed"]),
+        ("steps: [{method: svd}, {method: flap, keep: 0.8}]", ["flap narrows", "before"]),
     ],
 )
 def test_bad_recipes_are_refused_and_leave_nothing(follow, room, content, words):
@@ -118,3 +119,39 @@ def test_a_killed_run_goes_on_behind_its_last_step(follow, room, monkeypatch):
     interrupted = (room / "out" / "model.safetensors").read_bytes()
     follow(recipe, "--overwrite").succeeded()
     assert (room / "out" / "model.safetensors").read_bytes() == interrupted
+
+
+def test_a_missing_library_is_said_before_the_first_step(follow, room, monkeypatch):
+    from secateur import sequence
+    from secateur.layers import integers
+
+    monkeypatch.setattr(integers, "find_spec", lambda _: None)
+    monkeypatch.setattr(sequence, "prepare", None)  # is never reached
+    follow({"keep": 0.4, "steps": [{"method": "modegpt"}, {"method": "rtn"}]}).refused(
+        "pip install"
+    )
+
+
+def test_steps_that_are_done_again_are_forgotten_from_the_last_on(tmp_path, monkeypatch):
+    """A run killed in the midst leaves no step whose source is another by then, nor half of one."""
+    from secateur import sequence
+    from secateur.methods import method_class
+    from secateur.recipe import Recipe, Step
+
+    steps = (Step.of(method_class("modegpt")()), *(Step.of(method_class("svd")()) for _ in "ab"))
+    for number in (1, 2):
+        (tmp_path / f"step-{number}").mkdir()
+        (tmp_path / f"step-{number}" / "plan.json").write_text("{}")
+    removed, rmtree = [], sequence.shutil.rmtree
+
+    def killed(folder, ignore_errors):
+        if folder.exists():
+            removed.append(folder.name)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sequence.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sequence._forget(tmp_path, Recipe(steps, 0.5))
+    assert not (tmp_path / "step-2").exists()
+    assert (tmp_path / "step-1" / "plan.json").exists()
+    monkeypatch.setattr(sequence.shutil, "rmtree", rmtree)
