@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from secateur.calibration import collect
+from secateur.errors import InputError
 from secateur.inputs import read_calibration
-from secateur.methods import check_served
+from secateur.methods.form import FormMethod
 from secateur.methods.forms import Forms
 from secateur.model import Settings, open_model, skeleton
 from secateur.progress import Progress
@@ -37,7 +38,9 @@ def spectrum(
     Raises:
         InputError: anything wrong with the input, or no method has a form for the model.
     """
-    check_served(methods, skeleton(source, settings))
+    obstacle = FormMethod.obstacle(methods, skeleton(source, settings))  # nothing is written
+    if obstacle is not None:
+        raise InputError(f"model {source!r}: {obstacle}.")
     tokens = read_calibration(source, calibration, settings)
     model = open_model(source, settings)
     found: dict[str, dict[str, list[Point]]] = {name: {} for name in methods.parts}

@@ -341,6 +341,7 @@ class Matrix(Unit):
     forms: tuple[Form, ...]  #: those that are smaller than the dense weight, ascending
     order: int  #: of its first part among all matrices of the block
     published: bool  #: whether a checkpoint of the stock class has this very matrix
+    itemsize: int = 2  #: bytes of a stored number, by which its forms are in order
 
     @property
     def kind(self) -> str:
@@ -369,9 +370,9 @@ class Matrix(Unit):
         )
 
     def at_share(self, share: float) -> float:
-        """By bytes, of numbers of two bytes each."""
-        whole = self.outputs * self.inputs * 2
-        prices = [form.bytes(2) for form in self.forms] + [whole]
+        """By bytes."""
+        whole = self.outputs * self.inputs * self.itemsize
+        prices = [form.bytes(self.itemsize) for form in self.forms] + [whole]
         index = bisect_right(prices, share * whole)
         if index in (0, len(prices)):
             return float(max(1, index))

@@ -131,12 +131,17 @@ class FormMethod(Method):
         spec = {**form.spec, "bias": bias is not None}
         return fill(spec, self.reshaped(weight, metric, form), bias, dtype)
 
-    def errors(self, weight: Tensor, metric: Metric, forms: Sequence[Form]) -> list[float]:
-        """The output error of every form; here by making each of them in float64."""
+    def errors(
+        self, weight: Tensor, metric: Metric, forms: Sequence[Form], judged: Metric | None = None
+    ) -> list[float]:
+        """The output error of every form; here by making each of them in float64.
+
+        ``judged`` is the metric of that error, where it isn't the one by which forms are made.
+        """
         found = []
         for form in forms:
             layer = self.layer(weight, metric, form, None, torch.float64)
-            found.append(metric.error(weight - dense_weight(layer)))
+            found.append((judged or metric).error(weight - dense_weight(layer)))
         return found
 
     def units(self, model: "Model", multiple_of: int) -> list[Unit]:
@@ -167,6 +172,7 @@ class FormMethod(Method):
             inputs=inputs,
             forms=forms,
             published=linear.published and not model.narrowed,
+            itemsize=model.stored.itemsize,
         )
 
     def obstacle(self, model: "Model") -> str | None:

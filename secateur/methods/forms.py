@@ -11,6 +11,7 @@ from secateur.allocate.base import Allocator
 from secateur.allocate.knapsack import Knapsack
 from secateur.block import Linear
 from secateur.errors import InputError, nearest
+from secateur.layers.integers import missing_library
 from secateur.methods.form import FormMethod, Metric
 from secateur.named import by_name
 from secateur.options import option
@@ -69,6 +70,10 @@ class Forms(FormMethod):
         """One budget by measured losses."""
         return Knapsack()
 
+    def obstacle(self, model: "Model") -> str | None:
+        """Nothing becomes smaller, or no library to read the result."""
+        return super().obstacle(model) or (missing_library() if self.final else None)
+
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
         """Those of all methods."""
         return [
@@ -92,16 +97,15 @@ class Forms(FormMethod):
         part = self.parts[form.by]
         return part.layer(weight, _seen(part, metric), form, bias, dtype)
 
-    def errors(self, weight: Tensor, metric: Metric, forms: Sequence[Form]) -> list[float]:
-        """By each method's own way where that sees the same metric."""
+    def errors(
+        self, weight: Tensor, metric: Metric, forms: Sequence[Form], judged: Metric | None = None
+    ) -> list[float]:
+        """By each method's own way, all in one metric."""
         found: dict[int, float] = {}
         for name, part in self.parts.items():
             own = [i for i, form in enumerate(forms) if form.by == name]
             of = [forms[i] for i in own]
-            if part.data_aware:
-                errors = part.errors(weight, _seen(part, metric), of)
-            else:
-                errors = super().errors(weight, metric, of)
+            errors = part.errors(weight, _seen(part, metric), of, metric)
             found |= dict(zip(own, errors, strict=True))
         return [found[i] for i in range(len(forms))]
 

@@ -125,9 +125,12 @@ class SparseMethod(FormMethod):
         codes = encoded(mask, form.spec["n"], form.spec["m"])
         return {"codes": codes, "values": found[mask].view(len(found), -1)}
 
-    def errors(self, weight: Tensor, metric: Metric, forms: Sequence[Form]) -> list[float]:
+    def errors(
+        self, weight: Tensor, metric: Metric, forms: Sequence[Form], judged: Metric | None = None
+    ) -> list[float]:
         """Those of the weights, without packing them."""
-        return [metric.error(weight - self.pruned(weight, metric, form)[0]) for form in forms]
+        by = judged or metric
+        return [by.error(weight - self.pruned(weight, metric, form)[0]) for form in forms]
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -80,7 +80,9 @@ class StructuredMethod(FormMethod):
             second = refitted(weight, metric, rows.flatten(1), second)
         return {"first": first.unflatten(0, (before, middle)), "second": second}
 
-    def errors(self, weight: Tensor, metric: Metric, forms: Sequence[Form]) -> list[float]:
+    def errors(
+        self, weight: Tensor, metric: Metric, forms: Sequence[Form], judged: Metric | None = None
+    ) -> list[float]:
         """The output error of every form; slices are decomposed once for all ranks."""
         known: dict[tuple[int, int], Slices] = {}
         found = []
@@ -90,7 +92,7 @@ class StructuredMethod(FormMethod):
                 known[before, behind] = sliced(weight, metric, before, behind)
             tensors = self.factors(weight, metric, form, known[before, behind])
             layer = fill({**form.spec, "bias": False}, tensors, None, torch.float64)
-            found.append(metric.error(weight - layer.dense()))
+            found.append((judged or metric).error(weight - layer.dense()))
         return found
 
 

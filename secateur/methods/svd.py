@@ -53,7 +53,15 @@ class SVD(FormMethod):
             "second.weight": left[:, :rank] * share,
         }
 
-    def errors(self, weight: Tensor, metric: Metric, forms: Sequence[Form]) -> list[float]:
-        """The discarded energies."""
-        energies = torch.linalg.svdvals(weight @ metric.whitening[0]).square()
+    def errors(
+        self, weight: Tensor, metric: Metric, forms: Sequence[Form], judged: Metric | None = None
+    ) -> list[float]:
+        """The discarded energies, in another metric G each times (vᵀL⁻¹) G (vᵀL⁻¹)ᵀ."""
+        root, inverse = metric.whitening
+        if judged is None:
+            energies = torch.linalg.svdvals(weight @ root).square()
+        else:
+            _, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
+            rows = right @ inverse
+            energies = values.square() * ((rows @ judged.gram) * rows).sum(1)
         return [float(energies[form.spec["rank"] :].sum()) for form in forms]

@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from secateur import Goal, InputError, make_plan, score
+from secateur.forms import form_of, smaller
+from secateur.layers import integers
 from secateur.layers.factored_secateur import LowRank
 from secateur.layers.forms_secateur import FORMS, build, fill
 from secateur.methods.form import Metric
+from secateur.methods.forms import Forms
 from secateur.methods.svd import SVD
 from secateur.methods.svd_llm import SVDLLM
 from secateur.methods.welore import LowRankWeLore
+from secateur.units import Matrix
 
 
 def noise(*shape, seed=0):
@@ -45,6 +49,50 @@ def test_the_error_is_the_sum_of_the_discarded_energies(kind, shape):
         plain = layered(SVD(rank_step=1), weight, Metric.identity(shape[1], weight), rank).dense()
         worse = metric.error(weight - plain)
         assert worse > predicted + 1e-9 if kind == "any" else worse >= predicted - 1e-9
+
+
+@pytest.mark.parametrize("method", [SVD(rank_step=1), SVDLLM(rank_step=1)])
+def test_errors_are_known_in_any_metric(method):
+    weight, seen, judged = noise(9, 12), METRICS["any"](12), METRICS["singular"](12)
+    forms = method.forms(9, 12, False)
+    errors = method.errors(weight, seen, forms, judged)
+    for form, predicted in zip(forms, errors, strict=True):
+        made = layered(method, weight, seen, form.spec["rank"]).dense()
+        assert judged.error(weight - made) == pytest.approx(predicted, rel=1e-9)
+
+
+def test_a_mixture_decomposes_once_for_all_ranks(monkeypatch):
+    """For every rank anew it takes hours for a matrix of common size."""
+    weight, metric, calls = noise(64, 64), METRICS["any"](64), []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
+    mixture = Forms(of="svd-llm,svd")
+    forms = mixture.forms(64, 64, False)
+    assert len(forms) == 6
+    errors = mixture.errors(weight, metric, forms)
+    assert len(calls) == 2
+    for form, predicted in zip(forms, errors, strict=True):
+        made = mixture.layer(weight, metric, form, None, torch.float64).dense()
+        assert metric.error(weight - made) == pytest.approx(predicted, rel=1e-9)
+
+
+def test_a_mixture_says_before_the_work_that_a_library_is_missing(opened, monkeypatch):
+    monkeypatch.setattr(integers, "find_spec", lambda _: None)
+    assert "pip install" in Forms(of="svd-llm,rtn").obstacle(opened("llama"))
+    assert Forms(of="svd-llm,svd").obstacle(opened("llama")) is None
+
+
+def test_a_share_is_one_of_the_bytes_that_a_model_has():
+    """Forms in order by four bytes a number are in another order by two."""
+    shape = {"outputs": 64, "inputs": 64}
+    low = form_of({"form": "low_rank", **shape, "bias": False, "rank": 7}, "rank 7")
+    trits = form_of({"form": "trits", **shape, "bias": False, "group": 64}, "trits")
+    forms = smaller([low, trits], 64, 64, 4)
+    assert [form.label for form in forms] == ["trits", "rank 7"]
+    common = {"block": 0, "step": 1, "hidden": 64, "path": "", "order": 0, "published": True}
+    unit = Matrix(name="m", size=3, forms=forms, itemsize=4, **shape, **common)
+    for size in (1, 2, 3):
+        assert unit.at_share(unit.cost(size, 4).bytes / (64 * 64 * 4)) == pytest.approx(size)
 
 
 def test_no_other_matrix_of_that_rank_is_nearer():
