@@ -281,7 +281,7 @@ def skeleton(source: str, settings: Settings) -> Model:
     try:
         with torch.device("meta"):
             module = use.opener.from_config(config, trust_remote_code=settings.trust_remote_code)
-    except (ValueError, KeyError, TypeError, ImportError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise InputError(
             f"model {source!r}: transformers cannot build a {use.what} from its config "
             f"(model_type {config.model_type!r}): {_first_line(error)}"
@@ -345,7 +345,7 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             **common,
         )
     except (
-        *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError),
+        *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError),
         *(SafetensorError, StrictDataclassError),
     ) as error:
         raise InputError(f"model {source!r}: {_reason(error)}") from error

@@ -61,14 +61,20 @@ class Factored(nn.Module):
             param.requires_grad_(False)
         super().register_parameter(name, param)
 
+    @property
+    def weight(self) -> Tensor:
+        """Empty: of a linear's weight some families ask the number format and the device."""
+        own = next(p for name, p in self.named_parameters() if name != "bias")
+        return own.detach().new_empty(0)
+
     @classmethod
     def check(cls, spec: Spec) -> None:
         """Refuse a spec that is not of this form, before any memory is taken."""
         wanted = {"form", "outputs", "inputs", "bias", *cls.numbers}
         if set(spec) != wanted or spec["form"] != cls.form or not isinstance(spec["bias"], bool):
             raise ValueError(
-                f"spec {spec}: one of form {cls.form!r} has a truth value for bias, and whole "
-                f"numbers {', '.join(sorted(wanted - {'form', 'bias'}))}."
+                f"spec {str(spec)[:200]}: one of form {cls.form!r} has a truth value for bias, and "
+                f"whole numbers {', '.join(sorted(wanted - {'form', 'bias'}))}."
             )
         for name in wanted - {"form", "bias"}:
             if type(spec[name]) is not int or not 0 < spec[name] < 2**31:
@@ -206,6 +212,8 @@ class Trits(Factored):
         }
 
     def dense(self) -> Tensor:
+        if int(self.codes.max()) >= 3**TRITS:
+            raise ValueError(f"codes of a layer {self.spec} are above {3**TRITS - 1}.")
         trits = unpacked_trits(self.codes, self.in_features).to(self.scales)
         groups = trits.unflatten(-1, (-1, self.spec["group"]))
         weight: Tensor = (self.scales.unsqueeze(-1) * groups).sum(0).flatten(1)

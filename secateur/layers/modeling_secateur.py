@@ -401,7 +401,10 @@ def narrow(model: PreTrainedModel, shapes: dict[str, Any]) -> None:
             path = shapes["attention"]
             stock = block.get_submodule(path)
             block.set_submodule(path, narrow_attention(stock, layer["attention"]))
-        for path, spec in dict(layer.get("forms", {})).items():
+        forms = layer.get("forms", {})
+        if not isinstance(forms, dict):
+            raise ValueError(f"forms: {str(forms)[:200]} should be specs by the paths of linears.")
+        for path, spec in forms.items():
             block.set_submodule(path, factored(block, path, spec))
     if "residual" in shapes:
         _slice(model, blocks, shapes["residual"])
@@ -462,11 +465,16 @@ def _narrow_model(stock: Any) -> type[PreTrainedModel]:
 
     @classmethod  # type: ignore[misc]
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock class does, but for weights that are missing: it would make them up."""
+        """As the stock class does, but for weights missing in blocks: it would make them up.
+
+        Elsewhere they may well be missing, as poolers are where a checkpoint has another head.
+        """
         asked = kwargs.pop("output_loading_info", False)
         found, loaded = super(made, cls).from_pretrained(*args, output_loading_info=True, **kwargs)
-        if loaded["missing_keys"] and not asked:
-            missing = sorted(loaded["missing_keys"])
+        shapes = found.config.secateur
+        stacks = [f".{s['blocks']}." for s in (shapes, shapes.get("decoder")) if s]
+        missing = sorted(k for k in loaded["missing_keys"] if any(s in f".{k}" for s in stacks))
+        if missing and not asked:
             raise ValueError(f"{len(missing)} weights are missing, {missing[0]} first.")
         return (found, loaded) if asked else found
 

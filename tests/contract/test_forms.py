@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from secateur import Goal, Settings, make_plan, open_model, score
 from secateur.allocate.uniform import Uniform
@@ -15,6 +16,7 @@ from secateur.methods import METHODS, method_class
 from secateur.pipeline import write
 from secateur.prepare import Prepared
 from secateur.progress import Progress
+from secateur.sequence import stored_bytes
 from secateur.stopwatch import Stopwatch
 from secateur.units import MATRICES
 from tests.contract.conftest import ALWAYS, asked_with, run_reader, spread
@@ -163,6 +165,23 @@ def test_predicted_errors_are_those_of_what_is_made(opened, calibrated, method, 
                 share * whole, rel=1e-3, abs=1e-9
             )  # but for ridges
         assert solution.curve.at(unit.size) == 0
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "t5"])
+def test_base_models_open_and_feed_forwards_find_what_they_ask_for(reshaped, name):
+    """A pooler that the checkpoint has not is no damage; T5 looks at a weight's number format."""
+    folder, *_ = reshaped("svd", name, 0.0)
+    AutoModel.from_pretrained(folder)
+
+
+def test_bytes_of_blocks_are_found_under_published_names(opened, reshaped):
+    """ViT's blocks have other names in files than in memory."""
+    model = opened("vit")
+    folder, plan, *_ = reshaped("rtn", "vit", 0.0)
+    assert plan.tier == "plain"
+    dense = sum(p.numel() for block in model.blocks for p in block.module.parameters())
+    changed = sum(row.bytes - row.dense_bytes for row in plan.units)
+    assert stored_bytes(folder, model) == 4 * dense + changed
 
 
 @every_method
