@@ -29,7 +29,7 @@ class PTQTP(FormMethod):
     the nine pairs, until no scale moves by more than ``epsilon`` times the group's root mean
     square. A turn that does not lower ‖w − ŵ‖² is not taken. λ grows where SᵀS is nearly singular.
     It starts at t₁ = t₂ = sign(w) as in the paper, and at the best of some a₂ / a₁ with
-    a₁ + a₂ = max|w|; the better end is kept. Don't use it where 4.25 bits a weight are to be had:
+    a₁ + a₂ = max|w|; the better end is kept. Don't use it where 4.125 bits a weight are to be had:
     ``rtn`` and ``gptq`` with 4 bits lose less, and there are kernels for them. Packed, two planes
     take 3.45, between 3 and 4 bits.
 
