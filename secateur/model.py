@@ -19,6 +19,7 @@ from secateur.anatomy import FAMILIES, Anatomy, find
 from secateur.block import Block
 from secateur.errors import InputError, nearest
 from secateur.header import check_layers
+from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import unpack
 from secateur.text import expanded
 from secateur.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
@@ -388,6 +389,14 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
                 f"model {source!r}: {name} holds NaN or infinite numbers; the file is damaged, or "
                 f"the training that wrote it had diverged."
             )
+    for name, layer in module.named_modules():
+        if isinstance(layer, Factored) and layer.densified:
+            try:
+                layer.dense()
+            except ValueError as error:
+                raise InputError(
+                    f"model {source!r}: {name} is damaged: {error} Fetch the model again."
+                ) from error
     reader = open_reader(source, settings, use_of(config))
     if use_of(config).reads_text:
         check_vocabulary(source, reader, module)

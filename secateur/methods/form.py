@@ -54,7 +54,8 @@ class Metric:
     @cached_property
     def damped(self) -> Tensor:
         """H with the ridge on its diagonal."""
-        scale = self.energy.mean().clamp_min(1e-200)
+        mean = self.energy.mean()
+        scale = torch.where(mean > 0, mean, 1.0)  # where nothing is read, any metric does
         return self.gram + self.ridge * scale * torch.eye(len(self.gram)).to(self.gram)
 
     @cached_property

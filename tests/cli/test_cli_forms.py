@@ -135,6 +135,17 @@ def test_tensors_that_do_not_fit_their_spec_are_refused(run, small, what, given)
             AutoModelForCausalLM.from_pretrained(small)
 
 
+def test_codes_that_say_nothing_are_refused(run, compress, room, given):
+    flags = ["--method", "ptqtp", "--groups", "8", "--no-speed"]
+    compress(*flags).succeeded()
+    path, name = room / "out" / "model.safetensors", "model.layers.0.mlp.up_proj.codes"
+    tensors = load_file(path)
+    tensors[name][:] = 3**5
+    save_file(tensors, path, metadata={"format": "pt"})
+    run("eval", room / "out", "--no-speed", "--eval", given[1]).refused("up_proj", "242")
+    run("export", room / "out", room / "d", "--dense").refused("up_proj", "242")
+
+
 def test_a_method_without_a_form_for_a_model_says_so(refused):
     refused("--method", "svd", "--rank-step", "64", words=("smaller",))
 

@@ -8,6 +8,7 @@ import torch
 from secateur.curve import Curve
 from secateur.measure import by_error, measured_sizes
 from secateur.methods.form import Metric
+from secateur.methods.svd_llm import SVDLLM
 from secateur.units import Form, Matrix
 
 
@@ -78,3 +79,12 @@ def test_forms_are_measured_over_the_range_of_their_errors():
     unit = matrix(10, 20, 30, 40, 50)
     curve = Curve((1.0, 0.4, 0.3, 0.04, 0.004, 0.0039, 0.0))
     assert measured_sizes(unit, curve) == [1, 3, 4]
+
+
+def test_where_nothing_is_read_any_metric_does():
+    """A scale of next to nothing has an inverse that no number format holds."""
+    weight, silent = torch.ones(4, 6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
+    method = SVDLLM(rank_step=1)
+    form = method.forms(4, 6, False)[0]
+    made = method.layer(weight, Metric(silent, 1e-6), form, None, torch.float16)
+    torch.testing.assert_close(made.dense().double(), weight, rtol=1e-2, atol=1e-2)
