@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from secateur.allocate.welore import WeLore
     from secateur.calibration import Store, calibrate
     from secateur.evaluate.judge import Questions, judge_apart
+    from secateur.export import export_dense
     from secateur.goal import Goal
     from secateur.methods.armor import Armor
     from secateur.methods.auto import Auto
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
     from secateur.model import Model, Settings, open_model
     from secateur.pipeline import compress, save
     from secateur.plan import Plan, make_plan
-    from secateur.recipe import Recipe, Step
+    from secateur.recipe import Recipe, Step, read_recipe
     from secateur.scores import score
     from secateur.select import select_calibration
     from secateur.sequence import compress_in_steps
@@ -137,6 +138,8 @@ _HOMES = {
     "open_model": "secateur.model",
     "save": "secateur.pipeline",
     "score": "secateur.scores",
+    "export_dense": "secateur.export",
+    "read_recipe": "secateur.recipe",
     "select_calibration": "secateur.select",
 }
 
@@ -203,9 +206,11 @@ __all__ = [
     "calibration_tokens",
     "compress",
     "compress_in_steps",
+    "export_dense",
     "judge_apart",
     "make_plan",
     "open_model",
+    "read_recipe",
     "save",
     "score",
     "select_calibration",
