@@ -21,6 +21,7 @@ from secateur.units import Form, Matrix, Unit
 if TYPE_CHECKING:
     from secateur.model import Model
 
+MOST_RANKS = 32
 Slices = tuple[Tensor, Tensor, Tensor]
 
 
@@ -131,7 +132,7 @@ class RankedBlocks(StructuredMethod):
     """One of these with a number of blocks for all matrices, and ranks to choose from."""
 
     blocks: int = option(4, "blocks of inputs, and of outputs where they are cut, too", 1)
-    rank_step: int = option(2, "ranks are multiples of this", 1)
+    rank_step: int = option(2, "ranks are multiples of this, and at most 32 of them", 1)
 
     cuts_outputs: ClassVar[bool]
 
@@ -144,9 +145,10 @@ class RankedBlocks(StructuredMethod):
         """The numbers of a form of this rank, and what to call it."""
 
     def specs(self, outputs: int, inputs: int) -> Sequence[tuple[dict[str, int], str]]:
-        """All ranks below the break-even."""
-        ranks = range(self.rank_step, self.most(outputs, inputs) + 1, self.rank_step)
-        return [self.of_rank(rank) for rank in ranks]
+        """Ranks below the break-even, evenly spaced: each of them is refitted for its error."""
+        most = self.most(outputs, inputs)
+        step = self.rank_step * max(1, math.ceil(most / (MOST_RANKS * self.rank_step)))
+        return [self.of_rank(rank) for rank in range(step, most + 1, step)]
 
     def obstacle(self, model: "Model") -> str | None:
         """Say which numbers would do."""

@@ -354,3 +354,15 @@ def test_a_model_that_no_number_of_blocks_divides_says_so(opened):
     assert BlockShuffleProjection().obstacle(opened("llama")) is None
     with pytest.raises(InputError, match=r"rank_step 5000 is above .*try --rank-step \d+"):
         check_served(BlockDenseProjection(rank_step=5000), opened("llama"))
+
+
+def test_large_matrices_have_ranks_enough_and_no_more():
+    """Each rank is refitted for its error: hundreds of them would take days."""
+    for method in (MonarchProjection(), BlockDenseProjection()):
+        forms = method.forms(4096, 4096, False)
+        assert 16 <= len(forms) <= 32
+        sizes = [form.numbers / 4096**2 for form in forms]
+        assert sizes[0] < 0.07
+        assert sizes[-1] > 0.9
+        small = method.forms(64, 32, False)
+        assert [form.spec["rank"] % 2 for form in small] == [0] * len(small)
