@@ -245,8 +245,10 @@ def section(arguments: argparse.Namespace, rows: list[Row]) -> str:
         "| way | share → perplexity | seconds |",
         "|---|---|---|",
     ]
-    for name in dict.fromkeys(row["way"] for row in rows if row["way"] != "dense"):
+    for name in ways(arguments.group, arguments.block, arguments.light):
         own = [row for row in rows if row["way"] == name]
+        if not own:
+            continue
         cells = "; ".join(f"{row['reached']:.3f} → {row['perplexity']:.2f}" for row in own)
         seconds = ", ".join(f"{row['seconds']:.0f}" for row in own)
         lines.append(f"| {name} | {cells} | {seconds} |")
