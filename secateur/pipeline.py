@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import Tensor
@@ -29,6 +30,8 @@ from secateur.select import cheap
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration, Tokens
+from secateur.units import STREAM
+from secateur.witness import Witness, observations
 from secateur.workspace import Workspace
 
 TESTIMONY_TOKENS = 24
@@ -123,10 +126,10 @@ def compress(
             progress,
         )
         memory, first = write(prepared, workspace.result, watch, progress)
-        plan = prepared.plan
+        plan, observed = prepared.plan, prepared.observed
         del prepared  # the measuring process needs the memory
         small = judge_result(task, watch, memory, first)
-        report = make_report(task, [plan], plan.budget, dense, small, watch)
+        report = make_report(task, [plan], [observed], plan.budget, dense, small, watch)
         step = Step(method, goal, allocator, method.keep or None)
         write_record(task, report, [plan], Recipe((step,)))
         workspace.publish()
@@ -138,7 +141,8 @@ def write(
 ) -> tuple[dict[str, Tensor], Tokens]:
     """Narrow the model block by block into a checkpoint, and take its testimony.
 
-    Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16.
+    Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16, and there what
+    was observed.
     """
     model, plan = prepared.model, prepared.plan
     # A plain checkpoint is for any reader, so its tensors have their published names.
@@ -146,6 +150,10 @@ def write(
     writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
     method = prepared.method
     units = method.units(model, plan.multiple_of)
+    evidence, blocks = prepared.evidence, len(model.blocks)
+    witness = None
+    if evidence is not None and method.kinds != STREAM:
+        witness = Witness(model, prepared.tokens)
     narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         while True:
@@ -156,6 +164,10 @@ def write(
             with watch.measure("save"):
                 store_block(model, block, writer)
             advance(1)
+    if evidence is not None:
+        with watch.measure("evaluate"):
+            errors = [] if witness is None else witness.errors(model)
+            prepared.observed = observations(units, blocks, prepared.store, evidence, errors)
     with watch.measure("save"):
         store_rest(model, writer)
         writer.finish()
@@ -177,6 +189,7 @@ def judge_result(task: Task, watch: Stopwatch, memory: dict[str, Tensor], first:
 def make_report(
     task: Task,
     plans: Sequence[Plan],
+    observed: Sequence[dict[str, Any]],
     budget: Budget,
     dense: Verdict,
     small: Verdict,
@@ -186,7 +199,8 @@ def make_report(
     seconds = dict.fromkeys(("calibrate", "curves", "allocate", "apply", "save", "evaluate"), 0.0)
     plan = plans[-1]
     content = {
-        "version": 2,
+        "version": reporting.VERSION,
+        "command": reporting.COMMAND.get(),
         "model": plans[0].base.model_dump(),
         "method": plan.method.model_dump(),
         "allocator": plan.allocator.model_dump(),
@@ -200,6 +214,7 @@ def make_report(
         "versions": reporting.versions(),
         "seed": task.calibration.seed,
         "calibration": plan.calibration.model_dump(),
+        "observed": [*observed],
     }
     if len(plans) > 1:
         content["method"] = {"name": " + ".join(p.method.name for p in plans), "options": {}}

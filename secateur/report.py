@@ -3,11 +3,16 @@
 import io
 import json
 import platform
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from secateur.version import __version__
+
+VERSION = 2
+#: the command line that is being followed, as it was typed; None where Python called
+COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,54 @@ def versions() -> dict[str, str]:
     }
 
 
+class Line(NamedTuple):
+    """One line of the headline table in words, the same at the terminal, on the page, in the card.
+
+    What one side has not is empty.
+    """
+
+    label: str
+    dense: str
+    compressed: str
+    change: str
+
+
+def lines(report: Report) -> list[Line]:
+    """Dense beside compressed, and the change."""
+    dense, small = report["dense"], report["compressed"]
+    found: list[Line] = []
+
+    def add(label: str, a: float, b: float, form: Any, change: str) -> None:
+        ratio = b / a if a else 1.0  # memory that the process had before, say
+        note = {"share": f"{ratio:.1%}", "times": f"{ratio:.2f}×", "rise": f"{ratio - 1:+.1%}"}
+        found.append(Line(label, form(a), form(b), note[change] if a else ""))
+
+    add("parameters", dense["parameters"], small["parameters"], count, "share")
+    add("bytes on disk", dense["bytes"], small["bytes"], size, "share")
+    for name, value in dense["perplexity"].items():
+        add(f"perplexity, {name}", value, small["perplexity"][name], "{:.2f}".format, "rise")
+    for name, value in dense["tasks"].items():
+        other = small["tasks"][name]
+        points = f"{100 * (other - value):+.1f} points"
+        found.append(Line(name, f"{value:.1%}", f"{other:.1%}", points))
+    if agrees := small["agreement"]:
+        name = next(iter(dense["perplexity"]))
+        of = f"of {agrees['outputs']:,.0f} outputs"
+        found.append(Line(f"same first choice, {name}", "", f"{agrees['top1']:.1%}", of))
+        found.append(Line("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", ""))
+    things = "images" if dense["counts"] == "images" else "tokens"
+    for key, label in (("prefill", f"reading, {things}/s"), ("decode", "writing, tokens/s")):
+        if (key := f"{key}_tokens_per_second") in dense["speed"]:
+            add(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
+    add("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
+    return found
+
+
 def comparison(report: Report) -> Any:
-    """A rich table: dense beside compressed, and the change."""
+    """The headline table for a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    dense, small = report["dense"], report["compressed"]
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column, justify in (
         ("", "left"),
@@ -64,29 +111,8 @@ def comparison(report: Report) -> Any:
         ("", "right"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-
-    def row(label: str, a: float, b: float, form: Any, change: str) -> None:
-        ratio = b / a if a else 1.0  # memory that the process had before, say
-        note = {"share": f"{ratio:.1%}", "times": f"{ratio:.2f}×", "rise": f"{ratio - 1:+.1%}"}
-        table.add_row(label, form(a), form(b), note[change] if a else "")
-
-    row("parameters", dense["parameters"], small["parameters"], count, "share")
-    row("bytes on disk", dense["bytes"], small["bytes"], size, "share")
-    for name, value in dense["perplexity"].items():
-        row(f"perplexity, {name}", value, small["perplexity"][name], "{:.2f}".format, "rise")
-    for name, value in dense["tasks"].items():
-        other = small["tasks"][name]
-        table.add_row(name, f"{value:.1%}", f"{other:.1%}", f"{100 * (other - value):+.1f} points")
-    if agrees := small["agreement"]:
-        name = next(iter(dense["perplexity"]))
-        of = f"of {agrees['outputs']:,.0f} outputs"
-        table.add_row(f"same first choice, {name}", "", f"{agrees['top1']:.1%}", of)
-        table.add_row("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", "")
-    things = "images" if dense["counts"] == "images" else "tokens"
-    for key, label in (("prefill", f"reading, {things}/s"), ("decode", "writing, tokens/s")):
-        if (key := f"{key}_tokens_per_second") in dense["speed"]:
-            row(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
-    row("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
+    for line in lines(report):
+        table.add_row(*line)
     return table
 
 

@@ -1,8 +1,10 @@
 """Several methods one after the other, under one budget of bytes."""
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -25,7 +27,7 @@ from secateur.task import Task
 from secateur.text import Calibration, Tokens
 
 ATTEMPTS = 4
-PLAN, UNFINISHED = "plan.json", "unfinished"
+PLAN, OBSERVED, UNFINISHED = "plan.json", "observed.json", "unfinished"
 
 
 def compress_in_steps(
@@ -73,7 +75,7 @@ def compress_in_steps(
         with watch.measure("evaluate"):
             dense = task.judge_dense()
         for _ in range(ATTEMPTS):
-            plans, memory, first = _run(task, recipe, budget, watch)
+            plans, observed, memory, first = _run(task, recipe, budget, watch)
             reached = stored_bytes(workspace.result, shapes)
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
                 break
@@ -100,7 +102,7 @@ def compress_in_steps(
             batch=1,
             length=task.tokens.length,
         )
-        report = make_report(task, plans, spent, dense, small, watch)
+        report = make_report(task, plans, observed, spent, dense, small, watch)
         write_record(task, report, plans, recipe)
         workspace.publish()
     return report
@@ -108,14 +110,16 @@ def compress_in_steps(
 
 def _run(
     task: Task, recipe: Recipe, budget: "_Bytes", watch: Stopwatch
-) -> tuple[list[Plan], dict[str, Tensor], Tokens]:
+) -> tuple[list[Plan], list[dict[str, Any]], dict[str, Tensor], Tokens]:
     """Every step that is not finished; the last one's result is the run's."""
     source, plans, workspace = task.source, [], task.workspace
+    observed: list[dict[str, Any]] = []
     for number, step in enumerate(recipe.steps, 1):
         last = number == len(recipe.steps)
         folder = workspace.result if last else workspace.folder / f"step-{number}"
         if not last and folder.exists():
             plans.append(read_plan(folder / PLAN))
+            observed.append(json.loads((folder / OBSERVED).read_text()))
             source = str(folder)
             continue
         shapes = skeleton(source, task.settings)
@@ -142,12 +146,14 @@ def _run(
         shutil.rmtree(made, ignore_errors=True)
         memory, first = write(prepared, made, watch, task.progress)
         plans.append(prepared.plan)
+        observed.append(prepared.observed)
         del prepared
         if not last:
             (made / PLAN).write_text(plans[-1].to_json())
+            (made / OBSERVED).write_text(json.dumps(observed[-1]))
             made.rename(folder)
             source = str(folder)
-    return plans, memory, first
+    return plans, observed, memory, first
 
 
 def _forget(folder: Path, recipe: Recipe) -> None:
