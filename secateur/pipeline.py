@@ -1,16 +1,19 @@
 """The main job: open, judge, calibrate, plan, apply, write, reload, judge again, report."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import TemplateError
 from torch import Tensor
 
 from secateur import report as reporting
 from secateur.allocate.base import Allocator
 from secateur.calibration import Store
+from secateur.card import write_card
 from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
 from secateur.depth import close_ranks
 from secateur.errors import InputError
@@ -20,12 +23,14 @@ from secateur.goal import Goal
 from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, Settings, skeleton
+from secateur.page import write_page
 from secateur.plan import Budget, Plan, check_sizes, match_units
 from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
 from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
+from secateur.runs import read_run
 from secateur.select import cheap
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
@@ -133,6 +138,7 @@ def compress(
         step = Step(method, goal, allocator, method.keep or None)
         write_record(task, report, [plan], Recipe((step,)))
         workspace.publish()
+    show_record(task)
     return report
 
 
@@ -243,6 +249,18 @@ def write_record(task: Task, report: Report, plans: Sequence[Plan], recipe: Reci
         "settings": asdict(task.settings),
     }
     (record / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def show_record(task: Task) -> None:
+    """Write page and card from the record of a published run, which is whole without them."""
+    try:
+        write_page(task.out)
+        write_card(read_run(task.out))
+    except (InputError, OSError, TemplateError) as error:
+        task.progress.say(
+            f"note: the report page was not written ({error}); `secateur report "
+            f"{shlex.quote(str(task.out))}` tries again"
+        )
 
 
 def save(

@@ -11,6 +11,11 @@ from typing import Any, NamedTuple
 from secateur.version import __version__
 
 VERSION = 2
+TIERS = {
+    "plain": "loads wherever the dense model does, no extra code",
+    "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
+    "factored": "loads in transformers after `import secateur`, or with trust_remote_code=True",
+}
 #: the command line that is being followed, as it was typed; None where Python called
 COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)
 
@@ -114,6 +119,35 @@ def comparison(report: Report) -> Any:
     for line in lines(report):
         table.add_row(*line)
     return table
+
+
+def told_tier(tier: str, libraries: list[str]) -> str:
+    """What a tier means to who loads the result."""
+    needed = f"; needs {', '.join(libraries)}" if libraries else ""
+    return f"tier {tier}: {TIERS.get(tier, 'unknown here')}{needed}"
+
+
+def kept(budget: dict[str, Any], sees: bool) -> str:
+    """What a budget asked for and what it got; of a model that ``sees``, in images."""
+    total, read = budget["total"], f"{budget['batch']} × {budget['length']} tokens"
+    if sees:
+        read = f"a batch of {budget['batch']}"
+    whole = {
+        "parameters": f"{count(total)} compressible parameters",
+        "bytes": f"{size(total)} that can shrink",
+        "flops": f"{count(total)} operations a token in what can shrink",
+        "cache": f"{size(total)} of KV cache a token",
+        "latency": f"{total / 1e6:.2f} ms for {read}",
+    }.get(budget["of"], budget["of"])
+    return f"keeps {budget['reached']:.2%} of {whole} (asked for {budget['keep']:.2%})"
+
+
+def summary(report: Report) -> str:
+    """What a run has kept, by what, and how long that took."""
+    told = kept(report["budget"], report["dense"]["counts"] == "images")
+    told += f", by {report['method']['name']}"
+    total = report["seconds"].get("total")
+    return told if total is None else f"{told} in {total:.0f} s"
 
 
 def count(number: float) -> str:

@@ -16,7 +16,7 @@ from secateur.evaluate.judge import Questions
 from secateur.layers.integers import missing_library
 from secateur.methods import check_served
 from secateur.model import Model, Settings, skeleton
-from secateur.pipeline import judge_result, make_report, write, write_record
+from secateur.pipeline import judge_result, make_report, show_record, write, write_record
 from secateur.plan import Budget, Plan, read_plan
 from secateur.prepare import check_reach, prepare
 from secateur.progress import Progress
@@ -105,6 +105,7 @@ def compress_in_steps(
         report = make_report(task, plans, observed, spent, dense, small, watch)
         write_record(task, report, plans, recipe)
         workspace.publish()
+    show_record(task)
     return report
 
 

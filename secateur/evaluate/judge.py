@@ -58,7 +58,8 @@ class Verdict:
     """What was measured. ``peak_memory_bytes`` counts from before the weights were loaded.
 
     ``tokens`` says how many outputs each figure is of, ``counts`` what those are of: tokens, or
-    images. ``tasks`` holds shares of right answers; ``agreement``, of a compressed model, what
+    images; ``texts`` has the fingerprint of each text's tokens. ``tasks`` holds shares of right
+    answers; ``agreement``, of a compressed model, what
     :func:`~secateur.evaluate.agreement.agreement` says of it on the first text.
     """
 
@@ -73,6 +74,7 @@ class Verdict:
     counts: str = "tokens"
     tasks: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def judge(
@@ -136,6 +138,7 @@ def judge(
         counts=use.counts,
         tasks=tasks,
         agreement=agrees,
+        texts={name: tokens.fingerprint for name, tokens in held.items()},
     )
 
 
