@@ -54,8 +54,8 @@ def compare(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _beats(a: Entry, b: Entry, axis: str) -> bool:
-    better = a["perplexity"] <= b["perplexity"] and a[axis] <= b[axis]
-    return better and (a["perplexity"] < b["perplexity"] or a[axis] < b[axis])
+    one, other = ((float(e["perplexity"]), float(e[axis])) for e in (a, b))
+    return one != other and one[0] <= other[0] and one[1] <= other[1]
 
 
 def _check_model(runs: Sequence[Run]) -> None:
@@ -104,9 +104,9 @@ def _same_text(a: Run, b: Run, name: str) -> bool:
         return False
     prints = one["texts"].get(name), other["texts"].get(name)
     if None not in prints:
-        return prints[0] == prints[1]
+        return bool(prints[0] == prints[1])
     same = math.isclose(one["perplexity"][name], other["perplexity"][name], rel_tol=SAME)
-    return same and one["tokens"].get(name) == other["tokens"].get(name)
+    return same and bool(one["tokens"].get(name) == other["tokens"].get(name))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -159,7 +159,7 @@ def _dense(runs: Sequence[Run], text: str) -> Entry:
     for axis in ("reading_ms", "writing_ms"):
         found = [entry[axis] for entry in own if entry[axis] is not None]
         own[0][axis] = median(found) if found else None
-    return {"name": "dense", **own[0]}
+    return {"name": "dense", "method": None, **own[0]}
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -213,7 +213,7 @@ def show(content: dict[str, Any]) -> None:
         everywhere = len(beaten) == len(entry["frontier"]) > 0
         table.add_row(
             escape(entry["name"]),
-            escape(entry["method"]) if own else "",
+            escape(entry["method"] or ""),
             size(entry["bytes"]),
             f"{entry['bytes'] / dense['bytes']:.0%}" if own else "",
             f"{entry['perplexity']:.2f}",

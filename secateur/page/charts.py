@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH, LEFT, RIGHT, TOP = 340.0, 46.0, 10.0, 12.0
+WIDTH, LEFT, RIGHT, TOP = 340.0, 44.0, 14.0, 12.0
 BOTTOM = 30.0  # for the numbers of an axis and its name
 FLOOR = 1e-9  # of a logarithmic axis
 SPREAD = 20.0  # of values beyond which an axis is logarithmic
@@ -70,7 +70,7 @@ class Scale:
         span = self.high - self.low
         rough = span / 4
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough)
+        step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough)
         first_tick = math.ceil(self.low / step - 1e-9)
         count = int((self.high - first_tick * step) / step + 1e-9) + 1
         return [(first_tick + i) * step for i in range(count)]
@@ -124,6 +124,7 @@ STYLE = """
   --faint: #2d322c; --now: #86cba0; --was: #6b736a } }
 text { font: 10.5px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill: var(--soft) }
 .end { text-anchor: end } .middle { text-anchor: middle } .sign, .run { fill: var(--ink) }
+.run { white-space: pre }
 .paper { fill: var(--paper) } .grid { stroke: var(--faint) } .tick { stroke: var(--was) }
 .dot, .diamond { fill: var(--now) } .cross { stroke: var(--soft); stroke-width: 1.6 }
 .step { fill: none; stroke: var(--now); stroke-width: 1.2 }
@@ -140,11 +141,15 @@ def sheet(title: str, pictures: Sequence[Markup], names: Sequence[str]) -> str:
         x, y = 12 + (i % across) * (WIDTH + 24), 14 + (i // across) * high
         given = Markup('<svg x="{:.0f}" y="{:.0f}" width="{:.0f}" height="250"').format(x, y, WIDTH)
         parts.append(given + Markup(inner.removeprefix("<svg")))
-    columns = max(1, int(wide // 240))
+    height = 14 + rows * high
+    if len(pictures) > across and len(pictures) % across:  # the place that no picture takes
+        columns, left, top = 1, 36 + WIDTH, 44 + (rows - 1) * high
+    else:
+        columns, left, top = max(1, int(wide // 240)), 24.0, height + 16
     for i, name in enumerate(names):
-        x, y = 24 + (i % columns) * 240.0, 30 + rows * high + (i // columns) * 17
-        parts.append(text(x, y, name, class_="run"))
-    height = 40 + rows * high + math.ceil(len(names) / columns) * 17
+        y = top + (i // columns) * 18
+        parts.append(text(left + (i % columns) * 240.0, y, name, class_="run"))
+        height = max(height, y + 20)
     return str(
         tag(
             "svg",
@@ -334,12 +339,26 @@ class Point:
     own: bool = False
 
 
+def beside(
+    x: float, y: float, sign: str, taken: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """A place for a label near a point: the first that nothing else is close to.
+
+    Steps come from above and leave to the right.
+    """
+    aside = 9 + 3.0 * len(sign)
+    places = [(x - aside, y), (x, y + 13), (x + aside, y - 9), (x, y - 12), (x + aside, y + 9)]
+    inside = [p for p in places if LEFT < p[0] < WIDTH - RIGHT]
+    free = [p for p in inside if all(abs(p[0] - a) > 10 or abs(p[1] - b) > 9 for a, b in taken)]
+    return (free or places)[0]
+
+
 def frontier(title: str, name: str, points: Sequence[Point], form: Form = number) -> Markup:
     """Perplexity against a cost; steps join what no other beats, × is what one does."""
     height, bottom = 250.0, 220.0
     ys, xs = [p.y for p in points], [p.x for p in points]
-    scale = Scale.of(ys, bottom, TOP + 4, min(ys) > 0 and max(ys) > 3 * min(ys), 0.08)
-    across = Scale.of([0.0, *xs], LEFT, WIDTH - RIGHT - 6)
+    scale = Scale.of(ys, bottom, TOP + 12, min(ys) > 0 and max(ys) > 3 * min(ys), 0.08)
+    across = Scale.of(xs, LEFT + 8, WIDTH - RIGHT - 8, room=0.1)
     parts = [*upright(scale), line(LEFT, bottom, WIDTH - RIGHT, bottom, "tick")]
     best = sorted((p.x, p.y) for p in points if p.best)
     corners: list[str] = []
@@ -349,12 +368,15 @@ def frontier(title: str, name: str, points: Sequence[Point], form: Form = number
         corners.append(f"{across(x):.2f},{scale(y):.2f}")
     if len(best) > 1:
         parts.append(tag("polyline", points=" ".join(corners), class_="step"))
+    taken = [(across(p.x), scale(p.y)) for p in points]
     for p in points:
         shape = "diamond" if p.dense else "dot" if p.best else "cross"
         told = f"{p.sign} {p.name}: perplexity {p.y:.2f} at {form(p.x)}"
         parts.append(marked(shape, across(p.x), scale(p.y), told))
         kind = "middle own" if p.own else "middle sign"
-        parts.append(text(across(p.x), scale(p.y) - 8, p.sign, class_=kind))
+        x, y = beside(across(p.x), scale(p.y), p.sign, taken)
+        taken.append((x, y))
+        parts.append(text(x, y + 4, p.sign, class_=kind))
     parts.append(text(LEFT, TOP - 3, "perplexity", class_="name"))
     parts += level(across, bottom, name, form)
     beaten = sum(not p.best for p in points)

@@ -61,7 +61,7 @@ def content(run: Run, comparison: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "name": short_name(report["model"]["source"]),
         "summary": summary(report),
-        "tier": told_tier(report["tier"], report["libraries"]),
+        "tier": told_tier(report["tier"], report["libraries"]).replace("`", ""),
         "tiles": tiles(report),
         "lines": lines(report),
         "densified": report["densified"],
@@ -288,7 +288,7 @@ def loss_figures(groups: dict[str, list[tuple[str, UnitRow]]]) -> Iterator[Figur
             yield Figure(
                 title,
                 charts.by_layer(
-                    f"{title}, divergence alone", labels, {"nats": found}, charts.number, False
+                    f"{title}, divergence alone", labels, {"nats": found}, charts.number
                 ),
             )
 
