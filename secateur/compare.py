@@ -141,12 +141,13 @@ def _entry(name: str, run: Run, text: str) -> Entry:
 def _figures(side: dict[str, Any], text: str) -> Entry:
     """What is compared of one model."""
     speed = side["speed"]
+    amount = 1 if side["counts"] == "images" else speed.get("prompt_tokens", 1)
     read, write = (speed.get(f"{way}{RATE}") for way in ("prefill", "decode"))
     return {
         "parameters": side["parameters"],
         "bytes": side["bytes"],
         "perplexity": side["perplexity"][text],
-        "reading_ms": 1000 * speed.get("prompt_tokens", 1) / read if read else None,
+        "reading_ms": 1000 * amount / read if read else None,
         "writing_ms": 1000 / write if write else None,
         "peak_memory_bytes": side["peak_memory_bytes"],
         "frontier": {},
