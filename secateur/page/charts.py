@@ -13,6 +13,7 @@ from markupsafe import Markup
 WIDTH, LEFT, RIGHT, TOP = 340.0, 44.0, 14.0, 12.0
 BOTTOM = 30.0  # for the numbers of an axis and its name
 FLOOR = 1e-9  # of a logarithmic axis
+FAINT = 1e-4  # of the largest value, below which one is as good as zero
 SPREAD = 20.0  # of values beyond which an axis is logarithmic
 Form = Callable[[float], str]
 
@@ -265,26 +266,29 @@ def by_layer(
 ) -> Markup:
     """One or two values a layer, as rings and diamonds; two of a layer are joined.
 
-    From zero; by the logarithm where values are of very different sizes, zero then at the bottom.
+    From zero; by the logarithm where values are of very different sizes, next to nothing then at
+    the bottom.
     """
     height, bottom = 160.0, 130.0
-    every = [v for values in series.values() for v in values if v is not None and v > 0]
+    found = [v for values in series.values() for v in values if v is not None]
+    faint = FAINT * max(found, default=0.0)
+    every = [v for v in found if v > faint]
     log = bool(every) and max(every) > SPREAD * min(every)
     scale = Scale.of(every if log else [0.0, *every], bottom, TOP, log)
     _, middles = layers(len(labels))
     parts = [*upright(scale, form), line(LEFT, bottom, WIDTH - RIGHT, bottom, "tick")]
     shapes = ("ring", "diamond") if len(series) == 2 else ("diamond",)
     for i, x in enumerate(middles):
-        found = [values[i] for values in series.values()]
-        ends = [scale(v) if v > 0 else bottom for v in found if v is not None]
+        own = [values[i] for values in series.values()]
+        ends = [scale(v) if v > faint else bottom for v in own if v is not None]
         if len(ends) > 1:
             parts.append(line(x, min(ends), x, max(ends), "tie"))
         elif not log and ends:
             parts.append(line(x, bottom, x, ends[0], "stem"))
-        for shape, name, value in zip(shapes, series, found, strict=True):
+        for shape, name, value in zip(shapes, series, own, strict=True):
             if value is not None:
                 said = f"layer {labels[i]}, {name}: {form(value)}"
-                parts.append(marked(shape, x, scale(value) if value > 0 else bottom, said))
+                parts.append(marked(shape, x, scale(value) if value > faint else bottom, said))
     parts += numbered(labels, bottom)
     return picture(title, ", ".join(series), height, parts)
 
