@@ -18,6 +18,7 @@ from secateur.workspace import write_whole
 
 CARD = "README.md"
 MAX_BYTES = 2**20
+PLAIN = r"[A-Za-z0-9][\w.-]*"  # of a name that stands in YAML as it is
 #: auto class in transformers and, where the hub has one, the task
 OPENERS = {
     "causal": ("AutoModelForCausalLM", "text-generation"),
@@ -58,7 +59,8 @@ def front_matter(report: Report, license_name: str | None) -> dict[str, Any]:
         found["pipeline_tag"] = task
     if license_name is not None:
         found["license"] = license_name
-    return found | {"tags": ["secateur", "compressed", *dict.fromkeys(methods)]}
+    named = dict.fromkeys(name for name in methods if re.fullmatch(PLAIN, name))
+    return found | {"tags": ["secateur", "compressed", *named]}
 
 
 def base_model(report: Report) -> str | None:
@@ -92,7 +94,7 @@ def license_of(source: str) -> str | None:
     except (yaml.YAMLError, RecursionError):
         return None
     name = fields.get("license") if isinstance(fields, dict) else None
-    return name if isinstance(name, str) else None
+    return name if isinstance(name, str) and re.fullmatch(PLAIN, name) else None
 
 
 def body(report: Report) -> Iterator[str]:

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from secateur.card import CARD
 from secateur.errors import InputError
 from secateur.progress import Progress
 from secateur.runs import read_run
+
+#: what the hub's library raises, and the HTTP client below it, whichever that is
+FAILURES: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__mro__[1])
 
 
 def push(folder: Path, repo: str, private: bool = False, progress: Progress | None = None) -> str:
@@ -46,7 +49,7 @@ def push(folder: Path, repo: str, private: bool = False, progress: Progress | No
         progress.say(f"uploading {folder.name} to {made.repo_id}")
         told = f"{folder.name}, compressed by Secateur"
         api.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message=told)
-    except OSError as error:  # the hub's own errors, and those of the network below them
+    except FAILURES as error:
         raise InputError(
             f"{repo!r} could not be uploaded: {_first(error)} Repeat the command; what has arrived "
             f"is not sent again."

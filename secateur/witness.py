@@ -62,7 +62,8 @@ class Witness:
                 after = stream.through(block, stream.at(batch))
             stream.put(batch, after)
             added["stream"] = after[:, stream.part(block)]
-            yield block.index, {part: values[real].cpu() for part, values in added.items()}
+            rows = {part: v.reshape(*real.shape, -1)[real] for part, v in added.items()}  # OPT's
+            yield block.index, {part: values.cpu() for part, values in rows.items()}
 
 
 def _few(model: Model, tokens: Tokens) -> Tokens:
