@@ -13,15 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RUNS = (
-    ("auto", 0.9),
-    ("auto", 0.8),
-    ("auto", 0.7),
-    ("modegpt", 0.8),
-    ("flap", 0.8),
-    ("svd-llm", 0.8),
-    ("shortgpt", 0.8),
-)
+RUNS = (("auto", 0.9), ("auto", 0.8), ("auto", 0.7), ("flap", 0.8), ("shortgpt", 0.8))
+LIGHT = ("--samples", 32, "--eval-windows", 32, "--no-speed")
 SHOWN = "auto-0.8"
 SIZE = (1000, 1240)
 
@@ -62,7 +55,7 @@ def main() -> None:
         made.append(out)
         if not out.exists():
             given = ("--method", method, "--keep", keep, "--calibration", arguments.calibration)
-            secateur("compress", arguments.model, out, *given, *texts, "--no-speed")
+            secateur("compress", arguments.model, out, *given, *texts, *LIGHT)
     pictures = ROOT / "docs" / "pictures"
     pictures.mkdir(exist_ok=True)
     secateur("compare", *made, "--plot", pictures / "frontier.svg")

@@ -64,8 +64,7 @@ class Scale:
                 found = [d * 10.0**e for e in range(first, last + 1) for d in digits]
                 inside = [value for value in found if self.low <= value <= self.high]
                 if len(inside) >= 3:
-                    step = math.ceil(len(inside) / 6)
-                    return inside[::step]
+                    return inside[:: math.ceil(len(inside) / 6)]
             if len(inside) == 2:
                 return inside
         span = self.high - self.low
