@@ -1,16 +1,17 @@
 """Several methods one after the other, under one budget of bytes."""
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from secateur.calibration import Store
 from secateur.checkpoint import published_name
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions
+from secateur.header import BYTES, tensors
 from secateur.layers.integers import missing_library
 from secateur.methods import check_served
 from secateur.model import Model, Settings, skeleton
@@ -228,14 +229,12 @@ def _least(step: Step, shapes: Model) -> float:
 
 def stored_bytes(folder: Path, shapes: Model) -> int:
     """What the tensors of all blocks take in the files of a checkpoint."""
-    inside, total = _block_prefixes(shapes), 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (it is no mapping)
-                if name.startswith(inside):
-                    tensor = file.get_tensor(name)
-                    total += tensor.numel() * tensor.element_size()
-    return total
+    inside = _block_prefixes(shapes)
+    return sum(
+        math.prod(shape) * BYTES[kind]
+        for name, (shape, kind) in tensors(str(folder), folder)
+        if name.startswith(inside)
+    )
 
 
 def _block_prefixes(shapes: Model) -> tuple[str, ...]:
