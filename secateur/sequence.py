@@ -78,14 +78,14 @@ def compress_in_steps(
             reached = stored_bytes(workspace.result, shapes)
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
                 break
-            # What later steps leave of narrowed shapes is known only when they are done.
-            progress.say("a little above the budget: narrowing further")
-            budget = replace(budget, later=budget.later * reached / (recipe.keep * budget.dense))
             if recipe.open is None:
                 raise InputError(
                     f"recipe: the keeps of its steps leave {reached / budget.dense:.3f} of the "
                     f"bytes, more than {recipe.keep}; leave one of them out."
                 )
+            # What later steps leave of narrowed shapes is known only when they are done.
+            progress.say("a little above the budget: narrowing further")
+            budget = replace(budget, later=budget.later * reached / (recipe.keep * budget.dense))
             _forget(workspace.folder, recipe)
         else:
             raise InputError(
