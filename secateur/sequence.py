@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.calibration import Store
 from secateur.checkpoint import published_name
@@ -18,6 +18,7 @@ from secateur.model import Model, Settings, skeleton
 from secateur.pipeline import judge_result, make_report, write, write_record
 from secateur.plan import Budget, Plan, read_plan
 from secateur.prepare import check_reach, prepare
+from secateur.prices import counted
 from secateur.progress import Progress
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
@@ -215,16 +216,15 @@ class _Bytes:
         return found
 
 
-def _own(module: object) -> int:
-    return sum(p.numel() for p in module.parameters())  # type: ignore[attr-defined]
+def _own(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _least(step: Step, shapes: Model) -> float:
     """The least share that a step can leave of the dense shapes."""
-    units, itemsize = step.method.units(shapes, step.goal.multiple_of), shapes.stored.itemsize
-    whole = sum(unit.cost(unit.size, itemsize).bytes for unit in units)
-    least = sum(unit.cost(step.allocator.choices(unit)[0], itemsize).bytes for unit in units)
-    return least / whole
+    units = step.method.units(shapes, step.goal.multiple_of)
+    prices = counted(units, "bytes", shapes.stored.itemsize)
+    return prices.spent(units, step.allocator.least(units, prices)) / prices.whole(units)
 
 
 def stored_bytes(folder: Path, shapes: Model) -> int:
