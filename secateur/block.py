@@ -452,9 +452,9 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def _sizes(linear: nn.Module) -> dict[str, Any]:
     if isinstance(linear, Factored):
-        outputs, inputs = linear.out_features, linear.in_features
-        return {"out": outputs, "in": inputs, "bias": linear.bias is not None}
-    inputs, outputs = inputs_by_outputs(linear).shape
+        inputs, outputs = linear.in_features, linear.out_features
+    else:
+        inputs, outputs = inputs_by_outputs(linear).shape
     return {"out": outputs, "in": inputs, "bias": linear.bias is not None}
 
 

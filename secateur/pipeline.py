@@ -10,8 +10,7 @@ from torch import Tensor
 from secateur import report as reporting
 from secateur.allocate.base import Allocator
 from secateur.calibration import Store
-from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
-from secateur.depth import close_ranks
+from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
@@ -141,9 +140,7 @@ def write(
     Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16.
     """
     model, plan = prepared.model, prepared.plan
-    # A plain checkpoint is for any reader, so its tensors have their published names.
-    plain = plan.tier == "plain"
-    writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
+    writer = writer_for(model, plan.tier, folder)
     method = prepared.method
     units = method.units(model, plan.multiple_of)
     narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
@@ -157,10 +154,7 @@ def write(
                 store_block(model, block, writer)
             advance(1)
     with watch.measure("save"):
-        store_rest(model, writer)
-        writer.finish()
-        close_ranks(model)
-        write_config(model, plan.tier, folder)
+        finish(model, plan.tier, writer)
     with watch.measure("evaluate"):
         first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
         return testimony(model, first), first

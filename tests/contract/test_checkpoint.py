@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from secateur import pipeline
+from secateur import checkpoint, pipeline
 from secateur.checkpoint import Writer
 from secateur.prepare import Prepared
 from secateur.progress import Progress
@@ -253,7 +253,7 @@ def test_same_seed_gives_the_same_bytes(tmp_path, method, write_to, written, nam
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt", "bert"])
 def test_shards_load_equally(tmp_path, monkeypatch, method, write_to, written, name):
-    monkeypatch.setattr(pipeline, "Writer", partial(Writer, shard_bytes=9000))
+    monkeypatch.setattr(checkpoint, "Writer", partial(Writer, shard_bytes=9000))
     made = write_to(tmp_path / "sharded", method, name, "layered")
     shards = sorted(made.folder.glob("model-*.safetensors"))
     assert len(shards) > 2

@@ -9,7 +9,7 @@ import transformers
 from secateur import Settings, Store, calibrate
 from secateur.allocate.uniform import Uniform
 from secateur.apply import narrow_block, narrow_unit
-from secateur.checkpoint import Writer, store_block, store_rest, write_config
+from secateur.checkpoint import finish, store_block, writer_for
 from secateur.evaluate import reload
 from secateur.goal import Goal
 from secateur.latency import measured
@@ -124,12 +124,10 @@ def test_propagation_lowers_the_error(folder):
 
 
 def save(model, folder, tier):
-    writer = Writer(folder)
+    writer = writer_for(model, tier, folder)
     for block in model.blocks:
         store_block(model, block, writer)
-    store_rest(model, writer)
-    writer.finish()
-    write_config(model, tier, folder)
+    finish(model, tier, writer)
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
 
 
