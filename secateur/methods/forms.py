@@ -79,9 +79,9 @@ class Forms(FormMethod):
         """Those of all methods."""
         return self._signed(lambda part: part.forms(outputs, inputs, bias))
 
-    def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
+    def offered(self, group: Sequence[Linear], model: "Model") -> Sequence[Form]:
         """Likewise."""
-        return self._signed(lambda part: part.offered(linear, model))
+        return self._signed(lambda part: part.offered(group, model))
 
     def _signed(self, of: Callable[[FormMethod], Sequence[Form]]) -> list[Form]:
         """The forms of every method, with its name on them."""
