@@ -18,7 +18,8 @@ from secateur import InputError
 from secateur.compare import compare
 from secateur.page import write_page
 from secateur.page.charts import Scale, number
-from secateur.page.content import part_of, place, samples, standalone
+from secateur.page.content import samples, standalone
+from secateur.page.steps import part_of, place
 from secateur.report import Report, lines
 from secateur.runs import UnitRow
 from tests.reference.made_runs import UNITS, first_version, made_run, report
