@@ -249,12 +249,12 @@ def write_record(task: Task, report: Report, plans: Sequence[Plan], recipe: Reci
 def show_record(task: Task) -> None:
     """Write page and card from the record of a published run, which is whole without them."""
     try:
-        write_page(task.out)
-        write_card(read_run(task.out))
+        write_page(task.workspace.out)
+        write_card(read_run(task.workspace.out))
     except (InputError, OSError, TemplateError) as error:
         task.progress.say(
             f"note: the report page was not written ({error}); `secateur report "
-            f"{shlex.quote(str(task.out))}` tries again"
+            f"{shlex.quote(str(task.workspace.out))}` tries again"
         )
 
 
