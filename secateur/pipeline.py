@@ -145,7 +145,7 @@ def write(
     plain = plan.tier == "plain"
     writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
     method = prepared.method
-    units = method.units(model, plan.multiple_of)
+    units = plan.goal.units(method, model)
     narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         while True:

@@ -20,6 +20,7 @@ from secateur.prepare import check_reach, prepare
 from secateur.progress import Progress
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
+from secateur.runtime import check_runtime
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration, Tokens
@@ -120,6 +121,7 @@ def _run(
             continue
         shapes = skeleton(source, task.settings)
         check_served(step.method, shapes)
+        check_runtime(shapes, step.method, step.goal)
         keep = step.keep or 0.0
         if number - 1 == recipe.open:
             there = budget.dense if number == 1 else stored_bytes(Path(source), shapes)
@@ -198,7 +200,7 @@ class _Bytes:
         """
         assert self.open is not None
         itemsize = model.stored.itemsize
-        units = self.open.method.units(model, self.open.goal.multiple_of)
+        units = self.open.goal.units(self.open.method, model)
         moving = sum(unit.cost(unit.size, itemsize).bytes for unit in units)
         found = (self.keep * self.dense / self.later - (there - moving)) / moving
         if found > 1:
@@ -220,7 +222,7 @@ def _own(module: object) -> int:
 
 def _least(step: Step, shapes: Model) -> float:
     """The least share that a step can leave of the dense shapes."""
-    units, itemsize = step.method.units(shapes, step.goal.multiple_of), shapes.stored.itemsize
+    units, itemsize = step.goal.units(step.method, shapes), shapes.stored.itemsize
     whole = sum(unit.cost(unit.size, itemsize).bytes for unit in units)
     least = sum(unit.cost(step.allocator.choices(unit)[0], itemsize).bytes for unit in units)
     return least / whole
