@@ -119,6 +119,12 @@ class Row(Record):
     becomes: str | None = None
     dense_bytes: int | None = None
 
+    @property
+    def linears(self) -> list[str]:
+        """Of a matrix the linear layers whose weight it is: ``a.x+y`` are ``a.x`` and ``a.y``."""
+        inside, _, names = self.unit.rpartition(".")
+        return [f"{inside}.{name}" for name in names.split("+")]
+
 
 class Plan(Record):
     """Sizes for all units of one model, and where they came from."""
@@ -150,8 +156,8 @@ class Plan(Record):
     @property
     def densified(self) -> int:
         """How many matrices are stored in a form that is computed as if it were dense."""
-        layers = [FORMS.get(row.form.get("form", "")) for row in self.units if row.form]
-        return sum(layer is not None and layer.densified for layer in layers)
+        layers = [(FORMS.get(row.form.get("form", "")), row) for row in self.units if row.form]
+        return sum(len(row.linears) for layer, row in layers if layer and layer.densified)
 
     @property
     def libraries(self) -> list[str]:

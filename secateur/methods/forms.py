@@ -82,12 +82,12 @@ class Forms(FormMethod):
             for form in part.forms(outputs, inputs, bias)
         ]
 
-    def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
+    def offered(self, group: Sequence[Linear], model: "Model") -> Sequence[Form]:
         """Likewise."""
         return [
             replace(form, label=f"{name}: {form.label}", by=name)
             for name, part in self.parts.items()
-            for form in part.offered(linear, model)
+            for form in part.offered(group, model)
         ]
 
     def layer(

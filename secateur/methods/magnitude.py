@@ -56,7 +56,8 @@ class Magnitude(SparseMethod):
         found = super().solve(unit, block, statistics)
 
         def curve() -> Curve:
-            weight = inputs_by_outputs(block.module.get_submodule(unit.path))
+            (path,) = unit.paths
+            weight = inputs_by_outputs(block.module.get_submodule(path))
             scale = float(weight.double().square().sum()) / unit.hidden**2
             return Curve(tuple(error * scale for error in found.curve.errors))
 

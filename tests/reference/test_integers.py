@@ -308,12 +308,12 @@ def test_nothing_can_follow_integers_in_a_recipe():
 def test_mixtures_offer_integers_with_scales_of_the_checkpoint(opened):
     model = opened("gpt2")
     units = Forms(of="rtn,svd").units(model, 1)
-    forms = {unit.path: [f for f in unit.forms if f.by == "rtn"] for unit in units}
+    forms = {unit.paths[0]: [f for f in unit.forms if f.by == "rtn"] for unit in units}
     assert forms["attn.q_proj"]
     assert forms["mlp.c_fc"] == []  # a Conv1D
     assert {f.spec["scales"] for own in forms.values() for f in own} == {"float32"}
     linears = {linear.path: linear for linear in model.blocks[0].linear_layers}
-    offered = {path: RTN(group="8").offered(linear, model) for path, linear in linears.items()}
+    offered = {path: RTN(group="8").offered([linear], model) for path, linear in linears.items()}
     assert offered["mlp.c_fc"] == []
     assert [form.spec["scales"] for form in offered["attn.q_proj"]] == ["float32"]
 
