@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from secateur.calibration import Store, calibrate
     from secateur.evaluate.judge import Questions, judge_apart
     from secateur.export import export_dense
+    from secateur.gguf.export import export_gguf
     from secateur.goal import Goal
     from secateur.methods.armor import Armor
     from secateur.methods.auto import Auto
@@ -139,6 +140,7 @@ _HOMES = {
     "save": "secateur.pipeline",
     "score": "secateur.scores",
     "export_dense": "secateur.export",
+    "export_gguf": "secateur.gguf.export",
     "read_recipe": "secateur.recipe",
     "select_calibration": "secateur.select",
 }
@@ -207,6 +209,7 @@ __all__ = [
     "compress",
     "compress_in_steps",
     "export_dense",
+    "export_gguf",
     "judge_apart",
     "make_plan",
     "open_model",

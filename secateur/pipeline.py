@@ -142,7 +142,7 @@ def write(
     model, plan = prepared.model, prepared.plan
     writer = writer_for(model, plan.tier, folder)
     method = prepared.method
-    units = method.units(model, plan.multiple_of)
+    units = plan.goal.units(method, model)
     narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         while True:
