@@ -113,7 +113,7 @@ def export_plain(
     Matrices of other forms are multiplied out. A subset of the rotary pairs that all heads share
     becomes a longrope, the scale of scores goes into the queries, and keys and values of unequal
     width become those of the class that has such. It is compared with memory in a fresh process
-    before ``out`` appears. Don't use it on layers of different shapes: it pads nothing, and refuses.
+    before ``out`` appears. Don't use it on layers of different shapes: it refuses them.
 
     Raises:
         InputError: there is no such checkpoint, it is plain already, no stock class has its shapes,
@@ -197,7 +197,7 @@ def store_as(model: Model, stock: Stock, folder: Path, progress: Progress) -> No
 
 
 def multiply_out(model: Model) -> int:
-    """Put a linear layer with the dense weight in place of every other form; how many those were."""
+    """Put a linear layer with the dense weight in place of every other form, and count those."""
     count = 0
     for block in model.blocks:
         for path, layer in [*block.module.named_modules()]:

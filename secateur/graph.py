@@ -54,12 +54,12 @@ class _Logits(nn.Module):
 
     def forward(self, read: Tensor, mask: Tensor | None = None) -> Tensor:
         module: Any = self.module
-        if mask is None:
-            logits: Tensor = module(read).logits
-            return logits
-        given = {"use_cache": False} if self.writes else {}
-        logits = module(input_ids=read, attention_mask=mask, **given).logits
-        return logits
+        given: dict[str, Any] = {"use_cache": False} if self.writes else {}
+        if mask is not None:
+            given = {"attention_mask": mask, **given}
+        output: Any = module(read, **given)
+        assert isinstance(output.logits, Tensor)
+        return output.logits
 
 
 def export_onnx(
@@ -77,7 +77,7 @@ def export_onnx(
     texts export to GGUF, or serve the checkpoint itself.
 
     Raises:
-        InputError: a library is missing, the model reads and writes in two parts, or ``out`` exists.
+        InputError: a library is missing, the model is of two parts, or ``out`` exists.
         RunError: torch cannot trace it, or onnxruntime says something else than the model.
     """
     settings = replace(settings or Settings(), dtype="float32", device="cpu")
@@ -203,8 +203,8 @@ def _check(model: Model, path: Path) -> float:
         seen = given["attention_mask"].bool() if "attention_mask" in given else ...
         if found.shape != expected.shape:
             raise RunError(
-                f"the graph gives logits of shape {tuple(found.shape)} on {batch} rows of {length}, "
-                f"and the model {tuple(expected.shape)}. Nothing was kept; please report this."
+                f"the graph gives logits of shape {tuple(found.shape)} on {batch} rows of "
+                f"{length}, and the model {tuple(expected.shape)}. Nothing was kept; please report this."
             )
         difference = (found - expected)[seen].abs().max() / expected[seen].std().clamp_min(1e-12)
         worst = max(worst, float(difference))

@@ -1,4 +1,4 @@
-"""Which class of transformers itself has a compressed model's shapes, and what stands in the way."""
+"""Which stock class has a compressed model's shapes, and what stands in the way of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from secateur.block import Block, inputs_by_outputs
-from secateur.checkpoint import attention_changed
+from secateur.checkpoint import attention_changed, block_prefix
 from secateur.errors import InputError
 from secateur.gguf.shapes import CANDIDATES as IN_LLAMA
 from secateur.model import Model
@@ -94,7 +94,9 @@ def _refuse(model: Model, by_kind: dict[str, list[tuple[int, ...]]]) -> None:
         if len(set(sizes)) == 1 and min(sizes[0]) > 0:
             continue
         each = [f"layers.{i}.{kind} {size[-1]}" for i, size in enumerate(sizes)]
-        differing = [next(i for i, s in enumerate(sizes) if s == size) for size in dict.fromkeys(sizes)]
+        differing = [
+            next(i for i, s in enumerate(sizes) if s == size) for size in dict.fromkeys(sizes)
+        ]
         shown = ", ".join(each[i] for i in differing[:SHOWN])
         more = len(differing) - SHOWN
         said.append(shown + (f" and {more} more sizes" if more > 0 else ""))
@@ -151,8 +153,7 @@ def stock_of(model: Model, sizes: Sizes) -> Stock:
         reasons.setdefault(obstacle, []).append(model_type)
     said = "; ".join(f"{', '.join(of)}: {why}" if of else why for why, of in reasons.items())
     raise InputError(
-        f"model {model.source!r}: no stock class has its shapes. {said}. "
-        f"{advice(model)}"
+        f"model {model.source!r}: no stock class has its shapes. {said}. {advice(model)}"
     )
 
 
@@ -171,7 +172,11 @@ def _fields(
     dense = model.blocks[0].heads
     if not own or (sizes.heads, sizes.kv_heads) != (dense.heads, dense.kv_heads):
         fields |= {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads}
-    if "head_dim" in fields or sizes.query_key * sizes.heads != dense.width * dense.heads or not own:
+    if (
+        "head_dim" in fields
+        or sizes.query_key * sizes.heads != dense.width * dense.heads
+        or not own
+    ):
         fields["head_dim"] = sizes.query_key
     if pairs is not None:
         fields["rope_parameters"] = longrope(model, pairs)
@@ -279,7 +284,9 @@ def _ratio(model: Model, module: PreTrainedModel) -> float:
     if not attention_changed(block):
         return 1.0
     stock: Any = module.base_model.get_submodule(f"{anatomy.blocks}.0.{anatomy.attention}")
-    return float(block.attention.scaling) / float(getattr(stock, "scaling", block.attention.scaling))
+    return float(block.attention.scaling) / float(
+        getattr(stock, "scaling", block.attention.scaling)
+    )
 
 
 def _obstacle(model: Model, module: PreTrainedModel, ratio: float) -> str | None:
@@ -311,16 +318,11 @@ def held(model: Model) -> dict[str, Tensor]:
     for block in model.blocks:
         if attention_changed(block):
             continue
-        inside = f"{model.prefix}{block.anatomy.blocks}.{_place(model, block)}.{block.anatomy.attention}."
+        inside = f"{block_prefix(model, block)}{block.anatomy.attention}."
         found = {name: tensor for name, tensor in found.items() if not name.startswith(inside)}
         own = block.stock_attention.state_dict()
         found |= {inside + name: tensor for name, tensor in own.items()}
     return found
-
-
-def _place(model: Model, block: Block) -> int:
-    stack = [b.index for b in model.blocks if b.anatomy is block.anatomy]
-    return stack.index(block.index)
 
 
 def conform(model: Model, stock: Stock) -> None:
