@@ -4,8 +4,8 @@
 
 Prints a Markdown section. Models of random weights are laid out by hand and run by the classes
 that load every checkpoint. Dense and narrowed take turns in one run; a figure is the median of
-the turns' ratios. "Allowed" is the dense model's operations over the narrowed one's; what is reached of it is
-the measured speed-up over that. On a busy machine take one thread and --clock cpu.
+the turns' ratios. "Allowed" is the dense model's operations over the narrowed one's; what is
+reached of it is the measured speed-up over that. On a busy machine take one thread and --clock cpu.
 """
 
 import argparse
@@ -94,8 +94,8 @@ def main() -> None:
     print(
         f"A Llama of {arguments.layers} layers, hidden {arguments.hidden}, MLP {arguments.mlp}, "
         f"{arguments.heads} heads for {arguments.kv_heads} KV heads,\n{arguments.vocabulary} "
-        f"tokens of vocabulary; {arguments.dtype}, threads: {arguments.threads}, {arguments.clock} clock. "
-        f"Prefill of\n{arguments.prompt} tokens, then {arguments.new} tokens one by one; batch 1. "
+        f"tokens of vocabulary; {arguments.dtype}, threads: {arguments.threads}, "
+        f"{arguments.clock} clock. Prefill of\n{arguments.prompt} tokens, then {arguments.new} tokens one by one; batch 1. "
         f"Speed-up over dense, what operations allow,\nand the share of it that is reached "
         f"(at least {TARGET:g} wanted).\n"
     )

@@ -204,7 +204,8 @@ def _check(model: Model, path: Path) -> float:
         if found.shape != expected.shape:
             raise RunError(
                 f"the graph gives logits of shape {tuple(found.shape)} on {batch} rows of "
-                f"{length}, and the model {tuple(expected.shape)}. Nothing was kept; please report this."
+                f"{length}, and the model {tuple(expected.shape)}. Nothing was kept; please "
+                f"report this."
             )
         difference = (found - expected)[seen].abs().max() / expected[seen].std().clamp_min(1e-12)
         worst = max(worst, float(difference))
