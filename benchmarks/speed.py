@@ -95,7 +95,8 @@ def main() -> None:
         f"A Llama of {arguments.layers} layers, hidden {arguments.hidden}, MLP {arguments.mlp}, "
         f"{arguments.heads} heads for {arguments.kv_heads} KV heads,\n{arguments.vocabulary} "
         f"tokens of vocabulary; {arguments.dtype}, threads: {arguments.threads}, "
-        f"{arguments.clock} clock. Prefill of\n{arguments.prompt} tokens, then {arguments.new} tokens one by one; batch 1. "
+        f"{arguments.clock} clock. Prefill of\n{arguments.prompt} tokens, then {arguments.new} "
+        f"tokens one by one; batch 1. "
         f"Speed-up over dense, what operations allow,\nand the share of it that is reached "
         f"(at least {TARGET:g} wanted).\n"
     )

@@ -11,28 +11,18 @@ def config(folder):
 
 
 @pytest.fixture
-def narrowed(compress, room, plan, tmp_path):
+def written(run, model, held, room, near, plan, tmp_path):
     """A function that compresses by a plan edited by hand, and gives the folder."""
 
     def make(**sizes):
         content = plan("--method", "modegpt", "--keep", "0.7")
         for row in content["units"]:
-            row["after"] = sizes.get(
-                row["unit"].replace(".", "_"), sizes.get(row["kind"], row["before"])
-            )
+            own = sizes.get(row["unit"].replace(".", "_"), sizes.get(row["kind"]))
+            row["after"] = own or row["before"]
         (tmp_path / "plan.json").write_text(json.dumps(content))
-        flags = ["--plan", tmp_path / "plan.json"]
-        return flags
-
-    return make
-
-
-@pytest.fixture
-def written(run, model, held, room, near, narrowed):
-    def make(**sizes):
-        flags = narrowed(**sizes)
         judge = ["--eval", held, "--no-speed", "--eval-windows", 2, "--new-tokens", 4]
-        run("compress", model, room / "out", *flags, *judge).succeeded()
+        made = run("compress", model, room / "out", "--plan", tmp_path / "plan.json", *judge)
+        made.succeeded()
         return room / "out"
 
     return make

@@ -19,7 +19,7 @@ def narrowing_of(block, unit, size, pairs=None):
     if unit.kind == "query_key":
         if pairs is None:
             pairs = [picked(unit.size // 2, size // 2, block.index).tolist()] * kv_heads
-        first = torch.tensor(pairs)
+        first = torch.tensor(pairs, dtype=torch.int64).view(kv_heads, size // 2)
         return Narrowing(keep=torch.cat((first, first + unit.size // 2), 1))
     generator = torch.Generator().manual_seed(block.index)
     encode = torch.randn(kv_heads, unit.size, size, generator=generator).double() / unit.size**0.5
@@ -27,10 +27,11 @@ def narrowing_of(block, unit, size, pairs=None):
     return Narrowing(encode=encode, consumer=(spread @ block.output_rows).flatten(0, 1))
 
 
-def shaped(model, folder, sizes, pairs=None):
+def shaped(model, folder, sizes, pairs=None, reshape=None):
     """Write a model with units of these sizes, for all layers by kind or for some by name.
 
-    ``pairs`` are those kept: (KV heads, pairs), or a list of such for the layers.
+    ``pairs`` are those kept: (KV heads, pairs), or a list of such for the layers. ``reshape`` is
+    called with every block then.
     """
     for block in model.blocks:
         kinds = {name.partition(".")[0]: size for name, size in sizes.items() if "." not in name}
@@ -40,6 +41,8 @@ def shaped(model, folder, sizes, pairs=None):
                 continue
             own = pairs[block.index] if pairs and isinstance(pairs[0][0], list) else pairs
             narrow_unit(block, unit, narrowing_of(block, unit, size, own))
+        if reshape is not None:
+            reshape(block)
     writer = writer_for(model, "per-layer", folder)
     for block in model.blocks:
         store_block(model, block, writer)
