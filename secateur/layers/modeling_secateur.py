@@ -470,6 +470,11 @@ def _slice(model: PreTrainedModel, blocks: Any, residual: dict[str, Any]) -> Non
         shorten(block.get_submodule(places["mlp_norm"]), size)
         block.attention_shortcut = nn.Parameter(torch.empty(size, size))
         block.mlp_shortcut = nn.Parameter(torch.empty(size, size))
+    # A block's class has another name now, by which it would not be known as one piece.
+    model._no_split_modules = {
+        *(model._no_split_modules or ()),
+        *(type(b).__name__ for b in blocks),
+    }
     old = base.get_input_embeddings()
     base.set_input_embeddings(nn.Embedding(old.num_embeddings, size, old.padding_idx))
     head: Any = model.get_output_embeddings()
