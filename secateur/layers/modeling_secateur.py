@@ -531,6 +531,8 @@ def _auto_class(stock: Any) -> str:
 
 def __getattr__(name: str) -> Any:
     """Make ``Secateur<stock class>`` for a class of transformers, once."""
+    if name in globals():  # asked for by a name that is made up here, not by an attribute
+        return globals()[name]
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
     if not name.startswith(PREFIX) or not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -236,11 +236,11 @@ def test_halves_are_near(opening, kind):
 @every_kind
 def test_checkpointed_gradients_are_the_same(opening, kind):
     def gradients(checkpointed):
-        torch.manual_seed(0)  # of dropout
         model = opening(kind).train()
         if checkpointed:
             model.gradient_checkpointing_enable()
             assert model.is_gradient_checkpointing
+        torch.manual_seed(0)  # of dropout
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -288,7 +288,7 @@ else:
     torch.testing.assert_close(read(away), said["logits"])
 write = pipeline("text-generation", model=source, trust_remote_code=True)
 text = write("w3 w5", max_new_tokens=4, min_new_tokens=4, do_sample=False)[0]["generated_text"]
-assert text.split()[:2] == ["w3", "w5"] and len(text.split()) >= 5, text
+assert text.startswith("w3 w5") and len(text) > 8, text
 print("all said")
 """
 
