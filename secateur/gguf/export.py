@@ -103,7 +103,8 @@ def check_request(out: Path, kind: str, overwrite: bool, checked: bool) -> None:
         raise InputError(f"unknown --type {kind!r}. {nearest(kind, TYPES)}")
     if out.suffix != SUFFIX or out.is_dir():
         raise InputError(
-            f"output {str(out)!r}: GGUF is one file; give it a name, e.g. {str(out / 'model.gguf')!r}."
+            f"output {str(out)!r}: GGUF is one file; give it a name, e.g. "
+            f"{str(out.with_suffix(SUFFIX))!r}."
         )
     if not out.absolute().parent.is_dir():
         raise InputError(f"output {str(out)!r}: there is no folder {str(out.parent)!r}.")
@@ -113,8 +114,8 @@ def check_request(out: Path, kind: str, overwrite: bool, checked: bool) -> None:
         raise InputError(f"GGUF files need the library gguf: {INSTALL}")
     if kind in QUANTIZED and not available():
         raise InputError(
-            f"--type {kind} is made by llama.cpp's quantizer, which is not installed ({INSTALL}; it "
-            f"compiles for some minutes). --type q8_0 needs none."
+            f"--type {kind} is made by llama.cpp's quantizer, which is not installed ({INSTALL}; "
+            f"it compiles for some minutes). --type q8_0 needs none."
         )
     if checked and not available():
         raise InputError(

@@ -127,8 +127,8 @@ def layout_of(model: Model) -> Layout:
         )
     if config.hidden_act != "silu":
         raise InputError(
-            f"model {model.source!r}: its MLPs have the activation {config.hidden_act!r}, and those "
-            f"architectures of llama.cpp that its shapes need have silu."
+            f"model {model.source!r}: its MLPs have the activation {config.hidden_act!r}, and "
+            f"those architectures of llama.cpp that its shapes need have silu."
         )
     blocks = model.blocks
     turned, wanted, base = rotary(model)
@@ -175,7 +175,7 @@ def check_family(config: Any) -> None:
     if model_type not in CANDIDATES:
         raise InputError(
             f"model_type {model_type!r} is not written as GGUF; {', '.join(CANDIDATES)} are. A "
-            f"result of --tier plain is read by llama.cpp's own converter, if that knows the family."
+            f"result of --tier plain is for llama.cpp's own converter, if that knows the family."
         )
 
 
