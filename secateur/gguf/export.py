@@ -84,7 +84,7 @@ def export_gguf(
     kind = STORED.get(model.stored, "f32") if kind == AUTO else kind
     layout, words = prepared(model, kind, tokenizer, progress)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        made, finding = _make(model, layout, words, kind, checked, Path(folder), progress)
+        made, finding = make(model, layout, words, kind, checked, Path(folder), progress)
         made.replace(out)
     if finding is None:
         progress.say(
@@ -157,7 +157,7 @@ def _first(model: Model, kind: str) -> Written:
     return kind if exact else STORED.get(model.stored, "f32")  # type: ignore[return-value]
 
 
-def _make(
+def make(
     model: Model,
     layout: Layout,
     words: Vocabulary | None,

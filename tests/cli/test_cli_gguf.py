@@ -27,15 +27,17 @@ def test_every_plan_has_sizes_of_the_runtime(plan, allocator):
     assert any(row["after"] != row["before"] for row in content["units"])
 
 
-def test_a_plan_is_replayed_for_its_runtime_and_edits_are_held_to_it(plan, replay, compress, room):
+def test_a_plan_is_replayed_for_its_runtime_and_edits_are_held_to_it(
+    plan, replay, run, model, room
+):
     content = plan("--for", "gguf", "--keep", "0.8", "--method", "modegpt")
     report = replay(content)
     assert report["budget"]["reached"] == content["budget"]["reached"]
     row = next(row for row in content["units"] if row["kind"] == "mlp")
     row["after"] = 40
     (room / "edited.json").write_text(json.dumps(content))
-    refused = compress("--plan", room / "edited.json", out=room / "again")
-    refused.refused("size 40 is not allowed for gguf", "nearest is 32")
+    edited = run("compress", model, room / "again", "--plan", room / "edited.json")
+    edited.refused("size 40 is not allowed for gguf", "nearest is 32")
 
 
 def test_a_recipe_records_the_runtime(compress, room):
@@ -54,7 +56,8 @@ def test_flags_are_refused_where_they_mean_nothing(run, compress, model, room):
     run("export", model, room / "m.gguf", *both).refused("--to gguf", "--dense")
     run("export", model, room / "m", "--dense", "--type", "f16").refused("--type", "--to gguf")
     (room / "plan.json").write_text("{}")
-    compress("--plan", room / "plan.json", "--for", "gguf").refused("--for", "--plan")
+    given = ("--plan", room / "plan.json", "--for", "gguf")
+    run("compress", model, room / "o", *given).refused("--for", "--plan")
 
 
 @needs_gguf
