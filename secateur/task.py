@@ -13,7 +13,8 @@ from secateur.inputs import (
     stamps,
     unseen,
 )
-from secateur.model import Settings, read_config
+from secateur.model import Settings
+from secateur.opening import read_config
 from secateur.progress import Progress
 from secateur.report import versions
 from secateur.text import Calibration, Tokens
@@ -26,7 +27,6 @@ class Task:
     """A model, the texts that decide and judge, and a place for the result."""
 
     source: str
-    out: Path
     calibration: Calibration
     tokens: Tokens
     questions: Questions
@@ -65,9 +65,7 @@ class Task:
         for note in overlaps(questions.texts, calibration):
             progress.say(f"note: {note}")
         workspace = Workspace(out, overwrite)
-        return cls(
-            source, out, calibration, tokens, questions, settings, progress, workspace, files
-        )
+        return cls(source, calibration, tokens, questions, settings, progress, workspace, files)
 
     def fingerprint(self, **asked: Any) -> dict[str, Any]:
         """Everything that the result depends on, with what was asked for beside."""
@@ -78,7 +76,7 @@ class Task:
             "calibration": self.calibration.as_dict(),
             "questions": asdict(self.questions),
             "settings": asdict(self.settings),
-            "files": stamps([*self.files], (self.workspace.folder, self.out)),
+            "files": stamps([*self.files], (self.workspace.folder, self.workspace.out)),
         }
 
     @property

@@ -16,7 +16,8 @@ from secateur.gguf.shapes import Layout, check_family, layout_of
 from secateur.gguf.tokens import Vocabulary, vocabulary
 from secateur.gguf.writer import FORMATS, QUANTIZED, Written, write
 from secateur.inputs import check_out
-from secateur.model import Model, Settings, open_model, read_config
+from secateur.model import Model, Settings
+from secateur.opening import open_model, read_config
 from secateur.progress import Progress
 
 AUTO = "auto"

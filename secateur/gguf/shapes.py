@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.block import Block, inputs_by_outputs
+from secateur.block import Block
 from secateur.errors import InputError
+from secateur.linears import inputs_by_outputs
 from secateur.model import Model
 from secateur.uses import PREFIX
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.block import Block, inputs_by_outputs
+from secateur.block import Block
 from secateur.gguf.shapes import Layer, Layout, score_factor
+from secateur.linears import inputs_by_outputs
 from secateur.model import Model
 
 Named = tuple[str, Tensor]

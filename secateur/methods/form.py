@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block, Linear, dense_weight, inputs_by_outputs
+from secateur.block import Block, Linear
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.forms import smaller
 from secateur.layers.forms_secateur import fill
+from secateur.linears import dense_weight, inputs_by_outputs
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.options import checked, option
 from secateur.prices import Target
@@ -203,12 +204,21 @@ class FormMethod(Method):
         What a second factor reads is x Aᵀ, so its Gram is A H Aᵀ: nothing has to be observed.
         """
         weight = inputs_by_outputs(linear.module)
-        if not self.data_aware:
-            return Metric.identity(len(weight), weight)
+        if not self.data_aware:  # there are no statistics
+            return self.seen(weight)
         gram = statistics[INPUTS[linear.place]].mean
         if linear.behind is not None:
             first = inputs_by_outputs(linear.behind).double().t()
             gram = first @ gram @ first.t()
+        return self.seen(gram)
+
+    def seen(self, gram: Tensor) -> Metric:
+        """The metric of a Gram as this method sees it: with its ridge, or all inputs alike.
+
+        Where it looks at the weights alone, anything of that length will do.
+        """
+        if not self.data_aware:
+            return Metric.identity(len(gram), gram)
         return Metric(gram, getattr(self, "ridge", 0.0))
 
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
