@@ -201,7 +201,7 @@ def rotary(model: Model) -> tuple[float, Tensor, float]:
     Raises:
         InputError: they change with the number of tokens.
     """
-    module: Any = model.module.base_model.rotary_emb  # type: ignore[union-attr]
+    module: Any = model.module.base_model.rotary_emb
     rope = model.config.rope_parameters
     if rope["rope_type"] not in STEADY:
         raise InputError(
