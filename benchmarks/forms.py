@@ -51,6 +51,7 @@ def ways(
         "armor": ("armor", {"block": block} | ({"rounds": 20} if light else {}), (0,)),
         "compot": ("compot", {}, KEEPS),
         "cospadi": ("cospadi", few, keeps),
+        "cospadi, shared": ("cospadi", {**few, "share": 1}, keeps),
         "dsformer": ("dsformer", few, keeps),
         "mix: integers": ("forms", {"of": "gptq"}, MIXED),
         "mix: all forms": ("forms", {"of": "gptq,ptqtp,sparsegpt,svd-llm"}, MIXED),

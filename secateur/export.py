@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from secateur.block import set_linear
 from secateur.checkpoint import (
     Writer,
     finish,
@@ -26,7 +25,9 @@ from secateur.goal import Written
 from secateur.inputs import check_out
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import packed_in
-from secateur.model import Model, Settings, has_forms, open_model, skeleton
+from secateur.linears import set_linear
+from secateur.model import Model, Settings, has_forms
+from secateur.opening import open_model, skeleton
 from secateur.progress import Progress
 from secateur.text import Tokens
 from secateur.uniform import PAIRS, Stock, common_sizes, conform, held, stock_of

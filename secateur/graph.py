@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import InputError, RunError
+from secateur.errors import InputError, RunError, first_line
 from secateur.evaluate.reload import TOLERANCE, attend_by
 from secateur.inputs import check_out
-from secateur.model import Model, Settings, open_model, read_config
+from secateur.model import Model, Settings
+from secateur.opening import open_model, read_config
 from secateur.progress import Progress
 from secateur.text import Tokens
 from secateur.uses import use_of
@@ -159,9 +160,9 @@ def _trace(model: Model, path: Path) -> None:
                 external_data=sum(p.nbytes for p in model.module.parameters()) > 2**30,
             )
     except torch.onnx.OnnxExporterError as error:
-        first = str(error).strip().splitlines()[0]
         raise RunError(
-            f"torch cannot make a graph of {type(model.module).__name__}: {first} Nothing was kept."
+            f"torch cannot make a graph of {type(model.module).__name__}: {first_line(error)} "
+            f"Nothing was kept."
         ) from error
 
 
@@ -197,7 +198,7 @@ def _check(model: Model, path: Path) -> float:
         except RuntimeError as error:
             raise RunError(
                 f"onnxruntime does not run the graph on {batch} rows of {length}: "
-                f"{str(error).splitlines()[0]} Nothing was kept; please report this."
+                f"{first_line(error)} Nothing was kept; please report this."
             ) from error
         found = torch.from_numpy(made)
         seen = given["attention_mask"].bool() if "attention_mask" in given else ...

@@ -21,7 +21,8 @@ from secateur.evaluate.judge import Verdict
 from secateur.flags import DEFAULT_METHOD, shown
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
-from secateur.model import DEMO, Settings, not_served, skeleton
+from secateur.model import Settings, not_served
+from secateur.opening import DEMO, skeleton
 from secateur.plan import Plan
 from secateur.report import Report, count, size
 from secateur.units import WIDTHS
@@ -311,9 +312,9 @@ def show_gguf(out: Path, made: "Exported") -> None:
         console.print("unchecked: llama.cpp has not run it")
     else:
         console.print(
-            f"llama.cpp agrees with the model: {found.same} of {found.greedy} greedy tokens are the "
-            f"same; logits differ by {found.root_mean_square:.1g} of their spread on average, by "
-            f"{found.largest:.1g} at most"
+            f"llama.cpp agrees with the model: {found.same} of {found.greedy} greedy tokens are "
+            f"the same; logits differ by {found.root_mean_square:.1g} of their spread on average, "
+            f"by {found.largest:.1g} at most"
         )
     line = f"\nnext: llama-cli -m {shlex.quote(str(out))}"
     console.print(line, markup=False, soft_wrap=True)

@@ -82,8 +82,8 @@ def check_runtime(shapes: "Model", method: "Method", goal: "Goal") -> None:
         )
     if any(not form.stock for unit in matrices for form in unit.forms):
         raise InputError(
-            f"{asked}: the forms of {method.name} are layers of our own, which vLLM is not known to "
-            f"run. Choose a method that narrows, rtn or gptq, or leave --for out."
+            f"{asked}: the forms of {method.name} are layers of our own, which vLLM is not known "
+            f"to run. Choose a method that narrows, rtn or gptq, or leave --for out."
         )
     if llama:
         _check_llama(asked, method, shapes, goal, units)

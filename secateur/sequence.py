@@ -14,7 +14,8 @@ from secateur.evaluate.judge import Questions
 from secateur.header import BYTES, tensors
 from secateur.layers.integers import missing_library
 from secateur.methods import check_served
-from secateur.model import Model, Settings, skeleton
+from secateur.model import Model, Settings
+from secateur.opening import skeleton
 from secateur.pipeline import judge_result, make_report, write, write_record
 from secateur.plan import Budget, Plan, read_plan
 from secateur.prepare import check_reach, prepare

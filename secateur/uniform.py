@@ -9,10 +9,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from secateur.block import Block, inputs_by_outputs
+from secateur.block import Block
 from secateur.checkpoint import attention_changed, block_prefix
 from secateur.errors import InputError
 from secateur.gguf.shapes import CANDIDATES as IN_LLAMA
+from secateur.linears import inputs_by_outputs
 from secateur.model import Model
 from secateur.uses import PREFIX
 
@@ -143,7 +144,7 @@ def stock_of(model: Model, sizes: Sizes) -> Stock:
             with torch.device("meta"):
                 module = model.use.opener.from_config(config)
         except REASONS as error:
-            why = str(error).strip().splitlines()[-1].strip().rstrip(".")
+            why = str(error).strip().splitlines()[-1].strip().rstrip(".")  # the first is a title
             reasons.setdefault(why, []).append(model_type)
             continue
         ratio = _ratio(model, module)

@@ -62,7 +62,8 @@ def available() -> bool:
 
 def reference(model: Model) -> Reference:
     """Ask the model, in the format that it computes in."""
-    vocabulary = model.module.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    embedding: Any = model.module.get_input_embeddings()
+    vocabulary = len(embedding.weight)
     room = (model.positions or PROMPT + GREEDY) - 1
     count = max(1, min(PROMPT, room // 2))
     prompt = torch.tensor([[(1 + i) * STRIDE % vocabulary for i in range(count)]])

@@ -16,7 +16,8 @@ from secateur.gguf.shapes import Layout, check_family, layout_of
 from secateur.gguf.tokens import Vocabulary, vocabulary
 from secateur.gguf.writer import FORMATS, QUANTIZED, Written, write
 from secateur.inputs import check_out
-from secateur.model import Model, Settings, open_model, read_config
+from secateur.model import Model, Settings
+from secateur.opening import open_model, read_config
 from secateur.progress import Progress
 
 AUTO = "auto"
@@ -84,7 +85,7 @@ def export_gguf(
     kind = STORED.get(model.stored, "f32") if kind == AUTO else kind
     layout, words = prepared(model, kind, tokenizer, progress)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        made, finding = _make(model, layout, words, kind, checked, Path(folder), progress)
+        made, finding = make(model, layout, words, kind, checked, Path(folder), progress)
         made.replace(out)
     if finding is None:
         progress.say(
@@ -103,7 +104,8 @@ def check_request(out: Path, kind: str, overwrite: bool, checked: bool) -> None:
         raise InputError(f"unknown --type {kind!r}. {nearest(kind, TYPES)}")
     if out.suffix != SUFFIX or out.is_dir():
         raise InputError(
-            f"output {str(out)!r}: GGUF is one file; give it a name, e.g. {str(out / 'model.gguf')!r}."
+            f"output {str(out)!r}: GGUF is one file; give it a name, e.g. "
+            f"{str(out.with_suffix(SUFFIX))!r}."
         )
     if not out.absolute().parent.is_dir():
         raise InputError(f"output {str(out)!r}: there is no folder {str(out.parent)!r}.")
@@ -113,8 +115,8 @@ def check_request(out: Path, kind: str, overwrite: bool, checked: bool) -> None:
         raise InputError(f"GGUF files need the library gguf: {INSTALL}")
     if kind in QUANTIZED and not available():
         raise InputError(
-            f"--type {kind} is made by llama.cpp's quantizer, which is not installed ({INSTALL}; it "
-            f"compiles for some minutes). --type q8_0 needs none."
+            f"--type {kind} is made by llama.cpp's quantizer, which is not installed ({INSTALL}; "
+            f"it compiles for some minutes). --type q8_0 needs none."
         )
     if checked and not available():
         raise InputError(
@@ -156,7 +158,7 @@ def _first(model: Model, kind: str) -> Written:
     return kind if exact else STORED.get(model.stored, "f32")  # type: ignore[return-value]
 
 
-def _make(
+def make(
     model: Model,
     layout: Layout,
     words: Vocabulary | None,

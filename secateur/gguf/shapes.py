@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.block import Block, inputs_by_outputs
+from secateur.block import Block
 from secateur.errors import InputError
+from secateur.linears import inputs_by_outputs
 from secateur.model import Model
 from secateur.uses import PREFIX
 
@@ -127,8 +128,8 @@ def layout_of(model: Model) -> Layout:
         )
     if config.hidden_act != "silu":
         raise InputError(
-            f"model {model.source!r}: its MLPs have the activation {config.hidden_act!r}, and those "
-            f"architectures of llama.cpp that its shapes need have silu."
+            f"model {model.source!r}: its MLPs have the activation {config.hidden_act!r}, and "
+            f"those architectures of llama.cpp that its shapes need have silu."
         )
     blocks = model.blocks
     turned, wanted, base = rotary(model)
@@ -175,7 +176,7 @@ def check_family(config: Any) -> None:
     if model_type not in CANDIDATES:
         raise InputError(
             f"model_type {model_type!r} is not written as GGUF; {', '.join(CANDIDATES)} are. A "
-            f"result of --tier plain is read by llama.cpp's own converter, if that knows the family."
+            f"result of --tier plain is for llama.cpp's own converter, if that knows the family."
         )
 
 
@@ -200,7 +201,7 @@ def rotary(model: Model) -> tuple[float, Tensor, float]:
     Raises:
         InputError: they change with the number of tokens.
     """
-    module: Any = model.module.base_model.rotary_emb  # type: ignore[union-attr]
+    module: Any = model.module.base_model.rotary_emb
     rope = model.config.rope_parameters
     if rope["rope_type"] not in STEADY:
         raise InputError(

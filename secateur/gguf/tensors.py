@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.block import Block, inputs_by_outputs
+from secateur.block import Block
 from secateur.gguf.shapes import Layer, Layout, score_factor
+from secateur.linears import inputs_by_outputs
 from secateur.model import Model
 
 Named = tuple[str, Tensor]
@@ -40,7 +41,7 @@ def attention(block: Block, layer: Layer, layout: Layout) -> Iterator[Named]:
         maps = _maps(block, layout)
     else:  # one head, whose values nobody reads
         nothing = norm.weight.new_zeros(layout.head, len(norm.weight))
-        maps = {name: (nothing, None) for name in "qkv"} | {"o": (nothing.t(), own.o_proj.bias)}
+        maps = dict.fromkeys("qkv", (nothing, None)) | {"o": (nothing.t(), own.o_proj.bias)}
     if architecture.fused:
         yield "attn_qkv.weight", torch.cat([maps[name][0] for name in "qkv"])
     else:

@@ -1,6 +1,7 @@
 """A tokenizer as GGUF metadata."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,9 @@ class Vocabulary:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             merges = self.model == "gpt2"
+            logging.getLogger("gguf.vocab").setLevel(
+                logging.ERROR
+            )  # of templates for pairs of texts
             special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=len(self.tokens))
         for name, put in zip(("bos", "eos"), self.added, strict=True):
             special.add_special_token[name] = put

@@ -53,7 +53,7 @@ def part_of(name: str, tensor: Tensor, kind: Written) -> Part:
         kind = "f32"
     elif kind == "q8_0" and tensor.shape[-1] % BLOCK:
         kind = "f16"
-    if kind == "f16" and float(np.abs(array).max(initial=0)) > np.finfo(np.float16).max:
+    if kind == "f16" and np.abs(array).max(initial=0) > float(np.finfo(np.float16).max):
         raise InputError(
             f"{name} holds numbers beyond float16's largest; export with --type bf16 or f32."
         )

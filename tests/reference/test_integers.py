@@ -299,7 +299,7 @@ def test_without_the_library_nothing_is_begun(opened, monkeypatch):
 
 def test_nothing_can_follow_integers_in_a_recipe():
     last, first = Step.of(GPTQ()), Step.of(SVDLLM(), keep=0.5)
-    assert Recipe((first, last)).name == "svd-llm + gptq"
+    assert [step.method.name for step in Recipe((first, last)).steps] == ["svd-llm", "gptq"]
     for method in (GPTQ(), Forms(of="svd-llm,rtn")):
         with pytest.raises(InputError, match=f"behind {method.name}, which leaves integers"):
             Recipe((Step.of(method), first))

@@ -118,8 +118,8 @@ def test_half_precision_is_compared_with_what_the_file_holds(opened, tmp_path):
 
 
 def test_other_forms_are_multiplied_out(opened, tmp_path):
-    from secateur.block import dense_weight
     from secateur.layers.factored_secateur import LowRank
+    from secateur.linears import dense_weight
 
     model = opened("llama")
     for block in model.blocks:
