@@ -262,7 +262,7 @@ def longrope(model: Model, pairs: Sequence[int]) -> dict[str, Any]:
     A class makes θ^(-2i/n) / f_i of n dims, so f_i is that over the frequency that is wanted. With
     long and short factors alike, the length of the text is of no matter.
     """
-    table: Any = model.module.base_model.rotary_emb  # type: ignore[union-attr]
+    table: Any = model.module.base_model.rotary_emb
     base = float(model.config.rope_parameters["rope_theta"])
     wanted: Tensor = table.inv_freq.double().cpu()[list(pairs)]
     made = base ** (-torch.arange(len(pairs), dtype=torch.float64) / len(pairs))

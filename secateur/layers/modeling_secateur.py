@@ -69,7 +69,8 @@ def one_step(
         else:
             scores = scores + mask
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).flatten(1, 2).unsqueeze(1)
+    mixed: Tensor = weights @ value
+    return mixed.flatten(1, 2).unsqueeze(1)
 
 
 class NarrowAttention(nn.Module):
@@ -280,9 +281,7 @@ class RelativeAttention(NarrowAttention):
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (first half, second half) by its angle."""
     first, second = states.chunk(2, -1)
-    one = torch.addcmul(first * cos, second, sin, value=-1)
-    two = torch.addcmul(second * cos, first, sin)
-    turned = torch.cat((one, two), -1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
     return turned.to(states.dtype)  # tables may be wider
 
 
