@@ -366,15 +366,23 @@ def _given(kind: type, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _goal(ctx: click.Context, options: dict[str, Any]) -> "Goal":
-    from secateur.goal import Goal
+    from typing import get_args
 
+    from secateur.goal import Goal
+    from secateur.runtime import Runtime
+
+    target, runtime = options["target"], options["runtime"]
+    if target in get_args(Runtime):  # a runtime is a target, too, in another sense
+        if _typed(ctx, "runtime") and runtime != target:
+            raise InputError(f"--target {target} and --for {runtime}: one of them, not both.")
+        target, runtime = None, target
     return Goal(
-        options["target"] or ctx.meta[METHOD_KEY].target,
+        target or ctx.meta[METHOD_KEY].target,
         options["tier"],
         options["multiple_of"],
         options["latency_batch"],
         options["latency_length"],
-        options["runtime"],
+        runtime,
     )
 
 
