@@ -1,7 +1,7 @@
 """Two models held against each other: the same questions, each in a process of its own."""
 
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from secateur.evaluate.domains import domains
@@ -25,7 +25,8 @@ def judge_against(
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "dense.safetensors")
         progress.say(f"measuring {dense}")
-        before = judge_apart(dense, questions, settings, progress, outputs_of_dense=kept)
+        own = replace(settings, revision=None)  # which is that of the other
+        before = judge_apart(dense, questions, own, progress, outputs_of_dense=kept)
         progress.say(f"measuring {source}")
         after = judge_apart(source, questions, settings, progress, outputs_of_dense=kept)
     scores = {"dense": before.task_scores, "compressed": after.task_scores}

@@ -36,7 +36,7 @@ def by_class(model: Model, tokens: Tokens) -> dict[str, Any]:
             keep.remove()
     known = labels != UNLABELLED
     right = (torch.cat(first) == labels)[known]
-    found = accuracies(right, labels[known], model.module.config.id2label)
+    found = accuracies(right, labels[known], model.config.id2label)
     if features:
         found |= imbalance(torch.cat(features)[known], labels[known])
     return found

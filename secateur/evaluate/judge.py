@@ -149,7 +149,7 @@ def judge(
             raise InputError(
                 f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
             ) from error
-    asked = questions.damage and first is not None
+    found = damage(model, first, room, progress) if questions.damage and first is not None else {}
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
         bytes=weight_bytes(model),
@@ -164,7 +164,7 @@ def judge(
         agreement=agrees,
         task_scores=scores,
         task_changes=changed,
-        damage=damage(model, first, room, progress) if asked else {},
+        damage=found,
     )
 
 

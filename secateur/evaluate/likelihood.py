@@ -25,7 +25,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Sum of log-probabilities of a continuation's tokens, and whether each was the first choice."""
+    """Sum of a continuation's log-probabilities, and whether all of it was the first choice."""
 
     total: float
     greedy: bool

@@ -92,18 +92,19 @@ def steps() -> int:
 
 
 def _summed(said: dict[tuple[int, float], list[tuple[float, float]]], keys: int) -> dict[str, Any]:
-    def mean(of: Callable[[int, float], bool]) -> dict[str, float]:
-        own = [pair for place, pairs in said.items() if of(*place) for pair in pairs]
+    def mean(places: Sequence[tuple[int, float]]) -> dict[str, float]:
+        own = [pair for place in places for pair in said[place]]
         return {
             "found": sum(hit for hit, _ in own) / len(own),
             "nats": sum(log for _, log in own) / len(own) + math.log(keys),
         }
 
+    lengths, depths = (list(dict.fromkeys(place[i] for place in said)) for i in (0, 1))
     return {
-        **mean(lambda *_: True),
+        **mean([*said]),
         "keys": keys,
-        "by_length": {str(n): mean(lambda m, _, n=n: m == n) for n in {m: 0 for m, _ in said}},
-        "by_depth": {f"{d:g}": mean(lambda _, e, d=d: e == d) for d in {e: 0 for _, e in said}},
+        "by_length": {str(n): mean([p for p in said if p[0] == n]) for n in lengths},
+        "by_depth": {f"{d:g}": mean([p for p in said if p[1] == d]) for d in depths},
     }
 
 
@@ -114,4 +115,5 @@ def _last(model: Model, row: Sequence[int]) -> Tensor:
     ids = torch.tensor([row], device=model.device)
     with torch.inference_mode():
         out = module(input_ids=ids, use_cache=False, **({"logits_to_keep": 1} if keep else {}))
-    return out.logits[0, -1].double().cpu()
+    logits: Tensor = out.logits[0, -1]
+    return logits.double().cpu()

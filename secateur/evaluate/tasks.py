@@ -72,7 +72,8 @@ def read_task(source: str, limit: int | None = None) -> TaskFile:
     Raises:
         InputError: the file is missing, unreadable or empty, or a line is no item.
     """
-    path, items, form = expanded(source), [], ()
+    path, items = expanded(source), []
+    form: tuple[str, ...] = ()
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, line in enumerate(file, 1):  # at \n alone: JSON may hold U+2028
