@@ -92,7 +92,7 @@ def judged(
 
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **options: Any) -> Any:
             with progress.stage(f"task: {name}"[:28], len(requests)) as self.advance:
-                return super()._loglikelihood_tokens(requests, **options, disable_tqdm=True)
+                return super()._loglikelihood_tokens(requests, **options | {"disable_tqdm": True})
 
         def _model_call(self, inps: Any, *given: Any, **options: Any) -> Any:
             out = super()._model_call(inps, *given, **options)

@@ -1,9 +1,9 @@
 """Does it find again what stood far before? A key planted in a long text."""
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -57,12 +57,13 @@ def planted(
 def recall(
     model: Model, filler: Tensor, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """How well the right key is known among the others, over lengths, depths and keys.
+    """How much likelier a key is where it was planted than where another was.
 
-    ``found`` is the share where it is the likeliest of them, 1/n by chance. ``nats`` is the mean of
-    ln p(right) + ln n, p among the keys alone: 0 for who knows nothing, ln n at most, and still
-    telling where a small model never puts the right one first. Empty where the text is too short or
-    the tokenizer can't tell words apart. ``filler`` is one row of ids.
+    At each length and depth every key is planted in the same text. ``nats`` is the mean over keys k
+    of ln p(k | k planted) less the mean of ln p(k | another planted): 0 for who reads nothing,
+    whatever words the model likes. ``found`` is the share of texts whose key is the one that gains
+    most over its mean; 1/n by chance. Empty where the text is too short or the tokenizer can't tell
+    words apart. ``filler`` is one row of ids; ``advance`` is told how many inputs were run.
     """
     keys = keys_of(model.tokenizer)
     asked = _ids(model.tokenizer, SENTENCE)
@@ -72,40 +73,41 @@ def recall(
         return {}
     stop = _ids(model.tokenizer, ".\n")
     firsts = torch.tensor([ids[0] for ids in keys.values()])
-    said: dict[tuple[int, float], list[tuple[float, float]]] = {}
-    for length in lengths:
-        for depth in DEPTHS:
-            for right, ids in enumerate(keys.values()):
-                start = right * (len(filler) - longest) // len(keys)
-                text = filler[start : start + length].tolist()
-                row = planted(text, [*asked, *ids, *stop], asked, depth, length)
-                given = _last(model, row)[firsts].log_softmax(-1)
-                hit = float(given.argmax() == right)
-                said.setdefault((length, depth), []).append((hit, float(given[right])))
-                advance(1)
-    return _summed(said, len(keys))
+    said: dict[tuple[int, float], Tensor] = {}
+    for length, depth in product(lengths, DEPTHS):
+        start = len(said) * (len(filler) - length) // (len(lengths) * len(DEPTHS))
+        text, own = filler[start : start + length].tolist(), []
+        for ids in keys.values():
+            row = planted(text, [*asked, *ids, *stop], asked, depth, length)
+            own.append(_last(model, row).log_softmax(-1)[firsts])
+            advance(1)
+        said[length, depth] = torch.stack(own)
+    lengths, depths = (list(dict.fromkeys(place[i] for place in said)) for i in (0, 1))
+    return {
+        **contrast([*said.values()]),
+        "keys": len(keys),
+        "by_length": {
+            str(n): contrast([t for (m, _), t in said.items() if m == n]) for n in lengths
+        },
+        "by_depth": {
+            f"{d:g}": contrast([t for (_, e), t in said.items() if e == d]) for d in depths
+        },
+    }
+
+
+def contrast(tables: Sequence[Tensor]) -> dict[str, float]:
+    """``found`` and ``nats`` of tables (planted, asked) of log-probabilities."""
+    every = torch.stack([*tables])
+    own = every.diagonal(dim1=1, dim2=2)
+    others = (every.sum(1) - own) / (every.shape[1] - 1)
+    best = (every - every.mean(1, keepdim=True)).argmax(-1)
+    right = best == torch.arange(every.shape[1])
+    return {"found": float(right.double().mean()), "nats": float((own - others).mean())}
 
 
 def steps() -> int:
     """How many inputs :func:`recall` runs at most."""
     return len(SHARES) * len(DEPTHS) * KEYS
-
-
-def _summed(said: dict[tuple[int, float], list[tuple[float, float]]], keys: int) -> dict[str, Any]:
-    def mean(places: Sequence[tuple[int, float]]) -> dict[str, float]:
-        own = [pair for place in places for pair in said[place]]
-        return {
-            "found": sum(hit for hit, _ in own) / len(own),
-            "nats": sum(log for _, log in own) / len(own) + math.log(keys),
-        }
-
-    lengths, depths = (list(dict.fromkeys(place[i] for place in said)) for i in (0, 1))
-    return {
-        **mean([*said]),
-        "keys": keys,
-        "by_length": {str(n): mean([p for p in said if p[0] == n]) for n in lengths},
-        "by_depth": {f"{d:g}": mean([p for p in said if p[1] == d]) for d in depths},
-    }
 
 
 def _last(model: Model, row: Sequence[int]) -> Tensor:
