@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from secateur.evaluate.standing import Figures, metric_of
+from secateur.evaluate.standing import ERRORS, Figures, metric_of
 
 
 def task_table(scores: Mapping[str, Figures]) -> Any:
@@ -43,20 +43,32 @@ def task_comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> Any:
     return table
 
 
-def damage_lines(damage: Mapping[str, Any]) -> dict[str, float]:
-    """The shares to show, by what they are called."""
-    found: dict[str, float] = {}
+def damage_lines(
+    damage: Mapping[str, Any], dense: Mapping[str, Any] | None = None
+) -> dict[str, tuple[float, str]]:
+    """The figures to show and their units, by what they are called.
+
+    Recall only where ``dense``, by default the same model, finds planted keys at all.
+    """
+    found: dict[str, tuple[float, str]] = {}
     if "confidence" in damage:
-        found["calibration error of probabilities"] = damage["confidence"]["error"]
+        found["calibration error of probabilities"] = damage["confidence"]["error"], "points"
     if "repetition" in damage:
-        found["repeated 4-grams in what it writes"] = damage["repetition"]["repeated"]
+        found["repeated 4-grams in what it writes"] = damage["repetition"]["repeated"], "points"
     if "recall" in damage:
-        found[f"planted keys found (1 of {damage['recall']['keys']} by chance)"] = damage["recall"][
-            "found"
-        ]
+        decides = (damage if dense is None else dense)["recall"]
+        if decides["stderr"] and decides["nats"] > ERRORS * decides["stderr"]:
+            found["gain of planted keys, nats"] = damage["recall"]["nats"], "nats"
     if "classes" in damage:
-        found["accuracy of the worst class"] = damage["classes"]["least"]
+        found["accuracy of the worst class"] = damage["classes"]["least"], "points"
     return found
+
+
+def in_unit(value: float, unit: str, sign: str = "") -> str:
+    """A figure of :func:`damage_lines`; with a sign, a difference of two."""
+    if unit == "nats":
+        return f"{value:{sign}.2f}"
+    return f"{100 * value:{sign}.1f} points" if sign else f"{value:.1%}"
 
 
 def _table(*columns: str) -> Any:

@@ -316,8 +316,8 @@ def show_verdict(verdict: Verdict) -> None:
             label = key.replace("tokens", things).replace("_", " ")
             table.add_row(label, f"{value:,.0f}")
     table.add_row("peak memory", size(verdict.peak_memory_bytes))
-    for label, value in outcome.damage_lines(verdict.damage).items():
-        table.add_row(label, f"{value:.1%}")
+    for label, (value, unit) in outcome.damage_lines(verdict.damage).items():
+        table.add_row(label, outcome.in_unit(value, unit))
     console.print(table)
     if verdict.task_scores:
         console.print(outcome.task_table(verdict.task_scores))

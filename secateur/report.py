@@ -88,11 +88,11 @@ def comparison(report: Report) -> Any:
         if (key := f"{key}_tokens_per_second") in dense["speed"]:
             row(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
     row("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
-    after = outcome.damage_lines(small["damage"])
-    for label, value in outcome.damage_lines(dense["damage"]).items():
-        if label in after:
-            rise = f"{100 * (after[label] - value):+.1f} points"
-            table.add_row(label, f"{value:.1%}", f"{after[label]:.1%}", rise)
+    after = outcome.damage_lines(small["damage"], dense["damage"])
+    for label, (value, unit) in outcome.damage_lines(dense["damage"]).items():
+        own = after[label][0]
+        change = outcome.in_unit(own - value, unit, "+")
+        table.add_row(label, *(outcome.in_unit(v, unit) for v in (value, own)), change)
     return table
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.evaluate.standing import Figures, standard_error
 from secateur.model import Model
 
 SENTENCE, WORD = "\nThe secret word is", " {}"
@@ -95,14 +96,22 @@ def recall(
     }
 
 
-def contrast(tables: Sequence[Tensor]) -> dict[str, float]:
-    """``found`` and ``nats`` of tables (planted, asked) of log-probabilities."""
+def contrast(tables: Sequence[Tensor]) -> Figures:
+    """``found`` and ``nats`` of tables (planted, asked) of log-probabilities.
+
+    ``stderr`` is that of ``nats`` over the texts, which are what differs by chance.
+    """
     every = torch.stack([*tables])
     own = every.diagonal(dim1=1, dim2=2)
     others = (every.sum(1) - own) / (every.shape[1] - 1)
     best = (every - every.mean(1, keepdim=True)).argmax(-1)
     right = best == torch.arange(every.shape[1])
-    return {"found": float(right.double().mean()), "nats": float((own - others).mean())}
+    nats = (own - others).mean(1)
+    return {
+        "found": float(right.double().mean()),
+        "nats": float(nats.mean()),
+        "stderr": standard_error(nats),
+    }
 
 
 def steps() -> int:
