@@ -14,7 +14,8 @@ import json
 import sys
 from pathlib import Path
 from statistics import mean
-from typing import Any
+
+from rows import Row, add, read
 
 from secateur import (
     Calibration,
@@ -33,8 +34,6 @@ from secateur.methods import METHODS, method_class
 from secateur.plan import usual_allocator
 from secateur.propagate import narrow_blocks
 from secateur.text import SELECTIONS, SET_ASIDE, Tokens, contiguous, read_documents, token_stream
-
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -66,9 +65,7 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
 
     Texts are known by the names of their files.
     """
-    rows: list[Row] = []
-    if arguments.rows and arguments.rows.exists():
-        rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+    rows = read(arguments.rows)
     jobs = [
         (arguments.calibration, select, samples, seed)
         for samples in arguments.samples
@@ -87,9 +84,7 @@ def gathered(arguments: argparse.Namespace) -> list[Row]:
             continue
         row = key | measured(arguments, source, select, samples, seed, texts)
         rows.append(row)
-        if arguments.rows:
-            with arguments.rows.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        add(arguments.rows, [row])
         print(json.dumps(row), file=sys.stderr, flush=True)
     return [row for row in rows if texts.keys() <= row["perplexity"].keys()]
 

@@ -8,8 +8,6 @@ a process of its own; rows that FILE already holds are not measured again.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,10 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rows import Row, add_flags, gathered, tell
+
 LENGTH, WINDOWS = 256, 128
 KEEPS = (0.75, 0.5, 0.375)
 MIXED = (0.36, 0.28, 0.22)  # of the bytes; below an integer form of four bits in the last two
-Row = dict[str, Any]
 
 
 def ways(
@@ -52,6 +51,7 @@ def ways(
         "armor": ("armor", {"block": block} | ({"rounds": 20} if light else {}), (0,)),
         "compot": ("compot", {}, KEEPS),
         "cospadi": ("cospadi", few, keeps),
+        "cospadi, shared": ("cospadi", {**few, "share": 1}, keeps),
         "dsformer": ("dsformer", few, keeps),
         "mix: integers": ("forms", {"of": "gptq"}, MIXED),
         "mix: all forms": ("forms", {"of": "gptq,ptqtp,sparsegpt,svd-llm"}, MIXED),
@@ -62,10 +62,10 @@ def ways(
 def main() -> None:
     arguments = parsed()
     if arguments.worker:
-        for row in measured(arguments, arguments.worker):
-            print(json.dumps(row), flush=True)
+        tell(measured(arguments, arguments.worker["way"]))
         return
-    rows = gathered(arguments)
+    names = arguments.only or ["dense", *ways(arguments.group, arguments.block, arguments.light)]
+    rows = gathered(arguments, [{"way": name} for name in names])
     print(section(arguments, rows))
     if arguments.plot:
         draw(arguments, rows)
@@ -84,31 +84,8 @@ def parsed() -> argparse.Namespace:
         "--light", action="store_true", help="few rounds, one size of ARMOR, CoSpaDi and DSFormer"
     )
     parser.add_argument("--only", nargs="+", help="ways to measure")
-    parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
-    parser.add_argument("--kept", action="store_true", help="measure nothing that FILE lacks")
-    parser.add_argument("--plot", type=Path, help="picture to write (extra: benchmarks)")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add_flags(parser)
     return parser.parse_args()
-
-
-def gathered(arguments: argparse.Namespace) -> list[Row]:
-    """All rows, from the file or from a process each."""
-    rows: list[Row] = []
-    if arguments.rows and arguments.rows.exists():
-        rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
-    names = arguments.only or ["dense", *ways(arguments.group, arguments.block, arguments.light)]
-    for name in () if arguments.kept else names:
-        if any(row["way"] == name for row in rows):
-            continue
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        new = [json.loads(line) for line in answer.stdout.splitlines()]
-        rows += new
-        if arguments.rows:
-            with arguments.rows.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
-        print(f"{name}: {len(new)} rows", file=sys.stderr, flush=True)
-    return rows
 
 
 def measured(arguments: argparse.Namespace, name: str) -> Iterator[Row]:

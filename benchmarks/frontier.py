@@ -9,15 +9,15 @@ a temperature, it is run at several and counted at the one that is best on HELD,
 """
 
 import argparse
-import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from rows import Row, add_flags, gathered, tell
 
 from secateur.methods import METHODS, method_class
 from secateur.units import MATRICES
@@ -29,16 +29,16 @@ BASELINE = "modegpt"
 NARROWING = [name for name in METHODS if method_class(name).kinds != MATRICES]
 NAMES = (*NARROWING, "modegpt, knapsack", "modegpt, uniform")  # after a comma, another allocator
 MARKERS = "os^vDP*Xp<>hd8HsP"
-Row = dict[str, Any]
 
 
 def main() -> None:
     arguments = parsed()
     if arguments.worker:
-        for row in measured(arguments, *json.loads(arguments.worker)):
-            print(json.dumps(row), flush=True)
+        tell(measured(arguments, arguments.worker["method"], arguments.worker["seed"]))
         return
-    rows = gathered(arguments)
+    names = ("dense", *arguments.methods)
+    jobs = [{"method": name, "seed": seed} for seed in arguments.seeds for name in names]
+    rows = gathered(arguments, jobs)
     measured_names = {row["method"] for row in rows}
     arguments.methods = [name for name in arguments.methods if name in measured_names]
     print(section(arguments, rows))
@@ -57,32 +57,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--multiple-of", type=int, default=8)
-    parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
-    parser.add_argument("--kept", action="store_true", help="measure nothing that FILE lacks")
-    parser.add_argument("--plot", type=Path, help="picture to write (extra: benchmarks)")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    add_flags(parser)
     return parser.parse_args()
-
-
-def gathered(arguments: argparse.Namespace) -> list[Row]:
-    """All rows, from the file or from a process each."""
-    rows: list[Row] = []
-    if arguments.rows and arguments.rows.exists():
-        rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
-    for seed in () if arguments.kept else arguments.seeds:
-        for name in ("dense", *arguments.methods):
-            if any((row["method"], row["seed"]) == (name, seed) for row in rows):
-                continue
-            command = [sys.executable, __file__, *sys.argv[1:]]
-            command += ["--worker", json.dumps([name, seed])]
-            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            new = [json.loads(line) for line in answer.stdout.splitlines()]
-            rows += new
-            if arguments.rows:
-                with arguments.rows.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in new)
-            print(f"seed {seed}, {name}: {len(new)} rows", file=sys.stderr, flush=True)
-    return rows
 
 
 def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Row]:

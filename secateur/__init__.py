@@ -63,7 +63,8 @@ if TYPE_CHECKING:
     from secateur.methods.wanda_sp import WandaSP
     from secateur.methods.welore import LowRankWeLore
     from secateur.methods.ziplm import ZipLM
-    from secateur.model import Model, Settings, open_model
+    from secateur.model import Model, Settings
+    from secateur.opening import open_model
     from secateur.pipeline import compress, save
     from secateur.plan import Plan, make_plan
     from secateur.recipe import Recipe, Step, read_recipe
@@ -135,7 +136,7 @@ _HOMES = {
     "compress_in_steps": "secateur.sequence",
     "judge_apart": "secateur.evaluate.judge",
     "make_plan": "secateur.plan",
-    "open_model": "secateur.model",
+    "open_model": "secateur.opening",
     "save": "secateur.pipeline",
     "score": "secateur.scores",
     "export_dense": "secateur.export",

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.block import Block, inputs_by_outputs, mixed_bias, set_linear, with_constant
+from secateur.block import Block, mixed_bias
 from secateur.errors import InputError
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
+from secateur.linears import inputs_by_outputs, set_linear, with_constant
 from secateur.methods.base import Method, Narrowing
 from secateur.statistics import BlockStatistics
 from secateur.units import Matrix, Unit
@@ -39,12 +40,13 @@ def narrow_block(
 def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
     """A block with one unit below its full size, for as long as it takes to look at it."""
     if isinstance(unit, Matrix):
-        layer = block.module.get_submodule(unit.path)
+        layers = {path: block.module.get_submodule(path) for path in unit.paths}
         try:
             narrow_unit(block, unit, narrowing)
             yield
         finally:
-            block.module.set_submodule(unit.path, layer)
+            for path, layer in layers.items():
+                block.module.set_submodule(path, layer)
         return
     linears = [*(producer for producer, _ in block.producers), block.consumer]
     before = [(module, inputs_by_outputs(module).t(), module.bias) for module in linears]
@@ -63,8 +65,8 @@ def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
 def narrow_unit(block: Block, unit: Unit, narrowing: Narrowing) -> None:
     """Bring one unit of a block to another size, in place."""
     if isinstance(unit, Matrix):
-        assert narrowing.layer is not None
-        block.module.set_submodule(unit.path, narrowing.layer)
+        for path, layer in narrowing.layers.items():
+            block.module.set_submodule(path, layer)
         return
     narrow = {
         "mlp": narrow_mlp,

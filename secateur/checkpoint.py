@@ -15,13 +15,14 @@ from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.anatomy import Anatomy
-from secateur.block import Block, inputs_by_outputs
-from secateur.depth import place, renumber
+from secateur.block import Block
+from secateur.depth import close_ranks, place, renumber
 from secateur.errors import InputError
 from secateur.goal import Written
 from secateur.layers import modeling_secateur
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers, quantization_config
+from secateur.linears import inputs_by_outputs
 from secateur.model import Model
 from secateur.residual import residual_layout
 from secateur.uses import PREFIX
@@ -100,6 +101,25 @@ def published_name(module: PreTrainedModel) -> Callable[[str, Tensor], str]:
         return str(published)
 
     return rename
+
+
+def writer_for(model: Model, tier: Written, folder: Path) -> Writer:
+    """A writer whose names any reader knows, where the checkpoint is for any reader."""
+    if tier == "plain":
+        return Writer(folder, rename=published_name(model.module))
+    return Writer(folder)
+
+
+def finish(model: Model, tier: Written, writer: Writer) -> None:
+    """Write all that :func:`store_block` doesn't; what is gone leaves the model.
+
+    Raises:
+        InputError: a weight is beyond the largest number of the stored format.
+    """
+    store_rest(model, writer)
+    writer.finish()
+    close_ranks(model)
+    write_config(model, tier, writer.folder)
 
 
 def block_prefix(model: Model, block: Block) -> str:

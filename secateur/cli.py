@@ -118,7 +118,7 @@ def plan(
     from secateur import inputs, present
     from secateur.calibration import Store
     from secateur.evaluate.judge import quiet
-    from secateur.model import skeleton
+    from secateur.opening import skeleton
     from secateur.prepare import check_reach, chosen_allocator, prepare
     from secateur.progress import for_terminal
     from secateur.stopwatch import Stopwatch
@@ -193,7 +193,7 @@ def compress(
     """
     from secateur import inputs, pipeline, present
     from secateur.evaluate.judge import quiet
-    from secateur.model import read_config
+    from secateur.opening import read_config
     from secateur.plan import read_plan
     from secateur.progress import for_terminal
     from secateur.uses import use_of
@@ -247,7 +247,7 @@ def evaluate(
     from secateur import present
     from secateur.evaluate.against import judge_against
     from secateur.evaluate.judge import check_tasks, judge_apart
-    from secateur.model import read_config
+    from secateur.opening import read_config
     from secateur.progress import for_terminal
     from secateur.text import BUNDLED, Text
     from secateur.uses import use_of
@@ -369,7 +369,7 @@ def _follow(
 ) -> None:
     """Compress in the steps of a recipe."""
     from secateur import inputs, present
-    from secateur.model import read_config
+    from secateur.opening import read_config
     from secateur.progress import for_terminal
     from secateur.recipe import read_recipe
     from secateur.sequence import compress_in_steps

@@ -1,9 +1,12 @@
 """Float64 kernels of sparse coding: rows y ≈ c A, few non-zeros in c, atoms as rows of A."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 BATCH_BYTES = 2**28
+SETTLED = 1e-3  # of the error, in one round
 
 
 def largest(codes: Tensor, nonzeros: int) -> Tensor:
@@ -28,6 +31,31 @@ def orthonormal_dictionary(
         codes = largest(signals @ found.mT, nonzeros)
         if history is not None:
             history.append(distance(signals, codes, found))
+    return codes, found
+
+
+def in_turns(
+    signals: Tensor,
+    atoms: int,
+    nonzeros: int,
+    sweeps: int,
+    update: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Codes and atoms, each made better for the other until a round gains nothing.
+
+    ``update`` gives atoms from signals, codes, whose values it may change, and atoms. Codes come
+    from matching pursuit. Atoms start as rows.
+    """
+    found = first_atoms(signals, atoms)
+    codes = matching_pursuit(signals, found, nonzeros)
+    before = distance(signals, codes, found)
+    for _ in range(sweeps):
+        found = update(signals, codes, found)
+        codes = recoded(signals, codes, found, nonzeros)
+        now = distance(signals, codes, found)
+        if before - now <= SETTLED * now:
+            break
+        before = now
     return codes, found
 
 
@@ -113,12 +141,12 @@ def first_atoms(signals: Tensor, atoms: int) -> Tensor:
     return torch.nn.functional.normalize(torch.cat((drawn, more)), dim=1)
 
 
-def updated_atoms(signals: Tensor, codes: Tensor, atoms: Tensor, powers: int) -> None:
+def updated_atoms(signals: Tensor, codes: Tensor, atoms: Tensor, powers: int) -> Tensor:
     """One sweep of K-SVD over all atoms and their coefficients, in place; the error never rises.
 
     For an atom, with E what the rows that use it lack without it, a few power iterations from the
     atom as it is make it the first right singular vector of E; the coefficients are E a. An atom
-    that no row uses becomes the row that is served worst.
+    that no row uses becomes the row that is served worst. Gives the atoms.
     """
     residual = signals - codes @ atoms
     for index in range(len(atoms)):
@@ -138,6 +166,7 @@ def updated_atoms(signals: Tensor, codes: Tensor, atoms: Tensor, powers: int) ->
         share = lacking @ atom
         atoms[index], codes[users, index] = atom, share
         residual[users] = lacking - share.unsqueeze(1) * atom
+    return atoms
 
 
 def fitted_atoms(signals: Tensor, codes: Tensor, atoms: Tensor) -> Tensor:

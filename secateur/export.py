@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from secateur.block import set_linear
-from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
+from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, judge_apart
 from secateur.evaluate.reload import testimony
@@ -16,7 +15,9 @@ from secateur.goal import Written
 from secateur.inputs import check_out
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import packed_in
-from secateur.model import Model, Settings, has_forms, open_model, skeleton
+from secateur.linears import set_linear
+from secateur.model import Model, Settings, has_forms
+from secateur.opening import open_model, skeleton
 from secateur.progress import Progress
 from secateur.text import Tokens
 from secateur.uses import PREFIX
@@ -57,21 +58,16 @@ def export_dense(
         with torch.no_grad():
             multiply_out(model)
         tier: Written = "plain" if stock_again(model, settings) else "per-layer"
-        plain = tier == "plain"
-        folder = workspace.result
-        rename = published_name(model.module)
-        writer = Writer(folder, rename=rename) if plain else Writer(folder)
+        writer = writer_for(model, tier, workspace.result)
         with progress.stage("writing", len(model.blocks)) as advance:
             for block in model.blocks:
                 store_block(model, block, writer)
                 advance(1)
-        store_rest(model, writer)
-        writer.finish()
-        write_config(model, tier, folder)
+        finish(model, tier, writer)
         tokens = _some_tokens(model)
         progress.say("reloading in a fresh process")
         judge_apart(
-            str(folder),
+            str(workspace.result),
             Questions((), speed=False),
             settings,
             progress,

@@ -12,6 +12,12 @@ from secateur.layers.factored_secateur import Factored
 
 NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
 FLOATS = ("F16", "BF16", "F32", "F64")
+BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
 
 
 def check_layers(source: str, folder: Path, module: nn.Module) -> None:
@@ -25,7 +31,7 @@ def check_layers(source: str, folder: Path, module: nn.Module) -> None:
     layers = {name: m for name, m in module.named_modules() if isinstance(m, Factored)}
     if not layers:
         return
-    there = dict(_tensors(source, folder))
+    there = dict(tensors(source, folder))
     for name, layer in layers.items():
         for inner, (shape, dtype) in layer.tensors(layer.spec).items():
             tensor = f"{name}.{inner}"
@@ -46,8 +52,12 @@ def check_layers(source: str, folder: Path, module: nn.Module) -> None:
                 )
 
 
-def _tensors(source: str, folder: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
-    """The name, shape and number format of every tensor in the files of a folder."""
+def tensors(source: str, folder: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    """The name, shape and number format of every tensor in the files of a folder.
+
+    Raises:
+        InputError: a file is damaged.
+    """
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:

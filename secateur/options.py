@@ -1,15 +1,34 @@
 """Fields of a frozen dataclass that are also flags: bounds, help text and their check."""
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import field, fields
-from typing import Any
+from typing import Any, TypeVar
 
-from secateur.errors import InputError
+from secateur.errors import InputError, nearest
+
+Built = TypeVar("Built")
 
 
 def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
     """A field with its help text and the interval of its values, ends included."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def built(
+    kind: type[Built], options: Mapping[str, Any], what: str, beside: Collection[str] = ()
+) -> Built:
+    """An object of a dataclass with the options that a file gives; ``what`` names it in messages.
+
+    Raises:
+        InputError: it has no such option, or one that is said ``beside`` them, or a value is wrong.
+    """
+    known = [f.name for f in fields(kind) if f.name not in beside]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            hint = f" {nearest(name, known)}" if known else ""
+            raise InputError(f"{what} has no option {name!r}.{hint}")
+    return kind(**options)
 
 
 def flags_of(thing: Any) -> list[str]:

@@ -10,8 +10,7 @@ from torch import Tensor
 from secateur import report as reporting
 from secateur.allocate.base import Allocator
 from secateur.calibration import Store
-from secateur.checkpoint import Writer, published_name, store_block, store_rest, write_config
-from secateur.depth import close_ranks
+from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
 from secateur.evaluate.domains import domains
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
@@ -20,7 +19,8 @@ from secateur.evaluate.standing import doubts
 from secateur.goal import Goal
 from secateur.methods import check_served
 from secateur.methods.base import Method
-from secateur.model import Model, Settings, skeleton
+from secateur.model import Model, Settings
+from secateur.opening import skeleton
 from secateur.plan import Budget, Plan, check_sizes, match_units
 from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
 from secateur.progress import Progress
@@ -143,9 +143,7 @@ def write(
     Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16.
     """
     model, plan = prepared.model, prepared.plan
-    # A plain checkpoint is for any reader, so its tensors have their published names.
-    plain = plan.tier == "plain"
-    writer = Writer(folder, rename=published_name(model.module)) if plain else Writer(folder)
+    writer = writer_for(model, plan.tier, folder)
     method = prepared.method
     units = method.units(model, plan.multiple_of)
     narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
@@ -159,10 +157,7 @@ def write(
                 store_block(model, block, writer)
             advance(1)
     with watch.measure("save"):
-        store_rest(model, writer)
-        writer.finish()
-        close_ranks(model)
-        write_config(model, plan.tier, folder)
+        finish(model, plan.tier, writer)
     with watch.measure("evaluate"):
         first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
         return testimony(model, first), first

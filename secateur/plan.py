@@ -1,9 +1,9 @@
 """The plan: which unit gets which size. Plain data, readable, editable, replayable."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field
@@ -20,6 +20,7 @@ from secateur.layers.integers import INTEGERS, LIBRARY
 from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint, has_forms
+from secateur.options import built
 from secateur.prices import Prices, Target, counted
 from secateur.records import Record, read_record
 from secateur.stitch import Stitched
@@ -28,7 +29,6 @@ from secateur.units import DEPTH, MATRICES, Matrix, Unit
 from secateur.version import __version__
 
 MAX_PLAN_BYTES = 64 * 2**20
-Built = TypeVar("Built", Method, Allocator)
 #: Nine digits: threads that add in another order change the last ones, and plans must not differ.
 Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.9g}"))]
 
@@ -118,6 +118,12 @@ class Row(Record):
     becomes: str | None = None
     dense_bytes: int | None = None
 
+    @property
+    def linears(self) -> list[str]:
+        """Of a matrix the linear layers whose weight it is: ``a.x+y`` are ``a.x`` and ``a.y``."""
+        inside, _, names = self.unit.rpartition(".")
+        return [f"{inside}.{name}" for name in names.split("+")]
+
 
 class Plan(Record):
     """Sizes for all units of one model, and where they came from."""
@@ -148,8 +154,8 @@ class Plan(Record):
     @property
     def densified(self) -> int:
         """How many matrices are stored in a form that is computed as if it were dense."""
-        layers = [FORMS.get(row.form.get("form", "")) for row in self.units if row.form]
-        return sum(layer is not None and layer.densified for layer in layers)
+        layers = [(FORMS.get(row.form.get("form", "")), row) for row in self.units if row.form]
+        return sum(len(row.linears) for layer, row in layers if layer and layer.densified)
 
     @property
     def libraries(self) -> list[str]:
@@ -165,22 +171,17 @@ class Plan(Record):
 
     def build_method(self) -> Method:
         """The method object that this plan was made with."""
-        return _built(method_class(self.method.name), self.method)
+        choice = self.method
+        return built(method_class(choice.name), choice.options, f"plan: {choice.name}")
 
     def build_allocator(self) -> Allocator:
         """The allocator object that this plan was made with."""
-        return _built(allocator_class(self.allocator.name), self.allocator)
+        choice = self.allocator
+        return built(allocator_class(choice.name), choice.options, f"plan: {choice.name}")
 
     def to_json(self) -> str:
         """Indented JSON, one field a line."""
         return self.model_dump_json(indent=1) + "\n"
-
-
-def _built(kind: type[Built], choice: Choice) -> Built:
-    known = {f.name for f in fields(kind)}
-    for name in sorted(set(choice.options) - known):
-        raise InputError(f"plan: {choice.name} has no option {name!r}. {nearest(name, known)}")
-    return kind(**dict[str, Any](choice.options))
 
 
 def usual_allocator(method: Method, goal: Goal) -> Allocator:

@@ -16,7 +16,8 @@ from secateur.inputs import text_notes
 from secateur.latency import check_length, check_timed
 from secateur.methods import check_served
 from secateur.methods.base import Method
-from secateur.model import Model, Settings, open_model
+from secateur.model import Model, Settings
+from secateur.opening import open_model
 from secateur.plan import (
     Plan,
     check_sizes,

@@ -23,7 +23,8 @@ from secateur.evaluate.standing import doubts
 from secateur.flags import DEFAULT_METHOD, shown
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
-from secateur.model import DEMO, Settings, not_served, skeleton
+from secateur.model import Settings, not_served
+from secateur.opening import DEMO, skeleton
 from secateur.plan import Plan
 from secateur.report import Report, count, size
 from secateur.units import WIDTHS

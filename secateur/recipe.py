@@ -1,6 +1,6 @@
 """A recipe: several methods one after the other, under one budget of bytes."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,11 @@ from pydantic import Field
 
 from secateur.allocate import allocator_class
 from secateur.allocate.base import Allocator
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError
 from secateur.goal import Goal
 from secateur.methods import method_class
 from secateur.methods.base import Method
+from secateur.options import built
 from secateur.prepare import chosen_allocator
 from secateur.records import Record, said
 from secateur.units import MATRICES
@@ -117,11 +118,6 @@ class Recipe:
             )
 
     @property
-    def name(self) -> str:
-        """The methods, in order."""
-        return " + ".join(step.method.name for step in self.steps)
-
-    @property
     def open(self) -> int | None:
         """The step that the budget decides."""
         found = [index for index, step in enumerate(self.steps) if _open(step)]
@@ -153,8 +149,8 @@ class StepRecord(Record):
         Raises:
             InputError: an unknown name or option.
         """
-        kind = method_class(self.method)
-        method = _built(kind, f"method {self.method}", self.options)
+        kind, what = method_class(self.method), f"recipe: method {self.method}"
+        method = built(kind, self.options, what, beside=("keep",))
         goal = Goal(
             self.target,  # type: ignore[arg-type]
             self.tier,  # type: ignore[arg-type]
@@ -164,8 +160,8 @@ class StepRecord(Record):
         )
         allocator: Allocator | None = None
         if self.allocator is not None:
-            spender = allocator_class(self.allocator)
-            allocator = _built(spender, f"allocator {self.allocator}", self.allocator_options)
+            what, spender = f"recipe: allocator {self.allocator}", allocator_class(self.allocator)
+            allocator = built(spender, self.allocator_options, what)
         elif self.allocator_options:
             raise InputError("recipe: allocator_options without an allocator; name one.")
         return Step.of(method, self.keep, goal, allocator)
@@ -181,15 +177,6 @@ class RecipeRecord(Record):
     calibration: dict[str, Any] | None = None
     evaluate: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
-
-
-def _built(kind: Any, what: str, options: Options) -> Any:
-    names = [field.name for field in fields(kind)]
-    for name in options:
-        if name not in names or name == "keep":
-            hint = nearest(name, [n for n in names if n != "keep"]) if len(names) > 1 else ""
-            raise InputError(f"recipe: {what} has no option {name!r}. {hint}")
-    return kind(**options)
 
 
 def read_recipe(path: Path, keep: float | None = None) -> Recipe:

@@ -1,22 +1,25 @@
 """Several methods one after the other, under one budget of bytes."""
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.calibration import Store
 from secateur.checkpoint import published_name
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions
+from secateur.header import BYTES, tensors
 from secateur.layers.integers import missing_library
 from secateur.methods import check_served
-from secateur.model import Model, Settings, skeleton
+from secateur.model import Model, Settings
+from secateur.opening import skeleton
 from secateur.pipeline import judge_result, make_report, write, write_record
 from secateur.plan import Budget, Plan, read_plan
 from secateur.prepare import check_reach, prepare
+from secateur.prices import counted
 from secateur.progress import Progress
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
@@ -77,14 +80,14 @@ def compress_in_steps(
             reached = stored_bytes(workspace.result, shapes)
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
                 break
-            # What later steps leave of narrowed shapes is known only when they are done.
-            progress.say("a little above the budget: narrowing further")
-            budget = replace(budget, later=budget.later * reached / (recipe.keep * budget.dense))
             if recipe.open is None:
                 raise InputError(
                     f"recipe: the keeps of its steps leave {reached / budget.dense:.3f} of the "
                     f"bytes, more than {recipe.keep}; leave one of them out."
                 )
+            # What later steps leave of narrowed shapes is known only when they are done.
+            progress.say("a little above the budget: narrowing further")
+            budget = replace(budget, later=budget.later * reached / (recipe.keep * budget.dense))
             _forget(workspace.folder, recipe)
         else:
             raise InputError(
@@ -214,28 +217,25 @@ class _Bytes:
         return found
 
 
-def _own(module: object) -> int:
-    return sum(p.numel() for p in module.parameters())  # type: ignore[attr-defined]
+def _own(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _least(step: Step, shapes: Model) -> float:
     """The least share that a step can leave of the dense shapes."""
-    units, itemsize = step.method.units(shapes, step.goal.multiple_of), shapes.stored.itemsize
-    whole = sum(unit.cost(unit.size, itemsize).bytes for unit in units)
-    least = sum(unit.cost(step.allocator.choices(unit)[0], itemsize).bytes for unit in units)
-    return least / whole
+    units = step.method.units(shapes, step.goal.multiple_of)
+    prices = counted(units, "bytes", shapes.stored.itemsize)
+    return prices.spent(units, step.allocator.least(units, prices)) / prices.whole(units)
 
 
 def stored_bytes(folder: Path, shapes: Model) -> int:
     """What the tensors of all blocks take in the files of a checkpoint."""
-    inside, total = _block_prefixes(shapes), 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (it is no mapping)
-                if name.startswith(inside):
-                    tensor = file.get_tensor(name)
-                    total += tensor.numel() * tensor.element_size()
-    return total
+    inside = _block_prefixes(shapes)
+    return sum(
+        math.prod(shape) * BYTES[kind]
+        for name, (shape, kind) in tensors(str(folder), folder)
+        if name.startswith(inside)
+    )
 
 
 def _block_prefixes(shapes: Model) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.apply import narrowed
 from secateur.block import Block
@@ -89,7 +90,9 @@ class Stitched:
 
 def _moved(narrowing: Narrowing, device: torch.device) -> Narrowing:
     parts: dict[str, Any] = {f.name: getattr(narrowing, f.name) for f in fields(narrowing)}
-    return Narrowing(**{n: t if t is None else t.to(device) for n, t in parts.items()})
+    moved = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+    layers = {path: layer.to(device) for path, layer in narrowing.layers.items()}
+    return replace(narrowing, layers=layers, **moved)
 
 
 def _stored(narrowing: Narrowing, dtype: torch.dtype) -> Narrowing:

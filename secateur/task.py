@@ -14,7 +14,8 @@ from secateur.inputs import (
     stamps,
     unseen,
 )
-from secateur.model import Settings, read_config
+from secateur.model import Settings
+from secateur.opening import read_config
 from secateur.progress import Progress
 from secateur.report import versions
 from secateur.text import Calibration, Tokens
@@ -27,7 +28,6 @@ class Task:
     """A model, the texts that decide and judge, and a place for the result."""
 
     source: str
-    out: Path
     calibration: Calibration
     tokens: Tokens
     questions: Questions
@@ -68,9 +68,7 @@ class Task:
         for note in overlaps(questions.texts, calibration):
             progress.say(f"note: {note}")
         workspace = Workspace(out, overwrite)
-        return cls(
-            source, out, calibration, tokens, questions, settings, progress, workspace, files
-        )
+        return cls(source, calibration, tokens, questions, settings, progress, workspace, files)
 
     def fingerprint(self, **asked: Any) -> dict[str, Any]:
         """Everything that the result depends on, with what was asked for beside."""
@@ -81,7 +79,7 @@ class Task:
             "calibration": self.calibration.as_dict(),
             "questions": asdict(self.questions),
             "settings": asdict(self.settings),
-            "files": stamps([*self.files], (self.workspace.folder, self.out)),
+            "files": stamps([*self.files], (self.workspace.folder, self.workspace.out)),
         }
 
     @property

@@ -332,10 +332,11 @@ class Form:
 class Matrix(Unit):
     """The weight of one linear layer, dense or in one of several other forms.
 
+    Several layers that read the same may be one matrix, their weights one below the other.
     Its size counts the forms, from 1 for the cheapest on; the largest is the dense weight.
     """
 
-    path: str  #: of the linear in its block
+    paths: tuple[str, ...]  #: of the linear in its block, or of several that share a form
     outputs: int
     inputs: int
     forms: tuple[Form, ...]  #: those that are smaller than the dense weight, ascending

@@ -26,7 +26,8 @@ from secateur.evaluate.reload import disagreement, testimony
 from secateur.evaluate.speed import measure_speed
 from secateur.evaluate.standing import Answers, Figures, changes
 from secateur.evaluate.tasks import answered_file, is_file, read_task
-from secateur.model import Model, Settings, locate, open_model
+from secateur.model import Model, Settings
+from secateur.opening import locate, open_model
 from secateur.progress import Progress, for_terminal
 from secateur.text import Text, Tokens
 from secateur.uses import CausalLM, Use

@@ -11,6 +11,7 @@ computes with its dense weight makes that once, at the first forward pass, and k
 packed tensors: it saves bytes on disk and nothing else.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -31,6 +32,8 @@ class Factored(nn.Module):
     form: ClassVar[str]
     #: the names of the numbers in a spec of this form, beside those of every form
     numbers: ClassVar[tuple[str, ...]] = ()
+    #: names in a spec under which it has the path of another linear of the block
+    others: ClassVar[tuple[str, ...]] = ()
     #: whether it computes with its dense weight
     densified: ClassVar[bool] = False
 
@@ -70,13 +73,16 @@ class Factored(nn.Module):
     @classmethod
     def check(cls, spec: Spec) -> None:
         """Refuse a spec that is not of this form, before any memory is taken."""
-        wanted = {"form", "outputs", "inputs", "bias", *cls.numbers}
-        if set(spec) != wanted or spec["form"] != cls.form or not isinstance(spec["bias"], bool):
+        wanted = {"outputs", "inputs", *cls.numbers}
+        named = set(spec) == wanted | {"form", "bias", *cls.others} and spec["form"] == cls.form
+        paths = named and all(isinstance(spec[name], str) for name in cls.others)
+        if not paths or not isinstance(spec["bias"], bool):
+            also = "".join(f", the path of a linear as {name!r}" for name in cls.others)
             raise ValueError(
-                f"spec {str(spec)[:200]}: one of form {cls.form!r} has a truth value for bias, and "
-                f"whole numbers {', '.join(sorted(wanted - {'form', 'bias'}))}."
+                f"spec {str(spec)[:200]}: one of form {cls.form!r} has a truth value for bias"
+                f"{also}, and whole numbers {', '.join(sorted(wanted))}."
             )
-        for name in wanted - {"form", "bias"}:
+        for name in wanted:
             if type(spec[name]) is not int or not 0 < spec[name] < 2**31:
                 raise ValueError(f"spec {spec}: {name} should be a whole number above 0.")
         problem = cls.problem(spec)
@@ -87,6 +93,13 @@ class Factored(nn.Module):
     def problem(cls, spec: Spec) -> str | None:
         """What is wrong with the numbers of a spec, if anything is."""
         return None
+
+    def follow(self, layers: Mapping[str, nn.Module]) -> None:
+        """Find the layers that it takes tensors from, among its block's; most have all their own.
+
+        Raises:
+            ValueError: a layer is not there, or not what the spec needs.
+        """
 
     @classmethod
     def tensors(cls, spec: Spec) -> Layout:

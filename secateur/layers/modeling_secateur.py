@@ -404,8 +404,10 @@ def narrow(model: PreTrainedModel, shapes: dict[str, Any]) -> None:
         forms = layer.get("forms", {})
         if not isinstance(forms, dict):
             raise ValueError(f"forms: {str(forms)[:200]} should be specs by the paths of linears.")
-        for path, spec in forms.items():
-            block.set_submodule(path, factored(block, path, spec))
+        made = {path: factored(block, path, spec) for path, spec in forms.items()}
+        for path, form in made.items():
+            form.follow(made)
+            block.set_submodule(path, form)
     if "residual" in shapes:
         _slice(model, blocks, shapes["residual"])
 

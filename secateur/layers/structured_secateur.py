@@ -4,10 +4,11 @@ Like the file of the base class, this one is written beside the weights of a che
 alone with it.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .factored_secateur import Factored, Layout, Spec
 
@@ -119,7 +120,7 @@ class Dictionary(Factored):
     def problem(cls, spec: Spec) -> str | None:
         if spec["inputs"] % spec["blocks"]:
             return f"{spec['blocks']} blocks should divide the inputs"
-        most = min(spec["outputs"], MOST_ATOMS)  # as many as outputs: the weight itself
+        most = cls.most_atoms(spec)
         if spec["atoms"] > most:
             return f"atoms should be at most {most}"
         most = min(spec["atoms"], spec["inputs"] // spec["blocks"])
@@ -141,6 +142,11 @@ class Dictionary(Factored):
         }
 
     @classmethod
+    def most_atoms(cls, spec: Spec) -> int:
+        """How many there may be; as many as outputs would be the weight itself."""
+        return min(int(spec["outputs"]), MOST_ATOMS)
+
+    @classmethod
     def support(cls, spec: Spec, chosen: Tensor) -> dict[str, Tensor]:
         """What stores the atoms that are chosen, (blocks, outputs, atoms) of truth values."""
         if "indices" in cls.tensors(spec):
@@ -159,7 +165,7 @@ class Dictionary(Factored):
         """
         atoms, nonzeros = self.spec["atoms"], self.spec["nonzeros"]
         if "mask" in self.tensors(self.spec):
-            places = torch.arange(8, dtype=torch.uint8, device=self.first.device)
+            places = torch.arange(8, dtype=torch.uint8, device=self.second.device)
             found = ((self.mask.unsqueeze(3) >> places) & 1).bool().flatten(2)
             sound = not bool(found[..., atoms:].any())
             found = found[..., :atoms]
@@ -176,4 +182,44 @@ class Dictionary(Factored):
         chosen = self.chosen()
         codes = self.second.new_zeros(chosen.shape)
         codes[chosen] = self.second.flatten()
-        return (codes @ self.first).transpose(0, 1).flatten(1)
+        return (codes @ self.dictionary()).transpose(0, 1).flatten(1)
+
+    def dictionary(self) -> Tensor:
+        """The atoms, (blocks, atoms, inputs / blocks)."""
+        return self.first
+
+
+class Codes(Dictionary):
+    """As :class:`Dictionary`, with the atoms of another layer in its block that reads the same.
+
+    The spec has the path of that layer in the block as ``of``.
+    """
+
+    form = "codes"
+    others = ("of",)
+
+    def make(self) -> None:
+        super().make()
+        self._leader: tuple[Dictionary, ...] = ()  # in a tuple, so that it is no part of this one
+
+    @classmethod
+    def most_atoms(cls, spec: Spec) -> int:
+        return MOST_ATOMS  # the layer that has them may have more outputs
+
+    @classmethod
+    def tensors(cls, spec: Spec) -> Layout:
+        found = super().tensors(spec)
+        del found["first"]
+        return found
+
+    def follow(self, layers: Mapping[str, nn.Module]) -> None:
+        path, shared = self.spec["of"], ("inputs", "blocks", "atoms")
+        leader = layers.get(path)
+        if type(leader) is not Dictionary or any(leader.spec[n] != self.spec[n] for n in shared):
+            raise ValueError(
+                f"spec {self.spec}: {path!r} is no dictionary of as many inputs, blocks and atoms."
+            )
+        self._leader = (leader,)
+
+    def dictionary(self) -> Tensor:
+        return self._leader[0].first.to(self.second)

@@ -1,8 +1,8 @@
 """The contract of a method: score an axis, and say what replaces it at a size."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,7 +34,7 @@ class Narrowing:
         consumer: Ŵ in place of the consumer's rows: (k, outputs) for an MLP, (heads · k, outputs)
             for value/output. None leaves the kept rows as they are.
         bias: a constant for the consumer's output in place of what is gone, (outputs).
-        layer: a layer in place of a linear one, for a unit that is a matrix.
+        layers: by their paths, layers in place of linear ones, for a unit that is a matrix.
 
     Value/output without ``encode`` keeps its width, and only the consumer changes.
     """
@@ -43,7 +43,7 @@ class Narrowing:
     encode: Tensor | None = None
     consumer: Tensor | None = None
     bias: Tensor | None = None
-    layer: nn.Module | None = None
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 class Solution:

@@ -1,15 +1,14 @@
 """CoSpaDi: a dictionary and sparse codes by K-SVD."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.dictionaries import distance, first_atoms, matching_pursuit, recoded, updated_atoms
+from secateur.dictionaries import in_turns, updated_atoms
 from secateur.methods.dictionary import DictionaryMethod
 from secateur.options import option
-
-SETTLED = 1e-3  # of the error, in one round
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,5 @@ class CoSpaDi(DictionaryMethod):
 
     def coded(self, signals: Tensor, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor]:
         """K-SVD from atoms that are rows of the weight."""
-        found = first_atoms(signals, atoms)
-        codes = matching_pursuit(signals, found, nonzeros)
-        before = distance(signals, codes, found)
-        for _ in range(self.sweeps):
-            updated_atoms(signals, codes, found, self.powers)
-            codes = recoded(signals, codes, found, nonzeros)
-            now = distance(signals, codes, found)
-            if before - now <= SETTLED * now:
-                break
-            before = now
-        return codes, found
+        update = partial(updated_atoms, powers=self.powers)
+        return in_turns(signals, atoms, nonzeros, self.sweeps, update)

@@ -4,17 +4,22 @@ from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from secateur.block import Block, Linear
 from secateur.forms import form_of
-from secateur.layers.factored_secateur import Spec
-from secateur.layers.structured_secateur import MOST_ATOMS, Dictionary
-from secateur.methods.form import FormMethod, Metric
+from secateur.layers.factored_secateur import Factored, Spec
+from secateur.layers.forms_secateur import fill
+from secateur.layers.structured_secateur import MOST_ATOMS, Codes, Dictionary
+from secateur.methods.form import FormMethod, Metric, stacked
 from secateur.options import option
 from secateur.units import Form
+
+if TYPE_CHECKING:
+    from secateur.model import Model
 
 ITEMSIZE = 2  # of a number when sizes are set out; what is paid is counted with the model's own
 
@@ -28,13 +33,15 @@ class DictionaryMethod(FormMethod):
         ‖(W − C A)L‖² = ‖Y − C (A L)‖²,   s non-zeros in every row of C,   k = ratio · s atoms
 
     Sizes are evenly spaced in bytes, with as many atoms as they pay for. Each has to be solved by
-    itself, for the curve as when it is applied.
+    itself, for the curve as when it is applied. With ``share``, W are the weights of several layers
+    that read the same x, one below the other, so the metric is exact for each of them.
     """
 
     ridge: float = option(1e-6, "on the diagonal of H, relative", 0.0)
     ratio: float = option(2.0, "atoms for each non-zero of a row", 1.0)
     grain: int = option(8, "sizes are multiples of 1 / grain of the bytes", 2, 4096)
     sweeps: int = option(10, "rounds of the solver", 1)
+    share: int = option(0, "1 for one dictionary for all layers that read the same", 0, 1)
 
     rereads: ClassVar[bool] = True
 
@@ -57,6 +64,50 @@ class DictionaryMethod(FormMethod):
             for budget in budgets
         }
         return [self._form(common, atoms) for atoms in sorted(within - {0})]
+
+    def together(self, block: Block) -> list[list[Linear]]:
+        """Those that read the same, where they are to share."""
+        alone = super().together(block)
+        if not self.share:
+            return alone
+        found: dict[object, list[Linear]] = {}
+        for (linear,) in alone:
+            # What is read through another linear, or is one of two factors, has no peers.
+            read = linear.path if linear.factor else linear.place
+            found.setdefault(read, []).append(linear)
+        return [*found.values()]
+
+    def offered(self, group: Sequence[Linear], model: "Model") -> Sequence[Form]:
+        """Those whose atoms the largest layer of a group can hold, as its own it would have."""
+        largest = max(len(stacked([linear])) for linear in group)
+        found = super().offered(group, model)
+        return [form for form in found if form.spec["atoms"] <= largest]
+
+    def replacing(
+        self, group: Sequence[Linear], weight: Tensor, metric: Metric, form: Form
+    ) -> dict[str, nn.Module]:
+        """One layer by itself; or the largest with the atoms, and the others with codes alone."""
+        if len(group) == 1:
+            return super().replacing(group, weight, metric, form)
+        codes = self.reshaped(weight, metric, form)
+        atoms = {"first": codes.pop("first")}
+        leader = max(group, key=lambda linear: len(stacked([linear])))
+        found: dict[str, Factored] = {}
+        start = 0
+        for linear in group:
+            own, bias = stacked([linear]), linear.module.bias
+            constant = bias if isinstance(bias, Tensor) else None
+            spec = {**form.spec, "outputs": len(own), "bias": constant is not None}
+            tensors = {name: part[:, start : start + len(own)] for name, part in codes.items()}
+            if linear is leader:
+                tensors |= atoms
+            else:
+                spec |= {"form": Codes.form, "of": leader.path}
+            found[linear.path] = fill(spec, tensors, constant, own.dtype)
+            start += len(own)
+        for layer in found.values():
+            layer.follow(found)
+        return dict(found)
 
     def most(self, outputs: int, inputs: int) -> int:
         """The most atoms that a block of a matrix can use."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.dictionaries import distance, first_atoms, fitted_atoms, matching_pursuit, recoded
+from secateur.dictionaries import fitted_atoms, in_turns
 from secateur.methods.dictionary import DictionaryMethod, stored
 from secateur.methods.form import Metric
 from secateur.methods.structured import undivided
@@ -15,8 +15,6 @@ from secateur.units import Form
 
 if TYPE_CHECKING:
     from secateur.model import Model
-
-SETTLED = 1e-3  # of the error, in one round
 
 
 @dataclass(frozen=True)
@@ -68,14 +66,4 @@ class DSFormer(DictionaryMethod):
 
     def coded(self, signals: Tensor, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor]:
         """Supports and least squares in turns."""
-        basis = first_atoms(signals, atoms)
-        codes = matching_pursuit(signals, basis, nonzeros)
-        before = distance(signals, codes, basis)
-        for _ in range(self.sweeps):
-            basis = fitted_atoms(signals, codes, basis)
-            codes = recoded(signals, codes, basis, nonzeros)
-            now = distance(signals, codes, basis)
-            if before - now <= SETTLED * now:
-                break
-            before = now
-        return codes, basis
+        return in_turns(signals, atoms, nonzeros, self.sweeps, fitted_atoms)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block, Linear, dense_weight, inputs_by_outputs
+from secateur.block import Block, Linear
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.forms import smaller
 from secateur.layers.forms_secateur import fill
+from secateur.linears import dense_weight, inputs_by_outputs
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.options import checked, option
 from secateur.prices import Target
@@ -116,10 +117,14 @@ class FormMethod(Method):
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
         """What it may make of a matrix; what is no smaller than the dense weight is left out."""
 
-    def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
-        """The forms for a linear layer of a model, of whose matrix nothing else is asked here."""
-        inputs, outputs = inputs_by_outputs(linear.module).shape
-        return self.forms(outputs, inputs, isinstance(linear.module.bias, Tensor))
+    def together(self, block: Block) -> list[list[Linear]]:
+        """The linear layers of a block, those together that share a form; here each by itself."""
+        return [[linear] for linear in block.linear_layers]
+
+    def offered(self, group: Sequence[Linear], model: "Model") -> Sequence[Form]:
+        """The forms for linear layers of a model, of whose matrix nothing else is asked here."""
+        outputs, inputs = stacked(group).shape
+        return self.forms(outputs, inputs, any(isinstance(x.module.bias, Tensor) for x in group))
 
     @abstractmethod
     def reshaped(self, weight: Tensor, metric: Metric, form: Form) -> dict[str, Tensor]:
@@ -131,6 +136,16 @@ class FormMethod(Method):
         """The layer that a form makes of a weight."""
         spec = {**form.spec, "bias": bias is not None}
         return fill(spec, self.reshaped(weight, metric, form), bias, dtype)
+
+    def replacing(
+        self, group: Sequence[Linear], weight: Tensor, metric: Metric, form: Form
+    ) -> dict[str, nn.Module]:
+        """The layers that a form makes of a group's weight (outputs, inputs), by their paths."""
+        (linear,) = group
+        module = linear.module
+        bias = module.bias if isinstance(module.bias, Tensor) else None
+        dtype = inputs_by_outputs(module).dtype
+        return {linear.path: self.layer(weight, metric, form, bias, dtype)}
 
     def errors(
         self, weight: Tensor, metric: Metric, forms: Sequence[Form], judged: Metric | None = None
@@ -148,31 +163,32 @@ class FormMethod(Method):
     def units(self, model: "Model", multiple_of: int) -> list[Unit]:
         """The matrices of all linear layers in blocks."""
         return [
-            self._unit(block, linear, model)
+            self._unit(block, group, model)
             for block in model.blocks
-            for linear in block.linear_layers
+            for group in self.together(block)
         ]
 
-    def _unit(self, block: Block, linear: Linear, model: "Model") -> Matrix:
-        inputs, outputs = inputs_by_outputs(linear.module).shape
-        offered = self.offered(linear, model)
-        if linear.factor:  # no factor is made of factors
+    def _unit(self, block: Block, group: Sequence[Linear], model: "Model") -> Matrix:
+        outputs, inputs = stacked(group).shape
+        offered = self.offered(group, model)
+        if any(linear.factor for linear in group):  # no factor is made of factors
             offered = [form for form in offered if form.stock]
+        names = [group[0].path, *(linear.path.rpartition(".")[2] for linear in group[1:])]
         forms = smaller(offered, outputs, inputs, model.stored.itemsize)
         return Matrix(
-            name=f"layers.{block.index}.{linear.path}",
+            name=f"layers.{block.index}.{'+'.join(names)}",
             block=block.index,
             size=len(forms) + 1,
             step=1,
             hidden=block.attention.o_proj.out_features,
             least=1,
             stack=block.anatomy.blocks,
-            path=linear.path,
-            order=linear.order,
+            paths=tuple(linear.path for linear in group),
+            order=min(linear.order for linear in group),
             outputs=outputs,
             inputs=inputs,
             forms=forms,
-            published=linear.published and not model.narrowed,
+            published=all(linear.published for linear in group) and not model.narrowed,
             itemsize=model.stored.itemsize,
         )
 
@@ -188,22 +204,28 @@ class FormMethod(Method):
         What a second factor reads is x Aᵀ, so its Gram is A H Aᵀ: nothing has to be observed.
         """
         weight = inputs_by_outputs(linear.module)
-        if not self.data_aware:
-            return Metric.identity(len(weight), weight)
+        if not self.data_aware:  # there are no statistics
+            return self.seen(weight)
         gram = statistics[INPUTS[linear.place]].mean
         if linear.behind is not None:
             first = inputs_by_outputs(linear.behind).double().t()
             gram = first @ gram @ first.t()
+        return self.seen(gram)
+
+    def seen(self, gram: Tensor) -> Metric:
+        """The metric of a Gram as this method sees it: with its ridge, or all inputs alike.
+
+        Where it looks at the weights alone, anything of that length will do.
+        """
+        if not self.data_aware:
+            return Metric.identity(len(gram), gram)
         return Metric(gram, getattr(self, "ridge", 0.0))
 
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """Every form of one matrix."""
         assert isinstance(unit, Matrix)
-        (linear,) = (layer for layer in block.linear_layers if layer.path == unit.path)
-        metric = self.metric(linear, statistics)
-        own = inputs_by_outputs(linear.module).t()
-        weight, bias = own.double(), linear.module.bias
-        constant = bias if isinstance(bias, Tensor) else None
+        group = [layer for layer in block.linear_layers if layer.path in unit.paths]
+        metric, weight = self.metric(group[0], statistics), stacked(group).double()
 
         def curve() -> Curve:
             errors = self.errors(weight, metric, unit.forms)
@@ -213,6 +235,12 @@ class FormMethod(Method):
         def at(size: int) -> Narrowing:
             form = unit.at(size)
             assert form is not None
-            return Narrowing(layer=self.layer(weight, metric, form, constant, own.dtype))
+            return Narrowing(layers=self.replacing(group, weight, metric, form))
 
         return Solution(curve, at)
+
+
+def stacked(group: Sequence[Linear]) -> Tensor:
+    """The weights of linear layers that read the same, one below the other, (outputs, inputs)."""
+    weights = [inputs_by_outputs(linear.module).t() for linear in group]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -1,7 +1,8 @@
 """Of several methods' forms, for each matrix the one that the budget is best spent on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -47,7 +48,7 @@ class Forms(FormMethod):
         if not self.parts:
             raise InputError("forms: name at least one method, e.g. --of gptq,svd-llm.")
 
-    @property
+    @cached_property
     def parts(self) -> dict[str, FormMethod]:
         """The methods by name."""
         from secateur.methods import METHODS
@@ -76,18 +77,18 @@ class Forms(FormMethod):
 
     def forms(self, outputs: int, inputs: int, bias: bool) -> Sequence[Form]:
         """Those of all methods."""
-        return [
-            replace(form, label=f"{name}: {form.label}", by=name)
-            for name, part in self.parts.items()
-            for form in part.forms(outputs, inputs, bias)
-        ]
+        return self._signed(lambda part: part.forms(outputs, inputs, bias))
 
-    def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
+    def offered(self, group: Sequence[Linear], model: "Model") -> Sequence[Form]:
         """Likewise."""
+        return self._signed(lambda part: part.offered(group, model))
+
+    def _signed(self, of: Callable[[FormMethod], Sequence[Form]]) -> list[Form]:
+        """The forms of every method, with its name on them."""
         return [
             replace(form, label=f"{name}: {form.label}", by=name)
             for name, part in self.parts.items()
-            for form in part.offered(linear, model)
+            for form in of(part)
         ]
 
     def layer(
@@ -95,7 +96,7 @@ class Forms(FormMethod):
     ) -> nn.Module:
         """As its own method makes it."""
         part = self.parts[form.by]
-        return part.layer(weight, _seen(part, metric), form, bias, dtype)
+        return part.layer(weight, part.seen(metric.gram), form, bias, dtype)
 
     def errors(
         self, weight: Tensor, metric: Metric, forms: Sequence[Form], judged: Metric | None = None
@@ -105,21 +106,14 @@ class Forms(FormMethod):
         for name, part in self.parts.items():
             own = [i for i, form in enumerate(forms) if form.by == name]
             of = [forms[i] for i in own]
-            errors = part.errors(weight, _seen(part, metric), of, metric)
+            errors = part.errors(weight, part.seen(metric.gram), of, metric)
             found |= dict(zip(own, errors, strict=True))
         return [found[i] for i in range(len(forms))]
 
     def reshaped(self, weight: Tensor, metric: Metric, form: Form) -> dict[str, Tensor]:
         """As its own method does."""
         part = self.parts[form.by]
-        return part.reshaped(weight, _seen(part, metric), form)
-
-
-def _seen(part: FormMethod, metric: Metric) -> Metric:
-    """The metric as a method sees it: with its ridge, or none at all."""
-    if not part.data_aware:
-        return Metric.identity(len(metric.gram), metric.gram)
-    return Metric(metric.gram, getattr(part, "ridge", 0.0))
+        return part.reshaped(weight, part.seen(metric.gram), form)
 
 
 def reshaping() -> list[str]:

@@ -77,15 +77,15 @@ class RTN(FormMethod):
             return []
         return [integer_form(outputs, inputs, bias, bits, group) for bits in self._bits()]
 
-    def offered(self, linear: Linear, model: "Model") -> Sequence[Form]:
+    def offered(self, group: Sequence[Linear], model: "Model") -> Sequence[Form]:
         """None for a Conv1D, which the format has not.
 
         A form says in which number format its scales are: the checkpoint's.
         """
-        if not isinstance(linear.module, nn.Linear):
+        if not all(isinstance(linear.module, nn.Linear) for linear in group):
             return []
         scales = {"scales": str(model.stored).removeprefix("torch.")}
-        own = super().offered(linear, model)
+        own = super().offered(group, model)
         return [replace(form, spec={**form.spec, **scales}) for form in own]
 
     def obstacle(self, model: "Model") -> str | None:

@@ -94,6 +94,15 @@ def test_bad_recipes_are_refused_and_leave_nothing(follow, room, content, words)
     assert list(room.iterdir()) == []
 
 
+def test_keeps_that_leave_more_than_the_budget_are_refused(follow, room):
+    """And nothing is said of going on, as no step could give more."""
+    steps = [step | {"keep": 0.95} for step in STEPS]
+    found = follow({"keep": 0.5, "steps": steps})
+    found.refused("leave one of them out")
+    assert "narrowing further" not in found.err
+    assert list(room.iterdir()) == []
+
+
 def test_flags_of_a_method_are_refused_beside_a_recipe(follow, room, model):
     recipe = {"keep": 0.6, "steps": STEPS}
     for flags in (["--method", "flap"], ["--target", "bytes"], ["--multiple-of", "4"]):

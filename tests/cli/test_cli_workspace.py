@@ -73,7 +73,7 @@ def stopped(compress, room, monkeypatch, near):
         ("prepare", "make_plan", 0),
         ("propagate:Propagation", "narrow_block", 1),
         ("propagate", "narrow_unit", 3),
-        ("pipeline", "write_config", 0),
+        ("checkpoint", "write_config", 0),
         ("pipeline", "judge_apart", 0),
         ("pipeline", "write_record", 0),
     ],

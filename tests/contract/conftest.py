@@ -62,7 +62,7 @@ def is_served(method: str | None, name: str | None) -> bool:
     """Whether a method can change anything in a variant."""
     if method is None or name is None:
         return True
-    return method_class(method)().obstacle(shapes(name)) is None
+    return method_class(method.partition(" ")[0])().obstacle(shapes(name)) is None
 
 
 @cache

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from secateur import Goal, Settings, make_plan, open_model, score
 from secateur.allocate.uniform import Uniform
 from secateur.apply import narrowed
-from secateur.block import dense_weight, inputs_by_outputs
+from secateur.linears import dense_weight, inputs_by_outputs
 from secateur.methods import METHODS, method_class
 from secateur.pipeline import write
 from secateur.prepare import Prepared
@@ -24,6 +24,7 @@ from tests.contract.variants import VARIANTS
 from tests.families import AUTO, FAMILIES
 
 RESHAPING = [name for name in METHODS if method_class(name).kinds == MATRICES]
+RESHAPING += [name for name in VARIANTS if " " in name]  # with other options
 SHOWN = ("llama", "gpt2")  # one without biases, one with transposed weights and biases
 SPECIAL = [name for name in FAMILIES if name not in ALWAYS]
 every_method = pytest.mark.parametrize("method", RESHAPING)
@@ -34,7 +35,7 @@ every_name = pytest.mark.parametrize(
 
 def made(method, **options):
     """The method at sizes that fit models this small."""
-    return method_class(method)(**{**VARIANTS.get(method, {}), **options})
+    return method_class(method.partition(" ")[0])(**{**VARIANTS.get(method, {}), **options})
 
 
 def served(model, method):
@@ -93,8 +94,9 @@ def test_bytes_on_disk_are_those_of_the_plan(opened, reshaped, method, name):
     changed = [row for row in plan.units if row.form is not None]
     assert changed
     for row in changed:
-        inside = f".{row.unit.removeprefix('layers.')}."
-        own = {n: s for n, s in sizes.items() if inside in n and not n.endswith(".bias")}
+        inside = [f".{linear.removeprefix('layers.')}." for linear in row.linears]
+        weights = {n: s for n, s in sizes.items() if not n.endswith(".bias")}
+        own = {n: s for n, s in weights.items() if any(path in n for path in inside)}
         assert sum(own.values()) == row.bytes, (row, own)
 
 
@@ -134,15 +136,17 @@ def test_every_layer_computes_with_the_weight_that_it_stands_for(opened, calibra
     for unit in (u for u in chosen.units(model, 1) if u.block == 1 and not u.fixed):
         solution = chosen.solve(unit, block, statistics)
         x = torch.randn(2, 5, unit.inputs, generator=generator, dtype=torch.float64)
-        old = block.module.get_submodule(unit.path)
         for size in sorted({unit.sizes()[0], unit.sizes()[-2]}):
-            layer = solution.at(size).layer
-            expected = x @ dense_weight(layer).t()
-            if old.bias is not None:
-                expected = expected + old.bias
-            with torch.no_grad():
-                torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
-            assert (layer.bias is None) == (old.bias is None)
+            layers = solution.at(size).layers
+            assert tuple(layers) == unit.paths
+            for path, layer in layers.items():
+                old = block.module.get_submodule(path)
+                expected = x @ dense_weight(layer).t()
+                if old.bias is not None:
+                    expected = expected + old.bias
+                with torch.no_grad():
+                    torch.testing.assert_close(layer(x), expected, rtol=1e-9, atol=1e-9)
+                assert (layer.bias is None) == (old.bias is None)
 
 
 @every_name
@@ -154,11 +158,12 @@ def test_predicted_errors_are_those_of_what_is_made(opened, calibrated, method, 
     statistics = data.store.get(1, chosen.needs)
     for unit in (u for u in chosen.units(model, 1) if u.block == 1 and not u.fixed):
         solution = chosen.solve(unit, block, statistics)
-        (linear,) = (found for found in block.linear_layers if found.path == unit.path)
-        metric = chosen.metric(linear, statistics)
-        weight = inputs_by_outputs(linear.module).t().double()
+        group = [found for found in block.linear_layers if found.path in unit.paths]
+        metric = chosen.metric(group[0], statistics)
+        weight = torch.cat([inputs_by_outputs(linear.module).t().double() for linear in group])
         for size in sorted({unit.sizes()[0], unit.sizes()[-2]}):
-            lost = metric.error(weight - dense_weight(solution.at(size).layer))
+            stands = torch.cat([dense_weight(x) for x in solution.at(size).layers.values()])
+            lost = metric.error(weight - stands)
             share = min(1.0, lost / metric.error(weight))
             whole = solution.curve.at(0)  # 1, where curves are shares
             assert solution.curve.at(size) == pytest.approx(
@@ -191,10 +196,10 @@ def test_looking_at_a_form_leaves_the_block_as_it_was(opened, calibrated, method
     statistics = calibrated("llama").store.get(0, chosen.needs)
     block, unit = model.blocks[0], next(u for u in chosen.units(model, 1) if not u.fixed)
     before = {n: t.clone() for n, t in block.module.state_dict().items()}
-    layer = block.module.get_submodule(unit.path)
+    layers = {path: block.module.get_submodule(path) for path in unit.paths}
     with narrowed(block, unit, chosen.solve(unit, block, statistics).at(1)):
-        assert block.module.get_submodule(unit.path) is not layer
-    assert block.module.get_submodule(unit.path) is layer
+        assert all(block.module.get_submodule(p) is not layer for p, layer in layers.items())
+    assert all(block.module.get_submodule(p) is layer for p, layer in layers.items())
     after = block.module.state_dict()
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
@@ -233,6 +238,7 @@ def test_the_same_calibration_gives_the_same_bits(opened, calibrated, method):
     served(model, chosen)
     statistics = calibrated("llama").store.get(0, chosen.needs)
     unit = next(u for u in chosen.units(model, 1) if not u.fixed)
-    layers = [chosen.solve(unit, model.blocks[0], statistics).at(1).layer for _ in range(2)]
-    first, second = (layer.state_dict() for layer in layers)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    tries = [chosen.solve(unit, model.blocks[0], statistics).at(1).layers for _ in range(2)]
+    for path in unit.paths:
+        first, second = (layers[path].state_dict() for layers in tries)
+        assert all(torch.equal(first[name], second[name]) for name in first)

@@ -15,5 +15,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "block-dense": {"blocks": 2, "rank_step": 1},
     "compot": {"grain": 4, "sweeps": 3},
     "cospadi": {"grain": 3, "sweeps": 2},
+    "cospadi shared": {"grain": 3, "sweeps": 2, "share": 1},
     "dsformer": {"grain": 3, "sweeps": 2, "blocks": 2},
 }

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from secateur import Goal, InputError, MoDeGPT, Settings, make_plan, open_model, pipeline
-from secateur import depth as depths
 from secateur.allocate.least_error import LeastError
-from secateur.checkpoint import Writer, store_block, store_rest, write_config
+from secateur.checkpoint import finish, store_block, writer_for
 from secateur.methods.replace import Replace
 from secateur.methods.shortgpt import ShortGPT
 from secateur.plan import match_units, revise, tier_of
@@ -156,14 +155,11 @@ def test_per_layer_checkpoints_may_lack_blocks_too(opened, tmp_path):
         "layers.2.value_output": 3,
     }
     assert tier_of(units, sizes) == "per-layer"
-    writer = Writer(tmp_path)
+    writer = writer_for(model, "per-layer", tmp_path)
     for block in narrow_blocks(model, method, units, sizes, tokens, store):
         store_block(model, block, writer)
     expected = logits(model.module, IDS)
-    store_rest(model, writer)
-    writer.finish()
-    depths.close_ranks(model)
-    write_config(model, "per-layer", tmp_path)
+    finish(model, "per-layer", writer)
     layers = saved(tmp_path)["secateur"]["layers"]
     assert [sorted(layer) for layer in layers] == [["linears"], ["attention", "linears"]]
     assert list(layers[0]["linears"]) == ["mlp.down_proj"]

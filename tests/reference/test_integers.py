@@ -299,7 +299,7 @@ def test_without_the_library_nothing_is_begun(opened, monkeypatch):
 
 def test_nothing_can_follow_integers_in_a_recipe():
     last, first = Step.of(GPTQ()), Step.of(SVDLLM(), keep=0.5)
-    assert Recipe((first, last)).name == "svd-llm + gptq"
+    assert [step.method.name for step in Recipe((first, last)).steps] == ["svd-llm", "gptq"]
     for method in (GPTQ(), Forms(of="svd-llm,rtn")):
         with pytest.raises(InputError, match=f"behind {method.name}, which leaves integers"):
             Recipe((Step.of(method), first))
@@ -308,12 +308,12 @@ def test_nothing_can_follow_integers_in_a_recipe():
 def test_mixtures_offer_integers_with_scales_of_the_checkpoint(opened):
     model = opened("gpt2")
     units = Forms(of="rtn,svd").units(model, 1)
-    forms = {unit.path: [f for f in unit.forms if f.by == "rtn"] for unit in units}
+    forms = {unit.paths[0]: [f for f in unit.forms if f.by == "rtn"] for unit in units}
     assert forms["attn.q_proj"]
     assert forms["mlp.c_fc"] == []  # a Conv1D
     assert {f.spec["scales"] for own in forms.values() for f in own} == {"float32"}
     linears = {linear.path: linear for linear in model.blocks[0].linear_layers}
-    offered = {path: RTN(group="8").offered(linear, model) for path, linear in linears.items()}
+    offered = {path: RTN(group="8").offered([linear], model) for path, linear in linears.items()}
     assert offered["mlp.c_fc"] == []
     assert [form.spec["scales"] for form in offered["attn.q_proj"]] == ["float32"]
 
@@ -348,7 +348,7 @@ def test_what_is_loaded_again_says_the_same(tmp_path, name):
     assert plan.tier == ("plain" if name == "qwen3" else "per-layer")
     assert plan.libraries == ["compressed-tensors"]
     if name == "gpt2":
-        assert {u.size for u in units if "mlp" in u.path} == {1}  # Conv1Ds
+        assert {u.size for u in units if "mlp" in u.paths[0]} == {1}  # Conv1Ds
     again = open_model(tmp_path / "small", settings)
     assert not any(isinstance(module, Integers) for module in again.module.modules())
     assert {p.dtype for p in again.module.parameters()} == {torch.float32}

@@ -17,35 +17,14 @@ from secateur.statistics import Cross, Gram, Needs
 from secateur.stream import Stream
 from secateur.text import Tokens
 from tests.families import stream
+from tests.reference.raw import activations, direct_error, gram_of, normal
 
 seeds = st.integers(0, 2**31 - 1)
 RIDGE = 1e-10
 
 
-def normal(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def activations(seed, tokens, channels):
-    """Correlated channels of unequal energy."""
-    mixed = normal(seed, tokens, channels)
-    mixed = mixed + 0.7 * mixed.roll(1, 1)
-    return mixed * (0.2 + normal(seed + 100, channels).abs())
-
-
-def gram_of(x):
-    return x.t() @ x / len(x)
-
-
 def cross_of(x, t):
     return x.t() @ t / len(x)
-
-
-def direct_error(x, t, keep):
-    """E(S) by least squares on the raw tokens."""
-    keep = torch.as_tensor(keep, dtype=torch.int64)
-    fitted = x[:, keep] @ torch.linalg.lstsq(x[:, keep], t, driver="gelsd").solution
-    return float((t - fitted).square().sum() / len(x))
 
 
 def solved(x, w, ridge=RIDGE, target=None):

@@ -89,7 +89,7 @@ def test_a_share_is_one_of_the_bytes_that_a_model_has():
     trits = form_of({"form": "trits", **shape, "bias": False, "group": 64}, "trits")
     forms = smaller([low, trits], 64, 64, 4)
     assert [form.label for form in forms] == ["trits", "rank 7"]
-    common = {"block": 0, "step": 1, "hidden": 64, "path": "", "order": 0, "published": True}
+    common = {"block": 0, "step": 1, "hidden": 64, "paths": ("",), "order": 0, "published": True}
     unit = Matrix(name="m", size=3, forms=forms, itemsize=4, **shape, **common)
     for size in (1, 2, 3):
         assert unit.at_share(unit.cost(size, 4).bytes / (64 * 64 * 4)) == pytest.approx(size)

@@ -22,7 +22,7 @@ def gram(rows, inputs, seed=0):
 def matrix(*sizes, outputs=16, inputs=16):
     forms = tuple(Form({}, f"{n}", n, 0, n, n) for n in sizes)
     return Matrix(
-        "layers.0.m", 0, len(forms) + 1, 1, 16, least=1, path="m", outputs=outputs,
+        "layers.0.m", 0, len(forms) + 1, 1, 16, least=1, paths=("m",), outputs=outputs,
         inputs=inputs, forms=forms, order=0, published=True,
     )  # fmt: skip
 

@@ -333,7 +333,7 @@ def test_few_tokens_meet_the_dense_weight_where_that_is_asked_for(spec):
 
 def unit(outputs, inputs):
     return Matrix(
-        name="w", block=0, size=1, step=1, hidden=8, least=1, path="w",
+        name="w", block=0, size=1, step=1, hidden=8, least=1, paths=("w",),
         outputs=outputs, inputs=inputs, forms=(), order=0, published=True,
     )  # fmt: skip
 

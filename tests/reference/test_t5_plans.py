@@ -9,7 +9,7 @@ import transformers
 from secateur import Settings, Store, calibrate
 from secateur.allocate.uniform import Uniform
 from secateur.apply import narrow_block, narrow_unit
-from secateur.checkpoint import Writer, store_block, store_rest, write_config
+from secateur.checkpoint import finish, store_block, writer_for
 from secateur.evaluate import reload
 from secateur.goal import Goal
 from secateur.latency import measured
@@ -18,7 +18,8 @@ from secateur.methods.base import Narrowing
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.slicegpt import SliceGPT
-from secateur.model import anatomy_of, not_served, skeleton
+from secateur.model import anatomy_of, not_served
+from secateur.opening import skeleton
 from secateur.propagate import Propagation
 from secateur.units import places
 from tests.contract.conftest import logits
@@ -124,12 +125,10 @@ def test_propagation_lowers_the_error(folder):
 
 
 def save(model, folder, tier):
-    writer = Writer(folder)
+    writer = writer_for(model, tier, folder)
     for block in model.blocks:
         store_block(model, block, writer)
-    store_rest(model, writer)
-    writer.finish()
-    write_config(model, tier, folder)
+    finish(model, tier, writer)
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, output_loading_info=True)
 
 
