@@ -30,8 +30,8 @@ def held(demo):
 
 def test_calibration_error_by_hand():
     """The mistake: bins of equal width, of which one holds nearly everything."""
-    sure = torch.tensor([0.1, 0.2, 0.3, 0.9])
-    right = torch.tensor([False, True, False, True])
+    sure = torch.tensor([0.9, 0.1, 0.3, 0.2])
+    right = torch.tensor([True, False, False, True])
     found = calibration_error(sure, right, bins=2)
     assert found["error"] == pytest.approx(0.5 * abs(0.5 - 0.15) + 0.5 * abs(0.5 - 0.6))
     assert found["gap"] == pytest.approx(0.375 - 0.5)
