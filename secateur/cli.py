@@ -237,21 +237,30 @@ def compress(
 @cli.command(name="eval")
 @model_argument
 @judge_options
+@click.option("--against", metavar="DENSE", help="Measure this model too, and compare with it.")
 @open_options
 @click.pass_context
-def evaluate(ctx: click.Context, /, model: str, as_json: bool, **rest: Any) -> None:
+def evaluate(
+    ctx: click.Context, /, model: str, as_json: bool, against: str | None, **rest: Any
+) -> None:
     """Measure MODEL: perplexity, speed, memory and a sample, as `compress` does."""
     from dataclasses import asdict
 
     from secateur import present
-    from secateur.evaluate.judge import judge_apart
+    from secateur.evaluate.against import judge_against
+    from secateur.evaluate.judge import check_tasks, judge_apart
     from secateur.opening import read_config
     from secateur.progress import for_terminal
     from secateur.text import BUNDLED, Text
     from secateur.uses import use_of
 
-    _refuse_lengths(ctx, use_of(read_config(model, _settings(rest))))
+    _refuse_lengths(ctx, use := use_of(read_config(model, _settings(rest))))
     questions = _questions(rest, (Text("Python docs (bundled)", BUNDLED),), None)
+    check_tasks(use, questions.tasks)
+    if against is not None:
+        report = judge_against(model, against, questions, _settings(rest), for_terminal())
+        _print_json(report.content) if as_json else present.show_comparison(report)
+        return
     verdict = judge_apart(model, questions, _settings(rest), for_terminal())
     _print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
 
@@ -415,6 +424,9 @@ def _questions(options: dict[str, Any], default: Any, length: int | None) -> "Qu
         prompt=options["prompt"],
         new_tokens=options["new_tokens"],
         speed=not options["no_speed"],
+        tasks=tuple(dict.fromkeys(t.strip() for g in options["tasks"] for t in g.split(",") if t)),
+        task_limit=options["task_limit"],
+        damage=options["damage"],
     )
 
 

@@ -252,4 +252,20 @@ judge_options = stacked(
         "--new-tokens", type=click.IntRange(1), help="Tokens to continue it by  [default: 40]"
     ),
     click.option("--no-speed", is_flag=True, help="Don't time the model."),
+    click.option(
+        "--tasks",
+        multiple=True,
+        metavar="TASKS",
+        help="Tasks to answer, by commas: task files (.jsonl, see docs/evaluation.md), or names "
+        "that lm-evaluation-harness knows, such as arc_easy,piqa; may be repeated.",
+    ),
+    click.option(
+        "--task-limit", type=click.IntRange(2), help="Items of each task, at most  [default: all]"
+    ),
+    click.option(
+        "--damage",
+        is_flag=True,
+        help="Measure what perplexity does not show: calibration of probabilities, repetition, "
+        "recall of planted keys, accuracy class by class.",
+    ),
 )

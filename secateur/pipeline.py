@@ -12,8 +12,10 @@ from secateur.allocate.base import Allocator
 from secateur.calibration import Store
 from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
+from secateur.evaluate.domains import domains
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
+from secateur.evaluate.standing import doubts
 from secateur.goal import Goal
 from secateur.methods import check_served
 from secateur.methods.base import Method
@@ -191,6 +193,10 @@ def make_report(
         "libraries": sorted({name for p in plans for name in p.libraries}),
         "dense": asdict(dense),
         "compressed": asdict(small),
+        "domains": domains(dense.perplexity, small.perplexity),
+        "doubts": doubts(
+            {"dense": dense.task_scores, "compressed": small.task_scores}, small.task_changes
+        ),
         "seconds": seconds | watch.finish(),
         "versions": reporting.versions(),
         "seed": task.calibration.seed,

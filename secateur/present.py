@@ -13,11 +13,13 @@ from rich.text import Text
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur import outcome
 from secateur import report as reporting
 from secateur.allocate import ALLOCATORS, allocator_class
 from secateur.allocate.base import Allocator
 from secateur.anatomy import FAMILIES, find
 from secateur.evaluate.judge import Verdict
+from secateur.evaluate.standing import doubts
 from secateur.flags import DEFAULT_METHOD, shown
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
@@ -255,7 +257,7 @@ def _kept(budget: dict[str, Any], model_type: str) -> str:
 def show_report(report: Report, out: Path) -> None:
     """Print what a run reports, and what to type next."""
     console = _console()
-    console.print(reporting.comparison(report))
+    _show_outcome(console, report)
     budget = report["budget"]
     console.print(
         f"{_kept(budget, report['model']['model_type'])}, by {report['method']['name']} in "
@@ -275,6 +277,22 @@ def show_report(report: Report, out: Path) -> None:
     following = ("compress", "YOUR_MODEL", "OUT --keep 0.8 --calibration YOUR_TEXT.txt")
     yours = "YOUR_IMAGES" if _sees(report["model"]["model_type"]) else "YOUR_TEXT.txt"
     _next(console, *(following if own else ("eval", str(out), f"--eval {yours}")))
+
+
+def show_comparison(report: Report) -> None:
+    """Print a model beside the one that it is held against."""
+    console = _console()
+    _show_outcome(console, report)
+    _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
+
+
+def _show_outcome(console: Console, report: Report) -> None:
+    """The tables of two models, and what not to read into them."""
+    console.print(reporting.comparison(report))
+    if report["dense"]["task_scores"]:
+        console.print(outcome.task_comparison(report["dense"], report["compressed"]))
+    for doubt in report["doubts"]:
+        console.print(f"note: {doubt}", markup=False)
 
 
 def show_export(out: Path, tier: str) -> None:
@@ -339,7 +357,13 @@ def show_verdict(verdict: Verdict) -> None:
             label = key.replace("tokens", things).replace("_", " ")
             table.add_row(label, f"{value:,.0f}")
     table.add_row("peak memory", size(verdict.peak_memory_bytes))
+    for label, (value, unit) in outcome.damage_lines(verdict.damage).items():
+        table.add_row(label, outcome.in_unit(value, unit))
     console.print(table)
+    if verdict.task_scores:
+        console.print(outcome.task_table(verdict.task_scores))
+    for doubt in doubts({"the model": verdict.task_scores}, {}):
+        console.print(f"note: {doubt}", markup=False)
     _show_samples(console, verdict.prompt, {"model": verdict.sample})
 
 

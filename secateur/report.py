@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur import outcome
 from secateur.version import __version__
 
 
@@ -87,6 +88,11 @@ def comparison(report: Report) -> Any:
         if (key := f"{key}_tokens_per_second") in dense["speed"]:
             row(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
     row("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
+    after = outcome.damage_lines(small["damage"], dense["damage"])
+    for label, (value, unit) in outcome.damage_lines(dense["damage"]).items():
+        own = after[label][0]
+        change = outcome.in_unit(own - value, unit, "+")
+        table.add_row(label, *(outcome.in_unit(v, unit) for v in (value, own)), change)
     return table
 
 
