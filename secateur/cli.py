@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before a command needs it."""
 
 import json
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from secateur.commands import COMMANDS
 from secateur.errors import InputError, RunError, nearest
 from secateur.flags import (
     ALLOCATOR_KEY,
@@ -20,6 +22,7 @@ from secateur.flags import (
     open_options,
     text_options,
 )
+from secateur.report import COMMAND
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -349,6 +352,10 @@ def export(
         present.show_export(out, tier)
 
 
+for command in COMMANDS:
+    cli.add_command(command)
+
+
 def _settings(options: dict[str, Any]) -> "Settings":
     from secateur.model import Settings
 
@@ -497,6 +504,7 @@ def _print_json(content: Any) -> None:
 
 def main() -> None:
     """Entry point: one message and exit code 2 for anything the user can put right."""
+    COMMAND.set(shlex.join(["secateur", *sys.argv[1:]]))
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
         code = cli.main(standalone_mode=False)

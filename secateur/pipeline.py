@@ -1,15 +1,19 @@
 """The main job: open, judge, calibrate, plan, apply, write, reload, judge again, report."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jinja2 import TemplateError
 from torch import Tensor
 
 from secateur import report as reporting
 from secateur.allocate.base import Allocator
 from secateur.calibration import Store
+from secateur.card import write_card
 from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
 from secateur.evaluate.domains import domains
@@ -21,16 +25,20 @@ from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, Settings
 from secateur.opening import skeleton
+from secateur.page import write_page
 from secateur.plan import Budget, Plan, check_sizes, match_units
 from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
 from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
+from secateur.runs import read_run
 from secateur.select import cheap
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration, Tokens
+from secateur.units import STREAM
+from secateur.witness import Witness, observations
 from secateur.workspace import Workspace
 
 TESTIMONY_TOKENS = 24
@@ -125,13 +133,14 @@ def compress(
             progress,
         )
         memory, first = write(prepared, workspace.result, watch, progress)
-        plan = prepared.plan
+        plan, observed = prepared.plan, prepared.observed
         del prepared  # the measuring process needs the memory
         small = judge_result(task, watch, memory, first)
-        report = make_report(task, [plan], plan.budget, dense, small, watch)
+        report = make_report(task, [plan], [observed], plan.budget, dense, small, watch)
         step = Step(method, goal, allocator, method.keep or None)
         write_record(task, report, [plan], Recipe((step,)))
         workspace.publish()
+    show_record(task)
     return report
 
 
@@ -140,12 +149,17 @@ def write(
 ) -> tuple[dict[str, Tensor], Tokens]:
     """Narrow the model block by block into a checkpoint, and take its testimony.
 
-    Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16.
+    Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16, and there what
+    was observed.
     """
     model, plan = prepared.model, prepared.plan
     writer = writer_for(model, plan.tier, folder)
     method = prepared.method
     units = plan.goal.units(method, model)
+    evidence, blocks = prepared.evidence, len(model.blocks)
+    witness = None
+    if evidence is not None and method.kinds != STREAM:
+        witness = Witness(model, prepared.tokens)
     narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         while True:
@@ -156,6 +170,10 @@ def write(
             with watch.measure("save"):
                 store_block(model, block, writer)
             advance(1)
+    if evidence is not None:
+        with watch.measure("evaluate"):
+            errors = [] if witness is None else witness.errors(model)
+            prepared.observed = observations(units, blocks, prepared.store, evidence, errors)
     with watch.measure("save"):
         finish(model, plan.tier, writer)
     with watch.measure("evaluate"):
@@ -174,6 +192,7 @@ def judge_result(task: Task, watch: Stopwatch, memory: dict[str, Tensor], first:
 def make_report(
     task: Task,
     plans: Sequence[Plan],
+    observed: Sequence[dict[str, Any]],
     budget: Budget,
     dense: Verdict,
     small: Verdict,
@@ -183,7 +202,8 @@ def make_report(
     seconds = dict.fromkeys(("calibrate", "curves", "allocate", "apply", "save", "evaluate"), 0.0)
     plan = plans[-1]
     content = {
-        "version": 2,
+        "version": reporting.VERSION,
+        "command": reporting.COMMAND.get(),
         "model": plans[0].base.model_dump(),
         "method": plan.method.model_dump(),
         "allocator": plan.allocator.model_dump(),
@@ -201,6 +221,7 @@ def make_report(
         "versions": reporting.versions(),
         "seed": task.calibration.seed,
         "calibration": plan.calibration.model_dump(),
+        "observed": [*observed],
     }
     if len(plans) > 1:
         content["method"] = {"name": " + ".join(p.method.name for p in plans), "options": {}}
@@ -229,6 +250,18 @@ def write_record(task: Task, report: Report, plans: Sequence[Plan], recipe: Reci
         "settings": asdict(task.settings),
     }
     (record / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def show_record(task: Task) -> None:
+    """Write page and card from the record of a published run, which is whole without them."""
+    try:
+        write_page(task.workspace.out)
+        write_card(read_run(task.workspace.out))
+    except (InputError, OSError, TemplateError) as error:
+        task.progress.say(
+            f"note: the report page was not written ({error}); `secateur report "
+            f"{shlex.quote(str(task.workspace.out))}` tries again"
+        )
 
 
 def save(

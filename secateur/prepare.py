@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from secateur.allocate.base import Allocator
+from secateur.allocate.base import Allocator, Evidence
 from secateur.allocate.plain import PlainWidth
 from secateur.calibration import Store, calibrate
 from secateur.errors import InputError
@@ -104,13 +105,19 @@ def check_keep(allocator: Allocator, units: Sequence[Unit], prices: Prices, meth
 
 @dataclass
 class Prepared:
-    """A model with its plan and, unless it is only planned, its statistics; nothing has changed."""
+    """A model with its plan and, unless it is only planned, its statistics; nothing has changed.
+
+    ``observed`` is what :func:`~secateur.witness.observations` says once it is narrowed, where
+    there is the ``evidence`` that the plan rests on.
+    """
 
     model: Model
     tokens: Tokens
     store: Store
     method: Method
     plan: Plan
+    evidence: Evidence | None = None
+    observed: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -201,7 +208,7 @@ def prepare(
             judgements = allocator.judgements(units, prices, chosen.keep)
             with progress.stage("choosing sizes", judgements) as advance:
                 plan = make_plan(model, chosen, evidence, calibration, tokens, *given, advance)
-    return Prepared(model, tokens, store, chosen, plan)
+    return Prepared(model, tokens, store, chosen, plan, evidence)
 
 
 def _forward_seconds(model: Model, tokens: Tokens) -> float:

@@ -26,7 +26,7 @@ from secateur.methods.base import Method
 from secateur.model import Settings, not_served
 from secateur.opening import DEMO, skeleton
 from secateur.plan import Plan
-from secateur.report import Report, count, size
+from secateur.report import TIERS, Report, count, size
 from secateur.units import WIDTHS
 from secateur.uses import PREFIX
 
@@ -36,17 +36,6 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 SIDES = ("dense", "compressed")
-TIERS = {
-    "plain": "loads wherever the dense model does, no extra code",
-    "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
-    "factored": "loads in transformers after `import secateur`, or with trust_remote_code=True",
-}
-
-
-def _tier(tier: str, libraries: list[str]) -> str:
-    """What a tier means to who loads the result."""
-    needed = f"; needs {', '.join(libraries)}" if libraries else ""
-    return f"tier {tier}: {TIERS[tier]}{needed}"
 
 
 def _console() -> Console:
@@ -218,7 +207,7 @@ def show_plan(plan: Plan, written: Path | None) -> None:
             end_section=following is None or (several and following != block),
         )
     console.print(table)
-    console.print(_kept(plan.budget.model_dump(), plan.base.model_type))
+    console.print(reporting.kept(plan.budget.model_dump(), _sees(plan.base.model_type)))
     if plan.predicted_loss is None:
         console.print(curve)
     else:
@@ -226,7 +215,7 @@ def show_plan(plan: Plan, written: Path | None) -> None:
             f"predicted loss: divergence of the output with that unit alone narrowed, in nats; "
             f"{plan.predicted_loss:.4f} in all"
         )
-    console.print(_tier(plan.tier, plan.libraries))
+    console.print(reporting.told_tier(plan.tier, plan.libraries))
     if written is not None:
         _next(console, "compress", plan.base.source, f"OUT --plan {shlex.quote(str(written))}")
     else:
@@ -239,40 +228,23 @@ def _sees(model_type: str) -> bool:
     return family is not None and family.use == "images"
 
 
-def _kept(budget: dict[str, Any], model_type: str) -> str:
-    """What a budget asked for and what it got."""
-    total, read = budget["total"], f"{budget['batch']} × {budget['length']} tokens"
-    if _sees(model_type):
-        read = f"a batch of {budget['batch']}"
-    whole = {
-        "parameters": f"{count(total)} compressible parameters",
-        "bytes": f"{size(total)} that can shrink",
-        "flops": f"{count(total)} operations a token in what can shrink",
-        "cache": f"{size(total)} of KV cache a token",
-        "latency": f"{total / 1e6:.2f} ms for {read}",
-    }[budget["of"]]
-    return f"keeps {budget['reached']:.2%} of {whole} (asked for {budget['keep']:.2%})"
-
-
 def show_report(report: Report, out: Path) -> None:
     """Print what a run reports, and what to type next."""
     console = _console()
     _show_outcome(console, report)
-    budget = report["budget"]
-    console.print(
-        f"{_kept(budget, report['model']['model_type'])}, by {report['method']['name']} in "
-        f"{report['seconds']['total']:.0f} s"
-    )
+    console.print(reporting.summary(report))
     if report["densified"]:
         console.print(
             f"note: {report['densified']} matrices are stored packed and computed dense: that "
             "saves bytes on disk, and neither memory nor time, but for 2:4 on GPUs with a kernel"
         )
     _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
-    tier = _tier(report["tier"], report["libraries"])
+    tier = reporting.told_tier(report["tier"], report["libraries"])
     console.print(f"\n[bold]{escape(str(out))}[/]  {tier}")
     plans = "the plan of each step" if "steps" in report.content else "plan.json"
     console.print(f"in it, under secateur/: report.json, {plans}, recipe.yaml", markup=False)
+    if (page := out / "secateur" / "report.html").exists():
+        console.print(f"to look at, in a browser: {page}", markup=False, soft_wrap=True)
     own = report["model"]["source"] == DEMO
     following = ("compress", "YOUR_MODEL", "OUT --keep 0.8 --calibration YOUR_TEXT.txt")
     yours = "YOUR_IMAGES" if _sees(report["model"]["model_type"]) else "YOUR_TEXT.txt"

@@ -3,12 +3,23 @@
 import io
 import json
 import platform
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from secateur import outcome
 from secateur.version import __version__
+
+VERSION = 2
+TIERS = {
+    "plain": "loads wherever the dense model does, no extra code",
+    "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
+    "factored": "loads in transformers after `import secateur`, or with trust_remote_code=True",
+}
+#: the command line that is being followed, as it was typed; None where Python called
+COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)
 
 
 @dataclass(frozen=True)
@@ -51,12 +62,63 @@ def versions() -> dict[str, str]:
     }
 
 
+class Line(NamedTuple):
+    """One line of the headline table in words, the same at the terminal, on the page, in the card.
+
+    What one side has not is empty.
+    """
+
+    label: str
+    dense: str
+    compressed: str
+    change: str
+
+
+def lines(report: Report) -> list[Line]:
+    """Dense beside compressed, and the change."""
+    dense, small = report["dense"], report["compressed"]
+    found: list[Line] = []
+
+    def add(label: str, a: float, b: float, form: Any, change: str) -> None:
+        ratio = b / a if a else 1.0  # memory that the process had before, say
+        note = {"share": f"{ratio:.1%}", "times": f"{ratio:.2f}×", "rise": f"{ratio - 1:+.1%}"}
+        found.append(Line(label, form(a), form(b), note[change] if a else ""))
+
+    add("parameters", dense["parameters"], small["parameters"], count, "share")
+    add("bytes on disk", dense["bytes"], small["bytes"], size, "share")
+    for name, value in dense["perplexity"].items():
+        add(f"perplexity, {name}", value, small["perplexity"][name], "{:.2f}".format, "rise")
+    for name, value in dense["tasks"].items():
+        other = small["tasks"][name]
+        points = f"{100 * (other - value):+.1f} points"
+        found.append(Line(name, f"{value:.1%}", f"{other:.1%}", points))
+    if agrees := small["agreement"]:
+        name = next(iter(dense["perplexity"]))
+        of = f"of {agrees['outputs']:,.0f} outputs"
+        found.append(Line(f"same first choice, {name}", "", f"{agrees['top1']:.1%}", of))
+        found.append(Line("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", ""))
+    things = "images" if dense["counts"] == "images" else "tokens"
+    for key, label in (("prefill", f"reading, {things}/s"), ("decode", "writing, tokens/s")):
+        if (key := f"{key}_tokens_per_second") in dense["speed"]:
+            add(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
+    add("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
+    return [*found, *_damage(dense.get("damage", {}), small.get("damage", {}))]
+
+
+def _damage(dense: dict[str, Any], small: dict[str, Any]) -> Iterator[Line]:
+    """What perplexity does not show, where that was asked for."""
+    after = outcome.damage_lines(small, dense)
+    for label, (value, unit) in outcome.damage_lines(dense).items():
+        own = after[label][0]
+        change = outcome.in_unit(own - value, unit, "+")
+        yield Line(label, outcome.in_unit(value, unit), outcome.in_unit(own, unit), change)
+
+
 def comparison(report: Report) -> Any:
-    """A rich table: dense beside compressed, and the change."""
+    """The headline table for a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    dense, small = report["dense"], report["compressed"]
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column, justify in (
         ("", "left"),
@@ -65,35 +127,38 @@ def comparison(report: Report) -> Any:
         ("", "right"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-
-    def row(label: str, a: float, b: float, form: Any, change: str) -> None:
-        ratio = b / a if a else 1.0  # memory that the process had before, say
-        note = {"share": f"{ratio:.1%}", "times": f"{ratio:.2f}×", "rise": f"{ratio - 1:+.1%}"}
-        table.add_row(label, form(a), form(b), note[change] if a else "")
-
-    row("parameters", dense["parameters"], small["parameters"], count, "share")
-    row("bytes on disk", dense["bytes"], small["bytes"], size, "share")
-    for name, value in dense["perplexity"].items():
-        row(f"perplexity, {name}", value, small["perplexity"][name], "{:.2f}".format, "rise")
-    for name, value in dense["tasks"].items():
-        other = small["tasks"][name]
-        table.add_row(name, f"{value:.1%}", f"{other:.1%}", f"{100 * (other - value):+.1f} points")
-    if agrees := small["agreement"]:
-        name = next(iter(dense["perplexity"]))
-        of = f"of {agrees['outputs']:,.0f} outputs"
-        table.add_row(f"same first choice, {name}", "", f"{agrees['top1']:.1%}", of)
-        table.add_row("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", "")
-    things = "images" if dense["counts"] == "images" else "tokens"
-    for key, label in (("prefill", f"reading, {things}/s"), ("decode", "writing, tokens/s")):
-        if (key := f"{key}_tokens_per_second") in dense["speed"]:
-            row(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
-    row("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
-    after = outcome.damage_lines(small["damage"], dense["damage"])
-    for label, (value, unit) in outcome.damage_lines(dense["damage"]).items():
-        own = after[label][0]
-        change = outcome.in_unit(own - value, unit, "+")
-        table.add_row(label, *(outcome.in_unit(v, unit) for v in (value, own)), change)
+    for line in lines(report):
+        table.add_row(*line)
     return table
+
+
+def told_tier(tier: str, libraries: list[str]) -> str:
+    """What a tier means to who loads the result."""
+    needed = f"; needs {', '.join(libraries)}" if libraries else ""
+    return f"tier {tier}: {TIERS.get(tier, 'unknown here')}{needed}"
+
+
+def kept(budget: dict[str, Any], sees: bool) -> str:
+    """What a budget asked for and what it got; of a model that ``sees``, in images."""
+    total, read = budget["total"], f"{budget['batch']} × {budget['length']} tokens"
+    if sees:
+        read = f"a batch of {budget['batch']}"
+    whole = {
+        "parameters": f"{count(total)} compressible parameters",
+        "bytes": f"{size(total)} that can shrink",
+        "flops": f"{count(total)} operations a token in what can shrink",
+        "cache": f"{size(total)} of KV cache a token",
+        "latency": f"{total / 1e6:.2f} ms for {read}",
+    }.get(budget["of"], budget["of"])
+    return f"keeps {budget['reached']:.2%} of {whole} (asked for {budget['keep']:.2%})"
+
+
+def summary(report: Report) -> str:
+    """What a run has kept, by what, and how long that took."""
+    told = kept(report["budget"], report["dense"]["counts"] == "images")
+    told += f", by {report['method']['name']}"
+    total = report["seconds"].get("total")
+    return told if total is None else f"{told} in {total:.0f} s"
 
 
 def count(number: float) -> str:

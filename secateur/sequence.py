@@ -1,9 +1,11 @@
 """Several methods one after the other, under one budget of bytes."""
 
+import json
 import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from secateur.layers.integers import missing_library
 from secateur.methods import check_served
 from secateur.model import Model, Settings
 from secateur.opening import skeleton
-from secateur.pipeline import judge_result, make_report, write, write_record
+from secateur.pipeline import judge_result, make_report, show_record, write, write_record
 from secateur.plan import Budget, Plan, read_plan
 from secateur.prepare import check_reach, prepare
 from secateur.prices import counted
@@ -29,7 +31,7 @@ from secateur.task import Task
 from secateur.text import Calibration, Tokens
 
 ATTEMPTS = 4
-PLAN, UNFINISHED = "plan.json", "unfinished"
+PLAN, OBSERVED, UNFINISHED = "plan.json", "observed.json", "unfinished"
 
 
 def compress_in_steps(
@@ -77,7 +79,7 @@ def compress_in_steps(
         with watch.measure("evaluate"):
             dense = task.judge_dense()
         for _ in range(ATTEMPTS):
-            plans, memory, first = _run(task, recipe, budget, watch)
+            plans, observed, memory, first = _run(task, recipe, budget, watch)
             reached = stored_bytes(workspace.result, shapes)
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
                 break
@@ -104,22 +106,25 @@ def compress_in_steps(
             batch=1,
             length=task.tokens.length,
         )
-        report = make_report(task, plans, spent, dense, small, watch)
+        report = make_report(task, plans, observed, spent, dense, small, watch)
         write_record(task, report, plans, recipe)
         workspace.publish()
+    show_record(task)
     return report
 
 
 def _run(
     task: Task, recipe: Recipe, budget: "_Bytes", watch: Stopwatch
-) -> tuple[list[Plan], dict[str, Tensor], Tokens]:
+) -> tuple[list[Plan], list[dict[str, Any]], dict[str, Tensor], Tokens]:
     """Every step that is not finished; the last one's result is the run's."""
     source, plans, workspace = task.source, [], task.workspace
+    observed: list[dict[str, Any]] = []
     for number, step in enumerate(recipe.steps, 1):
         last = number == len(recipe.steps)
         folder = workspace.result if last else workspace.folder / f"step-{number}"
         if not last and folder.exists():
             plans.append(read_plan(folder / PLAN))
+            observed.append(json.loads((folder / OBSERVED).read_text()))
             source = str(folder)
             continue
         shapes = skeleton(source, task.settings)
@@ -147,12 +152,14 @@ def _run(
         shutil.rmtree(made, ignore_errors=True)
         memory, first = write(prepared, made, watch, task.progress)
         plans.append(prepared.plan)
+        observed.append(prepared.observed)
         del prepared
         if not last:
             (made / PLAN).write_text(plans[-1].to_json())
+            (made / OBSERVED).write_text(json.dumps(observed[-1]))
             made.rename(folder)
             source = str(folder)
-    return plans, memory, first
+    return plans, observed, memory, first
 
 
 def _forget(folder: Path, recipe: Recipe) -> None:

@@ -70,7 +70,8 @@ class Verdict:
     """What was measured. ``peak_memory_bytes`` counts from before the weights were loaded.
 
     ``tokens`` says how many outputs each figure is of, ``counts`` what those are of: tokens, or
-    images. ``tasks`` holds shares of right answers; ``agreement``, of a compressed model, what
+    images; ``texts`` has the fingerprint of each text's tokens. ``tasks`` holds shares of right
+    answers; ``agreement``, of a compressed model, what
     :func:`~secateur.evaluate.agreement.agreement` says of it on the first text. ``task_scores`` has
     the figures of each task that was asked for; ``task_changes``, of a compressed model, what
     :func:`~secateur.evaluate.standing.changes` says of each. ``damage`` is what
@@ -91,6 +92,7 @@ class Verdict:
     task_scores: dict[str, Figures] = field(default_factory=dict)
     task_changes: dict[str, Figures] = field(default_factory=dict)
     damage: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def judge(
@@ -166,6 +168,7 @@ def judge(
         task_scores=scores,
         task_changes=changed,
         damage=found,
+        texts={name: tokens.fingerprint for name, tokens in held.items()},
     )
 
 

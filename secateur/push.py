@@ -1,0 +1,90 @@
+"""Upload a finished run to the hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+from secateur.card import CARD
+from secateur.errors import InputError
+from secateur.progress import Progress
+from secateur.runs import read_run
+
+#: what the hub's library raises, and the HTTP client below it, whichever that is
+FAILURES: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__mro__[1])
+
+
+def push(folder: Path, repo: str, private: bool = False, progress: Progress | None = None) -> str:
+    """Upload a run's folder as a model of the hub, and give its address.
+
+    The repository is made where there is none. Files in it that the run has not are left.
+
+    Raises:
+        InputError: the folder is no whole run, the name can't be one, nobody is logged in, the
+            hub refuses or can't be reached, or a private upload would become public.
+    """
+    progress = progress or Progress()
+    folder = folder.expanduser()
+    check_whole(folder)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"repository {repo!r}: {_first(error)} Give USER/NAME.") from error
+    if get_token() is None:
+        raise InputError(
+            "nobody is logged in at the hub: type `hf auth login`, or set HF_TOKEN to a token that "
+            "may write."
+        )
+    api = HfApi()
+    try:
+        made: Any = api.create_repo(repo, private=private, repo_type="model", exist_ok=True)
+        if private and not api.model_info(made.repo_id).private:
+            raise InputError(
+                f"repository {made.repo_id!r} exists and is public; make it private first, choose "
+                f"another name, or leave --private out."
+            )
+        progress.say(f"uploading {folder.name} to {made.repo_id}")
+        told = f"{folder.name}, compressed by Secateur"
+        api.upload_folder(folder_path=folder, repo_id=made.repo_id, commit_message=told)
+    except FAILURES as error:
+        raise InputError(
+            f"{repo!r} could not be uploaded: {_first(error)} Repeat the command; what has arrived "
+            f"is not sent again."
+        ) from error
+    return str(made)
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse what is no finished run.
+
+    Raises:
+        InputError: the report, the config, weights or the card are missing.
+    """
+    read_run(folder)
+    named = f"run {str(folder)!r}"
+    if (folder.resolve().parent / "fingerprint.json").exists():
+        raise InputError(f"{named} is not finished; repeat its command, which goes on with it.")
+    for path in ("config.json", *_weights(folder, named)):
+        if not (folder / path).is_file():
+            raise InputError(f"{named}: {path} is missing; it is no whole checkpoint.")
+    if not (folder / CARD).is_file():
+        raise InputError(f"{named} has no model card; `secateur report {folder}` writes it.")
+
+
+def _weights(folder: Path, named: str) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{named}: {index.name} is damaged.") from error
+
+
+def _first(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[0] if lines else type(error).__name__
+    return told if told.endswith(".") else f"{told}."

@@ -1,0 +1,199 @@
+"""Finished runs on disk, read without trust: report, plans and recipe beside the weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from secateur.errors import InputError
+from secateur.records import said
+from secateur.report import VERSION, Report
+
+MAX_BYTES = 2**26
+RECORD = "secateur"
+Kind = TypeVar("Kind", bound=BaseModel)
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[FiniteFloat, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """Part of a report; what later versions have beside it is kept and not looked at."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class Side(Part):
+    """What was measured of one model."""
+
+    parameters: Count
+    bytes: Count
+    perplexity: dict[str, Amount]
+    tokens: dict[str, Count] = {}
+    texts: dict[str, str] = {}
+    prompt: str = ""
+    sample: str = ""
+    peak_memory_bytes: Count = 0
+    speed: dict[str, Amount] = {}
+    counts: str = "tokens"
+    tasks: dict[str, Amount] = {}
+    agreement: dict[str, Amount] = {}
+
+
+class Named(Part):
+    """A method or an allocator."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class Base(Part):
+    """The dense model."""
+
+    source: str
+    model_type: str = ""
+    fingerprint: str = ""
+
+
+class Spent(Part):
+    """A budget."""
+
+    keep: Amount
+    of: str = "parameters"
+    total: Count = 0
+    reached: Amount
+    batch: Count = 1
+    length: Count = 256
+
+
+class Told(Part):
+    """Points of a curve."""
+
+    kept: list[Amount]
+    errors: list[Amount]
+
+
+class Observed(Part):
+    """What :func:`~secateur.witness.observations` says of a step."""
+
+    influence: list[FiniteFloat] = []
+    errors: list[dict[str, Amount | None]] = []
+    curves: dict[str, Told] = {}
+    directions: list[dict[str, Count]] = []
+
+
+class Content(Part):
+    """report.json of this version and of those before it."""
+
+    version: int = Field(ge=1, le=VERSION)
+    model: Base
+    method: Named
+    allocator: Named | None = None
+    budget: Spent
+    tier: str
+    densified: Count = 0
+    libraries: list[str] = []
+    dense: Side
+    compressed: Side
+    seconds: dict[str, Amount] = {}
+    versions: dict[str, str] = {}
+    calibration: dict[str, Any] = {}
+    steps: list[dict[str, Any]] = []
+    command: str | None = None
+    observed: list[Observed] = []
+
+
+class UnitRow(BaseModel):
+    """What a page shows of a plan's row."""
+
+    unit: str
+    kind: str
+    before: Count
+    after: Count
+    bytes: Count = 0
+    predicted_error: Amount = 0.0
+    predicted_loss: Amount | None = None
+    becomes: str | None = None
+    dense_bytes: Count | None = None
+
+    @property
+    def kept(self) -> float:
+        """The share that stays, of a matrix in bytes."""
+        if self.dense_bytes:
+            return self.bytes / self.dense_bytes
+        return self.after / self.before if self.before else 1.0
+
+    @property
+    def said(self) -> str:
+        """Before and after, in words."""
+        return self.becomes or f"{self.before} → {self.after or 'gone'}"
+
+
+class Rows(BaseModel):
+    """What a page shows of a plan."""
+
+    units: list[UnitRow]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has left beside its weights.
+
+    Attributes:
+        folder: the checkpoint.
+        report: its report, every key of this version there.
+        plans: the rows of each step's plan; those that can't be read are left out.
+        recipe: recipe.yaml as it stands.
+    """
+
+    folder: Path
+    report: Report
+    plans: tuple[tuple[UnitRow, ...], ...] = ()
+    recipe: str = ""
+
+
+def read_run(folder: Path) -> Run:
+    """What a finished run has left in ``folder``.
+
+    Raises:
+        InputError: there is no report, or it is damaged, or of a later version.
+    """
+    folder = folder.expanduser()
+    record, named = folder / RECORD, f"run {str(folder)!r}"
+    path = record / "report.json"
+    if not folder.is_dir():
+        raise InputError(f"{named}: there is no such folder. `secateur compress` writes one.")
+    if not path.is_file():
+        raise InputError(
+            f"{named}: there is no {RECORD}/report.json in it; give a folder that "
+            f"`secateur compress` wrote."
+        )
+    content = _read(Content, path, named)
+    seen = content.model_dump()
+    for name in seen["dense"]["perplexity"].keys() ^ seen["compressed"]["perplexity"].keys():
+        raise InputError(f"{named}: report.json: only one of the two models was read {name!r}.")
+    found = [record / "plan.json"]
+    if len(content.steps) > 1:
+        found = [record / f"plan-{n}.json" for n in range(1, len(content.steps) + 1)]
+    plans = [tuple(_read(Rows, p, named).units) for p in found if p.is_file()]
+    recipe = record / "recipe.yaml"
+    text = recipe.read_text(errors="replace") if recipe.is_file() else ""
+    return Run(folder, Report(seen), tuple(plans), text)
+
+
+def _read(kind: type[Kind], path: Path, named: str) -> Kind:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{named}: {path.name} is larger than any; is it the right folder?")
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{named}: {path.name}: {error.strerror}.") from error
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"] == ("version",) and first["type"] == "less_than_equal":
+            raise InputError(
+                f"{named}: {path.name} has version {first['input']}, and this Secateur knows "
+                f"versions up to {VERSION}; upgrade it."
+            ) from error
+        raise InputError(f"{named}: {path.name}: {said(error)}.") from error

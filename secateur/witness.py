@@ -1,0 +1,164 @@
+"""What becomes of each block in the finished model, held against the dense one on the same text."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Evidence
+from secateur.block import Block
+from secateur.calibration import Store
+from secateur.curve import Curve
+from secateur.model import Model
+from secateur.statistics import Needs
+from secateur.stream import Stream
+from secateur.text import Tokens
+from secateur.units import Matrix, Unit
+
+TOKENS = 2048  # looked at, where there are as many
+MOST_NUMBERS = 2**26  # of the dense model's states that are kept: 256 MB
+PARTS = ("attention", "mlp", "stream")
+POINTS = 17  # of a curve that is told
+SHARES = (0.5, 0.9, 0.99, 0.999)  # of energy
+WIDEST = 4096  # Gram whose eigenvalues take no time worth mentioning
+
+Errors = dict[str, float | None]
+
+
+class Witness:
+    """What attention and MLP of every dense block add, and the stream behind the block.
+
+    Kept for some calibration tokens, to be compared with what the finished model makes of the same
+    tokens, errors of the blocks before included. Don't use it where the residual stream is sliced:
+    its states then are those of another basis.
+    """
+
+    def __init__(self, model: Model, tokens: Tokens) -> None:
+        self.tokens = _few(model, tokens)
+        self.dense = dict(self._seen(model))
+
+    def errors(self, model: Model) -> list[Errors]:
+        """By block the share of the dense energy that is lost: Σ‖ŷ − y‖² / Σ‖y‖².
+
+        None where nothing was there, or what is there now is not finite. Of a block that is gone,
+        all that it added.
+        """
+        found: list[Errors] = [{} for _ in self.dense]
+        for index, small in self._seen(model):
+            for part, dense in self.dense[index].items():
+                found[index][part] = _lost(dense, small.get(part))
+        return found
+
+    @torch.no_grad()
+    def _seen(self, model: Model) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        stream = Stream(model, self.tokens, len(self.tokens))
+        (batch,) = stream.batches
+        for block in model.blocks:
+            real = stream.mask(batch, block)
+            with _heard(block) as added:
+                after = stream.through(block, stream.at(batch))
+            stream.put(batch, after)
+            added["stream"] = after[:, stream.part(block)]
+            rows = {part: v.reshape(*real.shape, -1)[real] for part, v in added.items()}  # OPT's
+            yield block.index, {part: values.cpu() for part, values in rows.items()}
+
+
+def _few(model: Model, tokens: Tokens) -> Tokens:
+    """As many of the tokens as are kept: whole windows, or the beginning of one."""
+    width = model.blocks[0].consumer_weight.shape[1]
+    most = max(1, min(TOKENS, MOST_NUMBERS // (width * len(PARTS) * len(model.blocks))))
+    if tokens.length > most:
+        return model.use.beginning(tokens, most)
+    return tokens[: max(1, most // tokens.length)]
+
+
+@contextmanager
+def _heard(block: Block) -> Iterator[dict[str, Tensor]]:
+    """What attention and MLP give while the block runs; nothing of a block that is gone."""
+    heard: dict[str, Tensor] = {}
+
+    def attention(_: Any, __: Any, output: Any) -> None:
+        heard["attention"] = output[0] if isinstance(output, tuple) else output
+
+    def mlp(_: Any, __: Any, output: Tensor) -> None:
+        heard["mlp"] = output
+
+    hooks = [
+        block.attention.register_forward_hook(attention),
+        block.consumer.register_forward_hook(mlp),
+    ]
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _lost(dense: Tensor, small: Tensor | None) -> float | None:
+    if small is None:
+        return 1.0
+    there = dense.double()
+    whole = float(there.square().sum())
+    lost = float((small.double().view_as(there) - there).square().sum())
+    return lost / whole if whole > 0 and math.isfinite(lost) else None
+
+
+def observations(
+    units: Sequence[Unit], blocks: int, store: Store, evidence: Evidence, errors: list[Errors]
+) -> dict[str, Any]:
+    """What calibration and narrowing have shown of every block and unit, in a compact form.
+
+    "influence" has of every dense block 1 − cosine of what it gets and gives, "errors" what
+    :meth:`Witness.errors` says, "curves" of every unit some shares kept and the predicted error at
+    each, "directions" of every block how many of them hold how much of the energy of what the MLP's
+    consumer reads.
+    """
+    influence, directions = [], []
+    for index in range(blocks):
+        found = store.get(index, (Needs.INFLUENCE, Needs.HIDDEN_GRAM))
+        influence.append(_figure(float(found[Needs.INFLUENCE].mean)))
+        gram = found.get(Needs.HIDDEN_GRAM)
+        directions.append({} if gram is None else holding(gram.mean))
+    return {
+        "influence": influence,
+        "errors": [{part: _figure(value) for part, value in own.items()} for own in errors],
+        "curves": {unit.name: _told(unit, evidence.curves[unit.name]) for unit in units},
+        "directions": directions if any(directions) else [],
+    }
+
+
+def holding(gram: Tensor) -> dict[str, int]:
+    """How many eigenvectors of a Gram hold each of :data:`SHARES` of its trace, and of how many."""
+    width = len(gram)
+    if width > WIDEST or not width:
+        return {}
+    energy = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0.0).cumsum(0)
+    if not float(energy[-1]) > 0:
+        return {}
+    marks = torch.tensor(SHARES, dtype=energy.dtype, device=energy.device) * energy[-1]
+    counts = (torch.searchsorted(energy, marks) + 1).clamp_max(width).tolist()
+    return {**{f"{share:g}": int(n) for share, n in zip(SHARES, counts, strict=True)}, "of": width}
+
+
+def _told(unit: Unit, curve: Curve) -> dict[str, list[float | None]]:
+    """Some of the shares that it may keep, of a matrix in bytes, and the errors there."""
+    every = unit.sizes()
+    some = sorted({every[round((len(every) - 1) * i / (POINTS - 1))] for i in range(POINTS)})
+
+    def share(size: int) -> float:
+        if not isinstance(unit, Matrix):
+            return size / unit.size
+        return unit.cost(size, unit.itemsize).bytes / unit.cost(unit.size, unit.itemsize).bytes
+
+    return {
+        "kept": [_figure(share(size)) for size in some],
+        "errors": [_figure(curve.at(size)) for size in some],
+    }
+
+
+def _figure(value: float | None) -> float | None:
+    """Four digits are as many as a picture has."""
+    return None if value is None else float(f"{value:.4g}")
