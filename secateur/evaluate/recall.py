@@ -83,7 +83,6 @@ def recall(
             own.append(_last(model, row).log_softmax(-1)[firsts])
             advance(1)
         said[length, depth] = torch.stack(own)
-    lengths, depths = (list(dict.fromkeys(place[i] for place in said)) for i in (0, 1))
     return {
         **contrast([*said.values()]),
         "keys": len(keys),
@@ -91,7 +90,7 @@ def recall(
             str(n): contrast([t for (m, _), t in said.items() if m == n]) for n in lengths
         },
         "by_depth": {
-            f"{d:g}": contrast([t for (_, e), t in said.items() if e == d]) for d in depths
+            f"{d:g}": contrast([t for (_, e), t in said.items() if e == d]) for d in DEPTHS
         },
     }
 
