@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from scripts.docs.markdown import table
 from secateur import anatomy as anatomies
 from secateur.allocate.base import Allocator
 from secateur.anatomy import Anatomy
@@ -21,7 +22,6 @@ from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
 from secateur.model import Model, anatomy_of
 from secateur.prepare import check_reach, chosen_allocator
-from scripts.docs.markdown import table
 from tests.families import FAMILIES, Family
 from tests.reference.test_families import MORE
 
@@ -42,12 +42,12 @@ HEAD = """\
 # Model families
 
 Written by `python -m scripts.docs.families` from the variants that the contract tests run on; don't
-edit it. What stands here is what `secateur` itself answers for a model of the family, of a size that
-groups of 128 divide.
+edit it. What stands here is what `secateur` itself answers for a model of the family whose widths
+are multiples of 128.
 
 `tests/contract` holds methods against the dense model on these variants: `make test` the default
-method on all of them and the others on a few, `.venv/bin/python -m pytest -m slow` the rest. For one
-model, `secateur inspect MODEL` says what can shrink and needs no weights. Configs that a family
+method on all of them and the others on a few, `.venv/bin/python -m pytest -m slow` the rest. For
+one model, `secateur inspect MODEL` says what can shrink and needs no weights. Configs that a family
 refuses are in the [README](../README.md#which-models).
 
 ## What can shrink
@@ -109,11 +109,9 @@ def page() -> str:
         for method in methods
     }
     return (
-        HEAD
-        + shrinking(built)
-        + "\n## Who serves what\n\n"
-        "`--tier plain` gives checkpoints that stock classes load. Without it a method writes what\n"
-        "its plan needs; see [the format](checkpoint-format.md). Options are the methods' own\n"
+        HEAD + shrinking(built) + "\n## Who serves what\n\n"
+        "`--tier plain` gives checkpoints that stock classes load. Without it a method writes\n"
+        "what its plan needs; see [the format](checkpoint-format.md). Options are the methods'\n"
         "defaults; `flap --compensate 0` adds no biases and goes wherever `wanda-sp` does.\n\n"
         + serving(built, methods, refused)
         + "\n## Why not\n\n"

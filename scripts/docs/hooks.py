@@ -79,5 +79,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def on_post_page(output: str, page: Any, **_: Any) -> None:
     """Nothing on a page may come from another host; a warning fails a strict build."""
-    for found in re.findall(r'<(?:script|link|img|iframe)[^>]*\s(?:src|href)="https?:[^>]*>', output):
+    for found in re.findall(
+        r'<(?:script|link|img|iframe)[^>]*\s(?:src|href)="https?:[^>]*>', output
+    ):
         log.warning("%s loads from another host: %s", page.file.src_uri, found)

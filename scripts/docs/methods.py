@@ -25,8 +25,10 @@ def page_of(method: str) -> Path:
     found = [page for page in sorted((ROOT / "docs/methods").glob("*.md")) if method in on(page)]
     if len(found) != 1:
         names = ", ".join(page.name for page in found) or "no page"
-        raise LookupError(f"method {method!r} should be under Code: on one page of docs/methods, "
-                          f"and is on {names}")
+        raise LookupError(
+            f"method {method!r} should be under Code: on one page of docs/methods, "
+            f"and is on {names}"
+        )
     return found[0]
 
 
@@ -153,5 +155,7 @@ def figures(name: str) -> str:
         lines.append(table(found.head, [[row, *cells] for row, cells in own.items()]))
     if not lines:
         return "\nIt is in no table of [RESULTS.md](../../benchmarks/RESULTS.md) yet.\n"
-    head = f"\n### Figures of {name}\n\nFrom [RESULTS.md](../../benchmarks/RESULTS.md), which has the"
+    head = (
+        f"\n### Figures of {name}\n\nFrom [RESULTS.md](../../benchmarks/RESULTS.md), which has the"
+    )
     return f"{head}\nothers beside it and says what the columns mean.\n" + "\n".join(lines)
