@@ -43,12 +43,12 @@ def command_line() -> str:
 
 
 def command(context: click.Context, one: click.Command) -> str:
-    """A command: usage, help, arguments and options."""
+    """A command: usage, help and options."""
     usage = " ".join(one.collect_usage_pieces(context))
     rows = []
     for option in one.params:
         record = option.get_help_record(context)
-        if record is not None:
+        if record is not None and option.param_type_name == "option":
             rows.append([f"`{record[0]}`", angles(record[1])])
     return (
         f"## {context.info_name}\n\n```\n{context.command_path} {usage}\n```\n\n"

@@ -162,7 +162,7 @@ def test_page_of_commands_has_every_option():
         own = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         assert f"secateur {name} " in own
         for option in command.params:
-            assert option.param_type_name == "argument" or f"{option.opts[0]}" in own
+            assert option.param_type_name == "argument" or option.opts[0] in own
 
 
 def test_page_of_names_has_every_public_name():
