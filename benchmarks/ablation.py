@@ -23,7 +23,7 @@ from secateur.methods.base import Method, Solution
 from secateur.methods.cr import CR
 from secateur.methods.head_svd import HeadSVD
 from secateur.methods.nystrom import Nystrom
-from secateur.model import open_model
+from secateur.opening import open_model
 from secateur.propagate import narrow_blocks
 from secateur.statistics import BlockStatistics, Need, Needs
 from secateur.text import contiguous, read_documents, token_stream

@@ -25,7 +25,7 @@ from secateur.allocate.base import Evidence, fit
 from secateur.allocate.knapsack import Knapsack
 from secateur.curve import Curve
 from secateur.evaluate.judge import quiet
-from secateur.model import open_model
+from secateur.opening import open_model
 from secateur.prices import Prices, counted
 from secateur.propagate import narrow_blocks
 from secateur.text import Tokens, contiguous, read_documents, token_stream

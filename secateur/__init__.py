@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from secateur.calibration import Store, calibrate
     from secateur.evaluate.judge import Questions, judge_apart
     from secateur.export import export_dense
+    from secateur.gguf.export import export_gguf
     from secateur.goal import Goal
     from secateur.methods.armor import Armor
     from secateur.methods.auto import Auto
@@ -63,7 +64,8 @@ if TYPE_CHECKING:
     from secateur.methods.wanda_sp import WandaSP
     from secateur.methods.welore import LowRankWeLore
     from secateur.methods.ziplm import ZipLM
-    from secateur.model import Model, Settings, open_model
+    from secateur.model import Model, Settings
+    from secateur.opening import open_model
     from secateur.pipeline import compress, save
     from secateur.plan import Plan, make_plan
     from secateur.recipe import Recipe, Step, read_recipe
@@ -135,10 +137,11 @@ _HOMES = {
     "compress_in_steps": "secateur.sequence",
     "judge_apart": "secateur.evaluate.judge",
     "make_plan": "secateur.plan",
-    "open_model": "secateur.model",
+    "open_model": "secateur.opening",
     "save": "secateur.pipeline",
     "score": "secateur.scores",
     "export_dense": "secateur.export",
+    "export_gguf": "secateur.gguf.export",
     "read_recipe": "secateur.recipe",
     "select_calibration": "secateur.select",
 }
@@ -207,6 +210,7 @@ __all__ = [
     "compress",
     "compress_in_steps",
     "export_dense",
+    "export_gguf",
     "judge_apart",
     "make_plan",
     "open_model",

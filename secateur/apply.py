@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.block import Block, inputs_by_outputs, mixed_bias, set_linear, with_constant
+from secateur.block import Block, mixed_bias
 from secateur.errors import InputError
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
+from secateur.linears import inputs_by_outputs, set_linear, with_constant
 from secateur.methods.base import Method, Narrowing
 from secateur.statistics import BlockStatistics
 from secateur.units import Matrix, Unit

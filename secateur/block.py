@@ -1,6 +1,5 @@
 """One transformer block, with weights that mean the same in every family."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -9,10 +8,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.anatomy import Anatomy, HeadLayout, Projection
+from secateur.anatomy import Anatomy, HeadLayout
+from secateur.attention import uniform_attention
 from secateur.errors import InputError
-from secateur.layers.factored_secateur import Factored, LowRank
-from secateur.layers.modeling_secateur import AnyConv1D, NarrowAttention, narrow_attention
+from secateur.layers.factored_secateur import LowRank
+from secateur.layers.modeling_secateur import NarrowAttention
+from secateur.linears import (
+    dense_weight,
+    inputs_by_outputs,
+    may_be_empty,
+    set_linear,
+    sizes_of,
+    with_constant,
+)
 from secateur.units import MLP, WIDTHS, Heads, QueryKey, Unit, ValueOutput, WholeBlock
 
 
@@ -90,7 +98,7 @@ class Block:
     def linears(self) -> dict[str, dict[str, Any]]:
         """Path of each of the MLP's linears to its sizes, as a checkpoint has them."""
         paths = [path for path, _ in self.anatomy.producers] + [self.anatomy.consumer]
-        return {path: _sizes(self.module.get_submodule(path)) for path in paths}
+        return {path: sizes_of(self.module.get_submodule(path)) for path in paths}
 
     @property
     def linear_layers(self) -> list[Linear]:
@@ -366,15 +374,6 @@ def as_output(hidden_states: Tensor, anatomy: Anatomy, beside: Sequence[Any] | N
     return (hidden_states, *(beside or [None] * (anatomy.outputs - 1)))
 
 
-def with_constant(
-    bias: Tensor | None, constant: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """A bias, which may be missing, and a constant, which may be, too."""
-    if constant is None or bias is None:
-        return bias if constant is None else constant.to(dtype)
-    return (bias.double() + constant).to(dtype)
-
-
 def mixed_bias(attention: NarrowAttention) -> Tensor | None:
     """What the value bias adds to the output projection's input, as attention sums to one."""
     bias = attention.v_proj.bias
@@ -382,98 +381,3 @@ def mixed_bias(attention: NarrowAttention) -> Tensor | None:
         return None
     heads = bias.view(attention.kv_heads, 1, attention.value)
     return heads.expand(-1, attention.num_key_value_groups, -1).flatten()
-
-
-def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: HeadLayout) -> NarrowAttention:
-    """A full-width NarrowAttention with the weights of ``stock``, in its own layout of pairs."""
-    maps = anatomy.project(stock, heads)
-    shape = {
-        "heads": heads.heads,
-        "kv_heads": heads.kv_heads,
-        "query_key": heads.width,
-        "value": heads.width,
-        "bias": "".join(n for n, p in zip("qkvo", maps, strict=True) if p.bias is not None),
-        "rotary": "all" if heads.rotary else "none",
-    }
-    if heads.rotary and heads.doubled:
-        shape["doubled"] = True
-    if anatomy.soft_cap is not None:
-        cap = getattr(stock.config, anatomy.soft_cap)
-        shape |= {} if cap is None else {"soft_cap": cap}
-    if anatomy.head_norms != "shared":
-        shape["head_norms"] = anatomy.head_norms
-    with torch.device("meta"):
-        attention = narrow_attention(stock, shape).train(stock.training)
-    q, k, v, o = maps
-    order = torch.tensor(heads.pairs, device=q.weight.device)
-    if heads.pairs != sorted(heads.pairs):
-        q, k = (_reordered(p, order) for p in (q, k))
-        for name, norm in (("q_norm", attention.q_norm), ("k_norm", attention.k_norm)):
-            if norm is not None:
-                setattr(attention, name, _reordered_norm(norm, order))
-    for module, part in zip(
-        (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        (q, k, v, o),
-        strict=True,
-    ):
-        set_linear(module, part.weight, part.bias)
-    return attention
-
-
-def _reordered(part: Projection, order: Tensor) -> Projection:
-    """The same map with the dims of every head in another order."""
-    heads = (-1, len(order))
-    weight = part.weight.unflatten(0, heads)[:, order].flatten(0, 1)
-    if part.bias is None:
-        return Projection(weight, None)
-    return Projection(weight, part.bias.view(heads)[:, order].flatten())
-
-
-def _reordered_norm(norm: nn.Module, order: Tensor) -> nn.Module:
-    """A copy of a norm inside heads, for dims in another order."""
-    made = copy.deepcopy(norm)
-    for parameter in made.parameters():
-        heads = parameter.data.unflatten(-1, (-1, len(order)))
-        parameter.data = heads[..., order].flatten(-2)
-    return made
-
-
-def inputs_by_outputs(module: nn.Module) -> Tensor:
-    """A view of a linear's or Conv1D's weight as (inputs, outputs)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.t() if isinstance(module, nn.Linear) else weight
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight that a linear layer of whatever form stands for, (outputs, inputs)."""
-    return module.dense() if isinstance(module, Factored) else inputs_by_outputs(module).t()
-
-
-def _sizes(linear: nn.Module) -> dict[str, Any]:
-    if isinstance(linear, Factored):
-        inputs, outputs = linear.in_features, linear.out_features
-    else:
-        inputs, outputs = inputs_by_outputs(linear).shape
-    return {"out": outputs, "in": inputs, "bias": linear.bias is not None}
-
-
-def may_be_empty(linear: nn.Module) -> nn.Module:
-    """The linear, or for a stock Conv1D one with the same weights that may lose all its inputs."""
-    if type(linear) is not Conv1D:
-        return linear
-    with torch.device("meta"):
-        made = AnyConv1D(linear.weight.shape[1], linear.weight.shape[0])
-    made.weight, made.bias = linear.weight, linear.bias
-    return made
-
-
-def set_linear(module: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a linear or Conv1D other weights (outputs, inputs); its sizes follow."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    else:
-        module.nx, module.nf = weight.shape[1], weight.shape[0]
-        weight = weight.t()
-    module.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

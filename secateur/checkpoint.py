@@ -15,13 +15,14 @@ from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.anatomy import Anatomy
-from secateur.block import Block, inputs_by_outputs
+from secateur.block import Block
 from secateur.depth import close_ranks, place, renumber
 from secateur.errors import InputError
 from secateur.goal import Written
 from secateur.layers import modeling_secateur
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers, quantization_config
+from secateur.linears import inputs_by_outputs
 from secateur.model import Model
 from secateur.residual import residual_layout
 from secateur.uses import PREFIX

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from secateur.errors import InputError, RunError
+from secateur.errors import InputError, RunError, nearest
 from secateur.flags import (
     ALLOCATOR_KEY,
     METHOD_KEY,
@@ -118,7 +118,7 @@ def plan(
     from secateur import inputs, present
     from secateur.calibration import Store
     from secateur.evaluate.judge import quiet
-    from secateur.model import skeleton
+    from secateur.opening import skeleton
     from secateur.prepare import check_reach, chosen_allocator, prepare
     from secateur.progress import for_terminal
     from secateur.stopwatch import Stopwatch
@@ -193,7 +193,7 @@ def compress(
     """
     from secateur import inputs, pipeline, present
     from secateur.evaluate.judge import quiet
-    from secateur.model import read_config
+    from secateur.opening import read_config
     from secateur.plan import read_plan
     from secateur.progress import for_terminal
     from secateur.uses import use_of
@@ -243,7 +243,7 @@ def evaluate(ctx: click.Context, /, model: str, as_json: bool, **rest: Any) -> N
 
     from secateur import present
     from secateur.evaluate.judge import judge_apart
-    from secateur.model import read_config
+    from secateur.opening import read_config
     from secateur.progress import for_terminal
     from secateur.text import BUNDLED, Text
     from secateur.uses import use_of
@@ -258,18 +258,61 @@ def evaluate(ctx: click.Context, /, model: str, as_json: bool, **rest: Any) -> N
 @model_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", is_flag=True, help="Multiply out every matrix of another form.")
+@click.option("--to", help="gguf: one file for llama.cpp, where it is run and compared.")
+@click.option(
+    "--type",
+    "kind",
+    default="auto",
+    show_default=True,
+    help="Of the matrices in a GGUF file: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k; auto "
+    "is the stored format.",
+)
+@click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out of a GGUF file.")
+@click.option("--unchecked", is_flag=True, help="Don't run a GGUF file in llama.cpp.")
 @open_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
-def export(model: str, out: Path, dense: bool, as_json: bool, overwrite: bool, **rest: Any) -> None:
-    """Write MODEL, a compressed checkpoint, to the folder OUT for readers that know less."""
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    model: str,
+    out: Path,
+    dense: bool,
+    to: str | None,
+    kind: str,
+    no_tokenizer: bool,
+    unchecked: bool,
+    as_json: bool,
+    overwrite: bool,
+    **rest: Any,
+) -> None:
+    """Write MODEL, a compressed checkpoint, to OUT for readers that know less."""
     from secateur import present
     from secateur.evaluate.judge import quiet
     from secateur.export import export_dense
     from secateur.progress import for_terminal
 
-    if not dense:
-        raise InputError("say what for: --dense multiplies out every matrix of another form.")
+    if dense == (to is not None):
+        raise InputError(
+            "say what for: --dense multiplies out every matrix of another form, --to gguf writes a "
+            "file for llama.cpp."
+        )
+    if to not in (None, "gguf"):
+        raise InputError(f"unknown --to {to!r}. {nearest(to, ['gguf'])}")
+    for name in ("kind", "no_tokenizer", "unchecked"):
+        if dense and _typed(ctx, name):
+            flag = {"kind": "type"}.get(name, name.replace("_", "-"))
+            raise InputError(f"--{flag} is for --to gguf; leave it out.")
     quiet()
+    if to == "gguf":
+        from dataclasses import asdict
+
+        from secateur.gguf.export import export_gguf
+
+        given = (_settings(rest), overwrite, not no_tokenizer, not unchecked, for_terminal())
+        made = export_gguf(model, out, kind, *given)
+        _print_json({"out": str(out), **asdict(made)}) if as_json else present.show_gguf(out, made)
+        return
     tier = export_dense(model, out, _settings(rest), overwrite, for_terminal())
     if as_json:
         _print_json({"out": str(out), "tier": tier})
@@ -311,6 +354,7 @@ def _goal(ctx: click.Context, options: dict[str, Any]) -> "Goal":
         options["multiple_of"],
         options["latency_batch"],
         options["latency_length"],
+        options["runtime"],
     )
 
 
@@ -357,7 +401,7 @@ def _follow(
 ) -> None:
     """Compress in the steps of a recipe."""
     from secateur import inputs, present
-    from secateur.model import read_config
+    from secateur.opening import read_config
     from secateur.progress import for_terminal
     from secateur.recipe import read_recipe
     from secateur.sequence import compress_in_steps
@@ -384,12 +428,12 @@ def _refuse_beside(ctx: click.Context, what: str, also: set[str]) -> None:
     """A plan, or a recipe, has its own method and budget; a flag for them would be ignored."""
     kinds = (ctx.meta[METHOD_KEY], ctx.meta[ALLOCATOR_KEY])
     own = {option.name for kind in kinds for option in field_options(kind)}
-    own |= {"method", "multiple_of", "target", "tier", "allocator"}
+    own |= {"method", "multiple_of", "target", "tier", "allocator", "runtime"}
     own |= {"latency_batch", "latency_length"} | also
     own |= {"select_calibration"} if what == "plan" else set()
     for name in sorted(str(n) for n in own):
         if _typed(ctx, name):
-            flag = name.removesuffix("_file").replace("_", "-")
+            flag = {"runtime": "for"}.get(name, name.removesuffix("_file").replace("_", "-"))
             raise InputError(f"--{flag} and --{what} exclude each other.")
 
 

@@ -35,3 +35,9 @@ def refuse_difference(
                 f"{what} are of something else: {name} is {found!r} there and {value!r} here. "
                 f"{advice}"
             )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what it says below that; of a silent one the name."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

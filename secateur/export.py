@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from secateur.block import set_linear
 from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, judge_apart
@@ -16,7 +15,9 @@ from secateur.goal import Written
 from secateur.inputs import check_out
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import packed_in
-from secateur.model import Model, Settings, has_forms, open_model, skeleton
+from secateur.linears import set_linear
+from secateur.model import Model, Settings, has_forms
+from secateur.opening import open_model, skeleton
 from secateur.progress import Progress
 from secateur.text import Tokens
 from secateur.uses import PREFIX

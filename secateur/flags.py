@@ -180,6 +180,14 @@ calibration_options = stacked(
         "so that stock classes load the result.",
     ),
     click.option(
+        "--for",
+        "runtime",
+        default="transformers",
+        show_default=True,
+        help="What will read the result, so that sizes are such as it reads: transformers, vllm, "
+        "gguf (llama.cpp), or gguf-q4 (llama.cpp with blocks of 4 bits).",
+    ),
+    click.option(
         "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
     ),
     click.option(

@@ -4,15 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from secateur.errors import InputError
-from secateur.model import (
-    Settings,
-    anatomy_of,
-    locate,
-    not_served,
-    open_reader,
-    positions,
-    read_config,
-)
+from secateur.model import Settings, anatomy_of, not_served, positions
+from secateur.opening import locate, open_reader, read_config
 from secateur.select import check_choice
 from secateur.text import BUNDLED, SET_ASIDE, Calibration, Text, Tokens, expanded
 from secateur.units import Unit

@@ -17,7 +17,8 @@ from secateur.evaluate.reload import testimony
 from secateur.goal import Goal
 from secateur.methods import check_served
 from secateur.methods.base import Method
-from secateur.model import Model, Settings, skeleton
+from secateur.model import Model, Settings
+from secateur.opening import skeleton
 from secateur.plan import Budget, Plan, check_sizes, match_units
 from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
 from secateur.progress import Progress
@@ -142,7 +143,7 @@ def write(
     model, plan = prepared.model, prepared.plan
     writer = writer_for(model, plan.tier, folder)
     method = prepared.method
-    units = method.units(model, plan.multiple_of)
+    units = plan.goal.units(method, model)
     narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         while True:

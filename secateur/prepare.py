@@ -16,7 +16,8 @@ from secateur.inputs import text_notes
 from secateur.latency import check_length, check_timed
 from secateur.methods import check_served
 from secateur.methods.base import Method
-from secateur.model import Model, Settings, open_model
+from secateur.model import Model, Settings
+from secateur.opening import open_model
 from secateur.plan import (
     Plan,
     check_sizes,
@@ -27,6 +28,7 @@ from secateur.plan import (
 )
 from secateur.prices import Prices, counted
 from secateur.progress import Progress
+from secateur.runtime import check_runtime
 from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch
@@ -57,7 +59,8 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
         InputError: it is out of reach, or the method is no use for the model or the tier.
     """
     check_served(method, shapes)
-    units = method.units(shapes, goal.multiple_of)
+    check_runtime(shapes, method, goal)
+    units = goal.units(method, shapes)
     if goal.tier == "plain" and any(u.new_bias and len(allocator.choices(u)) > 1 for u in units):
         raise InputError(
             f"--tier plain: {method.name} adds biases, for which stock classes of this family have "
@@ -143,7 +146,7 @@ def prepare(
             )
         for note in model.obstacles_of(chosen.kinds):
             progress.say(f"note: {note}")
-        units = chosen.units(model, goal.multiple_of)
+        units = goal.units(chosen, model)
         for note in text_notes(calibration, tokens, units, model.use):
             progress.say(f"note: {note}")
     if isinstance(method, Plan):

@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,11 +21,15 @@ from secateur.evaluate.judge import Verdict
 from secateur.flags import DEFAULT_METHOD, shown
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
-from secateur.model import DEMO, Settings, not_served, skeleton
+from secateur.model import Settings, not_served
+from secateur.opening import DEMO, skeleton
 from secateur.plan import Plan
 from secateur.report import Report, count, size
 from secateur.units import WIDTHS
 from secateur.uses import PREFIX
+
+if TYPE_CHECKING:
+    from secateur.gguf.export import Exported
 
 WIDTH = 100
 SIDES = ("dense", "compressed")
@@ -277,6 +281,26 @@ def show_export(out: Path, tier: str) -> None:
     console = _console()
     console.print(f"[bold]{escape(str(out))}[/]  tier {tier}: {TIERS[tier]}")
     _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
+
+
+def show_gguf(out: Path, made: "Exported") -> None:
+    """Print where a GGUF file is, and how far llama.cpp is from the model."""
+    console = _console()
+    console.print(
+        f"[bold]{escape(str(out))}[/]  {made.kind}, {size(made.bytes)}, architecture "
+        f"{made.architecture}"
+    )
+    found = made.finding
+    if found is None:
+        console.print("unchecked: llama.cpp has not run it")
+    else:
+        console.print(
+            f"llama.cpp agrees with the model: {found.same} of {found.greedy} greedy tokens are "
+            f"the same; logits differ by {found.root_mean_square:.1g} of their spread on average, "
+            f"by {found.largest:.1g} at most"
+        )
+    line = f"\nnext: llama-cli -m {shlex.quote(str(out))}"
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def show_verdict(verdict: Verdict) -> None:

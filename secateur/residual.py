@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.apply import check_finite
-from secateur.block import Block, inputs_by_outputs, set_linear
+from secateur.block import Block
 from secateur.calibration import check_finite as check_sums
 from secateur.curve import Curve
 from secateur.layers.modeling_secateur import SlicedBlock, shorten, sliced
+from secateur.linears import inputs_by_outputs, set_linear
 from secateur.methods.base import Method
 from secateur.model import Model
 from secateur.statistics import BlockStatistics, Gram, Need, Needs, wide

@@ -11,7 +11,8 @@ from secateur.errors import InputError
 from secateur.inputs import read_calibration
 from secateur.methods.form import FormMethod
 from secateur.methods.forms import Forms
-from secateur.model import Settings, open_model, skeleton
+from secateur.model import Settings
+from secateur.opening import open_model, skeleton
 from secateur.progress import Progress
 from secateur.stream import Stream
 from secateur.text import Calibration

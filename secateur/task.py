@@ -13,7 +13,8 @@ from secateur.inputs import (
     stamps,
     unseen,
 )
-from secateur.model import Settings, read_config
+from secateur.model import Settings
+from secateur.opening import read_config
 from secateur.progress import Progress
 from secateur.report import versions
 from secateur.text import Calibration, Tokens

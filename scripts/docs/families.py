@@ -26,10 +26,10 @@ from tests.families import FAMILIES, Family
 from tests.reference.test_families import MORE
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-#: sizes of the tiny variants, and how much larger they are made, so that groups of 128 divide them
+#: sizes of the tiny variants, and how much larger they are made, so that default options fit
 SIZES = ("hidden_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "word_embed_proj_dim")
 SIZES += ("head_dim", "n_embd", "n_inner", "d_model", "d_ff", "d_kv")
-LARGER = 16
+LARGER = 4
 AXES = {
     "mlp": "MLP channels",
     "query_key": "queries, keys",
@@ -42,8 +42,8 @@ HEAD = """\
 # Model families
 
 Written by `python -m scripts.docs.families` from the variants that the contract tests run on; don't
-edit it. What stands here is what `secateur` itself answers for a model of the family whose widths
-are multiples of 128.
+edit it. What stands here is what `secateur` itself answers for a model of the family, wide
+enough for the default options.
 
 `tests/contract` holds methods against the dense model on these variants: `make test` the default
 method on all of them and the others on a few, `.venv/bin/python -m pytest -m slow` the rest. For
@@ -57,6 +57,9 @@ query heads, too, or one. Matrices of every family can take another form at thei
 rank, sparse, integers and so on.
 
 """
+
+
+Refused = dict[tuple[str, str], str | None]
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,7 @@ def page() -> str:
     """The whole page."""
     built = variants()
     methods = [method_class(name)() for name in METHODS]
-    refused = {
-        (one.model.source, method.name): method.obstacle(one.model)
-        for one in built
-        for method in methods
-    }
+    refused = asked(built, methods)
     return (
         HEAD + shrinking(built) + "\n## Who serves what\n\n"
         "`--tier plain` gives checkpoints that stock classes load. Without it a method writes\n"
@@ -117,6 +116,15 @@ def page() -> str:
         + "\n## Why not\n\n"
         + reasons(built, refused)
     )
+
+
+def asked(built: list[Served], methods: list[Method]) -> Refused:
+    """Why a method can change nothing in a variant, or None."""
+    return {
+        (one.model.source, method.name): method.obstacle(one.model)
+        for one in built
+        for method in methods
+    }
 
 
 def shrinking(built: list[Served]) -> str:
@@ -173,9 +181,7 @@ def mark(answers: Iterable[bool]) -> str:
     return "(✓)" if len(known) > 1 else "✓" if known == {True} else "–"
 
 
-def serving(
-    built: list[Served], methods: list[Method], refused: dict[tuple[str, str], str | None]
-) -> str:
+def serving(built: list[Served], methods: list[Method], refused: Refused) -> str:
     """A row a method."""
     labels = list(dict.fromkeys(one.label for one in built))
     rows = []
@@ -229,7 +235,7 @@ def families(marks: dict[str, str]) -> str:
     return ", ".join([*able, *(f"some {label}" for label in some)])
 
 
-def reasons(built: list[Served], refused: dict[tuple[str, str], str | None]) -> str:
+def reasons(built: list[Served], refused: Refused) -> str:
     """Every obstacle once, with whom it is in the way of."""
     found: dict[str, tuple[list[str], list[str]]] = {}
     for one in built:

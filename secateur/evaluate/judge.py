@@ -22,7 +22,8 @@ from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import answered
 from secateur.evaluate.reload import disagreement, testimony
 from secateur.evaluate.speed import measure_speed
-from secateur.model import Model, Settings, locate, open_model
+from secateur.model import Model, Settings
+from secateur.opening import locate, open_model
 from secateur.progress import Progress, for_terminal
 from secateur.text import Text, Tokens
 

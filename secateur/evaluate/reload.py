@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.model import Model, cast
+from secateur.model import Model
+from secateur.opening import cast
 from secateur.text import Tokens
 
 IMPLEMENTATIONS = ("eager", "sdpa")

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block, Linear, dense_weight, inputs_by_outputs
+from secateur.block import Block, Linear
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.forms import smaller
 from secateur.layers.forms_secateur import fill
+from secateur.linears import dense_weight, inputs_by_outputs
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.options import checked, option
 from secateur.prices import Target

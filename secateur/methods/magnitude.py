@@ -7,8 +7,9 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.least_error import LeastError
-from secateur.block import Block, inputs_by_outputs
+from secateur.block import Block
 from secateur.curve import Curve
+from secateur.linears import inputs_by_outputs
 from secateur.methods.base import Solution
 from secateur.methods.form import Metric
 from secateur.methods.sparse import SparseMethod, largest, largest_of_groups

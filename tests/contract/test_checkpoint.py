@@ -253,13 +253,13 @@ def test_same_seed_gives_the_same_bytes(tmp_path, method, write_to, written, nam
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "opt", "bert"])
 def test_shards_load_equally(tmp_path, monkeypatch, method, write_to, written, name):
+    whole = stored(written(name, "layered"))
     monkeypatch.setattr(checkpoint, "Writer", partial(Writer, shard_bytes=9000))
     made = write_to(tmp_path / "sharded", method, name, "layered")
     shards = sorted(made.folder.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert not list(made.folder.glob("shard-*"))
     index = json.loads((made.folder / "model.safetensors.index.json").read_text())
-    whole = stored(written(name, "layered"))
     assert set(index["weight_map"]) == set(whole)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
     opener = FAMILIES[name].auto

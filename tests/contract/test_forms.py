@@ -11,7 +11,7 @@ from transformers import AutoModel
 from secateur import Goal, Settings, make_plan, open_model, score
 from secateur.allocate.uniform import Uniform
 from secateur.apply import narrowed
-from secateur.block import dense_weight, inputs_by_outputs
+from secateur.linears import dense_weight, inputs_by_outputs
 from secateur.methods import METHODS, method_class
 from secateur.pipeline import write
 from secateur.prepare import Prepared

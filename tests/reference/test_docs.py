@@ -1,5 +1,6 @@
 """Links of the documentation hold, and what is generated says what the source says."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scripts.docs.links import ROOT
 from scripts.docs.markdown import docstring, section, table
 from secateur.cli import cli
 from secateur.methods import METHODS, method_class
+from secateur.units import MATRICES
 
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 PAGES += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -182,5 +184,19 @@ def test_sections_of_docstrings_are_lists():
 
 
 def test_the_page_of_families_is_current():
-    """Otherwise: python -m scripts.docs.families"""
+    """Otherwise: python -m scripts.docs.families; methods of matrices take long, and have a row."""
+    page, built = families.PAGE.read_text(), families.variants()
+    narrowing = [m for m in map(built_of, METHODS) if m.kinds != MATRICES]
+    assert families.shrinking(built) in page
+    rows = families.serving(built, narrowing, families.asked(built, narrowing)).splitlines()
+    assert set(rows) <= set(page.splitlines())
+    assert re.findall(r"^\| `([\w-]+)` \| [^|`]+ \|", page, re.M) == list(METHODS)
+
+
+@pytest.mark.slow
+def test_the_whole_page_of_families_is_current():
     assert families.page() == families.PAGE.read_text()
+
+
+def built_of(name):
+    return method_class(name)()

@@ -9,7 +9,8 @@ from secateur.errors import InputError
 from secateur.goal import Goal
 from secateur.methods.base import Narrowing
 from secateur.methods.flap import FLAP
-from secateur.model import Settings, skeleton
+from secateur.model import Settings
+from secateur.opening import skeleton
 from secateur.plan import tier_of
 from secateur.prepare import check_reach, chosen_allocator
 from secateur.statistics import Moments, Needs

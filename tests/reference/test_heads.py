@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from secateur.apply import narrow_unit, narrowed
-from secateur.block import inputs_by_outputs
+from secateur.linears import inputs_by_outputs
 from secateur.methods.base import Narrowing
 from secateur.units import WHOLE_HEADS
 from tests.contract.conftest import logits

@@ -11,11 +11,11 @@ from secateur import latency
 from secateur.allocate.base import Evidence
 from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.uniform import Uniform
-from secateur.block import inputs_by_outputs
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.goal import Goal
 from secateur.latency import measured
+from secateur.linears import inputs_by_outputs
 from secateur.methods.flap import FLAP
 from secateur.plan import prices_of
 from tests.families import FAMILIES

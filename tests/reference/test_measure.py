@@ -12,8 +12,8 @@ from torch.nn.functional import kl_div
 from secateur import stream as streams
 from secateur.allocate.knapsack import Knapsack
 from secateur.apply import narrowed
-from secateur.block import inputs_by_outputs
 from secateur.curve import Curve
+from secateur.linears import inputs_by_outputs
 from secateur.measure import (
     PASSES,
     SHARES,

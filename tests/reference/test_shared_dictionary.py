@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.block import Linear, dense_weight
+from secateur.block import Linear
 from secateur.forms import form_of
 from secateur.layers.forms_secateur import build
+from secateur.linears import dense_weight
 from secateur.methods.compot import COMPOT
 from secateur.methods.cospadi import CoSpaDi
 from secateur.methods.dsformer import DSFormer

@@ -18,7 +18,8 @@ from secateur.methods.base import Narrowing
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.slicegpt import SliceGPT
-from secateur.model import anatomy_of, not_served, skeleton
+from secateur.model import anatomy_of, not_served
+from secateur.opening import skeleton
 from secateur.propagate import Propagation
 from secateur.units import places
 from tests.contract.conftest import logits
