@@ -136,12 +136,12 @@ def shrinking(built: list[Served]) -> str:
             [
                 label,
                 f"`{own[0].config.model_type}`",
-                f"`{type(own[0].module).__name__}`",
-                attention(own),
                 *(mark([can_shrink(model, axis) for model in own]) for axis in AXES),
+                attention(own),
+                f"`{type(own[0].module).__name__}`",
             ]
         )
-    return table(["family", "`model_type`", "class", "attention", *AXES.values()], rows)
+    return table(["family", "`model_type`", *AXES.values(), "attention", "class"], rows)
 
 
 def can_shrink(model: Model, axis: str) -> bool:
