@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from secateur.text import Calibration
     from secateur.uses import Use
 
+EXPORTS = ("gguf", "onnx", "plain")
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="secateur")
@@ -258,7 +260,11 @@ def evaluate(ctx: click.Context, /, model: str, as_json: bool, **rest: Any) -> N
 @model_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", is_flag=True, help="Multiply out every matrix of another form.")
-@click.option("--to", help="gguf: one file for llama.cpp, where it is run and compared.")
+@click.option(
+    "--to",
+    help="gguf: one file for llama.cpp, where it is run and compared; plain: classes of "
+    "transformers itself, if all layers have the same shapes; onnx: a graph for onnxruntime.",
+)
 @click.option(
     "--type",
     "kind",
@@ -287,31 +293,45 @@ def export(
     **rest: Any,
 ) -> None:
     """Write MODEL, a compressed checkpoint, to OUT for readers that know less."""
+    from dataclasses import asdict
+
     from secateur import present
     from secateur.evaluate.judge import quiet
-    from secateur.export import export_dense
+    from secateur.export import export_dense, export_plain
     from secateur.progress import for_terminal
 
     if dense == (to is not None):
         raise InputError(
             "say what for: --dense multiplies out every matrix of another form, --to gguf writes a "
-            "file for llama.cpp."
+            "file for llama.cpp, --to plain a checkpoint for stock classes, --to onnx a graph."
         )
-    if to not in (None, "gguf"):
-        raise InputError(f"unknown --to {to!r}. {nearest(to, ['gguf'])}")
+    if to not in (None, *EXPORTS):
+        raise InputError(f"unknown --to {to!r}. {nearest(to, EXPORTS)}")
     for name in ("kind", "no_tokenizer", "unchecked"):
-        if dense and _typed(ctx, name):
+        if to != "gguf" and _typed(ctx, name):
             flag = {"kind": "type"}.get(name, name.replace("_", "-"))
             raise InputError(f"--{flag} is for --to gguf; leave it out.")
     quiet()
     if to == "gguf":
-        from dataclasses import asdict
-
         from secateur.gguf.export import export_gguf
 
         given = (_settings(rest), overwrite, not no_tokenizer, not unchecked, for_terminal())
         made = export_gguf(model, out, kind, *given)
         _print_json({"out": str(out), **asdict(made)}) if as_json else present.show_gguf(out, made)
+        return
+    if to == "plain":
+        plain = export_plain(model, out, _settings(rest), overwrite, for_terminal())
+        _print_json({"out": str(out), **asdict(plain)}) if as_json else present.show_plain(
+            out, plain.model_type
+        )
+        return
+    if to == "onnx":
+        from secateur.graph import export_onnx
+
+        graph = export_onnx(model, out, _settings(rest), overwrite, for_terminal())
+        _print_json({"out": str(out), **asdict(graph)}) if as_json else present.show_graph(
+            out, graph
+        )
         return
     tier = export_dense(model, out, _settings(rest), overwrite, for_terminal())
     if as_json:
@@ -346,15 +366,23 @@ def _given(kind: type, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _goal(ctx: click.Context, options: dict[str, Any]) -> "Goal":
-    from secateur.goal import Goal
+    from typing import get_args
 
+    from secateur.goal import Goal
+    from secateur.runtime import Runtime
+
+    target, runtime = options["target"], options["runtime"]
+    if target in get_args(Runtime):  # a runtime is a target, too, in another sense
+        if _typed(ctx, "runtime") and runtime != target:
+            raise InputError(f"--target {target} and --for {runtime}: one of them, not both.")
+        target, runtime = None, target
     return Goal(
-        options["target"] or ctx.meta[METHOD_KEY].target,
+        target or ctx.meta[METHOD_KEY].target,
         options["tier"],
         options["multiple_of"],
         options["latency_batch"],
         options["latency_length"],
-        options["runtime"],
+        runtime,
     )
 
 

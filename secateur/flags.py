@@ -170,7 +170,7 @@ calibration_options = stacked(
         "--target",
         help="What --keep is a share of: parameters, bytes or flops of what can shrink, cache "
         "(bytes of KV cache), or latency of a forward pass on this machine  [default: parameters; "
-        "bytes for a method that keeps widths]",
+        "bytes for a method that keeps widths]. A runtime here is as after --for.",
     ),
     click.option(
         "--tier",

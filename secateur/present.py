@@ -30,6 +30,7 @@ from secateur.uses import PREFIX
 
 if TYPE_CHECKING:
     from secateur.gguf.export import Exported
+    from secateur.graph import Graph
 
 WIDTH = 100
 SIDES = ("dense", "compressed")
@@ -281,6 +282,22 @@ def show_export(out: Path, tier: str) -> None:
     console = _console()
     console.print(f"[bold]{escape(str(out))}[/]  tier {tier}: {TIERS[tier]}")
     _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
+
+
+def show_plain(out: Path, model_type: str) -> None:
+    """Print where a checkpoint for stock classes is, and which those are."""
+    console = _console()
+    console.print(f"[bold]{escape(str(out))}[/]  model_type {model_type}: {TIERS['plain']}")
+    _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
+
+
+def show_graph(out: Path, made: "Graph") -> None:
+    """Print where a graph is, and how far onnxruntime is from the model."""
+    console = _console()
+    console.print(
+        f"[bold]{escape(str(out))}[/]  {size(made.bytes)}; onnxruntime gives the model's logits "
+        f"(largest difference {made.difference:.1g} of their spread)"
+    )
 
 
 def show_gguf(out: Path, made: "Exported") -> None:

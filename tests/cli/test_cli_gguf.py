@@ -40,14 +40,15 @@ def test_a_plan_is_replayed_for_its_runtime_and_edits_are_held_to_it(
     edited.refused("size 40 is not allowed for gguf", "nearest is 32")
 
 
-def test_a_recipe_records_the_runtime(compress, room):
-    compress("--for", "gguf", "--keep", "0.8", "--method", "modegpt").succeeded()
+@pytest.mark.parametrize("flag", ["--for", "--target"])
+def test_a_recipe_records_the_runtime(compress, room, flag):
+    compress(flag, "gguf", "--keep", "0.8", "--method", "modegpt").succeeded()
     recipe = yaml.safe_load((room / "out" / "secateur" / "recipe.yaml").read_text())
     assert recipe["steps"][0]["runtime"] == "gguf"
 
 
 def test_flags_are_refused_where_they_mean_nothing(run, compress, model, room):
-    compress("--target", "gguf").refused("--for gguf", "--keep")
+    compress("--target", "gguf", "--for", "vllm").refused("--target gguf", "--for vllm")
     compress("--for", "gugf").refused("gugf", "gguf")
     compress("--for", "gguf", "--method", "svd").refused("svd", "--type q4_k_m")
     run("export", model, room / "m.gguf", "--to", "ggml").refused("ggml", "gguf")
