@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from secateur.allocate.welore import WeLore
     from secateur.calibration import Store, calibrate
     from secateur.evaluate.judge import Questions, judge_apart
-    from secateur.export import export_dense
+    from secateur.export import export_dense, export_plain
+    from secateur.gguf.export import export_gguf
     from secateur.goal import Goal
     from secateur.methods.armor import Armor
     from secateur.methods.auto import Auto
@@ -140,6 +141,9 @@ _HOMES = {
     "save": "secateur.pipeline",
     "score": "secateur.scores",
     "export_dense": "secateur.export",
+    "export_gguf": "secateur.gguf.export",
+    "export_onnx": "secateur.graph",
+    "export_plain": "secateur.export",
     "read_recipe": "secateur.recipe",
     "select_calibration": "secateur.select",
 }
@@ -208,6 +212,9 @@ __all__ = [
     "compress",
     "compress_in_steps",
     "export_dense",
+    "export_gguf",
+    "export_onnx",
+    "export_plain",
     "judge_apart",
     "make_plan",
     "open_model",

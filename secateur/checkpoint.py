@@ -304,6 +304,11 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
         fields["quantization_config"] = packed
     fields.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_reader(model, folder)
+
+
+def write_reader(model: Model, folder: Path) -> None:
+    """Write the tokenizer, or image processor, and how to generate."""
     if getattr(model.module, "generation_config", None) is not None:
         # Its own save_pretrained refuses settings that many published models carry.
         text = model.module.generation_config.to_json_string()

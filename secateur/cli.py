@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from secateur.commands import COMMANDS
-from secateur.errors import InputError, RunError
+from secateur.errors import InputError, RunError, nearest
 from secateur.flags import (
     ALLOCATOR_KEY,
     METHOD_KEY,
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from secateur.plan import Plan
     from secateur.text import Calibration
     from secateur.uses import Use
+
+EXPORTS = ("gguf", "onnx", "plain")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -238,21 +240,30 @@ def compress(
 @cli.command(name="eval")
 @model_argument
 @judge_options
+@click.option("--against", metavar="DENSE", help="Measure this model too, and compare with it.")
 @open_options
 @click.pass_context
-def evaluate(ctx: click.Context, /, model: str, as_json: bool, **rest: Any) -> None:
+def evaluate(
+    ctx: click.Context, /, model: str, as_json: bool, against: str | None, **rest: Any
+) -> None:
     """Measure MODEL: perplexity, speed, memory and a sample, as `compress` does."""
     from dataclasses import asdict
 
     from secateur import present
-    from secateur.evaluate.judge import judge_apart
+    from secateur.evaluate.against import judge_against
+    from secateur.evaluate.judge import check_tasks, judge_apart
     from secateur.opening import read_config
     from secateur.progress import for_terminal
     from secateur.text import BUNDLED, Text
     from secateur.uses import use_of
 
-    _refuse_lengths(ctx, use_of(read_config(model, _settings(rest))))
+    _refuse_lengths(ctx, use := use_of(read_config(model, _settings(rest))))
     questions = _questions(rest, (Text("Python docs (bundled)", BUNDLED),), None)
+    check_tasks(use, questions.tasks)
+    if against is not None:
+        report = judge_against(model, against, questions, _settings(rest), for_terminal())
+        _print_json(report.content) if as_json else present.show_comparison(report)
+        return
     verdict = judge_apart(model, questions, _settings(rest), for_terminal())
     _print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
 
@@ -261,18 +272,79 @@ def evaluate(ctx: click.Context, /, model: str, as_json: bool, **rest: Any) -> N
 @model_argument
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dense", is_flag=True, help="Multiply out every matrix of another form.")
+@click.option(
+    "--to",
+    help="gguf: one file for llama.cpp, where it is run and compared; plain: classes of "
+    "transformers itself, if all layers have the same shapes; onnx: a graph for onnxruntime.",
+)
+@click.option(
+    "--type",
+    "kind",
+    default="auto",
+    show_default=True,
+    help="Of the matrices in a GGUF file: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k; auto "
+    "is the stored format.",
+)
+@click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out of a GGUF file.")
+@click.option("--unchecked", is_flag=True, help="Don't run a GGUF file in llama.cpp.")
 @open_options
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
-def export(model: str, out: Path, dense: bool, as_json: bool, overwrite: bool, **rest: Any) -> None:
-    """Write MODEL, a compressed checkpoint, to the folder OUT for readers that know less."""
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    model: str,
+    out: Path,
+    dense: bool,
+    to: str | None,
+    kind: str,
+    no_tokenizer: bool,
+    unchecked: bool,
+    as_json: bool,
+    overwrite: bool,
+    **rest: Any,
+) -> None:
+    """Write MODEL, a compressed checkpoint, to OUT for readers that know less."""
+    from dataclasses import asdict
+
     from secateur import present
     from secateur.evaluate.judge import quiet
-    from secateur.export import export_dense
+    from secateur.export import export_dense, export_plain
     from secateur.progress import for_terminal
 
-    if not dense:
-        raise InputError("say what for: --dense multiplies out every matrix of another form.")
+    if dense == (to is not None):
+        raise InputError(
+            "say what for: --dense multiplies out every matrix of another form, --to gguf writes a "
+            "file for llama.cpp, --to plain a checkpoint for stock classes, --to onnx a graph."
+        )
+    if to not in (None, *EXPORTS):
+        raise InputError(f"unknown --to {to!r}. {nearest(to, EXPORTS)}")
+    for name in ("kind", "no_tokenizer", "unchecked"):
+        if to != "gguf" and _typed(ctx, name):
+            flag = {"kind": "type"}.get(name, name.replace("_", "-"))
+            raise InputError(f"--{flag} is for --to gguf; leave it out.")
     quiet()
+    if to == "gguf":
+        from secateur.gguf.export import export_gguf
+
+        given = (_settings(rest), overwrite, not no_tokenizer, not unchecked, for_terminal())
+        made = export_gguf(model, out, kind, *given)
+        _print_json({"out": str(out), **asdict(made)}) if as_json else present.show_gguf(out, made)
+        return
+    if to == "plain":
+        plain = export_plain(model, out, _settings(rest), overwrite, for_terminal())
+        _print_json({"out": str(out), **asdict(plain)}) if as_json else present.show_plain(
+            out, plain.model_type
+        )
+        return
+    if to == "onnx":
+        from secateur.graph import export_onnx
+
+        graph = export_onnx(model, out, _settings(rest), overwrite, for_terminal())
+        _print_json({"out": str(out), **asdict(graph)}) if as_json else present.show_graph(
+            out, graph
+        )
+        return
     tier = export_dense(model, out, _settings(rest), overwrite, for_terminal())
     if as_json:
         _print_json({"out": str(out), "tier": tier})
@@ -310,14 +382,23 @@ def _given(kind: type, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _goal(ctx: click.Context, options: dict[str, Any]) -> "Goal":
-    from secateur.goal import Goal
+    from typing import get_args
 
+    from secateur.goal import Goal
+    from secateur.runtime import Runtime
+
+    target, runtime = options["target"], options["runtime"]
+    if target in get_args(Runtime):  # a runtime is a target, too, in another sense
+        if _typed(ctx, "runtime") and runtime != target:
+            raise InputError(f"--target {target} and --for {runtime}: one of them, not both.")
+        target, runtime = None, target
     return Goal(
-        options["target"] or ctx.meta[METHOD_KEY].target,
+        target or ctx.meta[METHOD_KEY].target,
         options["tier"],
         options["multiple_of"],
         options["latency_batch"],
         options["latency_length"],
+        runtime,
     )
 
 
@@ -350,6 +431,9 @@ def _questions(options: dict[str, Any], default: Any, length: int | None) -> "Qu
         prompt=options["prompt"],
         new_tokens=options["new_tokens"],
         speed=not options["no_speed"],
+        tasks=tuple(dict.fromkeys(t.strip() for g in options["tasks"] for t in g.split(",") if t)),
+        task_limit=options["task_limit"],
+        damage=options["damage"],
     )
 
 
@@ -391,12 +475,12 @@ def _refuse_beside(ctx: click.Context, what: str, also: set[str]) -> None:
     """A plan, or a recipe, has its own method and budget; a flag for them would be ignored."""
     kinds = (ctx.meta[METHOD_KEY], ctx.meta[ALLOCATOR_KEY])
     own = {option.name for kind in kinds for option in field_options(kind)}
-    own |= {"method", "multiple_of", "target", "tier", "allocator"}
+    own |= {"method", "multiple_of", "target", "tier", "allocator", "runtime"}
     own |= {"latency_batch", "latency_length"} | also
     own |= {"select_calibration"} if what == "plan" else set()
     for name in sorted(str(n) for n in own):
         if _typed(ctx, name):
-            flag = name.removesuffix("_file").replace("_", "-")
+            flag = {"runtime": "for"}.get(name, name.removesuffix("_file").replace("_", "-"))
             raise InputError(f"--{flag} and --{what} exclude each other.")
 
 

@@ -1,13 +1,23 @@
-"""Checkpoints for readers that know less: every matrix of another form multiplied out."""
+"""Checkpoints for readers that know less: matrices multiplied out, shapes of stock classes."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig
 
-from secateur.checkpoint import finish, store_block, writer_for
+from secateur.checkpoint import (
+    Writer,
+    finish,
+    published_name,
+    store_block,
+    store_rest,
+    write_reader,
+    writer_for,
+)
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, judge_apart
 from secateur.evaluate.reload import testimony
@@ -20,6 +30,7 @@ from secateur.model import Model, Settings, has_forms
 from secateur.opening import open_model, skeleton
 from secateur.progress import Progress
 from secateur.text import Tokens
+from secateur.uniform import PAIRS, Stock, common_sizes, conform, held, stock_of
 from secateur.uses import PREFIX
 from secateur.workspace import Workspace
 
@@ -78,8 +89,121 @@ def export_dense(
     return tier
 
 
-def multiply_out(model: Model) -> None:
-    """Put a linear layer with the dense weight in place of every other form, in place."""
+@dataclass(frozen=True)
+class Plain:
+    """A checkpoint for stock classes.
+
+    Attributes:
+        model_type: what transformers calls them.
+        notes: what was done to the model to have their shapes.
+    """
+
+    model_type: str
+    notes: tuple[str, ...]
+
+
+def export_plain(
+    source: str | Path,
+    out: str | Path,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Plain:
+    """Write a checkpoint whose layers have the same shapes for classes of transformers itself.
+
+    Matrices of other forms are multiplied out. A subset of the rotary pairs that all heads share
+    becomes a longrope, the scale of scores goes into the queries, and keys and values of unequal
+    width become those of the class that has such. It is compared with memory in a fresh process
+    before ``out`` appears. Don't use it on layers of different shapes: it refuses them.
+
+    Raises:
+        InputError: there is no such checkpoint, it is plain already, no stock class has its shapes,
+            or ``out`` exists.
+        RunError: the reloaded checkpoint differs from the model in memory.
+    """
+    settings, progress = settings or Settings(), progress or Progress()
+    source, out = str(source), Path(out).expanduser()
+    check_out(out, [source])
+    workspace = Workspace(out, overwrite)
+    if not skeleton(source, settings).narrowed:
+        raise InputError(
+            f"model {source!r}: stock classes open it as it is; `secateur eval` measures it."
+        )
+    with workspace.opened({"model": source, "export": "plain"}):
+        model = open_model(source, settings)
+        with torch.no_grad():
+            count = multiply_out(model)
+        stock = stock_of(model, common_sizes(model))
+        made = Plain(str(stock.module.config.model_type), _notes(stock, count))
+        for note in made.notes:
+            progress.say(f"note: {note}")
+        conform(model, stock)
+        store_as(model, stock, workspace.result, progress)
+        tokens = _some_tokens(model)
+        said = testimony(model, tokens)
+        if not stock.module._supports_sdpa:
+            said = {name: tensor for name, tensor in said.items() if not name.endswith(".sdpa")}
+            if (
+                "logits.float32.eager" in said
+            ):  # its softmax rounds to bfloat16, where ours does not
+                said.pop("logits.bfloat16.eager")
+        progress.say("reloading in a fresh process")
+        nothing = Questions((), speed=False)
+        judge_apart(str(workspace.result), nothing, settings, progress, said, tokens)
+        workspace.publish()
+    return made
+
+
+def _notes(stock: Stock, multiplied: int) -> tuple[str, ...]:
+    notes = []
+    if multiplied:
+        notes.append(f"{multiplied} matrices of another form are multiplied out")
+    if stock.pairs is not None:
+        notes.append(f"{len(stock.pairs)} rotary pairs are kept, by longrope factors")
+    if stock.ratio != 1:
+        notes.append(f"the scale of scores is in the queries, times {stock.ratio:.6g}")
+    if not stock.module._supports_sdpa:
+        kind = type(stock.module).__name__
+        notes.append(f"{kind}, which has such widths, knows no fused attention; it is slower")
+    return tuple(notes)
+
+
+class _Chosen(Writer):
+    """A writer of those tensors that a stock class knows."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if not name.endswith(PAIRS):
+            super().add(name, tensor)
+
+
+def store_as(model: Model, stock: Stock, folder: Path, progress: Progress) -> None:
+    """Write a model that conforms to a stock class as one of it.
+
+    Raises:
+        InputError: a weight is beyond the largest number of the stored format.
+    """
+    writer = _Chosen(folder, rename=published_name(stock.module))
+    there = set(held(model))
+    with progress.stage("writing", len(model.blocks)) as advance:
+        for block in model.blocks:
+            store_block(model, block, writer)
+            advance(1)
+    store_rest(model, writer)
+    for name, tensor in stock.module.state_dict().items():
+        if name not in there:  # a bias that the class has for all layers or none
+            writer.add(name, torch.zeros(tensor.shape, dtype=model.stored))
+    writer.finish()
+    fields = stock.module.config.to_dict()
+    fields["dtype"] = str(model.stored).removeprefix("torch.")
+    fields["architectures"] = [type(stock.module).__name__]
+    fields.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_reader(model, folder)
+
+
+def multiply_out(model: Model) -> int:
+    """Put a linear layer with the dense weight in place of every other form, and count those."""
+    count = 0
     for block in model.blocks:
         for path, layer in [*block.module.named_modules()]:
             if isinstance(layer, Factored):
@@ -87,10 +211,12 @@ def multiply_out(model: Model) -> None:
                     made = nn.Linear(layer.in_features, layer.out_features)
                 set_linear(made, layer.dense(), layer.bias)
                 block.module.set_submodule(path, made)
+                count += 1
     shapes = getattr(model.config, "secateur", {})
     for stack in (shapes, shapes.get("decoder", {})):
         for layer in stack.get("layers", []):
             layer.pop("forms", None)
+    return count
 
 
 def stock_again(model: Model, settings: Settings) -> bool:

@@ -170,7 +170,7 @@ calibration_options = stacked(
         "--target",
         help="What --keep is a share of: parameters, bytes or flops of what can shrink, cache "
         "(bytes of KV cache), or latency of a forward pass on this machine  [default: parameters; "
-        "bytes for a method that keeps widths]",
+        "bytes for a method that keeps widths]. A runtime here is as after --for.",
     ),
     click.option(
         "--tier",
@@ -178,6 +178,14 @@ calibration_options = stacked(
         show_default=True,
         help="per-layer: every unit its own size; plain: attention keeps its shape, one MLP width, "
         "so that stock classes load the result.",
+    ),
+    click.option(
+        "--for",
+        "runtime",
+        default="transformers",
+        show_default=True,
+        help="What will read the result, so that sizes are such as it reads: transformers, vllm, "
+        "gguf (llama.cpp), or gguf-q4 (llama.cpp with blocks of 4 bits).",
     ),
     click.option(
         "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
@@ -244,4 +252,20 @@ judge_options = stacked(
         "--new-tokens", type=click.IntRange(1), help="Tokens to continue it by  [default: 40]"
     ),
     click.option("--no-speed", is_flag=True, help="Don't time the model."),
+    click.option(
+        "--tasks",
+        multiple=True,
+        metavar="TASKS",
+        help="Tasks to answer, by commas: task files (.jsonl, see docs/evaluation.md), or names "
+        "that lm-evaluation-harness knows, such as arc_easy,piqa; may be repeated.",
+    ),
+    click.option(
+        "--task-limit", type=click.IntRange(2), help="Items of each task, at most  [default: all]"
+    ),
+    click.option(
+        "--damage",
+        is_flag=True,
+        help="Measure what perplexity does not show: calibration of probabilities, repetition, "
+        "recall of planted keys, accuracy class by class.",
+    ),
 )

@@ -1,10 +1,16 @@
 """What to spend a budget on, under which constraints."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from secateur.errors import InputError, nearest
 from secateur.prices import Target
+from secateur.runtime import Runtime, fitted
+from secateur.units import Unit
+
+if TYPE_CHECKING:
+    from secateur.methods.base import Method
+    from secateur.model import Model
 
 Tier = Literal["plain", "per-layer"]  #: what may be asked for
 Written = Literal["plain", "per-layer", "factored"]  #: what a plan may need
@@ -22,6 +28,7 @@ class Goal:
         multiple_of: MLP widths become multiples of this.
         batch: sequences in the forward pass that "latency" is measured on.
         length: tokens in each of them, none before them.
+        runtime: what will read the result; sizes are such as it reads.
     """
 
     target: Target = "parameters"
@@ -29,8 +36,17 @@ class Goal:
     multiple_of: int = 8
     batch: int = 1
     length: int = 256
+    runtime: Runtime = "transformers"
 
     def __post_init__(self) -> None:
+        if self.target in get_args(Runtime):
+            raise InputError(
+                f"--target says what --keep is a share of, and {self.target!r} is what reads the "
+                f"result: ask for it by --for {self.target}, beside a --target or without."
+            )
+        if self.runtime not in get_args(Runtime):
+            known = nearest(self.runtime, get_args(Runtime))
+            raise InputError(f"unknown --for {self.runtime!r}. {known}")
         if self.target not in get_args(Target):
             known = nearest(self.target, get_args(Target))
             raise InputError(f"unknown --target {self.target!r}. {known}")
@@ -39,3 +55,8 @@ class Goal:
         for name in ("multiple_of", "batch", "length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)!r} should be at least 1.")
+
+    def units(self, method: "Method", model: "Model") -> list[Unit]:
+        """The units of a method, with the sizes that the goal leaves them."""
+        found = method.units(model, self.multiple_of)
+        return [fitted(unit, self.runtime) for unit in found]

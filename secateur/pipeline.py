@@ -16,8 +16,10 @@ from secateur.calibration import Store
 from secateur.card import write_card
 from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
+from secateur.evaluate.domains import domains
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import testimony
+from secateur.evaluate.standing import doubts
 from secateur.goal import Goal
 from secateur.methods import check_served
 from secateur.methods.base import Method
@@ -153,7 +155,7 @@ def write(
     model, plan = prepared.model, prepared.plan
     writer = writer_for(model, plan.tier, folder)
     method = prepared.method
-    units = method.units(model, plan.multiple_of)
+    units = plan.goal.units(method, model)
     evidence, blocks = prepared.evidence, len(model.blocks)
     witness = None
     if evidence is not None and method.kinds != STREAM:
@@ -211,6 +213,10 @@ def make_report(
         "libraries": sorted({name for p in plans for name in p.libraries}),
         "dense": asdict(dense),
         "compressed": asdict(small),
+        "domains": domains(dense.perplexity, small.perplexity),
+        "doubts": doubts(
+            {"dense": dense.task_scores, "compressed": small.task_scores}, small.task_changes
+        ),
         "seconds": seconds | watch.finish(),
         "versions": reporting.versions(),
         "seed": task.calibration.seed,

@@ -23,6 +23,7 @@ from secateur.model import Model, fingerprint, has_forms
 from secateur.options import built
 from secateur.prices import Prices, Target, counted
 from secateur.records import Record, read_record
+from secateur.runtime import Runtime
 from secateur.stitch import Stitched
 from secateur.text import Calibration, Tokens
 from secateur.units import DEPTH, MATRICES, Matrix, Unit
@@ -135,6 +136,7 @@ class Plan(Record):
     method: Choice
     allocator: Choice
     multiple_of: int = Field(ge=1)
+    runtime: Runtime = "transformers"
     budget: Budget
     tier: Written
     units: tuple[Row, ...]
@@ -149,7 +151,7 @@ class Plan(Record):
         """What was asked for, but for the tier: sizes that are given need no constraint."""
         budget = self.budget
         tier: Tier = "plain" if self.tier == "plain" else "per-layer"
-        return Goal(budget.of, tier, self.multiple_of, budget.batch, budget.length)
+        return Goal(budget.of, tier, self.multiple_of, budget.batch, budget.length, self.runtime)
 
     @property
     def densified(self) -> int:
@@ -219,7 +221,7 @@ def make_plan(
         )
     goal = goal or Goal(method.target)
     allocator = allocator or usual_allocator(method, goal)
-    units = method.units(model, goal.multiple_of)
+    units = goal.units(method, model)
     prices = prices or prices_of(model, units, goal)
     if allocator.searches and store is not None:
         allocator.check(units, prices, method.keep)
@@ -249,6 +251,7 @@ def make_plan(
         method=Choice(name=method.name, options=asdict(method)),
         allocator=Choice(name=allocator.name, options=asdict(allocator)),
         multiple_of=goal.multiple_of,
+        runtime=goal.runtime,
         budget=_budget(units, sizes, method.keep, prices, goal),
         tier=_tier(model, units, sizes),
         units=_rows(units, sizes, evidence, model.stored),
@@ -403,7 +406,7 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
         InputError: unknown or missing units, or a size that a unit may not take; queries and keys
             whose values are gone must be gone too.
     """
-    units = {unit.name: unit for unit in method.units(model, plan.multiple_of)}
+    units = {unit.name: unit for unit in plan.goal.units(method, model)}
     named = [row.unit for row in plan.units]
     unknown, missing = sorted(set(named) - set(units)), sorted(set(units) - set(named))
     if unknown:
@@ -421,7 +424,8 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
         if row.after not in allowed:
             close = min(allowed, key=lambda size: abs(size - row.after))
             raise InputError(
-                f"plan, {row.unit}: size {row.after} is not allowed; the nearest is {close}."
+                f"plan, {row.unit}: size {row.after} is not allowed{_for(plan)}; the nearest is "
+                f"{close}."
             )
     blocks = [unit.name for unit in units.values() if unit.kind == "block"]
     if blocks and not any(plan.sizes[name] for name in blocks):
@@ -434,3 +438,7 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
                 f"gone; the nearest is 0."
             )
     return list(units.values())
+
+
+def _for(plan: Plan) -> str:
+    return "" if plan.runtime == "transformers" else f" for {plan.runtime}"

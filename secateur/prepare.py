@@ -29,6 +29,7 @@ from secateur.plan import (
 )
 from secateur.prices import Prices, counted
 from secateur.progress import Progress
+from secateur.runtime import check_runtime
 from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch
@@ -59,7 +60,8 @@ def check_reach(shapes: Model, method: Method, goal: Goal, allocator: Allocator)
         InputError: it is out of reach, or the method is no use for the model or the tier.
     """
     check_served(method, shapes)
-    units = method.units(shapes, goal.multiple_of)
+    check_runtime(shapes, method, goal)
+    units = goal.units(method, shapes)
     if goal.tier == "plain" and any(u.new_bias and len(allocator.choices(u)) > 1 for u in units):
         raise InputError(
             f"--tier plain: {method.name} adds biases, for which stock classes of this family have "
@@ -151,7 +153,7 @@ def prepare(
             )
         for note in model.obstacles_of(chosen.kinds):
             progress.say(f"note: {note}")
-        units = chosen.units(model, goal.multiple_of)
+        units = goal.units(chosen, model)
         for note in text_notes(calibration, tokens, units, model.use):
             progress.say(f"note: {note}")
     if isinstance(method, Plan):

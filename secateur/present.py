@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,11 +13,13 @@ from rich.text import Text
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur import outcome
 from secateur import report as reporting
 from secateur.allocate import ALLOCATORS, allocator_class
 from secateur.allocate.base import Allocator
 from secateur.anatomy import FAMILIES, find
 from secateur.evaluate.judge import Verdict
+from secateur.evaluate.standing import doubts
 from secateur.flags import DEFAULT_METHOD, shown
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
@@ -27,6 +29,10 @@ from secateur.plan import Plan
 from secateur.report import TIERS, Report, count, size
 from secateur.units import WIDTHS
 from secateur.uses import PREFIX
+
+if TYPE_CHECKING:
+    from secateur.gguf.export import Exported
+    from secateur.graph import Graph
 
 WIDTH = 100
 SIDES = ("dense", "compressed")
@@ -225,7 +231,7 @@ def _sees(model_type: str) -> bool:
 def show_report(report: Report, out: Path) -> None:
     """Print what a run reports, and what to type next."""
     console = _console()
-    console.print(reporting.comparison(report))
+    _show_outcome(console, report)
     console.print(reporting.summary(report))
     if report["densified"]:
         console.print(
@@ -245,11 +251,63 @@ def show_report(report: Report, out: Path) -> None:
     _next(console, *(following if own else ("eval", str(out), f"--eval {yours}")))
 
 
+def show_comparison(report: Report) -> None:
+    """Print a model beside the one that it is held against."""
+    console = _console()
+    _show_outcome(console, report)
+    _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
+
+
+def _show_outcome(console: Console, report: Report) -> None:
+    """The tables of two models, and what not to read into them."""
+    console.print(reporting.comparison(report))
+    if report["dense"]["task_scores"]:
+        console.print(outcome.task_comparison(report["dense"], report["compressed"]))
+    for doubt in report["doubts"]:
+        console.print(f"note: {doubt}", markup=False)
+
+
 def show_export(out: Path, tier: str) -> None:
     """Print where an exported checkpoint is and who reads it."""
     console = _console()
     console.print(f"[bold]{escape(str(out))}[/]  tier {tier}: {TIERS[tier]}")
     _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
+
+
+def show_plain(out: Path, model_type: str) -> None:
+    """Print where a checkpoint for stock classes is, and which those are."""
+    console = _console()
+    console.print(f"[bold]{escape(str(out))}[/]  model_type {model_type}: {TIERS['plain']}")
+    _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
+
+
+def show_graph(out: Path, made: "Graph") -> None:
+    """Print where a graph is, and how far onnxruntime is from the model."""
+    console = _console()
+    console.print(
+        f"[bold]{escape(str(out))}[/]  {size(made.bytes)}; onnxruntime gives the model's logits "
+        f"(largest difference {made.difference:.1g} of their spread)"
+    )
+
+
+def show_gguf(out: Path, made: "Exported") -> None:
+    """Print where a GGUF file is, and how far llama.cpp is from the model."""
+    console = _console()
+    console.print(
+        f"[bold]{escape(str(out))}[/]  {made.kind}, {size(made.bytes)}, architecture "
+        f"{made.architecture}"
+    )
+    found = made.finding
+    if found is None:
+        console.print("unchecked: llama.cpp has not run it")
+    else:
+        console.print(
+            f"llama.cpp agrees with the model: {found.same} of {found.greedy} greedy tokens are "
+            f"the same; logits differ by {found.root_mean_square:.1g} of their spread on average, "
+            f"by {found.largest:.1g} at most"
+        )
+    line = f"\nnext: llama-cli -m {shlex.quote(str(out))}"
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def show_verdict(verdict: Verdict) -> None:
@@ -271,7 +329,13 @@ def show_verdict(verdict: Verdict) -> None:
             label = key.replace("tokens", things).replace("_", " ")
             table.add_row(label, f"{value:,.0f}")
     table.add_row("peak memory", size(verdict.peak_memory_bytes))
+    for label, (value, unit) in outcome.damage_lines(verdict.damage).items():
+        table.add_row(label, outcome.in_unit(value, unit))
     console.print(table)
+    if verdict.task_scores:
+        console.print(outcome.task_table(verdict.task_scores))
+    for doubt in doubts({"the model": verdict.task_scores}, {}):
+        console.print(f"note: {doubt}", markup=False)
     _show_samples(console, verdict.prompt, {"model": verdict.sample})
 
 

@@ -70,6 +70,7 @@ class Step:
             "multiple_of": self.goal.multiple_of,
             "latency_batch": self.goal.batch,
             "latency_length": self.goal.length,
+            "runtime": self.goal.runtime,
         }
 
 
@@ -142,6 +143,7 @@ class StepRecord(Record):
     multiple_of: int = Field(default=8, ge=1)
     latency_batch: int = Field(default=1, ge=1)
     latency_length: int = Field(default=256, ge=1)
+    runtime: str = "transformers"
 
     def step(self) -> Step:
         """The objects that it names.
@@ -157,6 +159,7 @@ class StepRecord(Record):
             self.multiple_of,
             self.latency_batch,
             self.latency_length,
+            self.runtime,  # type: ignore[arg-type]
         )
         allocator: Allocator | None = None
         if self.allocator is not None:

@@ -3,11 +3,13 @@
 import io
 import json
 import platform
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from secateur import outcome
 from secateur.version import __version__
 
 VERSION = 2
@@ -100,7 +102,16 @@ def lines(report: Report) -> list[Line]:
         if (key := f"{key}_tokens_per_second") in dense["speed"]:
             add(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
     add("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
-    return found
+    return [*found, *_damage(dense.get("damage", {}), small.get("damage", {}))]
+
+
+def _damage(dense: dict[str, Any], small: dict[str, Any]) -> Iterator[Line]:
+    """What perplexity does not show, where that was asked for."""
+    after = outcome.damage_lines(small, dense)
+    for label, (value, unit) in outcome.damage_lines(dense).items():
+        own = after[label][0]
+        change = outcome.in_unit(own - value, unit, "+")
+        yield Line(label, outcome.in_unit(value, unit), outcome.in_unit(own, unit), change)
 
 
 def comparison(report: Report) -> Any:

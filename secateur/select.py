@@ -172,7 +172,7 @@ def cheap(model: Model, method: Method, goal: Goal, allocator: Allocator) -> All
     Raises:
         InputError: the method has units that no share serves, or one that runs through all blocks.
     """
-    kinds = {unit.kind for unit in method.units(model, goal.multiple_of)}
+    kinds = {unit.kind for unit in goal.units(method, model)}
     dear, reason = allocator.measured or allocator.searches, None
     if "residual" in kinds:
         reason = "it slices the residual stream, and draws are compared by blocks narrowed alone"
@@ -205,7 +205,7 @@ def divergences(
     again behind narrowed blocks, and nothing propagated. The model is left as it was. A draw's
     statistics lie in ``folder``, or the system's temporary one, until the next one's take over.
     """
-    units, found = method.units(model, goal.multiple_of), []
+    units, found = goal.units(method, model), []
     prices = prices_of(model, units, goal)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from secateur.prices import counted
 from secateur.progress import Progress
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
+from secateur.runtime import check_runtime
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration, Tokens
@@ -128,6 +129,7 @@ def _run(
             continue
         shapes = skeleton(source, task.settings)
         check_served(step.method, shapes)
+        check_runtime(shapes, step.method, step.goal)
         keep = step.keep or 0.0
         if number - 1 == recipe.open:
             there = budget.dense if number == 1 else stored_bytes(Path(source), shapes)
@@ -208,7 +210,7 @@ class _Bytes:
         """
         assert self.open is not None
         itemsize = model.stored.itemsize
-        units = self.open.method.units(model, self.open.goal.multiple_of)
+        units = self.open.goal.units(self.open.method, model)
         moving = sum(unit.cost(unit.size, itemsize).bytes for unit in units)
         found = (self.keep * self.dense / self.later - (there - moving)) / moving
         if found > 1:
@@ -230,7 +232,7 @@ def _own(module: nn.Module) -> int:
 
 def _least(step: Step, shapes: Model) -> float:
     """The least share that a step can leave of the dense shapes."""
-    units = step.method.units(shapes, step.goal.multiple_of)
+    units = step.goal.units(step.method, shapes)
     prices = counted(units, "bytes", shapes.stored.itemsize)
     return prices.spent(units, step.allocator.least(units, prices)) / prices.whole(units)
 

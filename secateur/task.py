@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.evaluate.judge import Questions, Verdict, judge_apart
+from secateur.evaluate.judge import Questions, Verdict, check_tasks, judge_apart
+from secateur.evaluate.tasks import is_file
 from secateur.inputs import (
     check_out,
     default_texts,
@@ -57,7 +58,9 @@ class Task:
         own = default_texts(calibration, use)
         questions = questions or Questions(own, length=calibration.length)
         questions = replace(questions, texts=unseen(questions.texts, calibration))
-        files = (source, calibration.source, *(text.source for text in questions.texts))
+        check_tasks(use, questions.tasks)
+        asked = filter(is_file, questions.tasks)
+        files = (source, calibration.source, *(text.source for text in questions.texts), *asked)
         check_out(out, [*files])
         tokens = read_calibration(source, calibration, settings)
         for text in questions.texts:

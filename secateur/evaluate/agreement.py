@@ -23,9 +23,7 @@ def outputs(model: Model, tokens: Tokens) -> Tensor:
     second, third … so that :data:`MOST_NUMBERS` hold them.
     """
     module: Any = model.module
-    every = int(model.use.counted(tokens).sum())
-    number = math.ceil(len(tokens) * min(1.0, OUTPUTS / every))
-    chosen = tokens[[i * len(tokens) // number for i in range(number)]]
+    chosen = some_rows(model, tokens)
     rows, seen, step = rows_at_once(module, model.use, chosen), 0, 1
     found: list[Tensor] = []
     with torch.inference_mode():
@@ -39,6 +37,18 @@ def outputs(model: Model, tokens: Tokens) -> Tensor:
             found.append(counted[-seen % step :: step].float().log_softmax(-1).cpu())
             seen += len(counted)
     return torch.cat(found)
+
+
+def some_rows(model: Model, tokens: Tokens) -> Tokens:
+    """Rows spread over the text, as many as give :data:`OUTPUTS` outputs that count."""
+    every = int(model.use.counted(tokens).sum())
+    return tokens[spread(len(tokens), math.ceil(len(tokens) * min(1.0, OUTPUTS / every)))]
+
+
+def spread(length: int, number: int) -> list[int]:
+    """Up to so many places from 0 on, at even distances."""
+    number = min(number, length)
+    return [i * length // number for i in range(number)]
 
 
 def agreement(dense: Tensor, small: Tensor) -> dict[str, float]:

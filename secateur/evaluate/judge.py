@@ -17,15 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.errors import InputError, RunError
+from secateur.evaluate import harness
 from secateur.evaluate.agreement import agreement, outputs
+from secateur.evaluate.damage import damage
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import answered
 from secateur.evaluate.reload import disagreement, testimony
 from secateur.evaluate.speed import measure_speed
+from secateur.evaluate.standing import Answers, Figures, changes
+from secateur.evaluate.tasks import answered_file, is_file, read_task
 from secateur.model import Model, Settings
 from secateur.opening import locate, open_model
 from secateur.progress import Progress, for_terminal
 from secateur.text import Text, Tokens
+from secateur.uses import CausalLM, Use
 
 USER_ERROR = 2
 PROMPT_TOKENS = 24
@@ -44,6 +49,9 @@ class Questions:
         prompt: text that the model continues; by default the beginning of the first text.
         new_tokens: length of the continuation; by default 40, or what fits.
         speed: whether to time it.
+        tasks: task files, and names of tasks of lm-evaluation-harness.
+        task_limit: at most this many items of each task, from its start.
+        damage: whether to measure what perplexity does not show.
     """
 
     texts: tuple[Text, ...]
@@ -52,6 +60,9 @@ class Questions:
     prompt: str | None = None
     new_tokens: int | None = None
     speed: bool = True
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    damage: bool = False
 
 
 @dataclass
@@ -61,7 +72,10 @@ class Verdict:
     ``tokens`` says how many outputs each figure is of, ``counts`` what those are of: tokens, or
     images; ``texts`` has the fingerprint of each text's tokens. ``tasks`` holds shares of right
     answers; ``agreement``, of a compressed model, what
-    :func:`~secateur.evaluate.agreement.agreement` says of it on the first text.
+    :func:`~secateur.evaluate.agreement.agreement` says of it on the first text. ``task_scores`` has
+    the figures of each task that was asked for; ``task_changes``, of a compressed model, what
+    :func:`~secateur.evaluate.standing.changes` says of each. ``damage`` is what
+    :func:`~secateur.evaluate.damage.damage` found, if it was asked for.
     """
 
     parameters: int
@@ -75,6 +89,9 @@ class Verdict:
     counts: str = "tokens"
     tasks: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
+    task_scores: dict[str, Figures] = field(default_factory=dict)
+    task_changes: dict[str, Figures] = field(default_factory=dict)
+    damage: dict[str, Any] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
 
 
@@ -98,6 +115,8 @@ def judge(
         raise InputError(
             f"--prompt and --new-tokens: this {use.what} writes nothing; leave them out."
         )
+    check_tasks(use, questions.tasks)
+    loaded = harness.load([task for task in questions.tasks if not is_file(task)])
     held = {t.name: use.held(t, model.tokenizer, length, limit) for t in questions.texts}
     values, tasks = {}, {}
     for name, tokens in held.items():
@@ -115,18 +134,25 @@ def judge(
             speed = {k: value for k, value in asdict(timed).items() if value is not None}
             advance(1)
     peak = max(0, peak_bytes(model.device) - before)
-    agrees: dict[str, float] = {}
+    scores, kept = _tasks(model, questions, loaded, progress)
     if first is not None and outputs_of_dense is not None:
-        own = outputs(model, first)
-        if outputs_of_dense.exists():
-            agrees = agreement(load_file(outputs_of_dense)["outputs"], own)
-        else:
-            try:
-                save_file({"outputs": own}, outputs_of_dense)
-            except SafetensorError as error:
-                raise InputError(
-                    f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
-                ) from error
+        kept |= {"outputs": outputs(model, first)} | ({"text": first.ids} if use.reads_text else {})
+    agrees: dict[str, float] = {}
+    changed: dict[str, Figures] = {}
+    if outputs_of_dense is not None and outputs_of_dense.exists():
+        dense = load_file(outputs_of_dense)
+        if first is not None:
+            _check_alike(dense, kept)
+            agrees = agreement(dense["outputs"], kept["outputs"])
+        changed = {name: changes(name, dense, kept) for name in scores}
+    elif outputs_of_dense is not None:
+        try:
+            save_file(kept, outputs_of_dense)
+        except SafetensorError as error:
+            raise InputError(
+                f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
+            ) from error
+    found = damage(model, first, room, progress) if questions.damage and first is not None else {}
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
         bytes=weight_bytes(model),
@@ -139,8 +165,60 @@ def judge(
         counts=use.counts,
         tasks=tasks,
         agreement=agrees,
+        task_scores=scores,
+        task_changes=changed,
+        damage=found,
         texts={name: tokens.fingerprint for name, tokens in held.items()},
     )
+
+
+def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
+    """Look at tasks before anything is measured; those of the harness only when it is loaded.
+
+    Raises:
+        InputError: a model of that use can't answer them, or a file is no task.
+    """
+    if tasks and not isinstance(use, CausalLM):
+        raise InputError(
+            f"--tasks: this is a {use.what}, and tasks ask a causal language model how likely a "
+            f"text is; leave them out."
+        )
+    for task in filter(is_file, tasks):
+        read_task(task)
+
+
+def _check_alike(dense: dict[str, Tensor], small: dict[str, Tensor]) -> None:
+    """Refuse two models that do not read the text alike.
+
+    Raises:
+        InputError: their tokens differ, or the number of their outputs.
+    """
+    both = (dense["outputs"], small["outputs"])
+    same = [torch.equal(dense[key], small[key]) for key in ("text",) if key in dense]
+    if both[0].shape != both[1].shape or not all(same):
+        raise InputError(
+            f"the two models do not read the text alike ({both[0].shape[1]} classes an output and "
+            f"{both[1].shape[1]}, or other tokens); a model can be held against the one that it "
+            f"was made from."
+        )
+
+
+def _tasks(
+    model: Model, questions: Questions, loaded: dict[str, Any], progress: Progress
+) -> tuple[dict[str, Figures], dict[str, Tensor]]:
+    """Figures of every task, and the answers that two models are compared by."""
+    found: dict[str, tuple[Figures, Answers]] = {}
+    names = [Path(task).stem if is_file(task) else task for task in questions.tasks]
+    for task, name in zip(questions.tasks, names, strict=True):
+        if not is_file(task):
+            found |= harness.judged(model, loaded[task], task, questions.task_limit, progress)
+            continue
+        asked = read_task(task, questions.task_limit)
+        with progress.stage(f"task: {name}"[:28], asked.requests) as advance:
+            answers = answered_file(model, asked, advance)
+        found[name if names.count(name) == 1 else task] = answers.figures(), answers
+    kept = (answers.tensors(name) for name, (_, answers) in found.items())
+    return {n: f for n, (f, _) in found.items()}, {k: v for own in kept for k, v in own.items()}
 
 
 def _sampled(
@@ -251,7 +329,8 @@ def main(request: Path, result: Path) -> int:
     content = json.loads(request.read_text())
     settings = Settings(**content["settings"])
     texts = tuple(Text(**text) for text in content["questions"].pop("texts"))
-    questions = Questions(texts=texts, **content["questions"])
+    tasks = tuple(content["questions"].pop("tasks"))
+    questions = Questions(texts=texts, tasks=tasks, **content["questions"])
     answer: dict[str, Any]
     try:
         before = peak_bytes(settings.torch_device())

@@ -52,6 +52,27 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def one_step(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Softmax attention of one token a row, (batch, 1, heads, width), over keys of any width.
+
+    Where key and value differ in width, fused kernels would be handed a copy of the whole cache for
+    every query head, at every token; here all query heads of a KV head read it where it is.
+    """
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # batch, kv heads, group, width
+    scores = grouped @ key.mT * scaling
+    if mask is not None:
+        mask = mask if mask.shape[1] == 1 else mask.squeeze(2).unflatten(1, (key.shape[1], -1))
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    mixed: Tensor = weights @ value
+    return mixed.flatten(1, 2).unsqueeze(1)
+
+
 class NarrowAttention(nn.Module):
     """Attention with its own query/key width, value width and set of rotary pairs per KV head.
 
@@ -106,8 +127,10 @@ class NarrowAttention(nn.Module):
         if self.shape.get("doubled"):  # those families turn in float32, whatever the format
             cos, sin = cos[..., ::2].float(), sin[..., ::2].float()
         still = 1 if self.rotary == "chosen" else self.query_key // 2 - half
-        cos = nn.functional.pad(cos[..., :half], (0, still), value=1.0)
-        sin = nn.functional.pad(sin[..., :half], (0, still))
+        cos, sin = cos[..., :half], sin[..., :half]
+        if still:
+            cos = nn.functional.pad(cos, (0, still), value=1.0)
+            sin = nn.functional.pad(sin, (0, still))
         if self.rotary == "all":
             return cos.unsqueeze(1), sin.unsqueeze(1)
         tables = torch.stack((cos, sin)).index_select(-1, self.rope_pairs.flatten())
@@ -173,10 +196,13 @@ class NarrowAttention(nn.Module):
         elif cache is not None:  # likewise
             value, key = cache.update(value, key, self.layer_idx)
         several = query.shape[2] > 1 or self.query_key == 0 or "flash" in implementation
+        bare = self.soft_cap is None and kwargs.get("position_bias") is None and not self.training
+        if implementation == "sdpa" and bare and not several and self.query_key != self.value:
+            output = one_step(query, key, value, attention_mask, self.scaling)
+            return self.given(hidden_states, output.flatten(2)), None
         if implementation != "eager" and several:
             # Fused kernels want one width, and none forget the mask at width zero; zeros change
-            # neither the scores nor the kept columns. The cache stays narrow, and one-token steps
-            # run unpadded.
+            # neither the scores nor the kept columns. The cache stays narrow.
             width = max(self.query_key, self.value)
             query, key, value = (_pad(t, width) for t in (query, key, value))
         if self.soft_cap is not None:
@@ -443,6 +469,11 @@ def _slice(model: PreTrainedModel, blocks: Any, residual: dict[str, Any]) -> Non
         shorten(block.get_submodule(places["mlp_norm"]), size)
         block.attention_shortcut = nn.Parameter(torch.empty(size, size))
         block.mlp_shortcut = nn.Parameter(torch.empty(size, size))
+    # A block's class has another name now, by which it would not be known as one piece.
+    model._no_split_modules = {
+        *(model._no_split_modules or ()),
+        *(type(b).__name__ for b in blocks),
+    }
     old = base.get_input_embeddings()
     base.set_input_embeddings(nn.Embedding(old.num_embeddings, size, old.padding_idx))
     head: Any = model.get_output_embeddings()
@@ -499,6 +530,8 @@ def _auto_class(stock: Any) -> str:
 
 def __getattr__(name: str) -> Any:
     """Make ``Secateur<stock class>`` for a class of transformers, once."""
+    if name in globals():  # asked for by a name that is made up here, not by an attribute
+        return globals()[name]
     stock = getattr(transformers, name.removeprefix(PREFIX), None)
     if not name.startswith(PREFIX) or not isinstance(stock, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

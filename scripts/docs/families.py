@@ -1,0 +1,260 @@
+"""Write docs/families.md from the variants of the contract tests: python -m scripts.docs.families
+
+Every variant is built without storage and every method asked whether it can serve it, as the
+contract tests ask before they run.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from scripts.docs.markdown import table
+from secateur import anatomy as anatomies
+from secateur.allocate.base import Allocator
+from secateur.anatomy import Anatomy
+from secateur.errors import InputError
+from secateur.goal import Goal
+from secateur.methods import METHODS, method_class
+from secateur.methods.base import Method
+from secateur.model import Model, anatomy_of
+from secateur.prepare import check_reach, chosen_allocator
+from tests.families import FAMILIES, Family
+from tests.reference.test_families import MORE
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+#: sizes of the tiny variants, and how much larger they are made, so that default options fit
+SIZES = ("hidden_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "word_embed_proj_dim")
+SIZES += ("head_dim", "n_embd", "n_inner", "d_model", "d_ff", "d_kv")
+LARGER = 4
+AXES = {
+    "mlp": "MLP channels",
+    "query_key": "queries, keys",
+    "value_output": "values",
+    "heads": "KV heads",
+    "residual": "stream",
+    "block": "blocks",
+}
+HEAD = """\
+# Model families
+
+Written by `python -m scripts.docs.families` from the variants that the contract tests run on; don't
+edit it. What stands here is what `secateur` itself answers for a model of the family, wide
+enough for the default options.
+
+`tests/contract` holds methods against the dense model on these variants: `make test` the default
+method on all of them and the others on a few, `.venv/bin/python -m pytest -m slow` the rest. For
+one model, `secateur inspect MODEL` says what can shrink and needs no weights. Configs that a family
+refuses are in the [README](../README.md#which-models).
+
+## What can shrink
+
+✓ can shrink, – stays, (✓) depends on the config. "Grouped" attention may have as many KV heads as
+query heads, too, or one. Matrices of every family can take another form at their own width: low
+rank, sparse, integers and so on.
+
+"""
+
+
+Refused = dict[tuple[str, str], str | None]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A variant without storage: its family by name, and what its model is."""
+
+    label: str
+    model: Model
+
+
+def variants() -> list[Served]:
+    """Those of the contract tests and those beside them, in the order of the families."""
+    more = {
+        name: replace(FAMILIES[like], config=config, options=FAMILIES[like].options | options)
+        for name, (like, config, options) in MORE.items()
+    }
+    built = [shapes(name, family) for name, family in (FAMILIES | more).items()]
+    return sorted(built, key=lambda one: ORDER.index(one.label))
+
+
+def shapes(name: str, family: Family) -> Served:
+    """A variant as it is looked at before any weight is read, but larger."""
+    options = {k: LARGER * v if k in SIZES else v for k, v in family.options.items()}
+    config: Any = getattr(transformers, family.config)(**options)
+    with torch.device("meta"):
+        module = family.auto.from_config(config)
+    nothing: Any = None
+    model = Model(name, module, nothing, torch.float32, anatomy_of(config))
+    assert model.anatomy is not None
+    return Served(label(model.anatomy, config.model_type), model)
+
+
+def label(anatomy: Anatomy, model_type: str) -> str:
+    """The name of a family; of its part, where one name stands for each ``model_type``."""
+    names, types = anatomy.family.split(" / "), anatomy.model_types
+    same = len(names) == len(types) > 1
+    return names[types.index(model_type)] if same else anatomy.family
+
+
+ORDER = [label(one, kind) for one in anatomies.FAMILIES for kind in one.model_types]
+
+
+def page() -> str:
+    """The whole page."""
+    built = variants()
+    methods = [method_class(name)() for name in METHODS]
+    refused = asked(built, methods)
+    return (
+        HEAD + shrinking(built) + "\n## Who serves what\n\n"
+        "`--tier plain` gives checkpoints that stock classes load. Without it a method writes\n"
+        "what its plan needs; see [the format](checkpoint-format.md). Options are the methods'\n"
+        "defaults; `flap --compensate 0` adds no biases and goes wherever `wanda-sp` does.\n\n"
+        + serving(built, methods, refused)
+        + "\n## Why not\n\n"
+        + reasons(built, refused)
+    )
+
+
+def asked(built: list[Served], methods: list[Method]) -> Refused:
+    """Why a method can change nothing in a variant, or None."""
+    return {
+        (one.model.source, method.name): method.obstacle(one.model)
+        for one in built
+        for method in methods
+    }
+
+
+def shrinking(built: list[Served]) -> str:
+    """A row a family and ``model_type``."""
+    rows = []
+    for label in dict.fromkeys(one.label for one in built):
+        own = [one.model for one in built if one.label == label]
+        rows.append(
+            [
+                label,
+                f"`{own[0].config.model_type}`",
+                *(mark([can_shrink(model, axis) for model in own]) for axis in AXES),
+                attention(own),
+                f"`{type(own[0].module).__name__}`",
+            ]
+        )
+    return table(["family", "`model_type`", *AXES.values(), "attention", "class"], rows)
+
+
+def can_shrink(model: Model, axis: str) -> bool:
+    """Whether an axis has another size than today's in any block."""
+    return any(not unit.fixed for unit in model.units(1, (axis,)))
+
+
+def attention(models: list[Model]) -> str:
+    """What is special about the attention of a family, in words."""
+    model = models[0]
+    anatomy, config = model.anatomy, model.config
+    assert anatomy is not None
+    layouts = [one.blocks[0].heads for one in models]
+    grouped = any(layout.kv_heads < layout.heads for layout in layouts)
+    words = ["grouped" if grouped else "multi-head"]
+    if anatomy.rotary:
+        part = mark(layout.rotary < layout.width for layout in layouts)
+        words.append({"✓": "partly rotary", "–": "rotary", "(✓)": "rotary or partly"}[part])
+    if anatomy.position_bias:
+        words.append("position bias")
+    if getattr(config, "layer_types", None) and "sliding_attention" in config.layer_types:
+        words.append("windows")
+    elif getattr(config, "sliding_window", None):
+        words.append("window")
+    if anatomy.soft_cap:
+        words.append("soft cap")
+    pairs = mark(can_shrink(one, "query_key") for one in models)
+    words += {"✓": [], "–": ["norms inside heads"], "(✓)": ["perhaps norms inside heads"]}[pairs]
+    if anatomy.decoder is not None:
+        words.append("and across stacks")
+    return ", ".join(words)
+
+
+def mark(answers: Iterable[bool]) -> str:
+    """✓ where all are true, – where none is."""
+    known = set(answers)
+    return "(✓)" if len(known) > 1 else "✓" if known == {True} else "–"
+
+
+def serving(built: list[Served], methods: list[Method], refused: Refused) -> str:
+    """A row a method."""
+    labels = list(dict.fromkeys(one.label for one in built))
+    rows = []
+    for method in methods:
+        by = {
+            label: mark(
+                refused[one.model.source, method.name] is None
+                for one in built
+                if one.label == label
+            )
+            for label in labels
+        }
+        plain = {
+            label: mark(
+                refused[one.model.source, method.name] is None and goes_plain(method, one.model)
+                for one in built
+                if one.label == label
+            )
+            for label in labels
+        }
+        rows.append([f"`{method.name}`", ", ".join(kinds(method)), families(by), families(plain)])
+    return table(["method", "works on", "serves", "`--tier plain`"], rows)
+
+
+def kinds(method: Method) -> list[str]:
+    """The axes of a method, in words."""
+    return [AXES.get(kind, "matrices") for kind in method.kinds]
+
+
+def goes_plain(method: Method, model: Model) -> bool:
+    """Whether ``--tier plain`` is refused before any weight is read."""
+    goal = Goal(method.target, "plain")
+    try:
+        allocator: Allocator = chosen_allocator(method, goal, None)
+        check_reach(model, method, goal, allocator)
+    except InputError:
+        return False
+    return True
+
+
+def families(marks: dict[str, str]) -> str:
+    """Labels by their marks, as few words as can be."""
+    able = [label for label, found in marks.items() if found == "✓"]
+    some = [label for label, found in marks.items() if found == "(✓)"]
+    unable = [label for label, found in marks.items() if found == "–"]
+    if not able and not some:
+        return "none"
+    if len(unable) + len(some) <= len(able):
+        but = [*unable, *(f"some {label}" for label in some)]
+        return f"all but {', '.join(but)}" if but else "all"
+    return ", ".join([*able, *(f"some {label}" for label in some)])
+
+
+def reasons(built: list[Served], refused: Refused) -> str:
+    """Every obstacle once, with whom it is in the way of."""
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    for one in built:
+        for axis in AXES:
+            for reason in one.model.obstacles_of((axis,)):
+                found.setdefault(reason, ([], []))[0].append(one.label)
+        for name in METHODS:
+            reason = refused[one.model.source, name]
+            for part in reason.split("; ") if reason else ():
+                if part in found:
+                    found[part][1].append(f"`{name}`")
+    lines = []
+    for reason, (labels, methods) in found.items():
+        lines.append(f"- {reason[0].upper()}{reason[1:]}.")
+        lines.append(f"  {', '.join(dict.fromkeys(labels))}.")
+        if methods:
+            lines.append(f"  Stops {', '.join(dict.fromkeys(methods))}.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

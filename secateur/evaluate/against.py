@@ -1,0 +1,42 @@
+"""Two models held against each other: the same questions, each in a process of its own."""
+
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from secateur.evaluate.domains import domains
+from secateur.evaluate.judge import Questions, judge_apart
+from secateur.evaluate.standing import doubts
+from secateur.model import Settings
+from secateur.progress import Progress
+from secateur.report import Report, versions
+
+
+def judge_against(
+    source: str, dense: str, questions: Questions, settings: Settings, progress: Progress
+) -> Report:
+    """What `compress` would say of its two models, of any two that read alike.
+
+    ``source`` is called compressed in the result, whatever it is.
+
+    Raises:
+        InputError: one of them is unusable, or they read the text unlike.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder, "dense.safetensors")
+        progress.say(f"measuring {dense}")
+        own = replace(settings, revision=None)  # which is that of the other
+        before = judge_apart(dense, questions, own, progress, outputs_of_dense=kept)
+        progress.say(f"measuring {source}")
+        after = judge_apart(source, questions, settings, progress, outputs_of_dense=kept)
+    scores = {"dense": before.task_scores, "compressed": after.task_scores}
+    return Report(
+        {
+            "model": {"source": source, "against": dense},
+            "dense": asdict(before),
+            "compressed": asdict(after),
+            "domains": domains(before.perplexity, after.perplexity),
+            "doubts": doubts(scores, after.task_changes),
+            "versions": versions(),
+        }
+    )

@@ -1,0 +1,74 @@
+"""Are all classes hurt alike? Accuracy and spectra of an image classifier class by class."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.evaluate.perplexity import rows_at_once
+from secateur.model import Model
+from secateur.text import UNLABELLED, Tokens
+
+FEWEST = 8  # images of a class that its spectrum is taken of
+
+
+def by_class(model: Model, tokens: Tokens) -> dict[str, Any]:
+    """Accuracy of every class that is seen, how far apart they are, and how unlike their spectra.
+
+    ``imbalance`` is the least participation ratio of a class over the greatest, 1 where all classes
+    spread over as many directions; absent where fewer than two have :data:`FEWEST` images.
+    """
+    module: Any = model.module
+    head = getattr(module, "classifier", None)
+    features: list[Tensor] = []
+    rows, first, labels = rows_at_once(module, model.use, tokens), [], tokens.labels
+    assert labels is not None
+    keep = head.register_forward_pre_hook(
+        lambda _, given: features.append(given[0].detach().double().cpu())
+    ) if isinstance(head, nn.Linear) else None  # fmt: skip
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(tokens), rows):
+                given = tokens[start : start + rows].to(model.device)
+                first.append(module(**model.use.inputs(given)).logits.argmax(-1).cpu())
+    finally:
+        if keep is not None:
+            keep.remove()
+    known = labels != UNLABELLED
+    right = (torch.cat(first) == labels)[known]
+    found = accuracies(right, labels[known], model.config.id2label)
+    if features:
+        found |= imbalance(torch.cat(features)[known], labels[known])
+    return found
+
+
+def accuracies(right: Tensor, labels: Tensor, names: dict[int, str]) -> dict[str, Any]:
+    """Share of right answers of each class, its least and the distance of the greatest from it."""
+    each = {int(c): float(right[labels == c].double().mean()) for c in labels.unique()}
+    least = min(each.values())
+    return {
+        "accuracy": {names.get(c, str(c)): value for c, value in each.items()},
+        "least": least,
+        "spread": max(each.values()) - least,
+    }
+
+
+def imbalance(features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Least participation ratio of a class over the greatest, of as many images each.
+
+    As many, since the ratio of n images is at most n − 1.
+    """
+    numbers = {int(c): int((labels == c).sum()) for c in labels.unique()}
+    taken = [c for c, number in numbers.items() if number >= FEWEST]
+    if len(taken) < 2:
+        return {}
+    same = min(numbers[c] for c in taken)
+    ratios = [participation(features[labels == c][:same]) for c in taken]
+    return {"imbalance": min(ratios) / max(ratios)} if max(ratios) else {}
+
+
+def participation(rows: Tensor) -> float:
+    """(Σλ)² / Σλ² of the covariance's eigenvalues: in how many directions the rows spread."""
+    centred = rows - rows.mean(0)
+    gram = centred @ centred.T  # its eigenvalues are those of the covariance, times a number
+    return float(gram.trace() ** 2 / square) if (square := float((gram**2).sum())) else 0.0

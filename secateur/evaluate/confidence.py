@@ -1,0 +1,48 @@
+"""Are probabilities what they say? Expected calibration error of the first choice."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.evaluate.agreement import some_rows
+from secateur.evaluate.perplexity import rows_at_once
+from secateur.model import Model
+from secateur.text import Tokens
+
+BINS = 15
+
+
+def confidences(model: Model, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Probability of the first choice of outputs that have a right answer, and whether it is that.
+
+    Of rows spread over the text, on the CPU.
+    """
+    module: Any = model.module
+    chosen = some_rows(model, tokens)
+    rows, sure, right = rows_at_once(module, model.use, chosen), [], []
+    with torch.inference_mode():
+        for start in range(0, len(chosen), rows):
+            given = chosen[start : start + rows].to(model.device)
+            found, wanted = model.use.answers(module(**model.use.inputs(given)).logits, given)
+            best, place = found.float().max(-1)
+            sure.append((best - found.float().logsumexp(-1)).exp().cpu())
+            right.append((place == wanted).cpu())
+    return torch.cat(sure), torch.cat(right)
+
+
+def calibration_error(sure: Tensor, right: Tensor, bins: int = BINS) -> dict[str, float]:
+    """Σ_b n_b/n · |share right in b − mean probability in b|, over bins of equal numbers.
+
+    Bins of equal width would put almost every token of a weak model in one. ``gap`` is mean
+    probability less share right: above 0 where the model is too sure.
+    """
+    order = sure.argsort(stable=True)
+    sure, right = sure.double()[order], right.double()[order]
+    parts = zip(sure.tensor_split(bins), right.tensor_split(bins), strict=True)
+    error = sum(float((hit.sum() - said.sum()).abs()) for said, hit in parts)
+    return {
+        "error": error / len(sure),
+        "gap": float(sure.mean() - right.mean()),
+        "outputs": len(sure),
+    }

@@ -1,0 +1,31 @@
+"""What perplexity does not show: probabilities, circles, recall, and classes."""
+
+from typing import Any
+
+from secateur.evaluate.classes import by_class
+from secateur.evaluate.confidence import calibration_error, confidences
+from secateur.evaluate.recall import recall, steps
+from secateur.evaluate.repetition import repetition
+from secateur.model import Model
+from secateur.progress import Progress
+from secateur.text import Tokens
+from secateur.uses import CausalLM
+
+
+def damage(model: Model, first: Tokens, room: int, progress: Progress) -> dict[str, Any]:
+    """Everything that applies to a model of its use, on the first text; see docs/evaluation.md."""
+    found: dict[str, Any] = {}
+    with progress.stage("calibration of outputs", 1) as advance:
+        found["confidence"] = calibration_error(*confidences(model, first))
+        advance(1)
+    if isinstance(model.use, CausalLM):
+        with progress.stage("repetition", 1) as advance:
+            found["repetition"] = repetition(model, first, room)
+            advance(1)
+        with progress.stage("planted keys", steps()) as advance:
+            found["recall"] = recall(model, first.ids.flatten(), advance)
+    if not model.use.reads_text:
+        with progress.stage("classes", 1) as advance:
+            found["classes"] = by_class(model, first)
+            advance(1)
+    return {name: figures for name, figures in found.items() if figures}

@@ -1,0 +1,133 @@
+"""Sizes for a runtime: what units offer, what methods and allocators make of it, and refusals."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from secateur import Goal, InputError
+from secateur.allocate import ALLOCATORS, allocator_class
+from secateur.methods import method_class
+from secateur.prepare import check_reach
+from secateur.runtime import check_runtime, fitted
+from tests.reference.made import heads, mlp, query_key, value_output
+
+
+@pytest.mark.parametrize(
+    ("runtime", "size", "sizes"),
+    [
+        ("transformers", 100, [0, *range(8, 100, 8), 100]),
+        ("gguf", 100, [32, 64, 96, 100]),
+        ("gguf", 64, [32, 64]),
+        ("gguf", 32, [32]),
+        ("gguf", 20, [20]),
+        ("gguf-q4", 704, [256, 512, 704]),
+        ("gguf-q4", 256, [256]),
+        ("vllm", 200, [64, 128, 192, 200]),
+    ],
+)
+def test_widths_are_multiples_and_never_none(runtime, size, sizes):
+    assert fitted(mlp("layers.0", size), runtime).sizes() == sizes
+
+
+def test_a_coarser_grain_of_the_users_is_kept_to():
+    assert fitted(mlp("layers.0", 200, step=48), "gguf").sizes() == [96, 192, 200]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "unit", "sizes"),
+    [
+        ("gguf", heads("layers.0", size=4, group=2, width=4), [4]),  # 8 of a head's outputs each
+        ("gguf", heads("layers.0", size=4, group=2, width=8), [2, 4]),
+        ("gguf", heads("layers.0", size=4, group=1, width=64), [1, 2, 3, 4]),
+        ("gguf-q4", heads("layers.0", size=8, group=2, width=64), [2, 4, 6, 8]),
+        ("vllm", heads("layers.0", size=4, group=1, width=64), [4]),
+        ("transformers", heads("layers.0", size=2), [0, 1, 2]),
+    ],
+)
+def test_heads_fill_whole_blocks_and_some_stay(runtime, unit, sizes):
+    assert fitted(unit, runtime).sizes() == sizes
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "gguf", "gguf-q4"])
+def test_heads_keep_their_width(runtime):
+    assert fitted(query_key("layers.0", 16), runtime).sizes() == [16]
+    assert fitted(value_output("layers.0", 16), runtime).sizes() == [16]
+
+
+def test_what_a_method_spares_stays_spared():
+    spared = replace(mlp("layers.0", 64), least=64)
+    assert fitted(spared, "gguf").sizes() == [64]
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_every_allocator_offers_what_the_runtime_reads(name):
+    unit = fitted(mlp("layers.0", 704), "gguf-q4")
+    assert set(allocator_class(name)().choices(unit)) <= {256, 512, 704}
+
+
+def refused(shapes, method, runtime, *words, tier="per-layer", **options):
+    method = method_class(method)(**options)
+    goal = Goal(method.target, tier, runtime=runtime)
+    with pytest.raises(InputError) as error:
+        check_runtime(shapes, method, goal)
+    for word in (f"--for {runtime}", *words):
+        assert word in str(error.value), (word, str(error.value))
+
+
+def test_forms_gain_nothing_in_llama_cpp(opened):
+    refused(opened("llama"), "svd", "gguf", "svd", "multiplied out", "q4_k_m")
+    refused(opened("llama"), "rtn", "gguf-q4", "rtn")
+
+
+def test_vllm_reads_integers_but_no_layers_of_our_own(opened):
+    refused(opened("llama"), "svd", "vllm", "svd", "rtn")
+    check_runtime(opened("llama"), method_class("rtn")(), Goal("bytes", runtime="vllm"))
+
+
+def test_a_sliced_stream_is_for_transformers(opened):
+    for runtime in ("gguf", "vllm"):
+        refused(opened("llama"), "slicegpt", runtime, "residual stream")
+    check_runtime(opened("llama"), method_class("slicegpt")(), Goal())
+
+
+def test_families_that_are_not_written_are_refused_but_for_one_width(opened):
+    refused(opened("gemma"), "auto", "gguf", "gemma", "--tier plain")
+    goal = Goal(tier="plain", runtime="gguf")
+    check_runtime(opened("gemma"), method_class("auto")(), goal)
+    check_runtime(opened("gemma"), method_class("shortgpt")(), Goal(runtime="gguf"))
+
+
+def test_an_untied_qwen3_gets_one_width(opened):
+    refused(opened("qwen3"), "auto", "gguf", "openelm", "--tier plain")
+
+
+def test_a_qwen3_gets_no_bias(opened):
+    model = opened("qwen3")
+    model.config.tie_word_embeddings = True
+    refused(model, "flap", "gguf", "bias", "--compensate 0")
+    check_runtime(model, method_class("flap")(compensate=0), Goal(runtime="gguf"))
+
+
+def test_nothing_to_change_is_said_with_the_unit_that_is_too_small(opened):
+    refused(opened("llama"), "auto", "gguf-q4", "layers.0.mlp", "56", "256", "--for gguf")
+
+
+def test_a_runtime_is_no_target_and_the_message_says_what_it_is():
+    with pytest.raises(InputError, match=r"--for gguf-q4"):
+        Goal("gguf-q4")
+    with pytest.raises(InputError, match=r"'gugf'.*Did you mean 'gguf'"):
+        Goal(runtime="gugf")
+
+
+def test_reach_counts_only_sizes_that_the_runtime_reads(opened):
+    model, method = opened("llama"), method_class("auto")(keep=0.3)
+    check_reach(model, method, Goal(), method.allocator)
+    with pytest.raises(InputError, match="out of reach"):
+        check_reach(model, method, Goal(runtime="gguf"), method.allocator)
+
+
+def test_sizes_stay_in_order():
+    for unit in (mlp("layers.0", 1000), heads("layers.0", size=8, width=24)):
+        for runtime in ("gguf", "gguf-q4"):
+            assert all(a < b for a, b in pairwise(fitted(unit, runtime).sizes()))
