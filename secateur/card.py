@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from secateur.anatomy import find
 from secateur.layers.integers import LIBRARY
 from secateur.names import hub_id, short_name
-from secateur.report import TIERS, Report, lines, summary
+from secateur.report import TIERS, Report, lines, summary, task_rows
 from secateur.runs import RECORD, Run
 from secateur.workspace import write_whole
 
@@ -111,6 +111,11 @@ def body(report: Report) -> Iterator[str]:
     for line in lines(report):
         yield "| " + " | ".join(plain(cell) for cell in line) + " |"
     yield ""
+    if tasks := task_rows(report):
+        for row in (tasks[0], None, *tasks[1:]):
+            told = ("---",) * len(tasks[0]) if row is None else map(plain, row)
+            yield "| " + " | ".join(told) + " |"
+        yield ""
     yield "Both were measured in the same run. Another text or task may fare better or worse:"
     yield "measure what you need before you rely on it."
     yield ""

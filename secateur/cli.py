@@ -22,7 +22,7 @@ from secateur.flags import (
     open_options,
     text_options,
 )
-from secateur.report import COMMAND
+from secateur.typed import COMMAND
 from secateur.version import __version__
 
 if TYPE_CHECKING:

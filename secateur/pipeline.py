@@ -37,6 +37,7 @@ from secateur.select import cheap
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration, Tokens
+from secateur.typed import COMMAND
 from secateur.units import STREAM
 from secateur.witness import Witness, observations
 from secateur.workspace import Workspace
@@ -203,7 +204,7 @@ def make_report(
     plan = plans[-1]
     content = {
         "version": reporting.VERSION,
-        "command": reporting.COMMAND.get(),
+        "command": COMMAND.get(),
         "model": plans[0].base.model_dump(),
         "method": plan.method.model_dump(),
         "allocator": plan.allocator.model_dump(),

@@ -4,7 +4,6 @@ import io
 import json
 import platform
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,6 @@ TIERS = {
     "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
     "factored": "loads in transformers after `import secateur`, or with trust_remote_code=True",
 }
-#: the command line that is being followed, as it was typed; None where Python called
-COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def lines(report: Report) -> list[Line]:
         found.append(Line("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", ""))
     things = "images" if dense["counts"] == "images" else "tokens"
     for key, label in (("prefill", f"reading, {things}/s"), ("decode", "writing, tokens/s")):
-        if (key := f"{key}_tokens_per_second") in dense["speed"]:
+        if (key := f"{key}_tokens_per_second") in dense["speed"].keys() & small["speed"].keys():
             add(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
     add("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
     return [*found, *_damage(dense.get("damage", {}), small.get("damage", {}))]
@@ -112,6 +109,19 @@ def _damage(dense: dict[str, Any], small: dict[str, Any]) -> Iterator[Line]:
         own = after[label][0]
         change = outcome.in_unit(own - value, unit, "+")
         yield Line(label, outcome.in_unit(value, unit), outcome.in_unit(own, unit), change)
+
+
+def task_rows(report: Report) -> list[tuple[str, ...]]:
+    """Scores of tasks as rows of words, the first of them the heads; none where none was asked."""
+    from rich.text import Text
+
+    dense, small = report["dense"], report["compressed"]
+    if not dense.get("task_scores"):
+        return []
+    columns = outcome.task_comparison(dense, small).columns
+    heads = tuple(str(column.header) for column in columns)
+    cells = zip(*(column.cells for column in columns), strict=True)
+    return [heads, *(tuple(Text.from_markup(str(c)).plain for c in row) for row in cells)]
 
 
 def comparison(report: Report) -> Any:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from secateur.errors import InputError
 from secateur.records import said
-from secateur.report import VERSION, Report
+from secateur.report import VERSION, Report, lines, task_rows
 
 MAX_BYTES = 2**26
 RECORD = "secateur"
@@ -173,6 +173,10 @@ def read_run(folder: Path) -> Run:
     seen = content.model_dump()
     for name in seen["dense"]["perplexity"].keys() ^ seen["compressed"]["perplexity"].keys():
         raise InputError(f"{named}: report.json: only one of the two models was read {name!r}.")
+    try:  # what is in it beside, such as task scores, has no schema here
+        lines(Report(seen)), task_rows(Report(seen))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{named}: report.json is damaged: {error!r}.") from error
     found = [record / "plan.json"]
     if len(content.steps) > 1:
         found = [record / f"plan-{n}.json" for n in range(1, len(content.steps) + 1)]

@@ -12,7 +12,7 @@ from secateur.names import short_name
 from secateur.page import charts
 from secateur.page.charts import Point
 from secateur.page.steps import Figure, step_figures
-from secateur.report import Report, lines, size, summary, told_tier
+from secateur.report import Report, lines, size, summary, task_rows, told_tier
 from secateur.runs import Run
 
 STAGES = {
@@ -40,6 +40,7 @@ def content(run: Run, comparison: dict[str, Any] | None) -> dict[str, Any]:
         "tier": told_tier(report["tier"], report["libraries"]).replace("`", ""),
         "tiles": tiles(report),
         "lines": lines(report),
+        "tasks": task_rows(report),
         "densified": report["densified"],
         "comparison": comparison and compared(comparison, str(run.folder)),
         "steps": [

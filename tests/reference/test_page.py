@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur import InputError
+from secateur.card import card
 from secateur.compare import compare
 from secateur.page import write_page
 from secateur.page.charts import Scale, number
 from secateur.page.content import samples, standalone
 from secateur.page.steps import part_of, place
 from secateur.report import Report, lines
-from secateur.runs import UnitRow
+from secateur.runs import UnitRow, read_run
 from tests.reference.made_runs import UNITS, first_version, made_run, report
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;{{ 7*7 }}"
@@ -85,6 +86,24 @@ def test_a_page_has_all_of_a_report(page):
     ):
         assert word in seen.text, word
     assert re.findall(r"Perplexity against", seen.text) == []
+
+
+def test_tasks_stand_on_the_page_and_in_the_card(page, tmp_path):
+    scores = {"items": 100, "chance": 0.25, "acc_norm": 0.5, "acc_norm_stderr": 0.05}
+    content = report(
+        dense={"task_scores": {"arc<b>": scores}},
+        compressed={
+            "task_scores": {"arc<b>": scores | {"acc_norm": 0.4}},
+            "task_changes": {"arc<b>": {"difference": -0.1, "stderr": 0.02, "flipped": 0.2}},
+        },
+    )
+    text = Seen(page(content)).text
+    for word in ("arc<b>", "-10.0 ± 2.0 points", "20.0%"):
+        assert word in text, word
+    assert "-10.0 ± 2.0 points" in card(Report(read_run(tmp_path / "out").report.content))
+    content["compressed"]["task_changes"] = {}
+    with pytest.raises(InputError, match="damaged"):
+        page(content, name="broken")
 
 
 def test_a_page_says_where_what_both_write_parts():
