@@ -113,8 +113,8 @@ def body(report: Report) -> Iterator[str]:
     yield ""
     if tasks := task_rows(report):
         for row in (tasks[0], None, *tasks[1:]):
-            told = ("---",) * len(tasks[0]) if row is None else map(plain, row)
-            yield "| " + " | ".join(told) + " |"
+            cells = ["---" if row is None else plain(cell) for cell in row or tasks[0]]
+            yield "| " + " | ".join(cells) + " |"
         yield ""
     yield "Both were measured in the same run. Another text or task may fare better or worse:"
     yield "measure what you need before you rely on it."
