@@ -4,7 +4,6 @@ import io
 import json
 import platform
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,6 @@ TIERS = {
     "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
     "factored": "loads in transformers after `import secateur`, or with trust_remote_code=True",
 }
-#: the command line that is being followed, as it was typed; None where Python called
-COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)
 
 
 @dataclass(frozen=True)
