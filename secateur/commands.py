@@ -1,9 +1,15 @@
-"""Commands on finished runs. Nothing heavy is imported before a command needs it."""
+"""Commands on what there is already. Nothing heavy is imported before a command needs it."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import click
+
+from secateur import asked
+from secateur.errors import InputError, nearest
+from secateur.flags import model_argument, open_options
+
+EXPORTS = ("gguf", "onnx", "plain")
 
 folder = click.Path(path_type=Path)
 
@@ -19,7 +25,6 @@ def compare(runs: tuple[Path, ...], plot: Path | None, as_json: bool) -> None:
     draws their frontiers, `--plot` writes the first as a picture.
     """
     from secateur import compare as comparing
-    from secateur.errors import InputError
     from secateur.workspace import write_whole
 
     content = comparing.compare(runs)
@@ -32,7 +37,7 @@ def compare(runs: tuple[Path, ...], plot: Path | None, as_json: bool) -> None:
             raise InputError(f"--plot {str(plot)!r}: there is no folder {str(plot.parent)!r}.")
         write_whole(plot, standalone(content))
     if as_json:
-        print(json.dumps(content, indent=1))
+        asked.print_json(content)
     else:
         comparing.show(content)
 
@@ -72,4 +77,93 @@ def push(run: Path, repo: str, private: bool) -> None:
     print(pushing.push(run, repo, private, for_terminal()))
 
 
-COMMANDS = (compare, report, push)
+@click.command()
+@model_argument
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dense", is_flag=True, help="Multiply out every matrix of another form.")
+@click.option(
+    "--to",
+    help="gguf: one file for llama.cpp, where it is run and compared; plain: classes of "
+    "transformers itself, if all layers have the same shapes; onnx: a graph for onnxruntime.",
+)
+@click.option(
+    "--type",
+    "kind",
+    default="auto",
+    show_default=True,
+    help="Of the matrices in a GGUF file: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k; auto "
+    "is the stored format.",
+)
+@click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out of a GGUF file.")
+@click.option("--unchecked", is_flag=True, help="Don't run a GGUF file in llama.cpp.")
+@open_options
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    model: str,
+    out: Path,
+    dense: bool,
+    to: str | None,
+    kind: str,
+    no_tokenizer: bool,
+    unchecked: bool,
+    as_json: bool,
+    overwrite: bool,
+    **rest: Any,
+) -> None:
+    """Write MODEL, a compressed checkpoint, to OUT for readers that know less."""
+    from dataclasses import asdict
+
+    from secateur import present
+    from secateur.evaluate.judge import quiet
+    from secateur.export import export_dense, export_plain
+    from secateur.progress import for_terminal
+
+    if dense == (to is not None):
+        raise InputError(
+            "say what for: --dense multiplies out every matrix of another form, --to gguf writes a "
+            "file for llama.cpp, --to plain a checkpoint for stock classes, --to onnx a graph."
+        )
+    if to not in (None, *EXPORTS):
+        raise InputError(f"unknown --to {to!r}. {nearest(to, EXPORTS)}")
+    for name in ("kind", "no_tokenizer", "unchecked"):
+        if to != "gguf" and asked.typed(ctx, name):
+            flag = {"kind": "type"}.get(name, name.replace("_", "-"))
+            raise InputError(f"--{flag} is for --to gguf; leave it out.")
+    quiet()
+    if to == "gguf":
+        from secateur.gguf.export import export_gguf
+
+        given = (asked.settings(rest), overwrite, not no_tokenizer, not unchecked, for_terminal())
+        made = export_gguf(model, out, kind, *given)
+        if as_json:
+            asked.print_json({"out": str(out), **asdict(made)})
+        else:
+            present.show_gguf(out, made)
+        return
+    if to == "plain":
+        plain = export_plain(model, out, asked.settings(rest), overwrite, for_terminal())
+        if as_json:
+            asked.print_json({"out": str(out), **asdict(plain)})
+        else:
+            present.show_plain(out, plain.model_type)
+        return
+    if to == "onnx":
+        from secateur.graph import export_onnx
+
+        graph = export_onnx(model, out, asked.settings(rest), overwrite, for_terminal())
+        if as_json:
+            asked.print_json({"out": str(out), **asdict(graph)})
+        else:
+            present.show_graph(out, graph)
+        return
+    tier = export_dense(model, out, asked.settings(rest), overwrite, for_terminal())
+    if as_json:
+        asked.print_json({"out": str(out), "tier": tier})
+    else:
+        present.show_export(out, tier)
+
+
+COMMANDS = (export, compare, report, push)

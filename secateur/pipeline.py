@@ -10,6 +10,7 @@ import yaml
 from jinja2 import TemplateError
 from torch import Tensor
 
+from secateur import asked
 from secateur import report as reporting
 from secateur.allocate.base import Allocator
 from secateur.calibration import Store
@@ -37,7 +38,6 @@ from secateur.select import cheap
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration, Tokens
-from secateur.typed import COMMAND
 from secateur.units import STREAM
 from secateur.witness import Witness, observations
 from secateur.workspace import Workspace
@@ -204,7 +204,7 @@ def make_report(
     plan = plans[-1]
     content = {
         "version": reporting.VERSION,
-        "command": COMMAND.get(),
+        "command": asked.COMMAND.get(),
         "model": plans[0].base.model_dump(),
         "method": plan.method.model_dump(),
         "allocator": plan.allocator.model_dump(),
