@@ -29,7 +29,7 @@ from secateur.plan import (
 )
 from secateur.prices import Prices, counted
 from secateur.progress import Progress
-from secateur.runtime import check_runtime
+from secateur.reach import check_runtime
 from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch

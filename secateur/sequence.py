@@ -23,9 +23,9 @@ from secateur.plan import Budget, Plan, read_plan
 from secateur.prepare import check_reach, prepare
 from secateur.prices import counted
 from secateur.progress import Progress
+from secateur.reach import check_runtime
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
-from secateur.runtime import check_runtime
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration, Tokens

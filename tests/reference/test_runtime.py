@@ -9,7 +9,8 @@ from secateur import Goal, InputError
 from secateur.allocate import ALLOCATORS, allocator_class
 from secateur.methods import method_class
 from secateur.prepare import check_reach
-from secateur.runtime import check_runtime, fitted
+from secateur.reach import check_runtime
+from secateur.runtime import fitted
 from tests.reference.made import heads, mlp, query_key, value_output
 
 

@@ -1,0 +1,80 @@
+"""Which methods gain something in the runtime that will read the result."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from secateur.errors import InputError
+from secateur.goal import Goal
+from secateur.methods.base import Method
+from secateur.runtime import LIMITS, Runtime
+from secateur.units import DEPTH, MATRICES, STREAM, Matrix, Unit
+
+if TYPE_CHECKING:
+    from secateur.model import Model
+
+
+def check_runtime(shapes: "Model", method: Method, goal: Goal) -> None:
+    """Refuse a method that gains nothing in the runtime asked for; reads no weights.
+
+    Raises:
+        InputError: what stands in the way, and what to change.
+    """
+    limits = LIMITS.get(goal.runtime)
+    if limits is None:
+        return
+    asked, llama = f"--for {goal.runtime}", goal.runtime.startswith("gguf")
+    units = goal.units(method, shapes)
+    if method.kinds == STREAM:
+        raise InputError(
+            f"{asked}: {method.name} slices the residual stream, and its shortcuts are read by "
+            f"transformers alone. Choose a method that narrows, or leave --for out."
+        )
+    matrices = [unit for unit in units if isinstance(unit, Matrix)]
+    if matrices and llama:
+        raise InputError(
+            f"{asked}: llama.cpp reads none of the forms of {method.name}; its matrices would be "
+            f"multiplied out, and nothing gained. Choose a method that narrows, and few bits on "
+            f"export (--type q4_k_m)."
+        )
+    if any(not form.stock for unit in matrices for form in unit.forms):
+        raise InputError(
+            f"{asked}: the forms of {method.name} are layers of our own, which vLLM is not known "
+            f"to run. Choose a method that narrows, rtn or gptq, or leave --for out."
+        )
+    if llama:
+        _check_llama(asked, method, shapes, goal, units)
+    if method.kinds in (DEPTH, MATRICES):
+        return
+    if all(unit.fixed for unit in units):
+        before = {u.name: u for u in method.units(shapes, goal.multiple_of) if not u.fixed}
+        name, unit = next(iter(before.items()), ("it", units[0]))
+        raise InputError(
+            f"{asked} leaves {method.name} nothing to change: {name} has size {unit.size}, widths "
+            f"are multiples of {limits.grain} ({limits.reason}), and attention keeps its widths. "
+            f"{_finer(goal.runtime)}"
+        )
+
+
+def _check_llama(
+    asked: str, method: Method, shapes: "Model", goal: Goal, units: Sequence[Unit]
+) -> None:
+    from secateur.gguf.shapes import by_layer_obstacle, family_of
+
+    obstacle = by_layer_obstacle(shapes.config)
+    if obstacle is not None and goal.tier != "plain" and method.kinds != DEPTH:
+        raise InputError(
+            f"{asked}: {obstacle}. Ask for --tier plain, which gives all MLPs one width, or take "
+            f"whole blocks away (shortgpt)."
+        )
+    biased = [unit for unit in units if unit.new_bias and not unit.fixed]
+    if biased and family_of(shapes.config) == "qwen3":
+        raise InputError(
+            f"{asked}: {method.name} gives {biased[0].name} a bias, and llama.cpp's architectures "
+            f"for Qwen3 have none. Leave them out (--compensate 0), or choose another method."
+        )
+
+
+def _finer(runtime: Runtime) -> str:
+    if runtime == "gguf-q4":
+        return "--for gguf asks for multiples of 32."
+    return "Take whole blocks away (shortgpt), or leave --for out."
