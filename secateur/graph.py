@@ -26,9 +26,15 @@ from secateur.uses import use_of
 LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
 INSTALL = "pip install 'secateur[onnx]'"
 SUFFIX = ".onnx"
+#: what onnxruntime raises beside RuntimeError
+FAILURES = (
+    *("EPFail", "EngineError", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf"),
+    *("NoModel", "NoSuchFile", "NotFound", "NotImplemented", "RuntimeException"),
+)
 #: batch and length of what the graph is traced with, then of what it is asked
 TRACED = (2, 12)
 ASKED = ((1, 7), (3, 20))
+APART = 2**30
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Graph:
 
     Attributes:
         bytes: of all its files.
-        files: their names; weights of more than 2 GB have one of their own.
+        files: their names; weights of more than ``APART`` bytes have one of their own.
         difference: largest of a logit to the model's, over the spread of all.
     """
 
@@ -102,9 +108,16 @@ def export_onnx(
         files = sorted(Path(folder).iterdir(), key=lambda file: file == made)  # the graph last
         for file in files:
             file.replace(out.parent / file.name)
+        if all(file.name != _weights(out).name for file in files):
+            _weights(out).unlink(missing_ok=True)  # of the graph that was overwritten
     written = [out.parent / file.name for file in files]
     size = sum(file.stat().st_size for file in written)
     return Graph(size, tuple(file.name for file in written), difference)
+
+
+def _weights(out: Path) -> Path:
+    """The second file of a graph, where its weights are apart."""
+    return out.with_name(f"{out.name}.data")
 
 
 def check_request(out: Path, overwrite: bool) -> None:
@@ -120,7 +133,7 @@ def check_request(out: Path, overwrite: bool) -> None:
         )
     if not out.absolute().parent.is_dir():
         raise InputError(f"output {str(out)!r}: there is no folder {str(out.parent)!r}.")
-    taken = [path for path in (out, out.with_name(f"{out.name}.data")) if path.exists()]
+    taken = [path for path in (out, _weights(out)) if path.exists()]
     if taken and not overwrite:
         raise InputError(f"output {str(taken[0])!r} exists; choose another or add --overwrite.")
     missing = [name for name in LIBRARIES if find_spec(name) is None]
@@ -157,7 +170,7 @@ def _trace(model: Model, path: Path) -> None:
                 output_names=["logits"],
                 dynamic_shapes=shapes,
                 verbose=False,
-                external_data=sum(p.nbytes for p in model.module.parameters()) > 2**30,
+                external_data=sum(p.nbytes for p in model.module.parameters()) > APART,
             )
     except torch.onnx.OnnxExporterError as error:
         raise RunError(
@@ -179,6 +192,14 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
+def _failures() -> tuple[type[Exception], ...]:
+    """What onnxruntime raises; its own classes have no base of their own but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = (getattr(state, name, None) for name in FAILURES)
+    return (RuntimeError, *(kind for kind in own if kind is not None))
+
+
 def _check(model: Model, path: Path) -> float:
     """The largest difference of a logit to the model's, relative to their spread.
 
@@ -187,7 +208,14 @@ def _check(model: Model, path: Path) -> float:
     """
     import onnxruntime
 
-    session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    failures = _failures()
+    try:
+        session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except failures as error:
+        raise RunError(
+            f"onnxruntime does not open the graph: {first_line(error)} Nothing was kept; please "
+            f"report this."
+        ) from error
     function, worst = _Logits(model).eval(), 0.0
     for batch, length in ASKED:
         given = _given(model, batch, length)
@@ -195,7 +223,7 @@ def _check(model: Model, path: Path) -> float:
             expected = function(*given.values())
         try:
             (made,) = session.run(["logits"], {k: v.numpy() for k, v in given.items()})
-        except RuntimeError as error:
+        except failures as error:
             raise RunError(
                 f"onnxruntime does not run the graph on {batch} rows of {length}: "
                 f"{first_line(error)} Nothing was kept; please report this."
@@ -208,11 +236,12 @@ def _check(model: Model, path: Path) -> float:
                 f"{length}, and the model {tuple(expected.shape)}. Nothing was kept; please "
                 f"report this."
             )
-        difference = (found - expected)[seen].abs().max() / expected[seen].std().clamp_min(1e-12)
-        worst = max(worst, float(difference))
-    if not worst <= TOLERANCE[torch.float32]:
-        raise RunError(
-            f"the graph is not the model: a logit differs by {worst:.2g} of their spread. Nothing "
-            f"was kept; please report this."
-        )
+        spread = expected[seen].std().clamp_min(1e-12)
+        difference = float((found - expected)[seen].abs().max() / spread)
+        if not difference <= TOLERANCE[torch.float32]:  # which NaN is not, and max() would drop it
+            raise RunError(
+                f"the graph is not the model: a logit differs by {difference:.2g} of their spread. "
+                f"Nothing was kept; please report this."
+            )
+        worst = max(worst, difference)
     return worst

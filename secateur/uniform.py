@@ -13,6 +13,7 @@ from secateur.block import Block
 from secateur.checkpoint import attention_changed, block_prefix
 from secateur.errors import InputError
 from secateur.gguf.shapes import CANDIDATES as IN_LLAMA
+from secateur.gguf.shapes import STEADY
 from secateur.linears import inputs_by_outputs
 from secateur.model import Model
 from secateur.uses import PREFIX
@@ -31,8 +32,6 @@ COMMON = (
     *("initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings", "rope_parameters"),
     *("attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
-#: rope types whose frequencies are the same at every length
-STEADY = ("default", "linear", "llama3", "yarn")
 SHOWN = 3
 PAIRS = ".rope_pairs"
 REASONS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)

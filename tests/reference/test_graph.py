@@ -7,7 +7,7 @@ import torch
 
 from secateur import InputError, Settings
 from secateur.errors import RunError
-from secateur.graph import LIBRARIES, check_request, export_onnx
+from secateur.graph import ASKED, LIBRARIES, check_request, export_onnx
 from tests.contract.conftest import logits, spread
 from tests.families import FAMILIES, read
 from tests.reference.shaped import shaped
@@ -95,6 +95,61 @@ def test_a_graph_that_says_something_else_never_appears(source, traced, tmp_path
     with pytest.raises(RunError, match="shape"):
         export_onnx(folder, tmp_path / "wrong.onnx", CPU)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["right.onnx", "source"]
+
+
+@needs_onnx
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_graph_that_says_no_number_never_appears(source, traced, tmp_path, wrong):
+    folder = source("llama")
+    model = FAMILIES["llama"].auto.from_pretrained(folder).eval()
+
+    def nan(given):
+        with torch.inference_mode():
+            right = model(**{k: torch.from_numpy(v) for k, v in given.items()}).logits
+        return right * float("nan") if len(given["input_ids"]) == ASKED[wrong][0] else right
+
+    traced["of"] = nan
+    with pytest.raises(RunError, match=r"not the model.*nan"):
+        export_onnx(folder, tmp_path / "wrong.onnx", CPU)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@needs_onnx
+@pytest.mark.parametrize("name", ["Fail", "InvalidArgument", "RuntimeException", "NotImplemented"])
+def test_what_onnxruntime_raises_is_said(source, traced, tmp_path, name):
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    def fails(given):
+        raise getattr(state, name)("no such thing")
+
+    traced["of"] = fails
+    with pytest.raises(RunError, match=r"does not run.*no such thing"):
+        export_onnx(source("llama"), tmp_path / "wrong.onnx", CPU)
+
+
+@needs_onnx
+def test_a_graph_that_does_not_open_is_said(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.graph._trace", lambda model, path: path.write_bytes(b"graph"))
+    with pytest.raises(RunError, match="does not open"):
+        export_onnx(source("llama"), tmp_path / "wrong.onnx", CPU)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@needs_onnx
+def test_overwriting_leaves_no_weights_of_the_graph_before(source, traced, tmp_path):
+    folder = source("llama")
+    model = FAMILIES["llama"].auto.from_pretrained(folder).eval()
+
+    def right(given):
+        with torch.inference_mode():
+            return model(**{k: torch.from_numpy(v) for k, v in given.items()}).logits
+
+    traced["of"] = right
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).write_text("stale")
+    made = export_onnx(folder, tmp_path / "model.onnx", CPU, overwrite=True)
+    assert made.files == ("model.onnx",)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "source"]
 
 
 def test_requests_are_refused_early(dense, tmp_path, monkeypatch):
