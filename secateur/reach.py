@@ -41,6 +41,8 @@ def check_runtime(shapes: "Model", method: Method, goal: Goal) -> None:
             f"{asked}: the forms of {method.name} are layers of our own, which vLLM is not known "
             f"to run. Choose a method that narrows, rtn or gptq, or leave --for out."
         )
+    if goal.runtime == "vllm":
+        _check_vllm(asked, method, shapes, goal, units)
     if llama:
         _check_llama(asked, method, shapes, goal, units)
     if method.kinds in (DEPTH, MATRICES):
@@ -52,6 +54,36 @@ def check_runtime(shapes: "Model", method: Method, goal: Goal) -> None:
             f"{asked} leaves {method.name} nothing to change: {name} has size {unit.size}, widths "
             f"are multiples of {limits.grain} ({limits.reason}), and attention keeps its widths. "
             f"{_finer(goal.runtime)}"
+        )
+
+
+def _check_vllm(
+    asked: str, method: Method, shapes: "Model", goal: Goal, units: Sequence[Unit]
+) -> None:
+    """Stock shapes are all that it opens."""
+    if shapes.narrowed:
+        raise InputError(
+            f"{asked}: model {shapes.source!r} has shapes that stock classes don't open, and so "
+            f"will what is made of it. Start from the original, or from what `secateur export "
+            f"--to plain` makes of this one."
+        )
+    if goal.tier == "plain":
+        return
+    matrices = [unit for unit in units if isinstance(unit, Matrix)]
+    if any(not unit.published for unit in matrices):
+        raise InputError(
+            f"{asked}: stock classes of this family keep attention in another layout than the one "
+            f"that {method.name} works on, and vLLM opens stock shapes only. Leave --for out."
+        )
+    if method.kinds == DEPTH and any(unit.new_bias for unit in units):
+        raise InputError(
+            f"{asked}: {method.name} puts constants in the place of blocks, and vLLM opens stock "
+            f"shapes only. Leave them out (--compensate 0)."
+        )
+    if method.kinds not in (DEPTH, MATRICES):
+        raise InputError(
+            f"{asked}: {method.name} gives every layer its own shapes, and vLLM opens stock shapes "
+            f"only. Ask for --tier plain beside it, or take whole blocks away (shortgpt)."
         )
 
 

@@ -1,16 +1,19 @@
 """Sizes for a runtime: what units offer, what methods and allocators make of it, and refusals."""
 
 from dataclasses import replace
+from importlib.resources import files
 from itertools import pairwise
 
 import pytest
 
-from secateur import Goal, InputError
+from secateur import Goal, InputError, Settings
 from secateur.allocate import ALLOCATORS, allocator_class
 from secateur.methods import method_class
+from secateur.opening import skeleton
 from secateur.prepare import check_reach
 from secateur.reach import check_runtime
 from secateur.runtime import fitted
+from secateur.uses import PREFIX
 from tests.reference.made import heads, mlp, query_key, value_output
 
 
@@ -67,6 +70,12 @@ def test_every_allocator_offers_what_the_runtime_reads(name):
     assert set(allocator_class(name)().choices(unit)) <= {256, 512, 704}
 
 
+@pytest.fixture(scope="module")
+def wide():
+    """A skeleton with MLPs of more than one multiple of 64."""
+    return skeleton(str(files("secateur") / "data" / "demo-model"), Settings(device="cpu"))
+
+
 def refused(shapes, method, runtime, *words, tier="per-layer", **options):
     method = method_class(method)(**options)
     goal = Goal(method.target, tier, runtime=runtime)
@@ -84,6 +93,26 @@ def test_forms_gain_nothing_in_llama_cpp(opened):
 def test_vllm_reads_integers_but_no_layers_of_our_own(opened):
     refused(opened("llama"), "svd", "vllm", "svd", "rtn")
     check_runtime(opened("llama"), method_class("rtn")(), Goal("bytes", runtime="vllm"))
+
+
+@pytest.mark.parametrize("method", ["auto", "modegpt", "flap", "wanda-sp", "cfsp"])
+def test_vllm_opens_stock_shapes_alone(opened, method):
+    refused(opened("llama"), method, "vllm", method, "--tier plain", "shortgpt")
+
+
+def test_vllm_takes_one_wide_mlp_and_fewer_blocks(wide):
+    refused(wide, "auto", "vllm", "--tier plain")
+    check_runtime(wide, method_class("auto")(), Goal(tier="plain", runtime="vllm"))
+    check_runtime(wide, method_class("shortgpt")(), Goal(runtime="vllm"))
+    check_runtime(wide, method_class("replace")(compensate=0), Goal(runtime="vllm"))
+    refused(wide, "replace", "vllm", "--compensate 0")
+
+
+def test_what_has_shapes_of_our_own_is_none_for_vllm(opened):
+    model = opened("llama")
+    model.config.model_type = f"{PREFIX}llama"
+    refused(model, "auto", "vllm", "export", "--to plain", tier="plain")
+    refused(model, "rtn", "vllm", "export", "--to plain")
 
 
 def test_a_sliced_stream_is_for_transformers(opened):
