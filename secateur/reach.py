@@ -90,8 +90,14 @@ def _check_vllm(
 def _check_llama(
     asked: str, method: Method, shapes: "Model", goal: Goal, units: Sequence[Unit]
 ) -> None:
-    from secateur.gguf.shapes import by_layer_obstacle, family_of
+    from secateur.gguf.shapes import by_layer_obstacle, config_obstacle, family_of
 
+    said = config_obstacle(shapes.config)
+    if said is not None:
+        raise InputError(
+            f"{asked}: {said}, and `secateur export --to gguf` would refuse the result. Leave --for "
+            f"out; what --tier plain makes may be for llama.cpp's own converter."
+        )
     obstacle = by_layer_obstacle(shapes.config)
     if obstacle is not None and goal.tier != "plain" and method.kinds != DEPTH:
         raise InputError(

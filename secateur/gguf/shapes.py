@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.anatomy.base import HeadLayout
 from secateur.block import Block
 from secateur.errors import InputError
 from secateur.linears import inputs_by_outputs
@@ -17,6 +18,10 @@ from secateur.uses import PREFIX
 NARROWED_PAIRS = "chosen"
 #: rope types whose frequencies are the same at every length
 STEADY = ("default", "linear", "llama3", "yarn")
+STILL = (
+    "some dims of its heads don't turn with the position, and in those architectures of llama.cpp "
+    "all do"
+)
 
 
 @dataclass(frozen=True)
@@ -126,19 +131,14 @@ def layout_of(model: Model) -> Layout:
             f"model {model.source!r}: GGUF has no place for the shortcuts of a sliced residual "
             f"stream. Narrow the original by a method that keeps the stream, e.g. auto."
         )
-    if config.hidden_act != "silu":
-        raise InputError(
-            f"model {model.source!r}: its MLPs have the activation {config.hidden_act!r}, and "
-            f"those architectures of llama.cpp that its shapes need have silu."
-        )
+    said = config_obstacle(config)
+    if said is not None:
+        raise InputError(f"model {model.source!r}: {said}.")
     blocks = model.blocks
     turned, wanted, base = rotary(model)
     pairs = sorted({pair for block in blocks for pair in _pairs(block).flatten().tolist()})
-    if any(pair >= len(wanted) for pair in pairs) or any(_still(block) for block in blocks):
-        raise InputError(
-            f"model {model.source!r}: some dims of its heads don't turn with the position, and in "
-            f"those architectures of llama.cpp all do."
-        )
+    if any(pair >= len(wanted) for pair in pairs):
+        raise InputError(f"model {model.source!r}: {STILL}.")
     widest = max(block.attention.value for block in blocks)
     head = max(2 * len(pairs), widest + widest % 2, 2)
     usual = base ** (-2 * torch.arange(head // 2, dtype=torch.float64) / head)
@@ -180,6 +180,39 @@ def check_family(config: Any) -> None:
         )
 
 
+def config_obstacle(config: Any) -> str | None:
+    """Why no file can hold a model of this config, whatever its sizes, or None.
+
+    A family that is not written at all is `check_family`'s.
+    """
+    candidates = CANDIDATES.get(family_of(config))
+    if candidates is None:
+        return None
+    if config.hidden_act != "silu":
+        return (
+            f"its MLPs have the activation {config.hidden_act!r}, and those architectures of "
+            f"llama.cpp that its shapes need have silu"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in STEADY:
+        return (
+            f"rope_type {rope_type!r} is not one of those whose frequencies a GGUF file can have at "
+            f"every number of tokens; {', '.join(STEADY)} will do"
+        )
+    heads = HeadLayout.of(config, rotary=True)
+    if heads.rotary != heads.width:
+        return STILL
+    scaled = rope_type != "default" and rope.get("factor", 1.0) != 1.0
+    if scaled and not any(architecture.factors for architecture in candidates):
+        names = " and ".join(architecture.name for architecture in candidates)
+        return (
+            f"rope_type {rope_type!r} has other rotary frequencies than those of its base, for "
+            f"which {names}, all that a {family_of(config)} may become here, have no place"
+        )
+    return None
+
+
 def by_layer_obstacle(config: Any) -> str | None:
     """Why no file can hold a model of this config with sizes that differ by layer, or None."""
     model_type = family_of(config)
@@ -196,18 +229,9 @@ def by_layer_obstacle(config: Any) -> str | None:
 
 
 def rotary(model: Model) -> tuple[float, Tensor, float]:
-    """What a model's rotary tables are multiplied by, its frequencies, and their base.
-
-    Raises:
-        InputError: they change with the number of tokens.
-    """
+    """What a model's rotary tables are multiplied by, its frequencies, and their base."""
     module: Any = model.module.base_model.rotary_emb
     rope = model.config.rope_parameters
-    if rope["rope_type"] not in STEADY:
-        raise InputError(
-            f"model {model.source!r}: rope_type {rope['rope_type']!r} changes its frequencies with "
-            f"the number of tokens, and a GGUF file has one set; {', '.join(STEADY)} will do."
-        )
     frequencies = module.inv_freq.detach().cpu().double()
     return float(module.attention_scaling), frequencies, float(rope["rope_theta"])
 
@@ -227,10 +251,6 @@ def _pairs(block: Block) -> Tensor:
     if attention.rotary == NARROWED_PAIRS:
         return attention.rope_pairs.cpu()
     return torch.arange(attention.query_key // 2).expand(attention.kv_heads, -1)
-
-
-def _still(block: Block) -> bool:
-    return block.heads.rotary != block.heads.width
 
 
 def _layer(block: Block, architecture: Architecture) -> Layer:

@@ -8,6 +8,7 @@ import pytest
 
 from secateur import Goal, InputError, Settings
 from secateur.allocate import ALLOCATORS, allocator_class
+from secateur.gguf.shapes import layout_of
 from secateur.methods import method_class
 from secateur.opening import skeleton
 from secateur.prepare import check_reach
@@ -126,6 +127,41 @@ def test_families_that_are_not_written_are_refused_but_for_one_width(opened):
     goal = Goal(tier="plain", runtime="gguf")
     check_runtime(opened("gemma"), method_class("auto")(), goal)
     check_runtime(opened("gemma"), method_class("shortgpt")(), Goal(runtime="gguf"))
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("llama", {"hidden_act": "gelu"}, ("gelu", "silu")),
+        ("llama", {"rope_parameters": YARN | {"rope_type": "dynamic"}}, ("dynamic", "llama3")),
+        (
+            "mistral",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            ("don't turn",),
+        ),
+        ("qwen3", {"rope_parameters": YARN, "tie_word_embeddings": True}, ("yarn", "openelm")),
+    ],
+)
+def test_what_the_export_refuses_is_refused_at_once(opened, name, fields, words):
+    model = opened(name)
+    for field, value in fields.items():
+        setattr(model.config, field, value)
+    for tier in ("per-layer", "plain"):
+        refused(model, "auto", "gguf", *words, "export --to gguf", tier=tier)
+    with pytest.raises(InputError, match=words[0]):
+        layout_of(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"), [("llama", YARN), ("qwen3", YARN | {"rope_type": "linear", "factor": 1.0})]
+)
+def test_frequencies_that_a_file_has_are_let_through(opened, name, rope):
+    model = opened(name)
+    model.config.rope_parameters, model.config.tie_word_embeddings = rope, True
+    check_runtime(model, method_class("auto")(), Goal(runtime="gguf"))
 
 
 def test_an_untied_qwen3_gets_one_width(opened):
