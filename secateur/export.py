@@ -1,7 +1,7 @@
 """Checkpoints for readers that know less: matrices multiplied out, shapes of stock classes."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,13 @@ class Plain:
     Attributes:
         model_type: what transformers calls them.
         notes: what was done to the model to have their shapes.
+        compared: what the reloaded checkpoint was compared by: tokens that it writes, and logits by
+            number format and attention.
     """
 
     model_type: str
     notes: tuple[str, ...]
+    compared: tuple[str, ...] = ()
 
 
 def export_plain(
@@ -140,18 +143,23 @@ def export_plain(
         conform(model, stock)
         store_as(model, stock, workspace.result, progress)
         tokens = _some_tokens(model)
-        said = testimony(model, tokens)
-        if not stock.module._supports_sdpa:
-            said = {name: tensor for name, tensor in said.items() if not name.endswith(".sdpa")}
-            if (
-                "logits.float32.eager" in said
-            ):  # its softmax rounds to bfloat16, where ours does not
-                said.pop("logits.bfloat16.eager")
-        progress.say("reloading in a fresh process")
+        said = _comparable(testimony(model, tokens), stock)
+        made = replace(made, compared=tuple(said))
+        progress.say(f"reloading in a fresh process, to compare {', '.join(said)}")
         nothing = Questions((), speed=False)
         judge_apart(str(workspace.result), nothing, settings, progress, said, tokens)
         workspace.publish()
     return made
+
+
+def _comparable(said: dict[str, Tensor], stock: Stock) -> dict[str, Tensor]:
+    """What the stock class can be asked for, too."""
+    if stock.module._supports_sdpa:
+        return said
+    said = {name: tensor for name, tensor in said.items() if not name.endswith(".sdpa")}
+    if "logits.float32.eager" in said:  # its softmax rounds to bfloat16, where ours does not
+        said.pop("logits.bfloat16.eager")
+    return said
 
 
 def _notes(stock: Stock, multiplied: int) -> tuple[str, ...]:
@@ -165,6 +173,10 @@ def _notes(stock: Stock, multiplied: int) -> tuple[str, ...]:
     if not stock.module._supports_sdpa:
         kind = type(stock.module).__name__
         notes.append(f"{kind}, which has such widths, knows no fused attention; it is slower")
+        notes.append(
+            f"{kind} is compared under eager attention only, and not in bfloat16 where float32 is "
+            f"compared"
+        )
     return tuple(notes)
 
 

@@ -13,6 +13,7 @@ from secateur import InputError, Settings, open_model
 from secateur.errors import RunError
 from secateur.evaluate import judge
 from secateur.export import export_plain
+from secateur.progress import Progress
 from secateur.uniform import conform
 from tests.contract.conftest import logits, spread
 from tests.families import FAMILIES, read
@@ -92,6 +93,25 @@ def test_a_subset_of_pairs_is_a_longrope_of_the_wanted_frequencies(exported):
     assert rope["long_factor"] == rope["short_factor"]
     assert after.config.head_dim == 6
     assert "3 rotary pairs" in made.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "formats"),
+    [
+        ({"mlp": 40}, ["float32.eager", "float32.sdpa", "bfloat16.eager", "bfloat16.sdpa"]),
+        ({"value_output": 3}, ["float32.eager"]),
+    ],
+)
+def test_what_was_compared_is_said(opened, tmp_path, sizes, formats):
+    source, lines = shaped(opened("llama"), tmp_path / "source", sizes), []
+    progress = Progress()
+    progress.say = lines.append
+    made = export_plain(source, tmp_path / "out", Settings(device="cpu"), progress=progress)
+    greedy = ["greedy.cached", "greedy.uncached"]
+    assert list(made.compared) == [*greedy, *(f"logits.{name}" for name in formats)]
+    assert any(all(name in line for name in made.compared) for line in lines)
+    left_out = [line for line in lines if "not in bfloat16" in line]
+    assert len(left_out) == (len(formats) == 1)
 
 
 def test_scores_keep_the_scale_of_the_dense_heads(exported):
