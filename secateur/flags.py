@@ -185,8 +185,8 @@ calibration_options = stacked(
         default="transformers",
         show_default=True,
         help="What will read the result, so that sizes are such as it reads: transformers, vllm "
-        "(narrows with --tier plain only), gguf (llama.cpp), or gguf-q4 (llama.cpp with blocks of 4 "
-        "bits).",
+        "(narrows with --tier plain only), gguf (llama.cpp), or gguf-q4 (llama.cpp with blocks of "
+        "4 bits).",
     ),
     click.option(
         "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"

@@ -95,8 +95,8 @@ def _check_llama(
     said = config_obstacle(shapes.config)
     if said is not None:
         raise InputError(
-            f"{asked}: {said}, and `secateur export --to gguf` would refuse the result. Leave --for "
-            f"out; what --tier plain makes may be for llama.cpp's own converter."
+            f"{asked}: {said}, and `secateur export --to gguf` would refuse the result. Leave "
+            f"--for out; what --tier plain makes may be for llama.cpp's own converter."
         )
     obstacle = by_layer_obstacle(shapes.config)
     if obstacle is not None and goal.tier != "plain" and method.kinds != DEPTH:

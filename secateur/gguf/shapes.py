@@ -197,8 +197,8 @@ def config_obstacle(config: Any) -> str | None:
     rope_type = rope.get("rope_type", "default")
     if rope_type not in STEADY:
         return (
-            f"rope_type {rope_type!r} is not one of those whose frequencies a GGUF file can have at "
-            f"every number of tokens; {', '.join(STEADY)} will do"
+            f"rope_type {rope_type!r} is not one of those whose frequencies a GGUF file can have "
+            f"at every number of tokens; {', '.join(STEADY)} will do"
         )
     heads = HeadLayout.of(config, rotary=True)
     if heads.rotary != heads.width:
