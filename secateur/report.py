@@ -90,7 +90,7 @@ def lines(report: Report) -> list[Line]:
         points = f"{100 * (other - value):+.1f} points"
         found.append(Line(name, f"{value:.1%}", f"{other:.1%}", points))
     if agrees := small["agreement"]:
-        name = next(iter(dense["perplexity"]))
+        name = next(iter(dense["perplexity"]), "")
         of = f"of {agrees['outputs']:,.0f} outputs"
         found.append(Line(f"same first choice, {name}", "", f"{agrees['top1']:.1%}", of))
         found.append(Line("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", ""))

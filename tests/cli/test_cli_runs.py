@@ -39,7 +39,9 @@ def test_compress_says_where_the_page_is_and_notes_the_command(compress, room):
     assert str(room / "out") in page.read_text()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), "template"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OverflowError("too large"), "template"]
+)
 def test_a_page_that_fails_loses_no_run(compress, room, monkeypatch, error):
     """The mistake: hours of work gone for a picture."""
     from jinja2 import TemplateError
