@@ -1,5 +1,6 @@
 """Scores of tasks: what is read, what is scored, and that the harness gives the same numbers."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from secateur import InputError, Settings, open_model
+from secateur import InputError, Settings, open_model, outcome
 from secateur.evaluate.likelihood import Pair, encoded, likelihoods
 from secateur.evaluate.standing import (
     Answers,
@@ -19,6 +20,9 @@ from secateur.evaluate.standing import (
     within_error,
 )
 from secateur.evaluate.tasks import answered_file, read_task
+from secateur.progress import Bars
+from secateur.report import Report, comparison, task_rows
+from tests.reference.made_runs import report as made_report
 
 CHOICES = [
     {"query": "The function returns", "choices": ["a list.", "None if x.", "the"], "gold": 0},
@@ -344,3 +348,41 @@ def test_a_file_of_one_item_has_no_error(demo, file):
     one = answered_file(demo, read_task(file(CHOICES), 1)).figures()
     assert one["acc_stderr"] is None
     assert at_chance(one)
+
+
+@pytest.mark.parametrize("name", ["mine[v2]", "x[/y]", "[bold]", "end\\"])
+def test_names_are_shown_as_they_are(name, capsys, monkeypatch):
+    """The mistake: a table takes what is in square brackets for a colour."""
+    from rich.console import Console
+
+    scores = {"items": 9, "chance": 0.5, "acc": 0.5, "acc_stderr": 0.1}
+    change = {"difference": -0.1, "stderr": 0.02, "flipped": 0.2}
+    content = made_report(
+        dense={"task_scores": {name: scores}, "perplexity": {name: 2.0}},
+        compressed={
+            "task_scores": {name: scores},
+            "task_changes": {name: change},
+            "perplexity": {name: 3.0},
+        },
+    )
+    made, console = Report(content), Console(width=100)
+    tables = (
+        outcome.task_table({name: scores}),
+        outcome.task_comparison(content["dense"], content["compressed"]),
+        comparison(made),
+    )
+    for table in tables:
+        console.print(table)
+        assert name in capsys.readouterr().out
+    assert task_rows(made)[1][0] == f"{name}, acc"
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    with Bars().stage(name, 3) as advance:
+        advance(3)
+    assert name in shown.getvalue()
+
+
+class Terminal(io.StringIO):
+    """What a person sees."""
+
+    def isatty(self):
+        return True
