@@ -273,20 +273,21 @@ def checkpoint(tmp_path_factory):
     ("which", "kind"),
     [*(("demo", kind) for kind in FORMS), ("flap", "choices"), ("svd", "choices")],
 )
-def test_the_harness_agrees(checkpoint, file, tmp_path, kind, which):
+def test_the_harness_agrees(checkpoint, file, tmp_path, monkeypatch, kind, which):
     """Every log-probability, every answer, and every figure with its error."""
     pytest.importorskip("lm_eval", reason='pip install "secateur[eval]"')
     pytest.importorskip("accelerate", reason='pip install "secateur[eval]"')
     from lm_eval.api.task import ConfigurableTask
 
     from secateur.evaluate.harness import judged
-    from secateur.progress import Progress
 
     model = checkpoint(which)
     path = file(FORMS[kind])
     loaded = {"tasks": {kind: ConfigurableTask(config=configured(kind, path, tmp_path))}}
     ids, length = model.tokenizer("a b")["input_ids"], len(model.tokenizer)
-    figures, answers = judged(model, loaded, kind, None, Progress())[kind]
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    figures, answers = judged(model, loaded, kind, None, Bars())[kind]
+    assert f"task: {kind}" in shown.getvalue()  # and hours don't pass in silence
     own = answered_file(model, read_task(path))
     for name, points_of in answers.right.items():
         assert torch.equal(points_of, own.right[name]), name
@@ -386,3 +387,55 @@ class Terminal(io.StringIO):
 
     def isatty(self):
         return True
+
+
+def sample(right, answers=2, choices=2, **more):
+    """What the harness keeps of an item."""
+    from secateur.evaluate.harness import CHOICES as NUMBER
+
+    responses = [(-float(i), False) for i in range(answers)][::-1]
+    return {
+        "filter": "none",
+        "metrics": ["acc"],
+        "acc": right,
+        "target": 0,
+        "filtered_resps": responses,
+        NUMBER: choices,
+    } | more
+
+
+@pytest.mark.parametrize(
+    ("samples", "chance"),
+    [
+        ([sample(1.0), sample(0.0)], 0.5),
+        ([sample(1.0), sample(0.0, answers=4, choices=4)], 0.375),
+        ([sample(1.0, target=[0, 1], answers=4, choices=4)], 0.5),
+        ([sample(1.0), sample(0.3)], None),  # a share of probability, as in truthfulqa_mc2
+        ([sample(1.0), sample(0.0, answers=4, choices=2)], None),  # and without context
+        ([sample(1.0, choices=None)], None),
+    ],
+)
+def test_chance_is_of_right_or_wrong_choices(samples, chance):
+    from secateur.evaluate.harness import CHOICES as NUMBER
+    from secateur.evaluate.harness import by_task
+
+    figures, answers = by_task("t", {"t": samples}, {"t": {"acc,none": 1.0}}, {})["t"]
+    assert figures["chance"] == chance
+    assert answers.chosen[-1] == (samples[-1][NUMBER] or 2) - 1  # not one without context
+
+
+def test_a_group_is_one_entry_only_where_it_is_the_mean_of_its_items():
+    """The mistake: a mean of tasks' means beside the error of the mean of items."""
+    from secateur.evaluate.harness import by_task
+
+    tasks = {"a": [sample(1.0)] * 4, "b": [sample(0.0)] * 2 + [sample(1.0)] * 2 + [sample(0.0)] * 4}
+    said = {"a": {"acc,none": 1.0}, "b": {"acc,none": 0.25}}
+    pooled = by_task("g", tasks, said, {"g": {"acc,none": 0.5}})
+    assert [*pooled] == ["g"]
+    assert pooled["g"][0]["items"] == 12
+    for group in ({"acc,none": 0.625}, {"alias": "g"}):
+        found = by_task("g", tasks, said, {"g": group})
+        assert {name: figures["acc"] for name, (figures, _) in found.items()} == {
+            "a": 1.0,
+            "b": 0.25,
+        }
