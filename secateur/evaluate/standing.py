@@ -111,8 +111,8 @@ def doubts(
     same = [name for name, change in changed.items() if within_error(change)]
     if same:
         said.append(
-            f"no difference on {_listed(same)}: less than {ERRORS:g} standard errors of it; more "
-            f"items would tell"
+            f"no difference shown on {_listed(same)}: less than {ERRORS:g} standard errors of it; "
+            f"more items would tell"
         )
     return said
 

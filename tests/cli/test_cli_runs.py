@@ -97,6 +97,11 @@ def test_compare_json(run, runs):
 def test_compare_draws_the_frontier(run, runs, room):
     run("compare", *runs, "--plot", room / "f.svg").succeeded()
     assert (room / "f.svg").read_text().startswith("<svg")
+    (room / "f.svg").write_text("mine")
+    run("compare", *runs, "--plot", room / "f.svg").refused("f.svg", "--overwrite")
+    assert (room / "f.svg").read_text() == "mine"
+    run("compare", *runs, "--plot", room / "f.svg", "--overwrite").succeeded()
+    assert (room / "f.svg").read_text().startswith("<svg")
     run("compare", *runs, "--plot", room / "f.png").refused("f.png", "SVG")
     run("compare", *runs, "--plot", room / "no" / "f.svg").refused("no folder")
 
