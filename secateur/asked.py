@@ -1,7 +1,7 @@
 """What was typed, as the objects that the library takes."""
 
+import contextlib
 import json
-import os
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,8 +112,11 @@ def questions(options: dict[str, Any], default: Any, length: int | None) -> "Que
 
 def _tasks(given: str) -> list[str]:
     """Names and files by commas, or one file, whose path may have some."""
-    if os.path.isfile(os.path.expanduser(given)):  # False of what is too long for a path
-        return [given]
+    from secateur.text import expanded
+
+    with contextlib.suppress(OSError):  # many names together are too long for a path
+        if expanded(given).is_file():
+            return [given]
     return [name.strip() for name in given.split(",") if name.strip()]
 
 

@@ -108,6 +108,8 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_measured(run, near, 
     run("eval", model, "--tasks", bad).refused("line 1", "'gold'", "context, continuation")
     run("compress", model, room / "out", "--tasks", bad).refused("line 1", "'gold'")
     run("eval", model, "--tasks", bad.rename(tasks / "a,b.jsonl")).refused("a,b", "line 1")
+    many = ",".join([str(tasks / "pick.jsonl")] * 90 + [str(tasks / "none.jsonl")])
+    run("eval", model, "--tasks", many).refused("no such file")
     run("eval", model, "--tasks", tasks / "none.jsonl").refused("no such file")
     assert near == []
     assert list(room.iterdir()) == []
