@@ -54,6 +54,8 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   section sparsity-reference-7m essential_sparsity.py "${reference[0]}" "${reference[2]}" \
     --plot "$here/sparsity-reference-7m.png"
   printf '![sparsity](sparsity-reference-7m.png)\n'
+  printf '\n## Speed\n'
+  section speed speed.py
   printf '\n## Ingredients\n'
   section ablation-stories260K ablation.py "${stories[@]}" --multiple-of 4
   section ablation-reference-7m ablation.py "${reference[@]}"

@@ -188,6 +188,13 @@ class Dictionary(Factored):
         """The atoms, (blocks, atoms, inputs / blocks)."""
         return self.first
 
+    def forward(self, x: Tensor | None) -> Tensor:
+        """As ever; without x the atoms, for layers that share them.
+
+        They ask by a call, as who keeps weights on disk brings them back for calls alone.
+        """
+        return self.dictionary() if x is None else super().forward(x)
+
 
 class Codes(Dictionary):
     """As :class:`Dictionary`, with the atoms of another layer in its block that reads the same.
@@ -222,4 +229,5 @@ class Codes(Dictionary):
         self._leader = (leader,)
 
     def dictionary(self) -> Tensor:
-        return self._leader[0].first.to(self.second)
+        atoms: Tensor = self._leader[0](None)
+        return atoms.to(self.second)
