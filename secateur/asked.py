@@ -1,5 +1,6 @@
 """What was typed, as the objects that the library takes."""
 
+import contextlib
 import json
 from contextvars import ContextVar
 from pathlib import Path
@@ -103,10 +104,20 @@ def questions(options: dict[str, Any], default: Any, length: int | None) -> "Que
         prompt=options["prompt"],
         new_tokens=options["new_tokens"],
         speed=not options["no_speed"],
-        tasks=tuple(dict.fromkeys(t.strip() for g in options["tasks"] for t in g.split(",") if t)),
+        tasks=tuple(dict.fromkeys(t for given in options["tasks"] for t in _tasks(given))),
         task_limit=options["task_limit"],
         damage=options["damage"],
     )
+
+
+def _tasks(given: str) -> list[str]:
+    """Names and files by commas, or one file, whose path may have some."""
+    from secateur.text import expanded
+
+    with contextlib.suppress(OSError):  # many names together are too long for a path
+        if expanded(given).is_file():
+            return [given]
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def refuse_beside(ctx: click.Context, what: str, also: set[str]) -> None:

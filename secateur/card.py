@@ -153,9 +153,11 @@ def loading(report: Report) -> Iterator[str]:
     tier = report["tier"]
     yield f"Tier {tier}: {TIERS[tier]}." if tier in TIERS else f"Tier {plain(tier)}."
     yield "`THIS_MODEL` stands for this folder or repository."
-    if report["libraries"]:
+    # to be typed into a shell: what is no plain name of a package is left out
+    libraries = [name for name in report["libraries"] if re.fullmatch(PLAIN, name, re.ASCII)]
+    if libraries:
         yield ""
-        yield from fenced(f"pip install {' '.join(report['libraries'])}", "sh")
+        yield from fenced(f"pip install {' '.join(libraries)}", "sh")
     yield ""
     opened = [
         f"from transformers import {auto}, {reader}",

@@ -17,8 +17,9 @@ folder = click.Path(path_type=Path)
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=folder, metavar="RUN...")
 @click.option("--plot", type=folder, metavar="FILE.svg", help="Draw the frontier on bytes.")
+@click.option("--overwrite", is_flag=True, help="Replace the picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-def compare(runs: tuple[Path, ...], plot: Path | None, as_json: bool) -> None:
+def compare(runs: tuple[Path, ...], plot: Path | None, overwrite: bool, as_json: bool) -> None:
     """Show RUNs, folders that `compress` wrote, in one table, and which are dominated.
 
     They must be of one dense model and have been judged on a common text. `report --siblings`
@@ -35,6 +36,8 @@ def compare(runs: tuple[Path, ...], plot: Path | None, as_json: bool) -> None:
             raise InputError(f"--plot {str(plot)!r}: it is an SVG picture; name it so.")
         if not plot.absolute().parent.is_dir():
             raise InputError(f"--plot {str(plot)!r}: there is no folder {str(plot.parent)!r}.")
+        if plot.exists() and not overwrite:
+            raise InputError(f"--plot {str(plot)!r} exists already; --overwrite replaces it.")
         write_whole(plot, standalone(content))
     if as_json:
         asked.print_json(content)

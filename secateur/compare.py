@@ -10,7 +10,7 @@ from typing import Any
 from secateur.errors import InputError
 from secateur.names import short_name
 from secateur.report import size
-from secateur.runs import Run, read_run
+from secateur.runs import RATE, Run, read_run
 
 #: what quality is held against
 AXES = ("bytes", "reading_ms", "writing_ms")
@@ -18,7 +18,6 @@ TOLD = dict(zip(AXES, ("bytes", "reading", "writing"), strict=True))
 COLUMNS = 100
 SAME = 0.005  # relative difference of two measurements of one dense model on one text
 ALIKE = 0.15  # of its times, which other work on the machine disturbs
-RATE = "_tokens_per_second"
 Entry = dict[str, Any]
 
 

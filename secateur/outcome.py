@@ -8,12 +8,14 @@ from secateur.evaluate.standing import ERRORS, Figures, metric_of
 
 def task_table(scores: Mapping[str, Figures]) -> Any:
     """One model: every metric of each task with its standard error, and what chance gives."""
+    from rich.markup import escape
+
     table = _table("task", "items", "metric", "score", "± error", "chance")
     for name, figures in scores.items():
         metrics = [k.removesuffix("_stderr") for k in figures if k.endswith("_stderr")]
         for metric in metrics:
             first = metric == metrics[0]
-            table.add_row(
+            row = (
                 name if first else "",
                 f"{figures['items']:,}" if first else "",
                 metric,
@@ -21,25 +23,44 @@ def task_table(scores: Mapping[str, Figures]) -> Any:
                 _share(figures[f"{metric}_stderr"]),
                 _share(figures["chance"]) if first else "",
             )
+            table.add_row(*map(escape, row))
     return table
 
 
-def task_comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> Any:
-    """Two models: the judged metric of each task, its paired difference, and flipped answers."""
-    table = _table("task", "dense", "compressed", "difference", "flipped", "chance")
+def task_rows(dense: Mapping[str, Any], small: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Two models: the judged metric of each task, its paired difference, and flipped answers.
+
+    In words, the heads first.
+    """
+    rows: list[tuple[str, ...]] = [
+        ("task", "dense", "compressed", "difference", "flipped", "chance")
+    ]
     for name, before in dense["task_scores"].items():
         after, change = small["task_scores"][name], small["task_changes"][name]
         metric = metric_of(before)
         points = f"{100 * change['difference']:+.1f}"
         if change["stderr"] is not None:
             points += f" ± {100 * change['stderr']:.1f}"
-        table.add_row(
-            f"{name}, {metric}",
-            *(_measured(figures, metric) for figures in (before, after)),
-            f"{points} points",
-            _share(change["flipped"]),
-            _share(before["chance"]),
+        rows.append(
+            (
+                f"{name}, {metric}",
+                *(_measured(figures, metric) for figures in (before, after)),
+                f"{points} points",
+                _share(change["flipped"]),
+                _share(before["chance"]),
+            )
         )
+    return rows
+
+
+def task_comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> Any:
+    """:func:`task_rows` for a terminal."""
+    from rich.markup import escape
+
+    heads, *rows = task_rows(dense, small)
+    table = _table(*heads)
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 

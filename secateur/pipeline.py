@@ -258,7 +258,7 @@ def show_record(task: Task) -> None:
     try:
         write_page(task.workspace.out)
         write_card(read_run(task.workspace.out))
-    except (InputError, OSError, TemplateError) as error:
+    except (InputError, OSError, TemplateError, ArithmeticError) as error:
         task.progress.say(
             f"note: the report page was not written ({error}); `secateur report "
             f"{shlex.quote(str(task.workspace.out))}` tries again"

@@ -38,12 +38,13 @@ class Bars(Lines):
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        # the stderr of now: what is silenced inside a stage does not silence its bar
+        with RichProgress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
             task = bar.add_task(title, total=total)
             yield lambda steps: bar.advance(task, steps)
 

@@ -90,7 +90,7 @@ def lines(report: Report) -> list[Line]:
         points = f"{100 * (other - value):+.1f} points"
         found.append(Line(name, f"{value:.1%}", f"{other:.1%}", points))
     if agrees := small["agreement"]:
-        name = next(iter(dense["perplexity"]))
+        name = next(iter(dense["perplexity"]), "")
         of = f"of {agrees['outputs']:,.0f} outputs"
         found.append(Line(f"same first choice, {name}", "", f"{agrees['top1']:.1%}", of))
         found.append(Line("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", ""))
@@ -113,20 +113,14 @@ def _damage(dense: dict[str, Any], small: dict[str, Any]) -> Iterator[Line]:
 
 def task_rows(report: Report) -> list[tuple[str, ...]]:
     """Scores of tasks as rows of words, the first of them the heads; none where none was asked."""
-    from rich.text import Text
-
     dense, small = report["dense"], report["compressed"]
-    if not dense.get("task_scores"):
-        return []
-    columns = outcome.task_comparison(dense, small).columns
-    heads = tuple(str(column.header) for column in columns)
-    cells = zip(*(column.cells for column in columns), strict=True)
-    return [heads, *(tuple(Text.from_markup(str(c)).plain for c in row) for row in cells)]
+    return outcome.task_rows(dense, small) if dense.get("task_scores") else []
 
 
 def comparison(report: Report) -> Any:
     """The headline table for a terminal."""
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
@@ -138,7 +132,7 @@ def comparison(report: Report) -> Any:
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for line in lines(report):
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     return table
 
 

@@ -5,17 +5,22 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 
 from secateur.errors import InputError
 from secateur.records import said
 from secateur.report import VERSION, Report, lines, task_rows
 
 MAX_BYTES = 2**26
+LARGEST = 1e300  # of what is added, multiplied and drawn
 RECORD = "secateur"
+RATE = "_tokens_per_second"
 Kind = TypeVar("Kind", bound=BaseModel)
-Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[FiniteFloat, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**63)]
+Amount = Annotated[FiniteFloat, Field(ge=0, le=LARGEST)]
+Divisor = Annotated[FiniteFloat, Field(ge=1 / LARGEST, le=1e305)]  # a wrecked model's is exp(700)
+Number = Annotated[int | FiniteFloat, Field(ge=-LARGEST, le=LARGEST)]
+Figures = dict[str, Number | None]
 
 
 class Part(BaseModel):
@@ -28,8 +33,8 @@ class Side(Part):
     """What was measured of one model."""
 
     parameters: Count
-    bytes: Count
-    perplexity: dict[str, Amount]
+    bytes: Count = Field(gt=0)
+    perplexity: dict[str, Divisor]
     tokens: dict[str, Count] = {}
     texts: dict[str, str] = {}
     prompt: str = ""
@@ -39,6 +44,17 @@ class Side(Part):
     counts: str = "tokens"
     tasks: dict[str, Amount] = {}
     agreement: dict[str, Amount] = {}
+    task_scores: dict[str, Figures] = {}
+    task_changes: dict[str, Figures] = {}
+    damage: dict[str, dict[str, Number | dict[str, Any] | None]] = {}
+
+    @field_validator("speed")
+    @classmethod
+    def _takes_time(cls, speed: dict[str, float]) -> dict[str, float]:
+        for name, value in speed.items():
+            if name.endswith(RATE) and value < 1 / LARGEST:
+                raise ValueError(f"{name} is a rate, and above 0")
+        return speed
 
 
 class Named(Part):
@@ -77,10 +93,18 @@ class Told(Part):
 class Observed(Part):
     """What :func:`~secateur.witness.observations` says of a step."""
 
-    influence: list[FiniteFloat] = []
+    influence: list[Number] = []
     errors: list[dict[str, Amount | None]] = []
     curves: dict[str, Told] = {}
     directions: list[dict[str, Count]] = []
+
+
+class Taken(Part):
+    """One of several steps."""
+
+    method: Named
+    allocator: Named | None = None
+    budget: Spent | None = None
 
 
 class Content(Part):
@@ -99,7 +123,7 @@ class Content(Part):
     seconds: dict[str, Amount] = {}
     versions: dict[str, str] = {}
     calibration: dict[str, Any] = {}
-    steps: list[dict[str, Any]] = []
+    steps: list[Taken] = []
     command: str | None = None
     observed: list[Observed] = []
 
@@ -173,9 +197,9 @@ def read_run(folder: Path) -> Run:
     seen = content.model_dump()
     for name in seen["dense"]["perplexity"].keys() ^ seen["compressed"]["perplexity"].keys():
         raise InputError(f"{named}: report.json: only one of the two models was read {name!r}.")
-    try:  # what is in it beside, such as task scores, has no schema here
+    try:  # that the two sides have the same, and the keys that are shown
         lines(Report(seen)), task_rows(Report(seen))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{named}: report.json is damaged: {error!r}.") from error
     found = [record / "plan.json"]
     if len(content.steps) > 1:

@@ -5,6 +5,8 @@ import copy
 import difflib
 import io
 import logging
+import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ from secateur.progress import Advance, Progress
 SEED = 1234  # the harness's own, for the choice of examples in the prompt
 #: shown where the harness has several metrics of a task, in this order before any other
 METRICS = ("acc", "acc_norm", "exact_match")
+CHOICES = "choices of secateur"  # key of their number beside what the harness keeps of an item
 
 
 def load(names: list[str]) -> dict[str, dict[str, Any]]:
@@ -76,8 +79,9 @@ def judged(
 ) -> dict[str, tuple[Figures, Answers]]:
     """What the harness says of a model on the tasks behind a name, and the answers to each item.
 
-    A group for which the harness has figures is one entry, with its tasks' items one after the
-    other. The errors are by the harness's formula, over all items.
+    A group whose figures are the means over all items of its tasks is one entry, with the items one
+    after the other; of another group each task is one. The errors are by the harness's formula,
+    over all items.
 
     Raises:
         InputError: a task can't be run on such a model.
@@ -85,14 +89,36 @@ def judged(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    terminal = sys.stderr
+
+    @contextlib.contextmanager
+    def shown(total: int) -> Iterator[Advance]:
+        """A stage that is seen, of a harness that is not."""
+        with (
+            contextlib.redirect_stderr(terminal),
+            progress.stage(f"task: {name}"[:28], total) as advance,
+            _silence(),
+        ):
+            yield advance
+
     class Watched(HFLM):  # type: ignore[misc]
         """The harness's reader of a model, which says how far it is."""
 
         advance: Advance = staticmethod(lambda _: None)
+        written: Advance = staticmethod(lambda _: None)
 
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **options: Any) -> Any:
-            with progress.stage(f"task: {name}"[:28], len(requests)) as self.advance:
+            with shown(len(requests)) as self.advance:
                 return super()._loglikelihood_tokens(requests, **options | {"disable_tqdm": True})
+
+        def generate_until(self, requests: Any, *_: Any, **__: Any) -> Any:
+            with shown(len(requests)) as self.written:
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_generate(self, context: Any, *given: Any, **options: Any) -> Any:
+            out = super()._model_generate(context, *given, **options)
+            self.written(len(context))
+            return out
 
         def _model_call(self, inps: Any, *given: Any, **options: Any) -> Any:
             out = super()._model_call(inps, *given, **options)
@@ -112,10 +138,29 @@ def judged(
         except (ValueError, NotImplementedError, ImportError) as error:
             raise InputError(f"task {name!r} cannot be run: {str(error).strip()}") from error
     tasks: dict[str, list[dict[str, Any]]] = found["samples"]
-    said: dict[str, Any] = found["results"]
-    if len(tasks) > 1 and name in found.get("groups", {}):
-        tasks = {name: [sample for own in tasks.values() for sample in own]}
-        said = found["groups"]
+    for own, samples in tasks.items():
+        for sample in samples:
+            sample[CHOICES] = _choices(loaded["tasks"].get(own), sample["doc"])
+    return by_task(name, tasks, found["results"], found.get("groups", {}))
+
+
+def by_task(
+    name: str,
+    tasks: dict[str, list[dict[str, Any]]],
+    said: dict[str, dict[str, Any]],
+    groups: dict[str, dict[str, Any]],
+) -> dict[str, tuple[Figures, Answers]]:
+    """One entry for a group that is the mean over all items, else one for each task.
+
+    A mean of the tasks' means has another error and another difference than the items together.
+    """
+    if len(tasks) > 1 and name in groups:
+        pooled = [sample for own in tasks.values() for sample in own]
+        with contextlib.suppress(InputError):  # the group has no such figure
+            figures, answers = _judged(name, pooled, groups[name])
+            means = {metric: float(own.double().mean()) for metric, own in answers.right.items()}
+            if all(math.isclose(figures[m], mean, abs_tol=1e-9) for m, mean in means.items()):
+                return {name: (figures, answers)}
     return {own: _judged(own, samples, said[own]) for own, samples in tasks.items()}
 
 
@@ -133,7 +178,8 @@ def _judged(
             f"arc_easy."
         )
     chosen = [_chosen(sample, next(iter(right))) for sample in samples]
-    answers = Answers(right, torch.tensor(chosen), _chance(samples))
+    judged_by = next(iter(right.values()))
+    answers = Answers(right, torch.tensor(chosen), _chance(samples, judged_by.tolist()))
     means = {metric: float(said[f"{metric},{behind}"]) for metric in right}
     return answers.figures() | means, answers
 
@@ -156,12 +202,24 @@ def _chosen(sample: dict[str, Any], metric: str) -> int:
     if not _several(sample):
         return int(bool(sample[metric]))
     totals = [float(answer[0]) for answer in sample["filtered_resps"]]
+    totals = totals[: sample[CHOICES]]  # behind them may be the same without their context
     return totals.index(max(totals))
 
 
-def _chance(samples: list[dict[str, Any]]) -> float | None:
-    """Mean share of right answers at random, where every item has choices."""
-    if not all(map(_several, samples)):
+def _choices(task: Any, doc: Any) -> int | None:
+    """How many choices an item has; None where the task is of another kind."""
+    if task is None or task.get_config("output_type") != "multiple_choice":
+        return None
+    return len(task.doc_to_choice(doc))
+
+
+def _chance(samples: list[dict[str, Any]], scored: list[float]) -> float | None:
+    """Mean share of right answers at random, where every item has choices, and right or wrong ones.
+
+    None for points in between and where there are other responses than one for each choice.
+    """
+    plain = all(_several(s) and len(s["filtered_resps"]) == s[CHOICES] for s in samples)
+    if not plain or not {*scored} <= {0.0, 1.0}:
         return None
     right = [len(s["target"]) if isinstance(s["target"], list) else 1 for s in samples]
     return sum(

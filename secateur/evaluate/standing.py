@@ -67,8 +67,15 @@ def changes(name: str, dense: Mapping[str, Tensor], small: Mapping[str, Tensor])
 
 
 def metric_of(figures: Mapping[str, Any]) -> str:
-    """The metric that is judged: the first with a standard error."""
-    return next(k.removesuffix("_stderr") for k in figures if k.endswith("_stderr"))
+    """The metric that is judged: the first with a standard error.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for key in figures:
+        if key.endswith("_stderr"):
+            return key.removesuffix("_stderr")
+    raise KeyError("…_stderr")
 
 
 def at_chance(figures: Mapping[str, Any]) -> bool:
@@ -104,8 +111,8 @@ def doubts(
     same = [name for name, change in changed.items() if within_error(change)]
     if same:
         said.append(
-            f"no difference on {_listed(same)}: less than {ERRORS:g} standard errors of it; more "
-            f"items would tell"
+            f"no difference shown on {_listed(same)}: less than {ERRORS:g} standard errors of it; "
+            f"more items would tell"
         )
     return said
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 WIDTH, LEFT, RIGHT, TOP = 340.0, 44.0, 14.0, 12.0
 BOTTOM = 30.0  # for the numbers of an axis and its name
 FLOOR = 1e-9  # of a logarithmic axis
+CEILING = 1e100  # of any axis; the perplexity of a wrecked model may be beyond it
 FAINT = 1e-4  # of the largest value, below which one is as good as zero
 SPREAD = 20.0  # of values beyond which an axis is logarithmic
 Form = Callable[[float], str]
@@ -38,12 +39,13 @@ class Scale:
         room: float = 0.05,
     ) -> "Scale":
         """One that holds all values, with some room beside them unless they begin at zero."""
-        found = [max(v, FLOOR) if log else v for v in values] or [0.0, 1.0]
+        least = FLOOR if log else -CEILING
+        found = [min(max(v, least), CEILING) for v in values] or [0.0, 1.0]
         low, high = min(found), max(found)
         if log:
             if high / low < 1.2:
                 low, high = low / 1.2, high * 1.2
-            stretch = (high / low) ** room
+            stretch = math.exp(room * (math.log(high) - math.log(low)))
             return cls(low / stretch, high * stretch, start, end, True)
         span = (high - low) or abs(high) or 1.0
         return cls(low - room * span if low else 0.0, high + room * span, start, end)
@@ -78,6 +80,8 @@ class Scale:
 
 def number(value: float) -> str:
     """A value beside an axis: short, with a decimal unit where it is large."""
+    if abs(value) >= 1e15:
+        return f"{value:.0e}".replace("e+", "e")
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return f"{value / unit:.3g}{name}"

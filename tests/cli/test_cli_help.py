@@ -13,7 +13,7 @@ COMMANDS = {
     "inspect": ["MODEL", "--multiple-of", "--json"],
     "plan": ["MODEL", *BUDGET, "--calibration", "--output", "--dry-run", "--overwrite", "--json"],
     "compress": ["MODEL", "OUT", *BUDGET, "--plan", "--method", "--calibration", "--samples"],
-    "compare": ["RUN...", "--plot", "--json"],
+    "compare": ["RUN...", "--plot", "--overwrite", "--json"],
     "report": ["RUN", "--siblings"],
     "push": ["RUN", "REPO", "--private"],
     "eval": ["MODEL", "--eval", "--eval-length", "--prompt", "--no-speed", "--device", "--json"],

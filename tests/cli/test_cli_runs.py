@@ -39,7 +39,9 @@ def test_compress_says_where_the_page_is_and_notes_the_command(compress, room):
     assert str(room / "out") in page.read_text()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), "template"])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OverflowError("too large"), "template"]
+)
 def test_a_page_that_fails_loses_no_run(compress, room, monkeypatch, error):
     """The mistake: hours of work gone for a picture."""
     from jinja2 import TemplateError
@@ -94,6 +96,11 @@ def test_compare_json(run, runs):
 
 def test_compare_draws_the_frontier(run, runs, room):
     run("compare", *runs, "--plot", room / "f.svg").succeeded()
+    assert (room / "f.svg").read_text().startswith("<svg")
+    (room / "f.svg").write_text("mine")
+    run("compare", *runs, "--plot", room / "f.svg").refused("f.svg", "--overwrite")
+    assert (room / "f.svg").read_text() == "mine"
+    run("compare", *runs, "--plot", room / "f.svg", "--overwrite").succeeded()
     assert (room / "f.svg").read_text().startswith("<svg")
     run("compare", *runs, "--plot", room / "f.png").refused("f.png", "SVG")
     run("compare", *runs, "--plot", room / "no" / "f.svg").refused("no folder")

@@ -91,7 +91,7 @@ def test_a_model_against_itself_differs_in_nothing(evaluated, model, tasks):
     assert report["compressed"]["agreement"]["kl"] == 0
     change = report["compressed"]["task_changes"]["pick"]
     assert change == dict.fromkeys(("difference", "stderr", "flipped", "to_wrong", "to_right"), 0)
-    assert any("no difference on pick" in doubt for doubt in report["doubts"])
+    assert any("no difference shown on pick" in doubt for doubt in report["doubts"])
     shown = evaluated("--against", model).succeeded().out
     assert "same first choice" in shown
 
@@ -107,6 +107,9 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_measured(run, near, 
     bad.write_text('{"query": "a", "choices": ["b", "c"]}\n')
     run("eval", model, "--tasks", bad).refused("line 1", "'gold'", "context, continuation")
     run("compress", model, room / "out", "--tasks", bad).refused("line 1", "'gold'")
+    run("eval", model, "--tasks", bad.rename(tasks / "a,b.jsonl")).refused("a,b", "line 1")
+    many = ",".join([str(tasks / "pick.jsonl")] * 90 + [str(tasks / "none.jsonl")])
+    run("eval", model, "--tasks", many).refused("no such file")
     run("eval", model, "--tasks", tasks / "none.jsonl").refused("no such file")
     assert near == []
     assert list(room.iterdir()) == []

@@ -79,6 +79,11 @@ def test_a_card_has_the_lines_of_the_report(tmp_path):
             [],
         ),
         (
+            {"libraries": ["a; touch /tmp/x", "--pre", "$(id)", "some-name"]},
+            ["pip install some-name\n"],
+            ["touch", "$(id)", "--pre"],
+        ),
+        (
             {"model": {"source": "a/b", "model_type": "vit", "fingerprint": ""}},
             ["AutoModelForImageClassification", "pipeline_tag: image-classification"],
             [],

@@ -106,6 +106,51 @@ def test_tasks_stand_on_the_page_and_in_the_card(page, tmp_path):
         page(content, name="broken")
 
 
+SCORES = {"items": 9, "chance": 0.5, "acc": 0.5, "acc_stderr": 0.1}
+TIMED = {"prefill_tokens_per_second": 0.0, "decode_tokens_per_second": 9.0}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            report(
+                dense={"task_scores": {"t": scores}},
+                compressed={"task_scores": {"t": scores}, "task_changes": {"t": {}}},
+            )
+            for scores in ({}, [], "x", SCORES | {"acc": "x"}, SCORES | {"acc": 1e308}, SCORES)
+        ),
+        *(report(**{side: {"speed": TIMED}}) for side in ("dense", "compressed")),
+        *(report(**{side: {"bytes": 0}}) for side in ("dense", "compressed")),
+        *(report(dense={"perplexity": {"held.txt": value}}) for value in (0.0, 1e308, 1e-320)),
+        report(dense={"damage": {"recall": "x"}}),
+        report(dense={"parameters": 10**400}),
+        report(dense={"perplexity": {}}, compressed={"perplexity": {}, "agreement": {"kl": 0.1}}),
+        report(steps=[{"budget": {}}, {}]),
+        report(observed=[{"curves": {"layers.0.mlp": {"kept": [0.5], "errors": [1e308]}}}]),
+        report(observed=[{"influence": [1e308, -1e308]}]),
+    ],
+    ids=lambda content: str(content)[-60:],
+)
+def test_damaged_figures_are_refused(tmp_path, content):
+    """The mistake: what divides by them, or draws them, breaks off somewhere else."""
+    folder = made_run(tmp_path / "out", content)
+    with pytest.raises(InputError, match=r"report\.json"):
+        read_run(folder)
+
+
+def test_a_wrecked_model_has_a_page_a_card_and_a_picture(page, tmp_path):
+    """Perplexity is capped at exp(700), beyond what may be multiplied."""
+    content = report(compressed={"perplexity": {"held.txt": math.exp(700)}})
+    content["observed"][0]["curves"]["layers.0.mlp"]["errors"] = [1e300, 1e150, 0.0]
+    other = made_run(tmp_path / "other", content)
+    seen = Seen(page(content, siblings=[other]))
+    assert "Perplexity against" in seen.text
+    assert card(Report(read_run(other).report.content))
+    root = ElementTree.fromstring(standalone(compare([other])))
+    assert "nan" not in ElementTree.tostring(root, encoding="unicode")
+
+
 def test_a_page_says_where_what_both_write_parts():
     found = samples("a b c d", "a b x")
     assert found == {"dense": ("a b", "c d"), "compressed": ("a b", "x")}

@@ -1,5 +1,6 @@
 """Scores of tasks: what is read, what is scored, and that the harness gives the same numbers."""
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -7,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from secateur import InputError, Settings, open_model
+from secateur import InputError, Settings, open_model, outcome
 from secateur.evaluate.likelihood import Pair, encoded, likelihoods
 from secateur.evaluate.standing import (
     Answers,
@@ -19,6 +20,9 @@ from secateur.evaluate.standing import (
     within_error,
 )
 from secateur.evaluate.tasks import answered_file, read_task
+from secateur.progress import Bars
+from secateur.report import Report, comparison, task_rows
+from tests.reference.made_runs import report as made_report
 
 CHOICES = [
     {"query": "The function returns", "choices": ["a list.", "None if x.", "the"], "gold": 0},
@@ -159,7 +163,8 @@ def test_doubts():
     assert not at_chance(figures | {"chance": None})
     scores = {"dense": {"a": figures, "b": figures | {"acc": 0.6}}, "compressed": {}}
     said = doubts(scores, {"b": {"difference": -0.02, "stderr": 0.011}})
-    assert ["dense is at chance on a:" in said[0], "no difference on b:" in said[1]] == [True, True]
+    assert "dense is at chance on a:" in said[0]
+    assert "no difference shown on b:" in said[1]
     assert len(said) == 2
     assert doubts({}, {"b": {"difference": -0.02, "stderr": 0.009}}) == []
 
@@ -269,20 +274,21 @@ def checkpoint(tmp_path_factory):
     ("which", "kind"),
     [*(("demo", kind) for kind in FORMS), ("flap", "choices"), ("svd", "choices")],
 )
-def test_the_harness_agrees(checkpoint, file, tmp_path, kind, which):
+def test_the_harness_agrees(checkpoint, file, tmp_path, monkeypatch, kind, which):
     """Every log-probability, every answer, and every figure with its error."""
     pytest.importorskip("lm_eval", reason='pip install "secateur[eval]"')
     pytest.importorskip("accelerate", reason='pip install "secateur[eval]"')
     from lm_eval.api.task import ConfigurableTask
 
     from secateur.evaluate.harness import judged
-    from secateur.progress import Progress
 
     model = checkpoint(which)
     path = file(FORMS[kind])
     loaded = {"tasks": {kind: ConfigurableTask(config=configured(kind, path, tmp_path))}}
     ids, length = model.tokenizer("a b")["input_ids"], len(model.tokenizer)
-    figures, answers = judged(model, loaded, kind, None, Progress())[kind]
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    figures, answers = judged(model, loaded, kind, None, Bars())[kind]
+    assert f"task: {kind}" in shown.getvalue()  # and hours don't pass in silence
     own = answered_file(model, read_task(path))
     for name, points_of in answers.right.items():
         assert torch.equal(points_of, own.right[name]), name
@@ -344,3 +350,93 @@ def test_a_file_of_one_item_has_no_error(demo, file):
     one = answered_file(demo, read_task(file(CHOICES), 1)).figures()
     assert one["acc_stderr"] is None
     assert at_chance(one)
+
+
+@pytest.mark.parametrize("name", ["mine[v2]", "x[/y]", "[bold]", "end\\"])
+def test_names_are_shown_as_they_are(name, capsys, monkeypatch):
+    """The mistake: a table takes what is in square brackets for a colour."""
+    from rich.console import Console
+
+    scores = {"items": 9, "chance": 0.5, "acc": 0.5, "acc_stderr": 0.1}
+    change = {"difference": -0.1, "stderr": 0.02, "flipped": 0.2}
+    content = made_report(
+        dense={"task_scores": {name: scores}, "perplexity": {name: 2.0}},
+        compressed={
+            "task_scores": {name: scores},
+            "task_changes": {name: change},
+            "perplexity": {name: 3.0},
+        },
+    )
+    made, console = Report(content), Console(width=100)
+    tables = (
+        outcome.task_table({name: scores}),
+        outcome.task_comparison(content["dense"], content["compressed"]),
+        comparison(made),
+    )
+    for table in tables:
+        console.print(table)
+        assert name in capsys.readouterr().out
+    assert task_rows(made)[1][0] == f"{name}, acc"
+    monkeypatch.setattr("sys.stderr", shown := Terminal())
+    with Bars().stage(name, 3) as advance:
+        advance(3)
+    assert name in shown.getvalue()
+
+
+class Terminal(io.StringIO):
+    """What a person sees."""
+
+    def isatty(self):
+        return True
+
+
+def sample(right, answers=2, choices=2, **more):
+    """What the harness keeps of an item."""
+    from secateur.evaluate.harness import CHOICES as NUMBER
+
+    responses = [(-float(i), False) for i in range(answers)][::-1]
+    return {
+        "filter": "none",
+        "metrics": ["acc"],
+        "acc": right,
+        "target": 0,
+        "filtered_resps": responses,
+        NUMBER: choices,
+    } | more
+
+
+@pytest.mark.parametrize(
+    ("samples", "chance"),
+    [
+        ([sample(1.0), sample(0.0)], 0.5),
+        ([sample(1.0), sample(0.0, answers=4, choices=4)], 0.375),
+        ([sample(1.0, target=[0, 1], answers=4, choices=4)], 0.5),
+        ([sample(1.0), sample(0.3)], None),  # a share of probability, as in truthfulqa_mc2
+        ([sample(1.0), sample(0.0, answers=4, choices=2)], None),  # and without context
+        ([sample(1.0, choices=None)], None),
+    ],
+)
+def test_chance_is_of_right_or_wrong_choices(samples, chance):
+    from secateur.evaluate.harness import CHOICES as NUMBER
+    from secateur.evaluate.harness import by_task
+
+    figures, answers = by_task("t", {"t": samples}, {"t": {"acc,none": 1.0}}, {})["t"]
+    assert figures["chance"] == chance
+    assert answers.chosen[-1] == (samples[-1][NUMBER] or 2) - 1  # not one without context
+
+
+def test_a_group_is_one_entry_only_where_it_is_the_mean_of_its_items():
+    """The mistake: a mean of tasks' means beside the error of the mean of items."""
+    from secateur.evaluate.harness import by_task
+
+    tasks = {"a": [sample(1.0)] * 4, "b": [sample(0.0)] * 2 + [sample(1.0)] * 2 + [sample(0.0)] * 4}
+    said = {"a": {"acc,none": 1.0}, "b": {"acc,none": 0.25}}
+    pooled = by_task("g", tasks, said, {"g": {"acc,none": 0.5}})
+    assert [*pooled] == ["g"]
+    assert pooled["g"][0]["items"] == 12
+    for group in ({"acc,none": 0.625}, {"alias": "g"}):
+        found = by_task("g", tasks, said, {"g": group})
+        assert {name: figures["acc"] for name, (figures, _) in found.items()} == {
+            "a": 1.0,
+            "b": 0.25,
+        }
