@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.errors import InputError
 from secateur.names import short_name
-from secateur.report import size
+from secateur.report import perplexity, rise, size
 from secateur.runs import RATE, Run, read_run
 
 #: what quality is held against
@@ -216,8 +216,8 @@ def show(content: dict[str, Any]) -> None:
             escape(entry["method"] or ""),
             size(entry["bytes"]),
             f"{entry['bytes'] / dense['bytes']:.0%}" if own else "",
-            f"{entry['perplexity']:.2f}",
-            f"{entry['perplexity'] / dense['perplexity'] - 1:+.1%}" if own else "",
+            perplexity(entry["perplexity"]),
+            rise(entry["perplexity"], dense["perplexity"]) if own else "",
             *(_told_ms(entry[axis]) for axis in AXES[1:]),
             "everything" if everywhere and len(beaten) > 1 else ", ".join(beaten),
             style="dim" if everywhere else None,

@@ -320,7 +320,7 @@ def show_verdict(verdict: Verdict) -> None:
     table.add_row("bytes on disk", size(verdict.bytes))
     for name, value in verdict.perplexity.items():
         of = f"{verdict.tokens[name]:,} {verdict.counts}"
-        table.add_row(f"perplexity, {escape(name)} ({of})", f"{value:.2f}")
+        table.add_row(f"perplexity, {escape(name)} ({of})", reporting.perplexity(value))
     for name, value in verdict.tasks.items():
         table.add_row(name, f"{value:.1%}")
     for key, value in verdict.speed.items():

@@ -12,6 +12,7 @@ from secateur import outcome
 from secateur.version import __version__
 
 VERSION = 2
+HUGE = 1e6  # beyond it a perplexity is that of a wrecked model
 TIERS = {
     "plain": "loads wherever the dense model does, no extra code",
     "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
@@ -78,13 +79,13 @@ def lines(report: Report) -> list[Line]:
 
     def add(label: str, a: float, b: float, form: Any, change: str) -> None:
         ratio = b / a if a else 1.0  # memory that the process had before, say
-        note = {"share": f"{ratio:.1%}", "times": f"{ratio:.2f}×", "rise": f"{ratio - 1:+.1%}"}
+        note = {"share": f"{ratio:.1%}", "times": f"{ratio:.2f}×", "rise": rise(b, a)}
         found.append(Line(label, form(a), form(b), note[change] if a else ""))
 
     add("parameters", dense["parameters"], small["parameters"], count, "share")
     add("bytes on disk", dense["bytes"], small["bytes"], size, "share")
     for name, value in dense["perplexity"].items():
-        add(f"perplexity, {name}", value, small["perplexity"][name], "{:.2f}".format, "rise")
+        add(f"perplexity, {name}", value, small["perplexity"][name], perplexity, "rise")
     for name, value in dense["tasks"].items():
         other = small["tasks"][name]
         points = f"{100 * (other - value):+.1f} points"
@@ -163,6 +164,17 @@ def summary(report: Report) -> str:
     told += f", by {report['method']['name']}"
     total = report["seconds"].get("total")
     return told if total is None else f"{told} in {total:.0f} s"
+
+
+def perplexity(value: float) -> str:
+    """Two decimals, but of a wrecked model few digits."""
+    return f"{value:.2f}" if value < HUGE else f"{value:.2g}"
+
+
+def rise(value: float, dense: float) -> str:
+    """How much higher it is; where percents would say nothing, how many times."""
+    ratio = value / dense if dense else 1.0
+    return f"{ratio - 1:+.1%}" if ratio < HUGE else f"{ratio:.2g}×"
 
 
 def count(number: float) -> str:

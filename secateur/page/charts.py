@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from secateur.report import perplexity
+
 WIDTH, LEFT, RIGHT, TOP = 340.0, 44.0, 14.0, 12.0
 BOTTOM = 30.0  # for the numbers of an axis and its name
 FLOOR = 1e-9  # of a logarithmic axis
@@ -378,7 +380,7 @@ def frontier(title: str, name: str, points: Sequence[Point], form: Form = number
     taken = [(across(p.x), scale(p.y)) for p in points]
     for p in points:
         shape = "diamond" if p.dense else "dot" if p.best else "cross"
-        told = f"{p.sign} {p.name}: perplexity {p.y:.2f} at {form(p.x)}"
+        told = f"{p.sign} {p.name}: perplexity {perplexity(p.y)} at {form(p.x)}"
         parts.append(marked(shape, across(p.x), scale(p.y), told))
         kind = "middle own" if p.own else "middle sign"
         x, y = beside(across(p.x), scale(p.y), p.sign, taken)

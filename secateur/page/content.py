@@ -12,7 +12,16 @@ from secateur.names import short_name
 from secateur.page import charts
 from secateur.page.charts import Point
 from secateur.page.steps import Figure, step_figures
-from secateur.report import Report, lines, size, summary, task_rows, told_tier
+from secateur.report import (
+    Report,
+    lines,
+    perplexity,
+    rise,
+    size,
+    summary,
+    task_rows,
+    told_tier,
+)
 from secateur.runs import Run
 
 STAGES = {
@@ -78,8 +87,8 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
     ]
     for name, value in [*dense["perplexity"].items()][:1]:
         other = small["perplexity"][name]
-        rise = f"{other / value - 1:+.1%}" if value else ""
-        found.append(("perplexity", rise, f"{value:.2f} → {other:.2f}, {name}"))
+        both = f"{perplexity(value)} → {perplexity(other)}, {name}"
+        found.append(("perplexity", rise(other, value), both))
     if agrees := small["agreement"]:
         found.append(
             ("same first choice", f"{agrees['top1']:.1%}", f"of {agrees['outputs']:,.0f} outputs")
@@ -123,6 +132,7 @@ def compared(comparison: dict[str, Any], own: str | None = None) -> dict[str, An
             "sign": "" if sign == "dense" else sign,
             "own": own is not None and entry.get("folder") == own,
             "size": size(entry["bytes"]),
+            "told": perplexity(entry["perplexity"]),
             "beaten": [TOLD[axis] for axis, *_ in AXES if entry["frontier"].get(axis) is False],
         }
         for sign, entry in signed

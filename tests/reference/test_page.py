@@ -146,6 +146,8 @@ def test_a_wrecked_model_has_a_page_a_card_and_a_picture(page, tmp_path):
     other = made_run(tmp_path / "other", content)
     seen = Seen(page(content, siblings=[other]))
     assert "Perplexity against" in seen.text
+    assert "1e+304" in seen.text
+    assert "0" * 20 not in seen.text
     assert card(Report(read_run(other).report.content))
     root = ElementTree.fromstring(standalone(compare([other])))
     assert "nan" not in ElementTree.tostring(root, encoding="unicode")
