@@ -4,8 +4,9 @@ import json
 from importlib.util import find_spec
 
 import pytest
+import transformers
 import yaml
-from conftest import ALLOCATORS, ROOT
+from conftest import ALLOCATORS, ROOT, save_checkpoint
 
 TRAINED = ROOT.parent / "shared" / "data" / "models"
 needs_gguf = pytest.mark.skipif(
@@ -82,6 +83,26 @@ def test_a_compressed_checkpoint_runs_in_llama_cpp_with_its_tokenizer(run, compr
     assert made["finding"]["largest"] < 1e-4
     shown = run("export", *given, "--overwrite", "--type", "q4_k_m").succeeded()
     assert "16" in shown.out
+
+
+@needs_gguf
+@runs
+@pytest.mark.parametrize(("kind", "found"), [("Qwen2", "deci"), ("Qwen3", "openelm")])
+def test_other_families_run_with_sizes_by_layer(
+    run, compress, room, llama_config, tokenizer, tmp_path, kind, found
+):
+    fields = llama_config(vocab_size=384, tie_word_embeddings=True).to_dict()
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    dense = save_checkpoint(tmp_path / kind, config, tokenizer)
+    compress("--keep", "0.8", "--method", "modegpt", source=dense).succeeded()
+    plan = json.loads((room / "out" / "secateur" / "plan.json").read_text())
+    assert len({row["after"] for row in plan["units"] if row["kind"] == "mlp"}) > 1
+    given = (room / "out", room / "m.gguf", "--to", "gguf")
+    made = json.loads(run("export", *given, "--json").succeeded().out)
+    assert made["architecture"] == found
+    assert made["finding"]["same"] == made["finding"]["greedy"] == 16
 
 
 @needs_gguf
