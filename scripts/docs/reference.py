@@ -35,7 +35,8 @@ the package loads neither torch nor transformers. Mistakes of the caller raise `
 
 def command_line() -> str:
     """The page about the commands, from the parser itself."""
-    context = click.Context(cli, info_name="secateur")
+    # A command remembers its help option as the first context names it.
+    context = click.Context(cli, info_name="secateur", **cli.context_settings)
     return COMMANDS + "\n".join(
         command(click.Context(one, info_name=name, parent=context), one)
         for name, one in cli.commands.items()
