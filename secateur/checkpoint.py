@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from secateur.residual import residual_layout
 from secateur.uses import PREFIX
 
 SHARD_BYTES = 4 * 2**30
+Part = TypeVar("Part")
 #: imports the other files of its folder that are called so, and is written beside weights with them
 CODE = Path(str(modeling_secateur.__file__))
 
@@ -222,16 +223,22 @@ def linear_layers(model: Model) -> dict[str, nn.Module]:
 
     What is gone must have left it (:func:`~secateur.depth.close_ranks`).
     """
-    inside_model = model.module.named_modules()
-    found: dict[str, nn.Module]
-    found = {name: layer for name, layer in inside_model if isinstance(layer, nn.Linear)}
+    found = as_written(model, lambda module: dict(module.named_modules()))
+    return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
+
+
+def as_written(model: Model, parts: Callable[[nn.Module], Mapping[str, Part]]) -> dict[str, Part]:
+    """The named parts of a model as it is written: an attention that is as it was is the stock one.
+
+    ``parts`` gives those of a module by their names in it.
+    """
+    found = dict(parts(model.module))
     for block in model.blocks:
         if attention_changed(block):
             continue
         inside = f"{block_prefix(model, block)}{block.anatomy.attention}."
-        found = {name: layer for name, layer in found.items() if not name.startswith(inside)}
-        own = block.stock_attention.named_modules()
-        found |= {inside + name: layer for name, layer in own if isinstance(layer, nn.Linear)}
+        found = {name: part for name, part in found.items() if not name.startswith(inside)}
+        found |= {inside + name: part for name, part in parts(block.stock_attention).items()}
     return found
 
 

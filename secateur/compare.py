@@ -15,7 +15,6 @@ from secateur.runs import RATE, Run, read_run
 #: what quality is held against
 AXES = ("bytes", "reading_ms", "writing_ms")
 TOLD = dict(zip(AXES, ("bytes", "reading", "writing"), strict=True))
-COLUMNS = 100
 SAME = 0.005  # relative difference of two measurements of one dense model on one text
 ALIKE = 0.15  # of its times, which other work on the machine disturbs
 Entry = dict[str, Any]
@@ -185,13 +184,12 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 def show(content: dict[str, Any]) -> None:
     """Print :func:`compare`: a line a run, least bytes first."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal or console.width > COLUMNS:
-        console = Console(highlight=False, width=COLUMNS)
+    from secateur.terminal import terminal
+
+    console = terminal()
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column in (
         "run",

@@ -27,6 +27,7 @@ from secateur.model import Settings, not_served
 from secateur.opening import DEMO, skeleton
 from secateur.plan import Plan
 from secateur.report import TIERS, Report, count, size
+from secateur.terminal import terminal
 from secateur.units import WIDTHS
 from secateur.uses import PREFIX
 
@@ -34,15 +35,7 @@ if TYPE_CHECKING:
     from secateur.gguf.export import Exported
     from secateur.graph import Graph
 
-WIDTH = 100
 SIDES = ("dense", "compressed")
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal or console.width > WIDTH:
-        console = Console(highlight=False, width=WIDTH)
-    return console
 
 
 def catalogue() -> dict[str, Any]:
@@ -69,7 +62,7 @@ def _entry(kind: type[Method] | type[Allocator]) -> dict[str, Any]:
 
 def show_catalogue(content: dict[str, Any]) -> None:
     """Print :func:`catalogue`."""
-    console = _console()
+    console = terminal()
     for group in ("methods", "allocators"):
         console.print(f"[bold]{group}[/]")
         for entry in content[group]:
@@ -130,7 +123,7 @@ def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, A
 
 def show_inspection(content: dict[str, Any]) -> None:
     """Print :func:`inspection`."""
-    console = _console()
+    console = terminal()
     head = f"[bold]{escape(content['model'])}[/]  {content['model_type']}, "
     console.print(
         f"{head}{count(content['parameters'])} parameters, {size(content['bytes'])}, "
@@ -164,7 +157,7 @@ def show_inspection(content: dict[str, Any]) -> None:
 
 def show_spectrum(content: dict[str, Any]) -> None:
     """Print :func:`~secateur.spectrum.spectrum`: a line a method, a column a share of the bytes."""
-    console = _console()
+    console = terminal()
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("share of the bytes")
     for share in content["shares"]:
@@ -188,7 +181,7 @@ def show_spectrum(content: dict[str, Any]) -> None:
 
 def show_plan(plan: Plan, written: Path | None) -> None:
     """Print a plan, one line a unit."""
-    console = _console()
+    console = terminal()
     curve = method_class(plan.method.name).curve
     told = curve.partition(":")[0] if plan.predicted_loss is None else "predicted loss"
     own = [row.unit.rpartition(".")[0] for row in plan.units]  # the block of each
@@ -230,7 +223,7 @@ def _sees(model_type: str) -> bool:
 
 def show_report(report: Report, out: Path) -> None:
     """Print what a run reports, and what to type next."""
-    console = _console()
+    console = terminal()
     _show_outcome(console, report)
     console.print(reporting.summary(report))
     if report["densified"]:
@@ -253,7 +246,7 @@ def show_report(report: Report, out: Path) -> None:
 
 def show_comparison(report: Report) -> None:
     """Print a model beside the one that it is held against."""
-    console = _console()
+    console = terminal()
     _show_outcome(console, report)
     _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
 
@@ -269,21 +262,21 @@ def _show_outcome(console: Console, report: Report) -> None:
 
 def show_export(out: Path, tier: str) -> None:
     """Print where an exported checkpoint is and who reads it."""
-    console = _console()
+    console = terminal()
     console.print(f"[bold]{escape(str(out))}[/]  tier {tier}: {TIERS[tier]}")
     _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
 
 
 def show_plain(out: Path, model_type: str) -> None:
     """Print where a checkpoint for stock classes is, and which those are."""
-    console = _console()
+    console = terminal()
     console.print(f"[bold]{escape(str(out))}[/]  model_type {model_type}: {TIERS['plain']}")
     _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
 
 
 def show_graph(out: Path, made: "Graph") -> None:
     """Print where a graph is, and how far onnxruntime is from the model."""
-    console = _console()
+    console = terminal()
     console.print(
         f"[bold]{escape(str(out))}[/]  {size(made.bytes)}; onnxruntime gives the model's logits "
         f"(largest difference {made.difference:.1g} of their spread)"
@@ -292,7 +285,7 @@ def show_graph(out: Path, made: "Graph") -> None:
 
 def show_gguf(out: Path, made: "Exported") -> None:
     """Print where a GGUF file is, and how far llama.cpp is from the model."""
-    console = _console()
+    console = terminal()
     console.print(
         f"[bold]{escape(str(out))}[/]  {made.kind}, {size(made.bytes)}, architecture "
         f"{made.architecture}"
@@ -312,7 +305,7 @@ def show_gguf(out: Path, made: "Exported") -> None:
 
 def show_verdict(verdict: Verdict) -> None:
     """Print what was measured of one model."""
-    console = _console()
+    console = terminal()
     table = Table(show_header=False, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from secateur.block import Block
-from secateur.checkpoint import attention_changed, block_prefix
+from secateur.checkpoint import as_written, attention_changed
 from secateur.errors import InputError
 from secateur.gguf.shapes import CANDIDATES as IN_LLAMA
 from secateur.gguf.shapes import STEADY
@@ -314,15 +314,7 @@ def _obstacle(model: Model, module: PreTrainedModel, ratio: float) -> str | None
 
 def held(model: Model) -> dict[str, Tensor]:
     """The model's tensors by the names that they are written under."""
-    found = dict(model.module.state_dict())
-    for block in model.blocks:
-        if attention_changed(block):
-            continue
-        inside = f"{block_prefix(model, block)}{block.anatomy.attention}."
-        found = {name: tensor for name, tensor in found.items() if not name.startswith(inside)}
-        own = block.stock_attention.state_dict()
-        found |= {inside + name: tensor for name, tensor in own.items()}
-    return found
+    return as_written(model, lambda module: module.state_dict())
 
 
 def conform(model: Model, stock: Stock) -> None:
