@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from secateur.checkpoint import (
-    Writer,
     finish,
-    published_name,
     store_block,
     store_rest,
     write_reader,
@@ -29,10 +27,12 @@ from secateur.linears import set_linear
 from secateur.model import Model, Settings, has_forms
 from secateur.opening import open_model, skeleton
 from secateur.progress import Progress
+from secateur.residence import published_name
 from secateur.text import Tokens
 from secateur.uniform import PAIRS, Stock, common_sizes, conform, held, stock_of
 from secateur.uses import PREFIX
 from secateur.workspace import Workspace
+from secateur.writer import Writer
 
 LENGTH = 16
 

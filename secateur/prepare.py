@@ -18,7 +18,6 @@ from secateur.latency import check_length, check_timed
 from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, Settings
-from secateur.opening import open_model
 from secateur.plan import (
     Plan,
     check_sizes,
@@ -34,6 +33,7 @@ from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch
 from secateur.stream import TOKENS_PER_BATCH
+from secateur.streaming import open_fitting
 from secateur.text import Calibration, Tokens
 from secateur.units import DEPTH, MATRICES, Matrix, Unit
 
@@ -144,7 +144,7 @@ def prepare(
     if scores is not None and not scores.absolute().parent.is_dir():
         raise InputError(f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}.")
     with watch.measure("open"):
-        model = open_model(source, settings)
+        model = open_fitting(source, settings, store.folder)
         chosen = method.build_method() if isinstance(method, Plan) else method
         if left := model.left_out:
             progress.say(

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.calibration import Store
-from secateur.checkpoint import published_name
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions
 from secateur.header import BYTES, tensors
@@ -26,6 +25,7 @@ from secateur.progress import Progress
 from secateur.reach import check_runtime
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
+from secateur.residence import published_name
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration, Tokens

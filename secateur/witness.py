@@ -56,7 +56,7 @@ class Witness:
     def _seen(self, model: Model) -> Iterator[tuple[int, dict[str, Tensor]]]:
         stream = Stream(model, self.tokens, len(self.tokens))
         (batch,) = stream.batches
-        for block in model.blocks:
+        for block in model.in_turn():
             real = stream.mask(batch, block)
             with _heard(block) as added:
                 after = stream.through(block, stream.at(batch))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from secateur import checkpoint, pipeline
-from secateur.checkpoint import Writer
+from secateur.writer import Writer
 from secateur.prepare import Prepared
 from secateur.progress import Progress
 from secateur.stopwatch import Stopwatch
