@@ -1,7 +1,6 @@
 """Several methods one after the other, under one budget of bytes."""
 
 import json
-import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from secateur.calibration import Store
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions
-from secateur.header import BYTES, tensors
+from secateur.header import tensors
 from secateur.layers.integers import missing_library
 from secateur.methods import check_served
 from secateur.model import Model, Settings
@@ -241,8 +240,8 @@ def stored_bytes(folder: Path, shapes: Model) -> int:
     """What the tensors of all blocks take in the files of a checkpoint."""
     inside = _block_prefixes(shapes)
     return sum(
-        math.prod(shape) * BYTES[kind]
-        for name, (shape, kind) in tensors(str(folder), folder)
+        entry.end - entry.start
+        for name, entry in tensors(folder).items()
         if name.startswith(inside)
     )
 
