@@ -72,9 +72,12 @@ class Trials:
     together, so that every block is read once. They are kept where the model's states are.
     """
 
-    def __init__(self, model: Model, tokens: Tokens) -> None:
+    def __init__(self, model: Model, tokens: Tokens, units: int) -> None:
         self._dense = Stream(model, tokens)
-        self._tried: dict[tuple[str, int], Stream] = {}
+        windows, *rest = self._dense.held.shape
+        every = torch.Size((units * len(SHARES) * windows, *rest))
+        self._held = self._dense.activations(every, self._dense.held.dtype)  # one trial by another
+        self._first: dict[tuple[str, int], int] = {}  # where the states of a trial begin
         self._curves: dict[str, Curve] = {}
 
     def of_block(
@@ -85,34 +88,43 @@ class Trials:
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Narrow the units of a block one by one, and move everything behind it."""
-        for stream in self._tried.values():
-            stream.advance(block)
+        for first in self._first.values():
+            for batch in self._dense.batches:
+                states = self._held[self._rows(first, batch)].to(self._dense.model.device)
+                self._held[self._rows(first, batch)] = self._dense.through(block, states)
         for unit in units:
             solution = solutions[unit.name]
             self._curves[unit.name] = solution.curve
             for size in measured_sizes(unit, solution.curve):
-                stream = self._dense.copy()
+                first = len(self._first) * len(self._dense.held)
+                self._first[unit.name, size] = first
                 with narrowed(block, unit, solution.at(size)):
-                    stream.advance(block)
-                self._tried[unit.name, size] = stream
+                    for batch in self._dense.batches:
+                        states = self._dense.through(block, self._dense.at(batch))
+                        self._held[self._rows(first, batch)] = states
             advance(1)
         self._dense.advance(block)
 
     def losses(self, units: Sequence[Unit]) -> dict[str, Curve]:
         """The loss of every unit at every size, behind the last block."""
         found: dict[str, dict[int, float]] = {unit.name: {unit.size: 0.0} for unit in units}
-        totals, count = dict.fromkeys(self._tried, 0.0), 0
+        totals, count = dict.fromkeys(self._first, 0.0), 0
         for batch in self._dense.batches:
             scores = said(self._dense, batch, self._dense.at(batch)).log_softmax(-1)
             dense = scores.exp()
             negentropy = torch.linalg.vecdot(dense, scores)
             count += len(scores)
-            for key, stream in self._tried.items():
-                logits = said(stream, batch, stream.at(batch))
+            for key, first in self._first.items():
+                states = self._held[self._rows(first, batch)].to(dense.device)
+                logits = said(self._dense, batch, states)
                 totals[key] += divergence_sum(dense, negentropy, logits)
         for (name, size), total in totals.items():
             found[name][size] = mean_divergence(total, count, name)
         return {u.name: interpolated(u)(found[u.name], self._curves[u.name]) for u in units}
+
+    def _rows(self, first: int, batch: slice) -> slice:
+        """Where a batch of the trial is whose states begin there."""
+        return slice(first + batch.start, first + min(batch.stop, len(self._dense.held)))
 
 
 def said(stream: Stream, batch: slice, states: Tensor) -> Tensor:

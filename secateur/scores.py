@@ -161,7 +161,7 @@ def score(
             if model.residence is None:
                 divergence = Divergence(model, few)
             else:
-                trials = Trials(model, few)
+                trials = Trials(model, few, len(changing))
         for block in model.in_turn():
             statistics = store.get(block.index, needs, model.device)
             readings.append(allocator.read(block, statistics))
