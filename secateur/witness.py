@@ -23,7 +23,7 @@ MOST_NUMBERS = 2**26  # of the dense model's states that are kept: 256 MB
 PARTS = ("attention", "mlp", "stream")
 POINTS = 17  # of a curve that is told
 SHARES = (0.5, 0.9, 0.99, 0.999)  # of energy
-WIDEST = 4096  # Gram whose eigenvalues take no time worth mentioning
+WIDEST = 2048  # Gram whose eigenvalues take a small part of a forward pass
 
 Errors = dict[str, float | None]
 
