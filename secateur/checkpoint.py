@@ -43,7 +43,8 @@ def finish(model: Model, tier: Written, writer: Writer) -> None:
     Raises:
         InputError: a weight is beyond the largest number of the stored format.
     """
-    store_rest(model, writer)
+    with model.headed():
+        store_rest(model, writer)
     writer.finish()
     close_ranks(model)
     write_config(model, tier, writer.folder)
