@@ -15,6 +15,7 @@ from secateur.allocate.base import Allocator
 from secateur.calibration import Store
 from secateur.card import write_card
 from secateur.checkpoint import finish, store_block, writer_for
+from secateur.crew import ALONE, Crew
 from secateur.errors import InputError
 from secateur.evaluate.domains import domains
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
@@ -29,7 +30,6 @@ from secateur.page import write_page
 from secateur.plan import Budget, Plan, check_sizes, match_units
 from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
 from secateur.progress import Progress
-from secateur.propagate import narrow_blocks
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
 from secateur.runs import read_run
@@ -57,6 +57,7 @@ def compress(
     statistics: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    crew: Crew = ALONE,
 ) -> Report:
     """Make a smaller checkpoint of ``source`` in the folder ``out`` and report what it costs.
 
@@ -81,6 +82,7 @@ def compress(
             they last as long as the run.
         overwrite: replace ``out`` once the new result is whole.
         progress: who is told how far it is.
+        crew: processes that share the work, by default this one.
 
     Raises:
         InputError: anything wrong with the input; nothing is left behind.
@@ -131,6 +133,7 @@ def compress(
             scores,
             watch,
             progress,
+            crew=crew,
         )
         said = write(prepared, workspace.result, watch, progress)
         plan, observed = prepared.plan, prepared.observed
@@ -160,7 +163,8 @@ def write(prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
     witness = None
     if evidence is not None and method.kinds != STREAM:
         witness = Witness(model, prepared.tokens)
-    narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
+    given = (model, method, units, plan.sizes, prepared.tokens, prepared.store)
+    narrowed = prepared.crew.narrow_blocks(*given)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         while True:
             with watch.measure("apply"):

@@ -17,6 +17,7 @@ from secateur.measure import Divergence, Trials, measure_losses, windows_to_meas
 from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
+from secateur.ranks import ALONE, Ranks
 from secateur.records import Record, read_record
 from secateur.residual import place_curves
 from secateur.text import Tokens
@@ -138,40 +139,47 @@ def score(
     tokens: Tokens,
     allocator: Allocator | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Evidence:
     """Every unit's predicted error at every size, readings of every block, and measured losses.
 
     Losses only where ``allocator``, by default the method's own, spends by them. One evidence
-    serves every budget, target and multiple. ``advance`` is told how many units are done.
+    serves every budget, target and multiple. ``advance`` is told how many units are done. On
+    several ``ranks`` each has its share of the units of a block, and all have all the evidence.
     """
     check_served(method, model)
     allocator = allocator or method.allocator
     units, needs = method.units(model, 1), method.needs | allocator.needs
     allocator.check_units(units)
     through = [unit for unit in units if unit.block == EVERY_BLOCK]
-    places: dict[str, list[Curve]] = {unit.name: [] for unit in through}
+    places: dict[int, dict[str, list[Curve]]] = {}
     curves: dict[str, Curve] = {}
     losses: dict[str, Curve] = {}
-    readings: list[tuple[float, ...]] = []
+    readings: dict[int, tuple[float, ...]] = {}
     with torch.no_grad():
         divergence, trials = None, None
         changing = [unit for unit in units if not unit.fixed]
+        mine = _dealt(changing, ranks)
         if allocator.measured:
             few = windows_to_measure(tokens, len(changing))
             if model.residence is None:
                 divergence = Divergence(model, few)
             else:
-                trials = Trials(model, few, len(changing))
+                trials = Trials(model, few, len(mine))
         for block in model.in_turn():
             statistics = store.get(block.index, needs, model.device)
-            readings.append(allocator.read(block, statistics))
-            for unit in through:
-                places[unit.name] += place_curves(method, unit, block, statistics)
+            if ranks.mine(block.index):
+                readings[block.index] = allocator.read(block, statistics)
+                places[block.index] = {
+                    unit.name: place_curves(method, unit, block, statistics) for unit in through
+                }
             whole = [unit for unit in units if unit.block == block.index and unit.fixed]
             for unit in whole:  # it never changes, so it never errs
                 curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
             advance(len(whole))
-            own = [unit for unit in changing if unit.block == block.index]
+            every = [unit for unit in changing if unit.block == block.index]
+            own = [unit for unit in every if unit.name in mine]
+            advance(len(every) - len(own))
             solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
             curves |= {name: solution.curve for name, solution in solutions.items()}
             if trials is not None:
@@ -181,7 +189,25 @@ def score(
             else:
                 advance(len(own))
         if trials is not None:
-            losses |= trials.losses(changing)
-    curves |= {name: Curve.mean(found) for name, found in places.items()}
+            losses |= trials.losses([unit for unit in changing if unit.name in mine])
+    for part in ranks.gathered((readings, places, curves, losses)):
+        for own, others in zip((readings, places, curves, losses), part, strict=True):
+            own.update(others)
+    for unit in through:
+        curves[unit.name] = Curve.mean(
+            [c for b in model.blocks for c in places[b.index][unit.name]]
+        )
     advance(len(through))
-    return Evidence(curves, readings, losses if allocator.measured else None)
+    read = [readings[block.index] for block in model.blocks]
+    return Evidence(curves, read, losses if allocator.measured else None)
+
+
+def _dealt(units: Sequence[Unit], ranks: Ranks) -> set[str]:
+    """Names of those that this process solves: of every block some, and of every kind."""
+    seen: dict[int, int] = {}
+    found = set()
+    for unit in units:
+        place = seen[unit.block] = seen.get(unit.block, -1) + 1
+        if ranks.mine(unit.block + place):
+            found.add(unit.name)
+    return found

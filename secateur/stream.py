@@ -13,6 +13,7 @@ from torch import Tensor
 from secateur.activations import Activations
 from secateur.block import Block, as_output
 from secateur.model import Model
+from secateur.ranks import ALONE, Ranks
 from secateur.text import Tokens
 
 TOKENS_PER_BATCH = 4096
@@ -36,12 +37,21 @@ class Stream:
 
     Where a decoder stands behind an encoder, the positions of both stand side by side. A block sees
     and changes its :meth:`part` of them, and reads the other as the states have it.
+
+    On several ``ranks`` it has a share of the windows; where there is none left, one without a
+    token that counts.
     """
 
-    def __init__(self, model: Model, tokens: Tokens, rows: int | None = None) -> None:
+    def __init__(
+        self, model: Model, tokens: Tokens, rows: int | None = None, ranks: Ranks = ALONE
+    ) -> None:
         self.model = model
-        self.tokens = tokens
+        self.ranks = ranks
         self.rows = rows or max(1, TOKENS_PER_BATCH // tokens.length)
+        share = ranks.share(len(tokens), self.rows)
+        self._ahead = tokens.mask[: share.ahead]
+        self._idle = share.start == share.stop
+        self.tokens = tokens = tokens[:1] if self._idle else tokens[share.start : share.stop]
         self.batches = [slice(i, i + self.rows) for i in range(0, len(tokens), self.rows)]
         self._calls: dict[int, list[_Call]] = {}
         self._parts: dict[str, slice] = {}
@@ -77,7 +87,12 @@ class Stream:
 
     def mask(self, batch: slice, block: Block) -> Tensor:
         """Which tokens of a batch that a block sees are real, on the model's device."""
-        return self.tokens.mask[batch, self.part(block)].to(self.model.device)
+        real = self.tokens.mask[batch, self.part(block)].to(self.model.device)
+        return torch.zeros_like(real) if self._idle else real
+
+    def ahead(self, block: Block) -> int:
+        """How many tokens that a block sees other ranks have seen before this one."""
+        return int(self._ahead[:, self.part(block)].sum())
 
     def counted(self, batch: slice) -> Tensor:
         """Which outputs of a batch count, on the model's device."""
