@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-
 from secateur.allocate.base import Allocator, Evidence
 from secateur.block import Block
 from secateur.calibration import Store, calibrate

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,7 +82,7 @@ class Place:
 class Link:
     """The connection of a process with the others of its run."""
 
-    def __init__(self, rank: int, world: int, store: dist.Store, first_keeps: bool) -> None:
+    def __init__(self, rank: int, world: int, store: Any, first_keeps: bool) -> None:
         self.rank, self.world = rank, world
         self._store, self._first_keeps = store, first_keeps  # the store
         self._rounds = 0
@@ -114,7 +115,9 @@ class Link:
             rank, count, port = int(given["RANK"]), int(world), int(given["MASTER_PORT"])
             first_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             hosting, address = first_keeps and not rank, given["MASTER_ADDR"]
-            store = dist.TCPStore(address, port, None, hosting, JOINING, wait_for_workers=False)
+            store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+                address, port, None, hosting, JOINING, wait_for_workers=False
+            )
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 f"rank {given['RANK']} of {world} does not reach the others at "
@@ -122,7 +125,8 @@ class Link:
                 f"torchrun."
             ) from error
         run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(rank, count, dist.PrefixStore(f"secateur-{run}", store), first_keeps)
+        own: Any = dist.PrefixStore(f"secateur-{run}", store)  # type: ignore[attr-defined]
+        return cls(rank, count, own, first_keeps)
 
     def meet(self) -> None:
         """Wait for all others to come here."""

@@ -190,9 +190,11 @@ def score(
                 advance(len(own))
         if trials is not None:
             losses |= trials.losses([unit for unit in changing if unit.name in mine])
-    for part in ranks.gathered((readings, places, curves, losses)):
-        for own, others in zip((readings, places, curves, losses), part, strict=True):
-            own.update(others)
+    for own_part in ranks.gathered((readings, places, curves, losses)):
+        readings |= own_part[0]
+        places |= own_part[1]
+        curves |= own_part[2]
+        losses |= own_part[3]
     for unit in through:
         curves[unit.name] = Curve.mean(
             [c for b in model.blocks for c in places[b.index][unit.name]]
