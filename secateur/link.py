@@ -261,7 +261,11 @@ class Link:
         if self._ended:
             return
         self._ended = True
-        raise self.reason() or KeyboardInterrupt
+        reason = self.reason()
+        if reason is not None:  # whoever looks for what went first must not find this one
+            with suppress(RuntimeError):
+                self._store.set(f"bye/{self.rank}", "")
+        raise reason or KeyboardInterrupt
 
     def reason(self, patience: float = 0.0) -> BaseException | None:
         """Why it can't go on; waits some seconds for that to be seen."""

@@ -148,6 +148,8 @@ def prepare(
     if scores is not None and not scores.absolute().parent.is_dir():
         raise InputError(f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}.")
     with watch.measure("open"):
+        if crew.ranks.world > 1:
+            progress.say(f"{crew.ranks.world} processes share the work")
         model = crew.open(source, settings, store.folder)
         chosen = method.build_method() if isinstance(method, Plan) else method
         if left := model.left_out:

@@ -9,6 +9,7 @@ import torch
 
 from secateur.crew import Crew, follow
 from secateur.errors import InputError, RunError
+from secateur.evaluate.judge import quiet
 from secateur.link import Link, RankFailedError, RankGoneError
 from secateur.ranks import Ranks
 
@@ -43,6 +44,7 @@ def check_command(name: str | None, crew: Crew | None) -> None:
 
 def serve(link: Link) -> int:
     """Be one of the others; the exit code."""
+    quiet()
     message, refused = "", False
     try:
         follow(Ranks(link))
