@@ -109,7 +109,7 @@ def collect_gradients(
             for kind in sorted(set(kinds.values())):
                 block.parameters_of(kind, of=sums.follow)
         share = ranks.share(len(tokens), max(1, TOKENS_PER_BACKWARD // tokens.length))
-        _backward(model, tokens[share.start : share.stop], FUNCTIONALS[name], sums)
+        _backward(model, tokens[share], FUNCTIONALS[name], sums)
         sums.add_up(ranks)
         if sums.count == 0:
             raise InputError(f"calibration: {model.use.lacking}")

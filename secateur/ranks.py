@@ -17,21 +17,6 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Share:
-    """The windows of one process.
-
-    Attributes:
-        start: the first of them.
-        stop: the first behind them.
-        ahead: windows before the batch, of a process that is alone, in which they begin.
-    """
-
-    start: int
-    stop: int
-    ahead: int
-
-
-@dataclass(frozen=True)
 class Ranks:
     """One of some processes, of which the first leads; by default one that is alone.
 
@@ -75,22 +60,15 @@ class Ranks:
         """Whether a piece of work is this one's, dealt out in turn."""
         return number % self.world == self.rank
 
-    def share(self, windows: int, rows: int) -> Share:
+    def share(self, windows: int, rows: int) -> slice:
         """This one's part of the windows, in batches of so many where it is alone.
 
         A part is made of whole batches, so that numbers are rounded as in a process that is alone;
-        where there are fewer batches than processes, a batch is cut, and some may have none.
+        where there are fewer batches than processes, some have none.
         """
         batches = -(-windows // rows)
-        if batches >= self.world:
-            first, last = (batches * i // self.world for i in (self.rank, self.rank + 1))
-            return Share(first * rows, min(last * rows, windows), first * rows)
-        pieces = self.world // batches
-        batch, piece = divmod(self.rank, pieces)
-        start = batch * rows
-        count = max(0, min(rows, windows - start))
-        first, last = (start + count * i // pieces for i in (piece, piece + 1))
-        return Share(first, last, start) if batch < batches else Share(windows, windows, windows)
+        first, last = (batches * i // self.world for i in (self.rank, self.rank + 1))
+        return slice(first * rows, min(last * rows, windows))
 
     def add_up(self, statistics: BlockStatistics) -> None:
         """Let statistics be those of all tokens; each process has its part of them."""

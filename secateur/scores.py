@@ -201,7 +201,10 @@ def score(
         )
     advance(len(through))
     read = [readings[block.index] for block in model.blocks]
-    return Evidence(curves, read, losses if allocator.measured else None)
+    curves = {unit.name: curves[unit.name] for unit in units}  # in whatever order they came
+    if not allocator.measured:
+        return Evidence(curves, read)
+    return Evidence(curves, read, {u.name: losses[u.name] for u in units if u.name in losses})
 
 
 def _dealt(units: Sequence[Unit], ranks: Ranks) -> set[str]:

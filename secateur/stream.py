@@ -1,5 +1,6 @@
 """Windows on their way through a model: hidden states, one block at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from secateur.ranks import ALONE, Ranks
 from secateur.text import Tokens
 
 TOKENS_PER_BATCH = 4096
+BATCHES = 4  # at least, of windows that several processes may share
 
 
 @dataclass
@@ -43,15 +45,18 @@ class Stream:
     """
 
     def __init__(
-        self, model: Model, tokens: Tokens, rows: int | None = None, ranks: Ranks = ALONE
+        self, model: Model, tokens: Tokens, rows: int | None = None, ranks: Ranks | None = None
     ) -> None:
         self.model = model
-        self.ranks = ranks
-        self.rows = rows or max(1, TOKENS_PER_BATCH // tokens.length)
-        share = ranks.share(len(tokens), self.rows)
-        self._ahead = tokens.mask[: share.ahead]
-        self._idle = share.start == share.stop
-        self.tokens = tokens = tokens[:1] if self._idle else tokens[share.start : share.stop]
+        most = max(1, TOKENS_PER_BATCH // tokens.length)
+        if ranks is not None:  # the same batches, however many there are
+            most = min(most, math.ceil(len(tokens) / BATCHES))
+        self.rows = rows or most
+        self.ranks = ranks or ALONE
+        share = self.ranks.share(len(tokens), self.rows)
+        self._ahead = tokens.mask[: share.start]
+        self._idle = share.start >= share.stop
+        self.tokens = tokens = tokens[:1] if self._idle else tokens[share]
         self.batches = [slice(i, i + self.rows) for i in range(0, len(tokens), self.rows)]
         self._calls: dict[int, list[_Call]] = {}
         self._parts: dict[str, slice] = {}
