@@ -82,6 +82,7 @@ def test_going_on_gives_the_same_bytes(dense, tmp_path, monkeypatch, name, varia
                 except Stop:
                     continue
             return given, said
+        raise AssertionError
 
     (plain, expected), (gone_on, said) = run(tmp_path / "a"), run(tmp_path / "b", (0, 0))
     assert written(tmp_path / "b" / "out") == written(tmp_path / "a" / "out")
