@@ -9,6 +9,7 @@ from secateur.allocate.base import Allocator, Evidence
 from secateur.block import Block
 from secateur.calibration import Store, calibrate
 from secateur.errors import InputError
+from secateur.journal import States
 from secateur.methods.base import Method
 from secateur.model import Model, Settings
 from secateur.propagate import narrow_blocks
@@ -18,12 +19,9 @@ from secateur.statistics import Need
 from secateur.streaming import open_fitting
 from secateur.text import Tokens
 from secateur.units import EVERY_BLOCK, Unit
+from secateur.workspace import Stage, at_once
 
 Advance = Callable[[int], None]
-
-
-def silent(steps: int) -> None:
-    """Nobody watches."""
 
 
 class Order(Protocol):
@@ -91,7 +89,7 @@ class ScoreUnits:
         """Likewise."""
         assert model is not None
         given = (Store(self.folder), self.tokens, self.allocator)
-        score(model, self.method, *given, silent, ranks)
+        score(model, self.method, *given, ranks=ranks)
         return model
 
 
@@ -104,13 +102,17 @@ class Narrow:
     sizes: Mapping[str, int]
     tokens: Tokens
     folder: Path
+    states: Path | None
+    done: int
 
     def follow(self, ranks: Ranks, model: Model | None) -> Model | None:
         """Likewise; the blocks are of no more use here."""
         assert model is not None
         given = (self.units, self.sizes, self.tokens, Store(self.folder))
-        for _ in narrow_blocks(model, self.method, *given, ranks):
-            pass
+        journal = None if self.states is None else States(self.states, self.done, ranks)
+        for block in narrow_blocks(model, self.method, *given, journal, ranks):
+            if journal is not None:
+                journal.record(block)
         return None
 
 
@@ -159,10 +161,11 @@ class Crew:
         tokens: Tokens,
         allocator: Allocator,
         advance: Advance,
+        stage: Stage = at_once,
     ) -> Evidence:
         """See :func:`~secateur.scores.score`."""
         self._order(lambda: ScoreUnits(method, _folder(store), tokens, allocator))
-        return score(model, method, store, tokens, allocator, advance, self.ranks)
+        return score(model, method, store, tokens, allocator, advance, stage, self.ranks)
 
     def narrow_blocks(
         self,
@@ -172,14 +175,18 @@ class Crew:
         sizes: Mapping[str, int],
         tokens: Tokens,
         store: Store,
+        journal: States | None = None,
     ) -> Iterator[Block]:
         """See :func:`~secateur.propagate.narrow_blocks`."""
         if any(
             unit.block == EVERY_BLOCK for unit in units
         ):  # one thing, from the first to the last
-            return narrow_blocks(model, method, units, sizes, tokens, store)
-        self._order(lambda: Narrow(method, units, dict(sizes), tokens, _folder(store)))
-        return narrow_blocks(model, method, units, sizes, tokens, store, self.ranks)
+            return narrow_blocks(model, method, units, sizes, tokens, store, journal)
+        states = None if journal is None else journal.folder.absolute()
+        given = (method, units, dict(sizes), tokens)
+        done = 0 if journal is None else journal.done
+        self._order(lambda: Narrow(*given, _folder(store), states, done))
+        return narrow_blocks(model, method, units, sizes, tokens, store, journal, self.ranks)
 
     def dismiss(self) -> None:
         """There is nothing more to do."""

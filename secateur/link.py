@@ -38,7 +38,7 @@ class RankGoneError(KeyboardInterrupt):
     """Another process has ended; what is finished stays, as when a person interrupts."""
 
 
-class RankFailedError(BaseException):
+class RankFailedError(InputError):
     """Another process refused its input, and says so here."""
 
 

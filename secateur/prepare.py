@@ -37,6 +37,7 @@ from secateur.stopwatch import Stopwatch
 from secateur.stream import TOKENS_PER_BATCH, Stream
 from secateur.text import Calibration, Tokens
 from secateur.units import DEPTH, MATRICES, STREAM, Matrix, Unit
+from secateur.workspace import Stage, at_once
 
 
 def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> Allocator:
@@ -135,12 +136,13 @@ def prepare(
     watch: Stopwatch,
     progress: Progress,
     only_plan: bool = False,
+    stage: Stage = at_once,
     crew: Crew = ALONE,
 ) -> Prepared:
     """Open a model, calibrate it and decide the sizes, or check those of a given plan.
 
-    Scores that were measured before are used again. ``only_plan`` then needs no calibration. A
-    ``crew`` shares the work.
+    Scores that were measured before are used again. ``only_plan`` then needs no calibration. With
+    ``stage`` a run keeps what it has found of each block, and a ``crew`` shares the work.
 
     Raises:
         InputError: anything wrong with the input.
@@ -202,7 +204,7 @@ def prepare(
                 crew.calibrate(model, tokens, needs, store, advance)
     if evidence is None:
         with watch.measure("curves"), progress.stage("scoring units", len(every)) as advance:
-            evidence = crew.score(model, chosen, store, tokens, allocator, advance)
+            evidence = crew.score(model, chosen, store, tokens, allocator, advance, stage)
         keep_evidence(own, evidence, scores)
     if not allocator.measured:  # whatever the cache holds, the same command gives the same plan
         evidence = replace(evidence, losses=None)

@@ -89,6 +89,11 @@ class Ranks:
             if statistic.total is not None:
                 self.sum([statistic.total])
 
+    def meet(self) -> None:
+        """Wait for the others."""
+        if self.link is not None:
+            self.link.meet()
+
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Replace tensors by the sums of those of all."""
         if self.link is not None:

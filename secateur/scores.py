@@ -1,7 +1,8 @@
 """Scores: what calibration says about every unit, measured once and kept for every budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from secateur.residual import place_curves
 from secateur.text import Tokens
 from secateur.units import EVERY_BLOCK, Unit
 from secateur.version import __version__
-from secateur.workspace import write_whole
+from secateur.workspace import Stage, at_once, write_whole
 
 MAX_BYTES = 2**30
 
@@ -139,72 +140,115 @@ def score(
     tokens: Tokens,
     allocator: Allocator | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    stage: Stage = at_once,
     ranks: Ranks = ALONE,
 ) -> Evidence:
     """Every unit's predicted error at every size, readings of every block, and measured losses.
 
     Losses only where ``allocator``, by default the method's own, spends by them. One evidence
-    serves every budget, target and multiple. ``advance`` is told how many units are done. On
-    several ``ranks`` each has its share of the units of a block, and all have all the evidence.
+    serves every budget, target and multiple. ``advance`` is told how many units are done, and
+    ``stage`` may have what is found of a block from an earlier run. On several ``ranks`` each has
+    its share of the units of every block, and all have all the evidence.
     """
     check_served(method, model)
     allocator = allocator or method.allocator
     units, needs = method.units(model, 1), method.needs | allocator.needs
     allocator.check_units(units)
     through = [unit for unit in units if unit.block == EVERY_BLOCK]
-    places: dict[int, dict[str, list[Curve]]] = {}
-    curves: dict[str, Curve] = {}
-    losses: dict[str, Curve] = {}
-    readings: dict[int, tuple[float, ...]] = {}
+    changing = [unit for unit in units if not unit.fixed]
+    mine = _dealt(changing, ranks)
+    pending: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
         divergence, trials = None, None
-        changing = [unit for unit in units if not unit.fixed]
-        mine = _dealt(changing, ranks)
         if allocator.measured:
             few = windows_to_measure(tokens, len(changing))
             if model.residence is None:
                 divergence = Divergence(model, few)
             else:
-                trials = Trials(model, few, len(mine))
+                trials, stage = Trials(model, few, len(mine)), at_once
+        first = ranks.told(lambda: {b.index: _kept(stage, b.index) for b in model.blocks})
+        found = {block: kept for block, kept in first.items() if kept is not None}
         for block in model.in_turn():
-            statistics = store.get(block.index, needs, model.device)
-            if ranks.mine(block.index):
-                readings[block.index] = allocator.read(block, statistics)
-                places[block.index] = {
-                    unit.name: place_curves(method, unit, block, statistics) for unit in through
-                }
-            whole = [unit for unit in units if unit.block == block.index and unit.fixed]
-            for unit in whole:  # it never changes, so it never errs
-                curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
-            advance(len(whole))
             every = [unit for unit in changing if unit.block == block.index]
+            if block.index in found:  # an interrupted run has them
+                advance(len(every))
+                if divergence is not None:
+                    divergence.advance(block)
+                continue
             own = [unit for unit in every if unit.name in mine]
             advance(len(every) - len(own))
+            statistics = store.get(block.index, needs, model.device)
             solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
-            curves |= {name: solution.curve for name, solution in solutions.items()}
+            measured: dict[str, Curve] = {}
             if trials is not None:
                 trials.of_block(block, own, solutions, advance)
             elif divergence is not None:
-                losses |= measure_losses(divergence, block, own, solutions, advance)
+                measured = measure_losses(divergence, block, own, solutions, advance)
             else:
                 advance(len(own))
+            pending[block.index] = {
+                "curves": {name: s.curve.errors for name, s in solutions.items()},
+                "losses": {name: curve.errors for name, curve in measured.items()},
+            }
+            if ranks.mine(block.index):
+                there = {u.name: place_curves(method, u, block, statistics) for u in through}
+                pending[block.index] |= {
+                    "reading": allocator.read(block, statistics),
+                    "places": {name: [c.errors for c in own] for name, own in there.items()},
+                }
+            if len(pending) == ranks.world:  # of so many blocks each has as much as the others
+                found |= _together(ranks.gathered(pending), stage)
+                pending = {}
+        if pending:
+            found |= _together(ranks.gathered(pending), stage)
+        losses: dict[str, Curve] = {}
         if trials is not None:
-            losses |= trials.losses([unit for unit in changing if unit.name in mine])
-    for own_part in ranks.gathered((readings, places, curves, losses)):
-        readings |= own_part[0]
-        places |= own_part[1]
-        curves |= own_part[2]
-        losses |= own_part[3]
+            tried = [unit for unit in changing if unit.name in mine]
+            for part in ranks.gathered(trials.losses(tried)):
+                losses |= part
+    ordered = [found[block.index] for block in model.blocks]
+    curves = {name: Curve(tuple(c)) for own in ordered for name, c in own["curves"].items()}
+    losses |= {name: Curve(tuple(c)) for own in ordered for name, c in own["losses"].items()}
+    for unit in units:
+        if unit.fixed:  # it never changes, so it never errs
+            curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
     for unit in through:
-        curves[unit.name] = Curve.mean(
-            [c for b in model.blocks for c in places[b.index][unit.name]]
-        )
-    advance(len(through))
-    read = [readings[block.index] for block in model.blocks]
+        places = [Curve(tuple(c)) for own in ordered for c in own["places"][unit.name]]
+        curves[unit.name] = Curve.mean(places)
+    advance(len(units) - sum(unit.block != EVERY_BLOCK for unit in changing))
+    readings = [tuple(own["reading"]) for own in ordered]
     curves = {unit.name: curves[unit.name] for unit in units}  # in whatever order they came
     if not allocator.measured:
-        return Evidence(curves, read)
-    return Evidence(curves, read, {u.name: losses[u.name] for u in units if u.name in losses})
+        return Evidence(curves, readings)
+    return Evidence(curves, readings, {u.name: losses[u.name] for u in units if u.name in losses})
+
+
+class _MissingError(Exception):
+    """No earlier run has it."""
+
+
+def _kept(stage: Stage, block: int) -> dict[str, Any] | None:
+    """What an earlier run has found of a block, or None."""
+
+    def missing() -> dict[str, Any]:
+        raise _MissingError
+
+    try:
+        return stage(f"scores-{block}", missing)
+    except _MissingError:
+        return None
+
+
+def _together(parts: Sequence[Mapping[int, dict[str, Any]]], stage: Stage) -> dict[int, Any]:
+    """What all processes have found of some blocks."""
+    found = {}
+    for block in parts[0]:
+        whole: dict[str, Any] = {"curves": {}, "losses": {}}
+        for part in parts:
+            own = part[block]
+            whole = {**whole, **own, **{k: whole[k] | own[k] for k in ("curves", "losses")}}
+        found[block] = stage(f"scores-{block}", partial(dict, whole))
+    return found
 
 
 def _dealt(units: Sequence[Unit], ranks: Ranks) -> set[str]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Stream:
         self.rows = rows or most
         self.ranks = ranks or ALONE
         share = self.ranks.share(len(tokens), self.rows)
-        self._ahead = tokens.mask[: share.start]
+        self._first, self._ahead = share.start, tokens.mask[: share.start]
         self._idle = share.start >= share.stop
         self.tokens = tokens = tokens[:1] if self._idle else tokens[share]
         self.batches = [slice(i, i + self.rows) for i in range(0, len(tokens), self.rows)]
@@ -110,6 +111,16 @@ class Stream:
     def put(self, batch: slice, states: Tensor) -> None:
         """Move a batch on."""
         self.held[batch] = states
+
+    def save(self, path: Path) -> None:
+        """Write the states of its windows to a file with those of all; see :meth:`load`."""
+        if not self._idle:
+            self.held.save(path, self._first if self.ranks.world > 1 else None)
+
+    def load(self, path: Path) -> None:
+        """Take the states that were saved there, by however many processes."""
+        if not self._idle:
+            self.held.load(path, self._first)
 
     def copy(self) -> "Stream":
         """Another stream at the same place."""

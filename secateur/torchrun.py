@@ -4,13 +4,15 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
+from secateur.cli import out_of_memory
 from secateur.crew import Crew, follow
 from secateur.errors import InputError, RunError
 from secateur.evaluate.judge import quiet
-from secateur.link import Link, RankFailedError, RankGoneError
+from secateur.link import ADVICE, Link, RankFailedError, RankGoneError
 from secateur.ranks import Ranks
 
 SHARED = ("compress", "plan")
@@ -62,9 +64,12 @@ def serve(link: Link) -> int:
         message, refused = str(error), True
     except (RunError, OSError) as error:
         message = f"rank {link.rank}: {error}"
-    except BaseException:
-        traceback.print_exc()
-        message = f"rank {link.rank} failed, as it says above."
+    except BaseException as error:
+        if isinstance(error, Exception) and out_of_memory(error):
+            message = f"rank {link.rank}: there is not enough memory. {ADVICE}"
+        else:
+            traceback.print_exc()
+        message = message or f"rank {link.rank} failed, as it says above."
     link.quiet()
     link.fail(message, refused, PATIENCE)
     return 2 if refused else 1
@@ -86,18 +91,16 @@ def run_shared(run: Callable[[Crew | None], int]) -> int:
         return _leaving(serve(link))
     try:
         code = run(crew := Crew(Ranks(link)))
-        if not code:
-            crew.dismiss()
-            link.leave()
-    except RankFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
     except BaseException:  # nothing that is known; the others must not wait
         traceback.print_exc()
         code = 1
     if code:
         link.quiet()
         link.fail("", False)
+    else:
+        with suppress(KeyboardInterrupt, InputError):  # all is done, whoever is gone
+            crew.dismiss()
+            link.leave()
     return _leaving(code)
 
 

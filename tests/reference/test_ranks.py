@@ -113,7 +113,7 @@ def compressed(folder, method, tokens, ranks, place, streamed=False):
         given, method, evidence, Calibration("stream", WINDOWS, LENGTH, 0), tokens, store=store
     ).sizes
     units, weights = method.units(given, 8), []
-    for block in narrow_blocks(given, method, units, sizes, tokens, store, ranks):
+    for block in narrow_blocks(given, method, units, sizes, tokens, store, ranks=ranks):
         weights.append({n: p.clone() for n, p in block.module.state_dict().items()})
     curves = {name: curve.errors for name, curve in evidence.curves.items()}
     losses = evidence.losses and {name: curve.errors for name, curve in evidence.losses.items()}
