@@ -67,7 +67,7 @@ class Ranks:
         where there are fewer batches than processes, some have none.
         """
         batches = -(-windows // rows)
-        first, last = (batches * i // self.world for i in (self.rank, self.rank + 1))
+        first, last = (-(-batches * i // self.world) for i in (self.rank, self.rank + 1))
         return slice(first * rows, min(last * rows, windows))
 
     def add_up(self, statistics: BlockStatistics) -> None:

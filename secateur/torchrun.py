@@ -27,7 +27,7 @@ def joined() -> Link | None:
     """
     link = Link.from_environment()
     if link is not None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // link.neighbours))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // link.neighbours))
     return link
 
 
@@ -57,9 +57,11 @@ def serve(link: Link) -> int:
         if str(error):
             print(f"error: {error}", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, RankFailedError):
+    except RankFailedError:
         link.quiet()
         return 1
+    except KeyboardInterrupt:
+        message = f"rank {link.rank} was interrupted. {ADVICE}"
     except InputError as error:
         message, refused = str(error), True
     except (RunError, OSError) as error:
@@ -85,6 +87,9 @@ def run_shared(run: Callable[[Crew | None], int]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"error: {error}" if str(error) else "interrupted.", file=sys.stderr)
+        return _leaving(1)
     if link is None:
         return run(None)
     if link.rank:

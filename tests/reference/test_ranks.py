@@ -47,6 +47,7 @@ def test_every_window_is_shared_out_once(world, windows, rows):
     taken = [window for share in shares for window in range(share.start, share.stop)]
     assert taken == [*range(windows)]
     assert all(share.start % rows == 0 for share in shares if share.start < windows)
+    assert shares[0].start < shares[0].stop  # what it sees of blocks decides
 
 
 def read_all(name, ranks, needs):
@@ -199,6 +200,34 @@ def test_units_are_dealt_out(known, tmp_path):
         assert sorted(every) == sorted(unit.name for unit in units)
         kinds = [{name.rpartition(".")[2] for name in own[which]} for own in found]
         assert kinds[0] == kinds[1]  # none has all of the dear ones
+
+
+def test_states_are_kept_by_any_number_and_read_by_another(known, tmp_path):
+    folder, tokens = known("llama"), families.read("llama", WINDOWS, LENGTH)
+    path = tmp_path / "some.states"
+
+    def there(ranks):
+        given = open_model(str(folder), CPU)
+        with torch.no_grad():
+            line = stream.Stream(given, tokens, ranks=ranks)
+            line.advance(given.blocks[0])
+        return line
+
+    def saved(ranks):
+        line = there(ranks)
+        line.save(path)
+        ranks.meet()
+        before = line.states.clone()
+        line.held[:] = torch.zeros_like(before)
+        line.load(path)
+        return ranks.share(WINDOWS, 2) == slice(9, 9) or torch.equal(line.states, before)
+
+    assert all(together(7, saved, tmp_path))  # more than there are batches
+    line = there(ALONE)
+    expected = line.states.clone()
+    line.held[:] = torch.zeros_like(expected)
+    line.load(path)
+    assert torch.equal(line.states, expected)
 
 
 def test_one_that_dies_ends_the_others(tmp_path):
