@@ -220,7 +220,8 @@ def test_states_are_kept_by_any_number_and_read_by_another(known, tmp_path):
         before = line.states.clone()
         line.held[:] = torch.zeros_like(before)
         line.load(path)
-        return ranks.share(WINDOWS, 2) == slice(9, 9) or torch.equal(line.states, before)
+        share = ranks.share(WINDOWS, 2)
+        return share.start >= share.stop or torch.equal(line.states, before)
 
     assert all(together(7, saved, tmp_path))  # more than there are batches
     line = there(ALONE)
