@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py FOLDER [--model demo] [--calibration TEXT] [--eval TEXT]
 
-Runs go to FOLDER, where those that are finished stay; pictures to docs/pictures. Without speed, as
-times of a busy machine say little. The page is photographed by Chromium.
+Runs go to FOLDER, where those that are finished stay; pictures to docs/pictures. Nothing
+else should run meanwhile, as it draws times. The page is photographed by Chromium.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RUNS = (("auto", 0.9), ("auto", 0.8), ("auto", 0.7), ("flap", 0.8), ("shortgpt", 0.8))
-LIGHT = ("--samples", 32, "--eval-windows", 32, "--no-speed")
+LIGHT = ("--samples", 32, "--eval-windows", 32)
 SHOWN = "auto-0.8"
 SIZE = (1000, 1240)
 
@@ -58,7 +58,7 @@ def main() -> None:
             secateur("compress", arguments.model, out, *given, *texts, *LIGHT)
     pictures = ROOT / "docs" / "pictures"
     pictures.mkdir(exist_ok=True)
-    secateur("compare", *made, "--plot", pictures / "frontier.svg")
+    secateur("compare", *made, "--plot", pictures / "frontier.svg", "--overwrite")
     shown = arguments.folder.resolve() / SHOWN
     others = [flag for run in made if run != shown for flag in ("--siblings", run)]
     secateur("report", shown, *others)

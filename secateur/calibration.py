@@ -137,7 +137,7 @@ def calibrate(
         check_finite(statistics)
     with torch.inference_mode():
         stream = Stream(model, tokens)
-        for block in model.blocks:
+        for block in model.in_turn():
             found = collect(stream, block, needs | {Needs.INFLUENCE})
             store.put(block.index, {**found, **gradients[block.index]})
             advance(1)

@@ -1,18 +1,14 @@
 """Write a compressed model as safetensors and JSON, shard by shard, in the tier its plan needs."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import MODEL_MAPPING
 
 from secateur.anatomy import Anatomy
 from secateur.block import Block
@@ -24,84 +20,14 @@ from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers, quantization_config
 from secateur.linears import inputs_by_outputs
 from secateur.model import Model
+from secateur.residence import published_name
 from secateur.residual import residual_layout
 from secateur.uses import PREFIX
+from secateur.writer import Writer
 
-SHARD_BYTES = 4 * 2**30
 Part = TypeVar("Part")
 #: imports the other files of its folder that are called so, and is written beside weights with them
 CODE = Path(str(modeling_secateur.__file__))
-
-
-class Writer:
-    """Collects tensors and writes a shard whenever one is full."""
-
-    def __init__(
-        self,
-        folder: Path,
-        shard_bytes: int = SHARD_BYTES,
-        rename: Callable[[str, Tensor], str] = lambda name, _: name,
-    ) -> None:
-        self.folder = folder
-        self.rename = rename
-        self.shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._written = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor, which must not change before its shard is written."""
-        size = tensor.numel() * tensor.element_size()
-        pending = sum(t.numel() * t.element_size() for t in self._pending.values())
-        if self._pending and pending + size > self.shard_bytes:
-            self._flush()
-        self._pending[self.rename(name, tensor)] = tensor.detach().cpu().contiguous()
-        self._written += size
-
-    def _flush(self) -> None:
-        # A view into a larger storage would be refused, or written twice.
-        tensors = {name: tensor.clone() for name, tensor in self._pending.items()}
-        path = self.folder / f"shard-{len(self._shards)}.safetensors"
-        try:
-            save_file(tensors, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path.name}: {error}") from error
-        path.chmod(0o666 & ~_umask())  # save_file leaves it readable for its owner alone
-        self._shards.append(list(tensors))
-        self._pending.clear()
-
-    def finish(self) -> None:
-        """Write what is pending, then give the shards the names that transformers looks for."""
-        if self._pending:
-            self._flush()
-        count = len(self._shards)
-        if count == 1:
-            (self.folder / "shard-0.safetensors").rename(self.folder / "model.safetensors")
-            return
-        index: dict[str, str] = {}
-        for i, names in enumerate(self._shards):
-            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{i}.safetensors").rename(self.folder / final)
-            index |= dict.fromkeys(names, final)
-        content = {"metadata": {"total_size": self._written}, "weight_map": index}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def published_name(module: PreTrainedModel) -> Callable[[str, Tensor], str]:
-    """A tensor's name in published checkpoints, where transformers renames it on loading."""
-
-    def rename(name: str, tensor: Tensor) -> str:
-        (published,) = revert_weight_conversion(module, {name: tensor})
-        return str(published)
-
-    return rename
 
 
 def writer_for(model: Model, tier: Written, folder: Path) -> Writer:
@@ -117,7 +43,8 @@ def finish(model: Model, tier: Written, writer: Writer) -> None:
     Raises:
         InputError: a weight is beyond the largest number of the stored format.
     """
-    store_rest(model, writer)
+    with model.headed():
+        store_rest(model, writer)
     writer.finish()
     close_ranks(model)
     write_config(model, tier, writer.folder)
@@ -162,8 +89,8 @@ def store_rest(model: Model, writer: Writer) -> None:
         InputError: a weight is beyond the largest number of the stored format.
     """
     assert model.anatomy is not None
-    _round(model.module, model.stored, "")
     inside = tuple(f"{model.prefix}{stack.blocks}." for stack in model.anatomy.stacks)
+    _round(model.module, model.stored, "", inside)
     seen: set[int] = set()
     for name, tensor in _state(model.module):
         if not name.startswith(inside) and tensor.data_ptr() not in seen:
@@ -183,8 +110,10 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _round(module: nn.Module, dtype: torch.dtype, prefix: str) -> None:
+def _round(module: nn.Module, dtype: torch.dtype, prefix: str, done: tuple[str, ...] = ()) -> None:
     for name, parameter in module.named_parameters():
+        if name.startswith(done):
+            continue
         rounded = parameter.data.to(dtype)
         if not bool(torch.isfinite(rounded).all()):
             raise InputError(

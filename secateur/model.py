@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from secateur.anatomy import FAMILIES, Anatomy, find
 from secateur.block import Block
 from secateur.errors import InputError, first_line, nearest
+from secateur.residence import Residence
 from secateur.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
 from secateur.uses import PREFIX, Use, use_of
 
@@ -33,12 +35,14 @@ class Settings:
         dtype: number format to compute in; "auto" is float32 on a CPU, the stored one elsewhere.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run the code that a checkpoint brings along.
+        stream: "on" reads the model block by block and "off" whole; "auto" goes by free memory.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    stream: str = "auto"
 
     def torch_device(self) -> torch.device:
         """The device meant.
@@ -76,6 +80,7 @@ class Model:
         stored: dtype of the weights on disk, and of what will be written.
         anatomy: its family, or None where the family is unknown.
         left_out: tensors of the weight files that are no part of it: of another head, say.
+        residence: what brings its blocks from disk one at a time; None where all is in memory.
     """
 
     source: str
@@ -84,6 +89,7 @@ class Model:
     stored: torch.dtype
     anatomy: Anatomy | None
     left_out: tuple[str, ...] = ()
+    residence: Residence | None = None
 
     @property
     def config(self) -> Any:
@@ -126,6 +132,25 @@ class Model:
             for i, module in enumerate(modules):
                 blocks.append(Block(len(blocks), module, stack, stack.heads(self.config, i)))
         return blocks
+
+    def resident(self, block: Block) -> AbstractContextManager[None]:
+        """While this lasts, the block's weights are in memory."""
+        return nullcontext() if self.residence is None else self.residence.resident(block)
+
+    def headed(self) -> AbstractContextManager[None]:
+        """While this lasts, all that is outside the blocks is in memory."""
+        return nullcontext() if self.residence is None else self.residence.headed()
+
+    def in_turn(self, blocks: Sequence[Block] | None = None) -> Iterator[Block]:
+        """These blocks, or all, one after the other; the weights of each are there in its turn."""
+        for block in self.blocks if blocks is None else blocks:
+            with self.resident(block):
+                yield block
+
+    def prefix_of(self, block: Block) -> str:
+        """What the names of a block's tensors in the model begin with, without a dot behind."""
+        number = sum(b.anatomy is block.anatomy for b in self.blocks[: block.index])
+        return f"{self.prefix}{block.anatomy.blocks}.{number}"
 
     @property
     def prefix(self) -> str:
@@ -204,12 +229,22 @@ def fingerprint(model: Model) -> str:
     for name in ("_name_or_path", "transformers_version", "dtype"):  # no part of what it computes
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.module.named_parameters():
-        flat = parameter.detach().flatten()
-        picked = flat[:: max(1, len(flat) // 4096)].to("cpu", model.stored)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(picked.contiguous().view(torch.uint8).numpy().tobytes())
+    picked: dict[str, bytes] = {}
+    if model.residence is not None:
+        for block in model.in_turn():
+            own = block.module.named_parameters(model.prefix_of(block))
+            picked |= {name: _some_numbers(parameter, model.stored) for name, parameter in own}
+    with model.headed():
+        for name, parameter in model.module.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(picked.get(name) or _some_numbers(parameter, model.stored))
     return digest.hexdigest()[:16]
+
+
+def _some_numbers(parameter: torch.Tensor, dtype: torch.dtype) -> bytes:
+    flat = parameter.detach().flatten()
+    picked = flat[:: max(1, len(flat) // 4096)].to("cpu", dtype)
+    return picked.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def positions(config: Any) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.activations import Activations
 from secateur.apply import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.block import Block
 from secateur.calibration import Store, collect
@@ -42,7 +43,7 @@ def narrow_blocks(
             return
     line = Propagation(model, tokens, method) if isinstance(method, SequentialMethod) else None
     stream = Stream(model, tokens) if method.rereads else None
-    for block in model.blocks:
+    for block in model.in_turn():
         own = [unit for unit in units if unit.block == block.index]
         if _goes(block, sizes):
             block.remove()  # its constant is in a block before it
@@ -72,7 +73,8 @@ def _constant(
     """What stands for a block that goes."""
     (unit,) = (u for u in units if u.block == gone.index and u.kind == "block")
     statistics = store.get(gone.index, method.needs, model.device)
-    return method.solve(unit, gone, statistics).at(0).bias
+    with model.resident(gone):
+        return method.solve(unit, gone, statistics).at(0).bias
 
 
 def _goes(block: Block, sizes: Mapping[str, int]) -> bool:
@@ -101,8 +103,11 @@ class Propagation:
         with torch.no_grad():
             self.dense = Stream(model, tokens)
         self.narrow = self.dense.copy()
-        self.targets = torch.empty_like(wide(self.dense.states))
-        self.inputs = torch.empty_like(self.dense.states)
+        held = self.dense.held
+        self.targets = self.dense.activations(
+            held.shape, wide(torch.empty(0, dtype=held.dtype)).dtype
+        )
+        self.inputs = self.dense.activations(held.shape, held.dtype)
         self.moved = False
 
     @torch.no_grad()
@@ -118,7 +123,7 @@ class Propagation:
         self.moved = self.moved or any(sizes[unit.name] < unit.size for unit in units)
         additive = self._run_dense(block)
         if not self.moved:
-            self.narrow.states.copy_(self.dense.states)
+            self.narrow.back_to(self.dense)
             return
         query_key, value_output, mlp = own.get("query_key"), own["value_output"], own["mlp"]
         if query_key is not None and sizes[query_key.name] < query_key.size:
@@ -128,12 +133,20 @@ class Propagation:
         self._apply(block, value_output, sizes, {**statistics, **mixed})
         self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
         if sizes[mlp.name] > 0:
-            part, device = self.dense.part(block), self.narrow.model.device
-            mask = self.dense.tokens.mask[:, part]
-            inputs, targets = self.inputs[:, part][mask], self.targets[:, part][mask]
-            self.method.refine(block, inputs.to(device), targets.to(device))
+            inputs, targets = self._rows(block, self.inputs), self._rows(block, self.targets)
+            self.method.refine(block, inputs, targets)
         check_finite(block)
         self.narrow.advance(block)
+
+    def _rows(self, block: Block, held: Activations) -> Tensor:
+        """The numbers of all real tokens that a block sees, on the model's device."""
+        found = [
+            held[batch][:, self.dense.part(block)].to(self.dense.model.device)[
+                self.dense.mask(batch, block)
+            ]
+            for batch in self.dense.batches
+        ]
+        return torch.cat(found)
 
     def _apply(
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
@@ -153,8 +166,8 @@ class Propagation:
                 added = seen.before_mlp + wide(seen.mlp)
                 additive = block.sums and _adds_up(before[:, part], added, after[:, part])
             target = wide(before[:, part]) + attention if additive else attention
-            self.targets[batch, part] = target.cpu()
-            self.inputs[batch, part] = seen.mlp.cpu()  # until the narrowed model's inputs are known
+            self.targets.put(batch, part, target)
+            self.inputs.put(batch, part, seen.mlp)  # until the narrowed model's inputs are known
             self.dense.put(batch, after)
         assert additive is not None
         return additive
@@ -169,7 +182,7 @@ class Propagation:
         part = self.narrow.part(block)
         for batch in self.narrow.batches:
             states, mask = self.narrow.at(batch), self.narrow.mask(batch, block)
-            target = self.targets[batch, part].to(states.device)
+            target = self.targets[batch][:, part].to(states.device)
             with watched(block, until=block.attention.o_proj) as seen:
                 self.narrow.through(block, states)
             values = seen.mixed if whole else mixed_values(block, seen.mixed)
@@ -191,13 +204,13 @@ class Propagation:
                 dense = wide(self.dense.at(batch)[:, part])
                 target = dense - wide(states[:, part]) - seen.before_mlp
             else:
-                target = wide(self.inputs[batch, part].to(states.device))
+                target = wide(self.inputs[batch][:, part].to(states.device))
             if isinstance(bias, Tensor):
                 target = target - bias
             gram.update(seen.hidden, mask=mask)
             cross.update(seen.hidden, target, mask=mask)
-            self.targets[batch, part] = target.cpu()  # first: it may be a view of the inputs
-            self.inputs[batch, part] = seen.inputs.cpu()
+            self.targets.put(batch, part, target)
+            self.inputs.put(batch, part, seen.inputs)
         return {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
 
 

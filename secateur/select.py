@@ -242,7 +242,7 @@ class MiddleStates:
     @torch.no_grad()
     def _of(self, tokens: Tokens) -> Tensor:
         stream = Stream(self.model, tokens)
-        for block in self.model.blocks[: len(self.model.blocks) // 2]:
+        for block in self.model.in_turn(self.model.blocks[: len(self.model.blocks) // 2]):
             stream.advance(block)
         return stream.states
 

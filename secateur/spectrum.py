@@ -48,7 +48,7 @@ def spectrum(
     units = [unit for unit in methods.units(model, 1) if isinstance(unit, Matrix)]
     with torch.no_grad(), progress.stage("reshaping matrices", len(units)) as advance:
         stream = Stream(model, tokens)
-        for block in model.blocks:
+        for block in model.in_turn():
             statistics = collect(stream, block, methods.needs)
             for unit in (unit for unit in units if unit.block == block.index):
                 curve = methods.solve(unit, block, statistics).curve

@@ -45,7 +45,7 @@ class Stitched:
         with torch.no_grad():
             windows = tokens[:WINDOWS]
             self._divergence = Divergence(model, windows)
-            self._first = self._divergence.stream.states.clone()
+            self._first = self._divergence.stream.copy()
             self._last: list[tuple[int, ...]] = []  # sizes of the last plan, block by block
             self._at = 0  # the block that the stream stands before
             for block in model.blocks:
@@ -80,7 +80,7 @@ class Stitched:
         pairs = zip(own[:-1], self._last, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         if same < self._at:
-            stream.states.copy_(self._first)
+            stream.back_to(self._first)
             self._at = 0
         for block in blocks[self._at : same]:
             stream.advance(block)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.activations import Activations
 from secateur.block import Block, as_output
 from secateur.model import Model
 from secateur.text import Tokens
@@ -29,8 +30,9 @@ class Stream:
     """The hidden states of all windows before some block, in batches; made before the first.
 
     The states are kept on the CPU, in the dtype that the model computes in: windows × length ×
-    hidden numbers. The other arguments of a block (masks, rotary tables) depend on the shape of a
-    batch alone, as padding stands behind every real token of a causal model, and others get none.
+    hidden numbers; on disk where they are many and the model is read from there block by block. The
+    other arguments of a block (masks, rotary tables) depend on the shape of a batch alone, as
+    padding stands behind every real token of a causal model, and others get none.
 
     Where a decoder stands behind an encoder, the positions of both stand side by side. A block sees
     and changes its :meth:`part` of them, and reads the other as the states have it.
@@ -39,25 +41,35 @@ class Stream:
     def __init__(self, model: Model, tokens: Tokens, rows: int | None = None) -> None:
         self.model = model
         self.tokens = tokens
-        rows = rows or max(1, TOKENS_PER_BATCH // tokens.length)
-        self.batches = [slice(i, i + rows) for i in range(0, len(tokens), rows)]
+        self.rows = rows or max(1, TOKENS_PER_BATCH // tokens.length)
+        self.batches = [slice(i, i + self.rows) for i in range(0, len(tokens), self.rows)]
         self._calls: dict[int, list[_Call]] = {}
         self._parts: dict[str, slice] = {}
-        states: Tensor | None = None
+        held: Activations | None = None
         for batch in self.batches:
             given = tokens[batch].to(model.device)
             with _noted(model.blocks) as seen:
                 model.module.base_model(**model.use.inputs(given))
             found = torch.cat([*seen.states.values()], 1)
-            if states is None:
-                states = found.new_empty(len(tokens), *found.shape[1:]).cpu()
+            if held is None:
+                held = self.activations(torch.Size((len(tokens), *found.shape[1:])), found.dtype)
                 ends = accumulate((s.shape[1] for s in seen.states.values()), initial=0)
                 parts = [slice(start, end) for start, end in pairwise(ends)]
                 self._parts = dict(zip(seen.states, parts, strict=True))
-            states[batch] = found.cpu()
+            held[batch] = found
             self._calls[len(given)] = seen.calls
-        assert states is not None
-        self.states = states
+        assert held is not None
+        self.held = held
+
+    def activations(self, shape: torch.Size, dtype: torch.dtype) -> Activations:
+        """Room for numbers of every token, where those of this model belong."""
+        home = self.model.residence
+        return Activations(shape, dtype, None if home is None else home.folder)
+
+    @property
+    def states(self) -> Tensor:
+        """All states at once."""
+        return self.held[:]
 
     def part(self, block: Block) -> slice:
         """The positions that a block sees."""
@@ -73,17 +85,21 @@ class Stream:
 
     def at(self, batch: slice) -> Tensor:
         """The states of a batch, on the model's device."""
-        return self.states[batch].to(self.model.device)
+        return self.held[batch].to(self.model.device)
 
     def put(self, batch: slice, states: Tensor) -> None:
         """Move a batch on."""
-        self.states[batch] = states.to(self.states.device)
+        self.held[batch] = states
 
     def copy(self) -> "Stream":
         """Another stream at the same place."""
         other = object.__new__(Stream)
-        other.__dict__ = {**self.__dict__, "states": self.states.clone()}
+        other.__dict__ = {**self.__dict__, "held": self.held.copy(self.rows)}
         return other
+
+    def back_to(self, other: "Stream") -> None:
+        """Take the states of another stream of the same windows."""
+        self.held.take(other.held, self.rows)
 
     def through(
         self, block: Block, states: Tensor, forward: Callable[..., Any] | None = None

@@ -1,0 +1,88 @@
+"""Numbers of every token, in memory or, where they are many, in a file without a name."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.errors import RunError
+
+MOST_BYTES = 2**27  # kept in memory where a folder is given
+
+
+class Activations:
+    """Windows × tokens × hidden numbers, read and written some windows at a time.
+
+    Everything is in memory unless a ``folder`` is given and they take more than
+    :data:`MOST_BYTES`. What is in a file is read and written, not mapped, so that it counts for no
+    memory of this process; the file has no name and is gone with the process, however that ends.
+
+    Raises:
+        RunError: the folder has no space left.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, folder: Path | None) -> None:
+        self.shape, self.dtype, self.folder = shape, dtype, folder
+        self._row = shape[1:].numel() * dtype.itemsize
+        self._memory: Tensor | None = None
+        if folder is None or self._row * shape[0] <= MOST_BYTES:
+            self._memory = torch.zeros(shape, dtype=dtype)
+        else:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """The numbers of some windows; changing what was read changes nothing here."""
+        if self._memory is not None:
+            return self._memory[rows].clone()
+        first, last, _ = rows.indices(len(self))
+        found = torch.empty((last - first, *self.shape[1:]), dtype=self.dtype)
+        room, at = found.flatten().view(torch.uint8).numpy().data, 0
+        self._file.seek(first * self._row)
+        while at < len(room):
+            count = self._file.readinto(room[at:])
+            if not count:
+                raise RunError("hidden states were read before they were written.")
+            at += count
+        return found
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        """Put numbers for some windows, on whatever device they are."""
+        if self._memory is not None:
+            self._memory[rows] = values.to(self._memory)
+            return
+        first, _, _ = rows.indices(len(self))
+        given = values.detach().to("cpu", self.dtype).contiguous()
+        left = given.flatten().view(torch.uint8).numpy().data
+        self._file.seek(first * self._row)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise RunError(
+                f"{str(self.folder)!r} has no room for the hidden states ({error.strerror}), "
+                f"{self._row * len(self) / 2**30:.1f} GB; make some, and repeat the command."
+            ) from error
+
+    def put(self, rows: slice, part: slice, values: Tensor) -> None:
+        """Put numbers for some tokens of some windows."""
+        if values.shape[1] == self.shape[1]:
+            self[rows] = values
+            return
+        whole = self[rows]
+        whole[:, part] = values.to(whole)
+        self[rows] = whole
+
+    def copy(self, rows: int) -> "Activations":
+        """The same numbers once more, copied so many windows at a time."""
+        other = Activations(self.shape, self.dtype, self.folder)
+        other.take(self, rows)
+        return other
+
+    def take(self, other: "Activations", rows: int) -> None:
+        """Become like another of the same shape."""
+        for start in range(0, len(self), rows):
+            self[start : start + rows] = other[start : start + rows]

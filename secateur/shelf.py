@@ -1,0 +1,100 @@
+"""Tensors that stay in their weight files; each is read by itself when it is asked for."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InputError, RunError
+from secateur.header import Entry, read_header
+
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Shelf:
+    """The safetensors files of a folder by the names of their tensors.
+
+    Nothing is mapped: what was read is memory of this process and nothing else is, so that a limit
+    on it holds. Don't use it where all tensors are wanted anyway.
+
+    Raises:
+        InputError: a file is damaged, or a tensor is in two of them.
+    """
+
+    def __init__(self, source: str, folder: Path) -> None:
+        self.source = source
+        self._places: dict[str, tuple[Path, Entry]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, entry in read_header(path).items():
+                if name in self._places:
+                    raise InputError(
+                        f"model {source!r}: {name} is both in {self._places[name][0].name} and in "
+                        f"{path.name}; remove the file that is no part of it."
+                    )
+                self._places[name] = path, entry
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return {*self._places}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return self._places[name][1].shape
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it is stored, in memory of its own.
+
+        Raises:
+            RunError: its file has gone, has changed or cannot be read.
+        """
+        path, entry = self._places[name]
+        if entry.dtype not in DTYPES:
+            raise InputError(
+                f"model {self.source!r}: {name} has number format {entry.dtype}, which is not read "
+                f"tensor by tensor; leave out --stream."
+            )
+        found = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        room, at = found.numpy().data, 0
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(entry.start)
+                while at < len(room):
+                    count = file.readinto(room[at:])
+                    if not count:
+                        raise OSError("it has become shorter")
+                    at += count
+        except OSError as error:
+            raise RunError(
+                f"model {self.source!r}: {path.name} cannot be read any more "
+                f"({error.strerror or error}). See that the file is back as it was, and repeat the "
+                f"command, which then goes on."
+            ) from error
+        return found.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def expect(self, names: list[str]) -> None:
+        """Tell the kernel which tensors are wanted next, so that it reads ahead."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in names:
+            path, entry = self._places[name]
+            try:
+                with path.open("rb", buffering=0) as file:
+                    length = entry.end - entry.start
+                    os.posix_fadvise(file.fileno(), entry.start, length, os.POSIX_FADV_WILLNEED)
+            except OSError:  # said when it is read
+                return
