@@ -77,7 +77,9 @@ class Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            _key(n): s.total.contiguous() for n, s in statistics.items() if s.total is not None
+            _key(need) + name: part.contiguous()
+            for need, statistic in statistics.items()
+            for name, part in statistic.parts().items()
         }
         counts = {_key(need): str(statistic.tokens) for need, statistic in statistics.items()}
         path = self._path(block)
@@ -103,12 +105,14 @@ class Store:
         if not needs:
             return {}
         with safe_open(self._path(block), framework="pt", device=str(device)) as file:
-            counts = file.metadata()
-            return {
-                need: need.kind(file.get_tensor(_key(need)), int(counts[_key(need)]))
-                for need in needs
-                if _key(need) in counts
-            }
+            counts, names = file.metadata(), list(file.keys())
+            found: dict[Need, Statistic] = {}
+            for need in needs:
+                if (key := _key(need)) in counts:
+                    own = [name for name in names if name == key or name.startswith(f"{key}.")]
+                    parts = {name.removeprefix(key): file.get_tensor(name) for name in own}
+                    found[need] = need.kind.of_parts(parts, int(counts[key]))
+            return found
 
 
 def _key(need: Need) -> str:

@@ -1,6 +1,5 @@
 """A model that stays on disk gives what it gives when it is whole in memory."""
 
-
 import pytest
 import torch
 
