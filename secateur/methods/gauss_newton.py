@@ -121,7 +121,7 @@ class GaussNewton:
         with torch.enable_grad():
             produced = [part.detach().requires_grad_() for part in block.produced(inputs)]
             hidden = block.channels(produced)
-        slopes = torch.autograd.grad(hidden.sum(), produced)
+            slopes = torch.autograd.grad(hidden.sum(), produced)
         return hidden.detach().float(), [slope.float() for slope in slopes]
 
     def _error(self, block: Block, inputs: Tensor, targets: Tensor) -> float:
