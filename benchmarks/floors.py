@@ -90,21 +90,22 @@ def modegpt(shape: Shape, keep: float, itemsize: int) -> dict[str, Work]:
 
 
 def auto(shape: Shape, keep: float, itemsize: int) -> dict[str, Work]:
-    n, h, k, head = shape.mlp, shape.hidden, keep * shape.mlp, shape.hidden / shape.heads
+    n, h, k, width = shape.mlp, shape.hidden, keep * shape.mlp, shape.hidden / shape.heads
     tokens, scored = shape.tokens, min(shape.tokens, PairScores.most_tokens)
-    pairs = scored * shape.heads * (shape.length * head * (head + 1) + 2 * head**3)
+    pairs = scored * shape.heads * (shape.length * width * (width + 1) + 2 * width**3)
     statistics = gram(shape, n) + gram(shape, h) + Work(pairs, 0, 4 * (n**2 + h**2))
     once, smaller = forward(shape, itemsize), forward(shape, itemsize) * keep
     removed = 1 - keep**3  # of the elimination's n³, as it ends early
     solve = Work(0, n**3 + 5 * n**2 * h, 7 * 8 * n**2)  # factor, inverse, fit, its products
     refits = sum((share * n) ** 3 / 3 + 2 * (share * n) ** 2 * h for share in (1 / 3, 2 / 3))
+    head = Work(2 * PASSES * tokens * 2 * h * shape.vocabulary / shape.blocks)
     cross = Work(2 * tokens * (h + k) * h)
     steps = Work((9 + 6 * ITERATIONS) * 2 * tokens * h * k)
     refit = Work(0, k**3 / 3 + 2 * k**2 * h)
     return {
         "calibration_forward": once,
         "calibrate": once + statistics,
-        "curves": solve + Work(0, n**3 + refits) + once * PASSES,
+        "curves": solve + Work(0, n**3 + refits) + once * PASSES + head,
         "apply": once
         + smaller * 2
         + gram(shape, h)
