@@ -10,7 +10,17 @@ from typing import Any
 
 import filelock
 
-from secateur.errors import InputError
+from secateur.errors import HaltedError, InputError, RunError
+
+#: what is in the folder of a run that goes on with its result: blocks that are narrowed, or all
+NARROWING, WRITTEN = "narrowing", "written.json"
+#: the result of a named part of a run: from before, or computed by what is given
+Stage = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
+def at_once(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A stage of which nothing is kept."""
+    return compute()
 
 
 class Workspace:
@@ -33,8 +43,8 @@ class Workspace:
     def opened(self, fingerprint: dict[str, Any]) -> Iterator[None]:
         """Take the folder for a run described by ``fingerprint``.
 
-        A run that was killed is taken up again if the fingerprint is the same. A run that fails
-        leaves nothing; one that is interrupted leaves its finished stages.
+        A run that was killed is taken up again if the fingerprint is the same. A run whose input is
+        wrong leaves nothing; one that is stopped, by a full disk for one, leaves what it finished.
 
         Raises:
             InputError: ``out`` exists, another run is working there, or an unfinished one was
@@ -59,12 +69,15 @@ class Workspace:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise InputError(f"another run is writing {str(self.out)!r}; wait for it.") from error
-        keep = False
+        keep = True
         try:
             self._take_up(fingerprint)
             yield
-        except (KeyboardInterrupt, UnfinishedRunError):
-            keep = True
+            keep = False
+        except (UnfinishedRunError, HaltedError):
+            raise
+        except (InputError, RunError):
+            keep = False
             raise
         finally:
             if not keep:
@@ -91,8 +104,9 @@ class Workspace:
             for entry in self.folder.iterdir():
                 if entry.name != "lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        shutil.rmtree(self.result, ignore_errors=True)
-        self.result.mkdir()
+        if not any((self.folder / name).exists() for name in (NARROWING, WRITTEN)):
+            shutil.rmtree(self.result, ignore_errors=True)
+        self.result.mkdir(exist_ok=True)
         write_whole(path, json.dumps(now, indent=1))
 
     def stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError
 from secateur.evaluate import harness
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.damage import damage
@@ -159,7 +159,7 @@ def judge(
         try:
             save_file(kept, outputs_of_dense)
         except SafetensorError as error:
-            raise InputError(
+            raise HaltedError(
                 f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
             ) from error
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
@@ -290,7 +290,8 @@ def judge_apart(
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.
-        RunError: the process died, or the reloaded checkpoint is not the model in memory.
+        HaltedError: the process died, or a file could not be read or written.
+        RunError: the reloaded checkpoint is not the model in memory.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
@@ -298,10 +299,7 @@ def judge_apart(
         if outputs_of_dense is not None:
             content["outputs_of_dense"] = str(outputs_of_dense.absolute())
         if said is not None:
-            asked = {"ids": said.tokens.ids, "mask": said.tokens.mask}
-            if said.tokens.labels is not None:
-                asked["labels"] = said.tokens.labels
-            save_file({**said.said, **asked}, Path(folder, "memory.safetensors"))
+            said.save(Path(folder, "memory.safetensors"))
             content["memory"] = str(Path(folder, "memory.safetensors"))
         request.write_text(json.dumps(content))
         # The child must find this very package, wherever the parent's came from.
@@ -316,6 +314,8 @@ def judge_apart(
         answer = json.loads(result.read_text()) if result.exists() else {}
     if "error" in answer:
         raise InputError(answer["error"])
+    if "halted" in answer:
+        raise HaltedError(answer["halted"])
     if "differs" in answer:
         raise RunError(
             f"the checkpoint, loaded again, is not the model that was compressed: "
@@ -324,7 +324,7 @@ def judge_apart(
     if done.returncode != 0 or not answer:
         killed = done.returncode == -signal.SIGKILL
         reason = "was killed, probably for want of memory" if killed else "failed"
-        raise RunError(f"the process that measured {source!r} {reason} ({done.returncode}).")
+        raise HaltedError(f"the process that measured {source!r} {reason} ({done.returncode}).")
     return Verdict(**answer)
 
 
@@ -350,8 +350,7 @@ def main(request: Path, result: Path) -> int:
         kept = None if kept is None else Path(kept)
         answer = asdict(judge(model, questions, before, for_terminal(), kept))
         if "memory" in content:
-            memory = load_file(content["memory"])
-            tokens = Tokens(memory.pop("ids"), memory.pop("mask"), memory.pop("labels", None))
+            memory, tokens = Testimony.load(Path(content["memory"]))
             if model.residence is None:
                 differs = disagreement(memory, testimony(model, tokens))
             else:
@@ -361,6 +360,8 @@ def main(request: Path, result: Path) -> int:
                 answer = {"differs": differs}
     except InputError as error:
         answer = {"error": str(error)}
+    except (OSError, HaltedError) as error:
+        answer = {"halted": str(error)}
     result.write_text(json.dumps(answer))
     return USER_ERROR if "error" in answer else 0
 
