@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from secateur.block import Block
 from secateur.errors import InputError, refuse_difference
@@ -105,13 +106,16 @@ class Store:
         if not needs:
             return {}
         with safe_open(self._path(block), framework="pt", device=str(device)) as file:
-            counts, names = file.metadata(), list(file.keys())
+            counts = file.metadata()
             found: dict[Need, Statistic] = {}
             for need in needs:
                 if (key := _key(need)) in counts:
-                    own = [name for name in names if name == key or name.startswith(f"{key}.")]
-                    parts = {name.removeprefix(key): file.get_tensor(name) for name in own}
-                    found[need] = need.kind.of_parts(parts, int(counts[key]))
+
+                    def part(name: str, key: str = key) -> Tensor:
+                        tensor: Tensor = file.get_tensor(key + name)
+                        return tensor
+
+                    found[need] = need.kind.of_parts(part, int(counts[key]))
             return found
 
 

@@ -7,7 +7,7 @@ have no unit.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -55,9 +55,9 @@ class Statistic(ABC):
         return {} if self.total is None else {"": self.total.contiguous()}
 
     @classmethod
-    def of_parts(cls, parts: Mapping[str, Tensor], tokens: int) -> Self:
-        """Again from :meth:`parts`."""
-        return cls(parts[""], tokens)
+    def of_parts(cls, part: Callable[[str], Tensor], tokens: int) -> Self:
+        """Again from what ``part`` reads of :meth:`parts`."""
+        return cls(part(""), tokens)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the sum to a device."""
@@ -131,12 +131,12 @@ class Gram(Additive):
         return {} if self.total is None else {f".{i}": b for i, b in bands(self.total)}
 
     @classmethod
-    def of_parts(cls, parts: Mapping[str, Tensor], tokens: int) -> Self:
-        """The square, of which only what was stored counts."""
-        width = parts[".0"].shape[1]
-        total = parts[".0"].new_zeros(width, width)
-        for start, part in bands(total):
-            part.copy_(parts[f".{start}"])
+    def of_parts(cls, part: Callable[[str], Tensor], tokens: int) -> Self:
+        """The square, of which only what was stored counts; one band is in memory beside it."""
+        first = part(".0")
+        total = first.new_zeros(first.shape[1], first.shape[1])
+        for start, band in bands(total):
+            band.copy_(part(f".{start}") if start else first)
         return cls(total, tokens)
 
     def telling(self, total: Tensor) -> Tensor:
