@@ -300,8 +300,6 @@ def _follow(
 
 #: where a run stopped that can go on
 ON = "Nothing half-written has a final name; a compress command goes on when it is typed again."
-    "Nothing is half-written under a final name; a compress command goes on when it is typed again."
-)
 
 
 def main() -> None:
