@@ -37,7 +37,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """A matrix product at least in float32; of half precision on a GPU by its tensor cores."""
     if left.dtype not in HALF:
         return left @ right
-    if left.is_cuda:
+    if left.is_cuda and torch.version.cuda is not None:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
 
