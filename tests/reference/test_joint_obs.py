@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import Store, calibrate
+from secateur import Store, calibrate, symmetric
 from secateur.apply import narrowed
 from secateur.elimination import PANEL, backward_elimination, survivors
 from secateur.linalg import DampingWarning, ridge_leverage
@@ -85,8 +85,13 @@ def test_of_twins_one_stays(seed):
     assert direct_error(x, t, at_once[:7]) > 10 * float(errors[7])
 
 
-def test_exact_across_panels():
-    """Removals are put off, and what is gone is dropped now and then; nothing else may change."""
+@pytest.mark.parametrize("band", [32, symmetric.BAND])
+def test_exact_across_panels_and_bands(band, monkeypatch):
+    """Removals are put off, and what is gone is dropped now and then; nothing else may change.
+
+    The mistake: a row of a matrix that is kept above its diagonal, read as if it were whole.
+    """
+    monkeypatch.setattr(symmetric, "BAND", band)
     size = 300
     assert size > 2 * PANEL
     x = activations(0, 700, size)
