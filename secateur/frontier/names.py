@@ -1,0 +1,69 @@
+"""Names of runs: the method, what it keeps, and whatever else tells it from its like."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from secateur.errors import InputError
+from secateur.frontier.order import in_steps
+from secateur.recipe import Recipe
+
+LONGEST = 100
+#: what a sweep writes beside its runs
+PAGE, PICTURE, TABLE = "frontier.html", "frontier.svg", "frontier.json"
+FILES = (PAGE, PICTURE, TABLE)
+#: what is so common that its value says enough
+BARE = {"method", "allocator", "target", "tier", "runtime"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A run that has no name yet.
+
+    Attributes:
+        base: how its name begins.
+        recipe: its steps; of a method alone one, which has the keep.
+        keep: what its name says of that.
+    """
+
+    base: str
+    recipe: Recipe
+    keep: float | None
+
+
+def named(found: Sequence[Asked]) -> dict[str, Recipe]:
+    """Every run by a name that is safe for a folder; one that is asked for twice is there once.
+
+    Raises:
+        InputError: two that differ have one name, or a name is too long.
+    """
+    runs = list(dict.fromkeys(found))
+    facts = [_facts(run.recipe) for run in runs]
+    made: dict[str, Recipe] = {}
+    for run, own in zip(runs, facts, strict=True):
+        like = [f for r, f in zip(runs, facts, strict=True) if r.base == run.base]
+        parts = [run.base, *([] if run.keep is None else [f"{run.keep:.12g}"])]
+        for key, value in own.items():
+            if len({repr(other[key]) for other in like if key in other}) > 1:
+                word = key.rpartition(".")[2]
+                parts.append(str(value) if key in BARE else f"{word}-{value}")
+        name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "-".join(parts).replace("_", "-")).strip("-.")
+        if not name or len(name) > LONGEST:
+            raise InputError(f"sweep: {name!r} is no name for a folder; give these runs a `name`.")
+        if name.casefold() in {n.casefold() for n in (*made, *FILES)}:
+            raise InputError(f"sweep: two runs are both called {name!r}; give one a `name`.")
+        made[name] = run.recipe
+    return made
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """What may tell a run of one method from another, by dotted names."""
+    if in_steps(recipe):
+        return {}
+    content = recipe.steps[0].as_dict()
+    del content["keep"]
+    method, allocator = content["method"], content["allocator"]
+    found = {f"{method}.{k}": v for k, v in content.pop("options").items()}
+    spends = {f"{allocator}.{k}": v for k, v in content.pop("allocator_options").items()}
+    return {**content, **found, **spends}
