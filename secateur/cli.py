@@ -19,6 +19,7 @@ from secateur.flags import (
     open_options,
     text_options,
 )
+from secateur.sweep_command import sweep
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def cli() -> None:
     secateur inspect Qwen/Qwen2.5-0.5B                     what could shrink
     secateur plan Qwen/Qwen2.5-0.5B --keep 0.8 --dry-run   what would shrink
     secateur eval out                                      measure any model
+    secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   draw the frontier
     """
 
 
@@ -256,7 +258,7 @@ def evaluate(
     asked.print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
 
 
-for command in COMMANDS:
+for command in (sweep, *COMMANDS):
     cli.add_command(command)
 
 
@@ -302,7 +304,7 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
-        print("interrupted; a compress command goes on when it is typed again.", file=sys.stderr)
+        print("interrupted; compress or sweep goes on when it is typed again.", file=sys.stderr)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             print(error.ctx.get_usage(), file=sys.stderr)

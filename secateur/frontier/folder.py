@@ -68,12 +68,13 @@ class Folder:
             self._compare(asked)
             yield
         finally:
+            own = {path.name for path in self.out.iterdir()}
+            if own == {SHARED} and not any(self.shared.glob("dense-*.json")):  # nothing was done
+                shutil.rmtree(self.shared, ignore_errors=True)
             lock.release()
-            if {path.name for path in self.shared.iterdir()} <= {"lock", self._asked.name}:
-                if {path.name for path in self.out.iterdir()} == {SHARED}:
-                    shutil.rmtree(self.shared, ignore_errors=True)
-                    with suppress(OSError):
-                        self.out.rmdir()
+            if not self.shared.exists():
+                with suppress(OSError):
+                    self.out.rmdir()
 
     def _compare(self, asked: dict[str, Any]) -> None:
         now = json.loads(json.dumps(asked))
@@ -105,7 +106,7 @@ class Folder:
         was, new = next(pair for pair in lines if pair[0] != pair[1])
         raise InputError(
             f"run {name!r} in {str(self.out)!r} was made otherwise: {was.strip()!r}, now "
-            f"{new.strip()!r}. Remove that folder, give the run another name, or choose another OUT."
+            f"{new.strip()!r}. Remove that folder, rename the run, or choose another OUT."
         )
 
     def clear(self) -> None:

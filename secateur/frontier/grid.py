@@ -1,4 +1,4 @@
-"""What a sweep asks for: a file, or flags, in which every list makes a run of each of its values."""
+"""What a sweep asks for, in a file: every list makes a run of each of its values."""
 
 from collections.abc import Iterator
 from itertools import product

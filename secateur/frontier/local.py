@@ -33,8 +33,8 @@ def scheduled(
     most: int,
 ) -> Iterator[Outcome]:
     """At most so many at a time, each once those that it comes after are done or have failed."""
-    waiting, done = list(jobs), {job.name for job in jobs}
-    done = {name for job in jobs for name in job.after} - done  # of no concern here
+    waiting, names = list(jobs), {job.name for job in jobs}
+    done = {name for job in jobs for name in job.after} - names
     running: dict[Handle, Job] = {}
     while waiting or running:
         ready = [job for job in waiting if job.after <= done]

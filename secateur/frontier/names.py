@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.compare import SHEETS
 from secateur.errors import InputError
 from secateur.frontier.order import in_steps
 from secateur.recipe import Recipe
 
 LONGEST = 100
-#: what a sweep writes beside its runs
-PAGE, PICTURE, TABLE = "frontier.html", "frontier.svg", "frontier.json"
-FILES = (PAGE, PICTURE, TABLE)
 #: what is so common that its value says enough
 BARE = {"method", "allocator", "target", "tier", "runtime"}
 
@@ -51,7 +49,7 @@ def named(found: Sequence[Asked]) -> dict[str, Recipe]:
         name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "-".join(parts).replace("_", "-")).strip("-.")
         if not name or len(name) > LONGEST:
             raise InputError(f"sweep: {name!r} is no name for a folder; give these runs a `name`.")
-        if name.casefold() in {n.casefold() for n in (*made, *FILES)}:
+        if name.casefold() in {n.casefold() for n in (*made, *SHEETS)}:
             raise InputError(f"sweep: two runs are both called {name!r}; give one a `name`.")
         made[name] = run.recipe
     return made

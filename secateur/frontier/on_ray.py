@@ -61,9 +61,7 @@ def on_ray(jobs: Sequence[Job], progress: Progress, cluster: Cluster) -> Iterato
     own = {"include_dashboard": False} if cluster.address == LOCAL else {}
     progress.say("starting Ray" if own else f"connecting to Ray at {cluster.address}")
     try:
-        ray.init(
-            address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own
-        )
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"--ray {cluster.address}: {first_line(error)}") from error
     try:
