@@ -30,11 +30,11 @@ class Folder:
         self.shared = out / SHARED
         self._asked = self.shared / "asked.json"
 
-    def check(self) -> None:
-        """Refuse a place that is something else.
+    def check(self, asked: dict[str, Any]) -> None:
+        """Refuse a place that is something else, or holds runs that had not ``asked`` in common.
 
         Raises:
-            InputError: it is.
+            InputError: it does.
         """
         out = self.out
         if out.exists() and not out.is_dir():
@@ -43,6 +43,17 @@ class Folder:
             raise InputError(
                 f"output {str(out)!r} exists and is no sweep's; choose another folder, or an empty "
                 f"one."
+            )
+        now = json.loads(json.dumps(asked))
+        try:
+            before = json.loads(self._asked.read_text()) if self._asked.exists() else now
+        except ValueError as error:
+            raise InputError(f"sweep {str(out)!r}: {self._asked.name}: {error}.") from error
+        for name in sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
+            where, was, new = difference(name, before, now)
+            raise InputError(
+                f"the runs in {str(out)!r} had another {where} ({was!r}, now {new!r}), and would "
+                f"not be comparable. Choose another folder, or remove this one."
             )
 
     @contextmanager
@@ -54,7 +65,7 @@ class Folder:
         Raises:
             InputError: another sweep is at work there, or its runs had something else in common.
         """
-        self.check()
+        self.check(asked)
         try:
             self.shared.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,7 +76,7 @@ class Folder:
         except filelock.Timeout as error:
             raise InputError(f"another sweep is writing {str(self.out)!r}; wait for it.") from error
         try:
-            self._compare(asked)
+            write_whole(self._asked, json.dumps(asked, indent=1))
             yield
         finally:
             own = {path.name for path in self.out.iterdir()}
@@ -75,20 +86,6 @@ class Folder:
             if not self.shared.exists():
                 with suppress(OSError):
                     self.out.rmdir()
-
-    def _compare(self, asked: dict[str, Any]) -> None:
-        now = json.loads(json.dumps(asked))
-        try:
-            before = json.loads(self._asked.read_text()) if self._asked.exists() else now
-        except ValueError as error:
-            raise InputError(f"sweep {str(self.out)!r}: {self._asked.name}: {error}.") from error
-        for name in sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
-            where, was, new = difference(name, before, now)
-            raise InputError(
-                f"the runs in {str(self.out)!r} had another {where} ({was!r}, now {new!r}), and "
-                f"would not be comparable. Choose another folder, or remove this one."
-            )
-        write_whole(self._asked, json.dumps(now, indent=1))
 
     def finished(self, name: str, asked: str) -> bool:
         """Whether a run is done; ``asked`` is what its recipe.yaml then says.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import pydantic
 import yaml
@@ -19,11 +19,16 @@ from secateur.records import Record, said
 MOST = 1000  # runs
 
 T = TypeVar("T")
-Several = T | Annotated[tuple[T, ...], Field(min_length=1, max_length=MOST)]
+Several: TypeAlias = T | Annotated[tuple[T, ...], Field(min_length=1, max_length=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Word = Annotated[str, Field(max_length=200)]
 Value = int | float | Word
 
+#: what runs of a method say beside its options
+ONE_STEP = (
+    *("method", "allocator", "target", "tier", "multiple_of", "runtime"),
+    *("latency_batch", "latency_length"),
+)
 #: where a sweep file keeps what a flag says, by the name of the flag's parameter
 PLACES = {
     "calibration": ("calibration", "source"),
@@ -96,9 +101,9 @@ class RunsRecord(Record):
             yield Asked(self.name or usual, made, made.keep)
 
     def _of_methods(self, keeps: tuple[float | None, ...]) -> Iterator[Asked]:
-        own = ("method", "allocator", "target", "tier", "multiple_of", "runtime")
-        axes = {(name,): _each(getattr(self, name)) for name in own}
-        axes |= {(n,): _each(getattr(self, n)) for n in ("latency_batch", "latency_length")}
+        axes: dict[tuple[str, ...], tuple[Any, ...]] = {
+            (name,): _each(getattr(self, name)) for name in ONE_STEP
+        }
         for group in ("options", "allocator_options"):
             axes |= {(group, name): _each(v) for name, v in getattr(self, group).items()}
         if prod(map(len, axes.values())) * len(keeps) > MOST:

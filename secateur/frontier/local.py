@@ -65,7 +65,7 @@ def side_by_side(
         return process.sentinel
 
     def first_done(running: list[int]) -> tuple[int, str | None]:
-        (sentinel, *_) = wait(running)
+        sentinel = next(handle for handle in wait(running) if isinstance(handle, int))
         process, ours, log = processes.pop(sentinel)
         process.join()
         if ours.poll():

@@ -44,9 +44,10 @@ def named(found: Sequence[Asked]) -> dict[str, Recipe]:
         parts = [run.base, *([] if run.keep is None else [f"{run.keep:.12g}"])]
         for key, value in own.items():
             if len({repr(other[key]) for other in like if key in other}) > 1:
-                word = key.rpartition(".")[2]
-                parts.append(str(value) if key in BARE else f"{word}-{value}")
-        name = re.sub(r"[^A-Za-z0-9._+-]+", "-", "-".join(parts).replace("_", "-")).strip("-.")
+                bare = key[-1] in BARE and "option" not in key
+                parts.append(str(value) if bare else f"{key[-1]}-{value}")
+        name = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(parts))
+        name = re.sub(r"-{2,}", "-", name).strip("-.")
         if not name or len(name) > LONGEST:
             raise InputError(f"sweep: {name!r} is no name for a folder; give these runs a `name`.")
         if name.casefold() in {n.casefold() for n in (*made, *SHEETS)}:
@@ -55,13 +56,17 @@ def named(found: Sequence[Asked]) -> dict[str, Recipe]:
     return made
 
 
-def _facts(recipe: Recipe) -> dict[str, Any]:
-    """What may tell a run of one method from another, by dotted names."""
+def _facts(recipe: Recipe) -> dict[tuple[str, ...], Any]:
+    """What may tell a run from its like: the method, and what only those of the same method have.
+
+    Options of an allocator are held against those of the same one.
+    """
     if in_steps(recipe):
         return {}
     content = recipe.steps[0].as_dict()
-    del content["keep"]
-    method, allocator = content["method"], content["allocator"]
-    found = {f"{method}.{k}": v for k, v in content.pop("options").items()}
-    spends = {f"{allocator}.{k}": v for k, v in content.pop("allocator_options").items()}
-    return {**content, **found, **spends}
+    method, allocator = content.pop("method"), content["allocator"]
+    found: dict[tuple[str, ...], Any] = {("method",): method}
+    spends = content.pop("allocator_options")
+    found |= {(method, "option", k): v for k, v in content.pop("options").items()}
+    found |= {(method, k): v for k, v in content.items() if k != "keep"}
+    return found | {(method, allocator, "option", k): v for k, v in spends.items()}

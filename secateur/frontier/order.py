@@ -42,8 +42,8 @@ def placed(runs: Mapping[str, Recipe], select: str) -> list[Place]:
     at = {name: number for number, name in enumerate(runs)}
     first: dict[str, int] = {}
     for name, number in at.items():
-        for key in (folder[name] or name, scores[name]):
-            first.setdefault(key, number)
+        for what in (folder[name] or name, scores[name]):
+            first.setdefault(what, number)
 
     def key(name: str) -> tuple[int, int, bool, int]:
         own = folder[name] or name

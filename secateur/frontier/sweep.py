@@ -67,12 +67,12 @@ class Sweep:
                 was made otherwise.
         """
         folder = Folder(out.expanduser())
-        folder.check()
         place = folder.out / next(iter(runs))
         task = Task.of(
             source, place, calibration, questions, settings, progress, True, folder.shared
         )
         check_out(folder.out, [*task.files])
+        folder.check(task.fingerprint())
         shapes = skeleton(task.source, settings)
         given = (task.calibration, task.questions, task.settings)
         finished, failed = [], {}
@@ -146,12 +146,12 @@ class Sweep:
                 progress.say(f"{name} can't be done: {reason}")
             if self.places:
                 task.judge_dense()
-            for job, reason in way(self.jobs()):
-                if reason is None:
+            for job, why in way(self.jobs()):
+                if why is None:
                     self.finished.append(job.name)
                 else:
-                    self.failed[job.name] = reason
-                progress.say(f"{job.name}: {'done' if reason is None else f'failed: {reason}'}")
+                    self.failed[job.name] = why
+                progress.say(f"{job.name}: {'done' if why is None else f'failed: {why}'}")
             content = self._compared()
             if not self.failed:
                 self.folder.clear()
