@@ -40,7 +40,7 @@ class Activations:
             return self._memory[rows].clone()
         first, last, _ = rows.indices(len(self))
         found = torch.empty((last - first, *self.shape[1:]), dtype=self.dtype)
-        room, at = memoryview(found.view(torch.uint8).numpy()).cast("B"), 0
+        room, at = found.flatten().view(torch.uint8).numpy().data, 0
         self._file.seek(first * self._row)
         while at < len(room):
             count = self._file.readinto(room[at:])
@@ -56,7 +56,7 @@ class Activations:
             return
         first, _, _ = rows.indices(len(self))
         given = values.detach().to("cpu", self.dtype).contiguous()
-        left = memoryview(given.view(torch.uint8).numpy()).cast("B")
+        left = given.flatten().view(torch.uint8).numpy().data
         self._file.seek(first * self._row)
         try:
             while left:

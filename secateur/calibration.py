@@ -185,4 +185,4 @@ def check_finite(statistics: BlockStatistics) -> None:
         InputError: a sum is not finite, or no token was seen.
     """
     for statistic in statistics.values():
-        statistic.mean  # noqa: B018
+        statistic.checked()

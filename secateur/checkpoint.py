@@ -109,9 +109,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _round(
-    module: nn.Module, dtype: torch.dtype, prefix: str, done: tuple[str, ...] = ()
-) -> None:
+def _round(module: nn.Module, dtype: torch.dtype, prefix: str, done: tuple[str, ...] = ()) -> None:
     for name, parameter in module.named_parameters():
         if name.startswith(done):
             continue

@@ -2,13 +2,12 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import TemplateError
-from torch import Tensor
 
 from secateur import asked
 from secateur import report as reporting
@@ -19,7 +18,7 @@ from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
 from secateur.evaluate.domains import domains
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
-from secateur.evaluate.reload import testimony
+from secateur.evaluate.reload import Passage, Testimony, testimony
 from secateur.evaluate.standing import doubts
 from secateur.goal import Goal
 from secateur.methods import check_served
@@ -136,10 +135,10 @@ def compress(
             watch,
             progress,
         )
-        memory, first = write(prepared, workspace.result, watch, progress)
+        said = write(prepared, workspace.result, watch, progress)
         plan, observed = prepared.plan, prepared.observed
         del prepared  # the measuring process needs the memory
-        small = judge_result(task, watch, memory, first)
+        small = judge_result(task, watch, said)
         report = make_report(task, [plan], [observed], plan.budget, dense, small, watch)
         step = Step(method, goal, allocator, method.keep or None)
         write_record(task, report, [plan], Recipe((step,)))
@@ -148,9 +147,7 @@ def compress(
     return report
 
 
-def write(
-    prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
-) -> tuple[dict[str, Tensor], Tokens]:
+def write(prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress) -> Testimony:
     """Narrow the model block by block into a checkpoint, and take its testimony.
 
     Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16, and there what
@@ -158,6 +155,8 @@ def write(
     """
     model, plan = prepared.model, prepared.plan
     writer = writer_for(model, plan.tier, folder)
+    first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
+    passage = None if model.residence is None else Passage(model, first)
     method = prepared.method
     units = plan.goal.units(method, model)
     evidence, blocks = prepared.evidence, len(model.blocks)
@@ -173,24 +172,29 @@ def write(
                 break
             with watch.measure("save"):
                 store_block(model, block, writer)
+            with watch.measure("evaluate"):
+                for follower in (witness, passage):
+                    if follower is not None:
+                        follower.follow(block)
             advance(1)
-    if evidence is not None:
-        with watch.measure("evaluate"):
-            errors = [] if witness is None else witness.errors(model)
+    with watch.measure("evaluate"):
+        said = None if passage is None else passage.testimony()
+        if evidence is not None:
+            errors = [] if witness is None else witness.errors
             prepared.observed = observations(units, blocks, prepared.store, evidence, errors)
     with watch.measure("save"):
         finish(model, plan.tier, writer)
     with watch.measure("evaluate"):
-        first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
-        return testimony(model, first), first
+        return Testimony(testimony(model, first) if said is None else said, first)
 
 
-def judge_result(task: Task, watch: Stopwatch, memory: dict[str, Tensor], first: Tokens) -> Verdict:
+def judge_result(task: Task, watch: Stopwatch, said: Testimony) -> Verdict:
     """What a fresh process measures of the result, which must say what memory said."""
     with watch.measure("evaluate"):
         task.progress.say("reloading in a fresh process")
-        given = (str(task.workspace.result), task.questions, task.settings, task.progress)
-        return judge_apart(*given, memory, first, task.outputs)
+        settings = replace(task.settings, stream="on" if said.streamed else "off")
+        given = (str(task.workspace.result), task.questions, settings, task.progress)
+        return judge_apart(*given, said, task.outputs, task.workspace.folder)
 
 
 def make_report(
@@ -310,10 +314,8 @@ def save(
         device=str(model.device), dtype=str(model.module.dtype).removeprefix("torch.")
     )
     with workspace.opened({"plan": plan.model_dump(mode="json")}):
-        memory, first = write(prepared, workspace.result, Stopwatch(), progress)
-        judge_apart(
-            str(workspace.result), Questions((), speed=False), settings, progress, memory, first
-        )
+        said = write(prepared, workspace.result, Stopwatch(), progress)
+        judge_apart(str(workspace.result), Questions((), speed=False), settings, progress, said)
         (workspace.result / "secateur").mkdir()
         (workspace.result / "secateur" / "plan.json").write_text(plan.to_json())
         workspace.publish()

@@ -104,7 +104,9 @@ class Propagation:
             self.dense = Stream(model, tokens)
         self.narrow = self.dense.copy()
         held = self.dense.held
-        self.targets = self.dense.activations(held.shape, wide(torch.empty(0, dtype=held.dtype)).dtype)
+        self.targets = self.dense.activations(
+            held.shape, wide(torch.empty(0, dtype=held.dtype)).dtype
+        )
         self.inputs = self.dense.activations(held.shape, held.dtype)
         self.moved = False
 

@@ -13,7 +13,7 @@ from secateur.cache import cached_file, keep
 from secateur.calibration import Store
 from secateur.curve import Curve
 from secateur.errors import InputError, refuse_difference
-from secateur.measure import Divergence, measure_losses, windows_to_measure
+from secateur.measure import Divergence, Trials, measure_losses, windows_to_measure
 from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
@@ -154,11 +154,15 @@ def score(
     losses: dict[str, Curve] = {}
     readings: list[tuple[float, ...]] = []
     with torch.no_grad():
-        divergence = None
+        divergence, trials = None, None
+        changing = [unit for unit in units if not unit.fixed]
         if allocator.measured:
-            changing = sum(not unit.fixed for unit in units)
-            divergence = Divergence(model, windows_to_measure(tokens, changing))
-        for block in model.blocks:
+            few = windows_to_measure(tokens, len(changing))
+            if model.residence is None:
+                divergence = Divergence(model, few)
+            else:
+                trials = Trials(model, few, len(changing))
+        for block in model.in_turn():
             statistics = store.get(block.index, needs, model.device)
             readings.append(allocator.read(block, statistics))
             for unit in through:
@@ -167,13 +171,17 @@ def score(
             for unit in whole:  # it never changes, so it never errs
                 curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
             advance(len(whole))
-            own = [unit for unit in units if unit.block == block.index and not unit.fixed]
+            own = [unit for unit in changing if unit.block == block.index]
             solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
             curves |= {name: solution.curve for name, solution in solutions.items()}
-            if divergence is None:
-                advance(len(own))
-            else:
+            if trials is not None:
+                trials.of_block(block, own, solutions, advance)
+            elif divergence is not None:
                 losses |= measure_losses(divergence, block, own, solutions, advance)
+            else:
+                advance(len(own))
+        if trials is not None:
+            losses |= trials.losses(changing)
     curves |= {name: Curve.mean(found) for name, found in places.items()}
     advance(len(through))
     return Evidence(curves, readings, losses if allocator.measured else None)

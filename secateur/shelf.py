@@ -69,7 +69,7 @@ class Shelf:
                 f"tensor by tensor; leave out --stream."
             )
         found = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        room, at = memoryview(found.numpy()), 0
+        room, at = found.numpy().data, 0
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(entry.start)
@@ -95,8 +95,6 @@ class Shelf:
             try:
                 with path.open("rb", buffering=0) as file:
                     length = entry.end - entry.start
-                    os.posix_fadvise(
-                        file.fileno(), entry.start, length, os.POSIX_FADV_WILLNEED
-                    )
+                    os.posix_fadvise(file.fileno(), entry.start, length, os.POSIX_FADV_WILLNEED)
             except OSError:  # said when it is read
                 return

@@ -7,7 +7,7 @@ import click
 
 from secateur import asked
 from secateur.errors import InputError
-from secateur.flags import judge_options, open_options, owners_of, text_options
+from secateur.flags import judge_options, open_options, owners_of, stream_option, text_options
 
 if TYPE_CHECKING:
     from secateur.frontier.grid import SweepRecord
@@ -52,6 +52,7 @@ class SweepCommand(click.Command):
 @text_options
 @judge_options
 @open_options
+@stream_option
 @click.option(
     "--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs side by side."
 )

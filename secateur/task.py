@@ -114,7 +114,7 @@ class Task:
             self.progress.say("measuring the dense model")
             outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
             given = (self.source, self.questions, self.settings, self.progress)
-            return asdict(judge_apart(*given, outputs_of_dense=outputs))
+            return asdict(judge_apart(*given, outputs_of_dense=outputs, scratch=dense.parent))
 
         if self.shared is None:
             return Verdict(**once(dense, measured))

@@ -74,7 +74,7 @@ class Writer:
             file.seek(self._size)
             file.truncate()
             if size:
-                file.write(memoryview(given.flatten().view(torch.uint8).numpy()))
+                file.write(given.flatten().view(torch.uint8).numpy().data)
         place = Place(NAMES[given.dtype], tuple(given.shape), self._size, size, given.itemsize)
         self._pending[self.rename(name, tensor)] = place
         self._size += size

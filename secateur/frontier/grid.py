@@ -48,6 +48,7 @@ PLACES = {
     "device": ("settings", "device"),
     "dtype": ("settings", "dtype"),
     "revision": ("settings", "revision"),
+    "stream": ("settings", "stream"),
 }
 
 
@@ -162,6 +163,7 @@ class OpenPart(Record):
     device: Word | None = None
     dtype: Word | None = None
     revision: Word | None = None
+    stream: Word | None = None
 
 
 class SweepRecord(Record):

@@ -142,6 +142,8 @@ class Sweep:
         """
         task, progress = self.task, self.task.progress
         with self.folder.opened(task.fingerprint()):
+            if self.finished:
+                progress.say(f"{len(self.finished)} of {len(self.runs)} runs are finished already")
             for name, reason in self.failed.items():
                 progress.say(f"{name} can't be done: {reason}")
             if self.places:
