@@ -163,7 +163,7 @@ class OpenPart(Record):
     device: Word | None = None
     dtype: Word | None = None
     revision: Word | None = None
-    stream: Word | None = None
+    stream: Literal["auto", "on", "off"] | None = None
 
 
 class SweepRecord(Record):
