@@ -132,8 +132,7 @@ def row(blocks: int, parameters: int, model: Path, out: Path, arguments: argpars
         command,
         preexec_fn=limited,
         env={**os.environ, "XDG_CACHE_HOME": str(arguments.folder / "cache")},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     seconds = time.perf_counter() - start

@@ -124,6 +124,8 @@ def calibrate(
 ) -> None:
     """Fill ``store`` with the statistics that ``needs`` names, and the influence of every block.
 
+    Blocks that it has already are only gone through.
+
     One pass: the hidden states of all windows are kept, each block runs over them once, and a
     block's statistics leave memory before the next block's begin when the store is a folder.
     ``advance`` is told how many blocks are done. Statistics of gradients take a backward pass of
@@ -135,11 +137,15 @@ def calibrate(
     gradients = collect_gradients(model, tokens, needs)
     for statistics in gradients.values():
         check_finite(statistics)
+    missing = [block.index for block in model.blocks if block.index not in store]
     with torch.inference_mode():
         stream = Stream(model, tokens)
-        for block in model.in_turn():
-            found = collect(stream, block, needs | {Needs.INFLUENCE})
-            store.put(block.index, {**found, **gradients[block.index]})
+        for block in model.in_turn(model.blocks[: max(missing, default=-1) + 1]):
+            if block.index in missing:
+                found = collect(stream, block, needs | {Needs.INFLUENCE})
+                store.put(block.index, {**found, **gradients[block.index]})
+            else:  # an interrupted run has them
+                stream.advance(block)
             advance(1)
 
 

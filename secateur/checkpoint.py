@@ -37,14 +37,19 @@ def writer_for(model: Model, tier: Written, folder: Path) -> Writer:
     return Writer(folder)
 
 
-def finish(model: Model, tier: Written, writer: Writer) -> None:
+def finish(model: Model, tier: Written, writer: Writer, settle: bool = True) -> None:
     """Write all that :func:`store_block` doesn't; what is gone leaves the model.
+
+    Unless it may ``settle``, the writer keeps what going on from before would take.
 
     Raises:
         InputError: a weight is beyond the largest number of the stored format.
     """
-    store_rest(model, writer)
+    with model.headed():
+        store_rest(model, writer)
     writer.finish()
+    if settle:
+        writer.settle()
     close_ranks(model)
     write_config(model, tier, writer.folder)
 

@@ -204,6 +204,7 @@ def store_as(model: Model, stock: Stock, folder: Path, progress: Progress) -> No
         if name not in there:  # a bias that the class has for all layers or none
             writer.add(name, torch.zeros(tensor.shape, dtype=model.stored))
     writer.finish()
+    writer.settle()
     fields = stock.module.config.to_dict()
     fields["dtype"] = str(model.stored).removeprefix("torch.")
     fields["architectures"] = [type(stock.module).__name__]

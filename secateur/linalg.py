@@ -19,17 +19,22 @@ class DampingWarning(UserWarning):
     """A ridge had to be raised for a matrix to be positive definite."""
 
 
-def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, float]:
+def damped_cholesky(
+    gram: Tensor, ridge: float, what: str, spare: bool = False
+) -> tuple[Tensor, float]:
     """Lower Cholesky factor of ``gram + ridge · mean(diag gram) · I`` and the ridge in use.
 
-    The ridge is multiplied by ten, with a :class:`DampingWarning`, until the factor exists.
+    The ridge is multiplied by ten, with a :class:`DampingWarning`, until the factor exists. A
+    ``spare`` matrix is needed no more behind this, which then takes no copy of it.
 
     Raises:
         InputError: not even a ridge of 1 makes it positive definite, so it is no Gram.
     """
-    used = ridge
+    raised, used = gram if spare else gram.clone(), ridge
+    diagonal, scale = gram.diagonal().clone(), _scale(gram)
     while used <= max(1.0, ridge):
-        factor, failed = torch.linalg.cholesky_ex(damped(gram, used))
+        raised.diagonal().copy_(diagonal + used * scale)
+        factor, failed = torch.linalg.cholesky_ex(raised)
         if not bool(failed):
             if used > ridge:
                 warnings.warn(f"{what}: ridge raised from {ridge:g} to {used:g}", DampingWarning, 2)
@@ -70,7 +75,7 @@ def nested_errors(
     With C = LLᵀ in that order, C − C_:S C_SS⁻¹ C_S: = L_:R L_:Rᵀ for the removed R, so E(S) is the
     tail sum of the squared rows of LᵀW.
     """
-    factor, _ = damped_cholesky(gram[order][:, order], ridge, what)
+    factor, _ = damped_cholesky(reordered(gram, order), ridge, what, spare=True)
     rows = (factor.t() @ weight[order]).square().sum(1)
     return tails(rows)
 
@@ -86,7 +91,7 @@ def refit_errors(
 
         E(k) = Σ_{i ≥ k} ‖aᵢ‖² − λ Σ_{i, j ≥ k} ⟨n_i, n_j⟩ ⟨aᵢ, a_j⟩
     """
-    factor, used = damped_cholesky(gram[order][:, order], ridge, what)
+    factor, used = damped_cholesky(reordered(gram, order), ridge, what, spare=True)
     rows = factor.t() @ weight[order]
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
@@ -94,6 +99,11 @@ def refit_errors(
     changed = 2 * inner.triu().sum(1) - inner.diagonal()
     errors = tails(rows.square().sum(1)) - used * _scale(gram) * tails(changed)
     return errors.clamp_min(0).flip(0).cummax(0).values.flip(0)  # falls, whatever rounding does
+
+
+def reordered(gram: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in an order, or some of them, with no copy between."""
+    return gram[order.unsqueeze(1), order]
 
 
 def tails(parts: Tensor) -> Tensor:

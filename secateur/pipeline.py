@@ -21,6 +21,7 @@ from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import Passage, Testimony, testimony
 from secateur.evaluate.standing import doubts
 from secateur.goal import Goal
+from secateur.journal import Finished, Journal, read_finished
 from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, Settings
@@ -39,7 +40,8 @@ from secateur.task import Task
 from secateur.text import Calibration, Tokens
 from secateur.units import STREAM
 from secateur.witness import Witness, observations
-from secateur.workspace import Workspace
+from secateur.workspace import NARROWING, Workspace
+from secateur.writer import settle
 
 TESTIMONY_TOKENS = 24
 
@@ -122,22 +124,30 @@ def compress(
     with workspace.opened(inputs):
         with watch.measure("evaluate"):
             dense = task.judge_dense()
-        prepared = prepare(
-            task.source,
-            plan or method,
-            task.calibration,
-            task.tokens,
-            settings,
-            goal,
-            allocator,
-            Store(statistics or workspace.folder / "statistics"),
-            scores,
-            watch,
-            progress,
-        )
-        said = write(prepared, workspace.result, watch, progress)
-        plan, observed = prepared.plan, prepared.observed
-        del prepared  # the measuring process needs the memory
+        finished = read_finished(workspace.folder)
+        if finished is None:
+            prepared = prepare(
+                task.source,
+                plan or method,
+                task.calibration,
+                task.tokens,
+                settings,
+                goal,
+                allocator,
+                Store(statistics or workspace.folder / "statistics"),
+                scores,
+                watch,
+                progress,
+                stage=workspace.stage,
+            )
+            journal = workspace.folder / NARROWING
+            said = write(prepared, workspace.result, watch, progress, journal)
+            finished = Finished(prepared.plan, prepared.observed, watch.seconds, said)
+            finished.keep(workspace.folder)
+            del prepared  # the measuring process needs the memory
+        settle(workspace.result)
+        plan, observed, said = finished.plan, finished.observed, finished.said
+        watch.seconds = {**finished.seconds, **watch.seconds}
         small = judge_result(task, watch, said)
         report = make_report(task, [plan], [observed], plan.budget, dense, small, watch)
         step = Step(method, goal, allocator, method.keep or None)
@@ -147,14 +157,24 @@ def compress(
     return report
 
 
-def write(prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress) -> Testimony:
+def write(
+    prepared: Prepared,
+    folder: Path,
+    watch: Stopwatch,
+    progress: Progress,
+    kept: Path | None = None,
+) -> Testimony:
     """Narrow the model block by block into a checkpoint, and take its testimony.
 
     Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16, and there what
-    was observed.
+    was observed. In ``kept`` it is noted after each block how far that is, so that it goes on from
+    there when it is called again.
     """
     model, plan = prepared.model, prepared.plan
     writer = writer_for(model, plan.tier, folder)
+    journal = None
+    if kept is not None and prepared.method.kinds != STREAM:
+        journal = Journal(kept, writer, plan.sizes)
     first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
     passage = None if model.residence is None else Passage(model, first)
     method = prepared.method
@@ -163,8 +183,16 @@ def write(prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
     witness = None
     if evidence is not None and method.kinds != STREAM:
         witness = Witness(model, prepared.tokens)
-    narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
+    if journal is not None:
+        if witness is not None:
+            witness.errors = journal.errors
+            journal.attach("witness", witness.line)
+        if passage is not None:
+            journal.attach("passage", passage.line)
+    given = (model, method, units, plan.sizes, prepared.tokens, prepared.store)
+    narrowed = narrow_blocks(*given, journal)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
+        advance(journal.done if journal is not None else 0)
         while True:
             with watch.measure("apply"):
                 block = next(narrowed, None)
@@ -176,6 +204,11 @@ def write(prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
                 for follower in (witness, passage):
                     if follower is not None:
                         follower.follow(block)
+            if journal is not None:
+                with watch.measure("save"):
+                    journal.record(block, [] if witness is None else witness.errors)
+            if model.residence is not None:
+                model.residence.leave(block)
             advance(1)
     with watch.measure("evaluate"):
         said = None if passage is None else passage.testimony()
@@ -183,7 +216,7 @@ def write(prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
             errors = [] if witness is None else witness.errors
             prepared.observed = observations(units, blocks, prepared.store, evidence, errors)
     with watch.measure("save"):
-        finish(model, plan.tier, writer)
+        finish(model, plan.tier, writer, settle=False)
     with watch.measure("evaluate"):
         return Testimony(testimony(model, first) if said is None else said, first)
 
@@ -242,7 +275,7 @@ def make_report(
 def write_record(task: Task, report: Report, plans: Sequence[Plan], recipe: Recipe) -> None:
     """Put beside the weights what was asked for, what was decided and what came of it."""
     record = task.workspace.result / "secateur"
-    record.mkdir()
+    record.mkdir(exist_ok=True)
     for number, plan in enumerate(plans, 1):
         name = "plan.json" if len(plans) == 1 else f"plan-{number}.json"
         (record / name).write_text(plan.to_json())

@@ -37,6 +37,7 @@ from secateur.stream import TOKENS_PER_BATCH, Stream
 from secateur.streaming import open_fitting
 from secateur.text import Calibration, Tokens
 from secateur.units import DEPTH, MATRICES, STREAM, Matrix, Unit
+from secateur.workspace import Stage, at_once
 
 
 def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> Allocator:
@@ -134,10 +135,12 @@ def prepare(
     watch: Stopwatch,
     progress: Progress,
     only_plan: bool = False,
+    stage: Stage = at_once,
 ) -> Prepared:
     """Open a model, calibrate it and decide the sizes, or check those of a given plan.
 
-    Scores that were measured before are used again. ``only_plan`` then needs no calibration.
+    Scores that were measured before are used again. ``only_plan`` then needs no calibration. With
+    ``stage`` a run keeps what it has found of each block.
 
     Raises:
         InputError: anything wrong with the input.
@@ -197,7 +200,7 @@ def prepare(
                 calibrate(model, tokens, needs, store, advance)
     if evidence is None:
         with watch.measure("curves"), progress.stage("scoring units", len(every)) as advance:
-            evidence = score(model, chosen, store, tokens, allocator, advance)
+            evidence = score(model, chosen, store, tokens, allocator, advance, stage)
         keep_evidence(own, evidence, scores)
     if not allocator.measured:  # whatever the cache holds, the same command gives the same plan
         evidence = replace(evidence, losses=None)

@@ -44,7 +44,7 @@ class Witness:
         few = _few(model, tokens)
         line = self._stream(model, few)
         self._dense = [_made(line, block) for block in model.in_turn()]
-        self._line = self._stream(model, few)
+        self.line = self._stream(model, few)
         self.errors: list[Errors] = []
 
     @staticmethod
@@ -54,7 +54,7 @@ class Witness:
 
     def follow(self, block: Block) -> None:
         """Go through the next block as it is now."""
-        small, dense = _made(self._line, block), self._dense[len(self.errors)]
+        small, dense = _made(self.line, block), self._dense[len(self.errors)]
         self.errors.append({part: _lost(dense[part], small.get(part)) for part in dense})
 
 

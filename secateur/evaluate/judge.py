@@ -298,10 +298,7 @@ def judge_apart(
         if outputs_of_dense is not None:
             content["outputs_of_dense"] = str(outputs_of_dense.absolute())
         if said is not None:
-            asked = {"ids": said.tokens.ids, "mask": said.tokens.mask}
-            if said.tokens.labels is not None:
-                asked["labels"] = said.tokens.labels
-            save_file({**said.said, **asked}, Path(folder, "memory.safetensors"))
+            said.save(Path(folder, "memory.safetensors"))
             content["memory"] = str(Path(folder, "memory.safetensors"))
         request.write_text(json.dumps(content))
         # The child must find this very package, wherever the parent's came from.
@@ -350,8 +347,7 @@ def main(request: Path, result: Path) -> int:
         kept = None if kept is None else Path(kept)
         answer = asdict(judge(model, questions, before, for_terminal(), kept))
         if "memory" in content:
-            memory = load_file(content["memory"])
-            tokens = Tokens(memory.pop("ids"), memory.pop("mask"), memory.pop("labels", None))
+            memory, tokens = Testimony.load(Path(content["memory"]))
             if model.residence is None:
                 differs = disagreement(memory, testimony(model, tokens))
             else:

@@ -1,8 +1,10 @@
 """Does a reloaded checkpoint say what the model in memory said?"""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.block import Block
@@ -36,6 +38,20 @@ class Testimony(NamedTuple):
     def streamed(self) -> bool:
         """Whether it is of a model that was never whole in memory."""
         return any(name.startswith(PASSING) for name in self.said)
+
+    def save(self, path: Path) -> None:
+        """Write it to a safetensors file."""
+        tokens = {"ids": self.tokens.ids, "mask": self.tokens.mask}
+        if self.tokens.labels is not None:
+            tokens["labels"] = self.tokens.labels
+        save_file(self.said | tokens, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Testimony":
+        """Read what :meth:`save` wrote."""
+        said = load_file(path)
+        tokens = Tokens(said.pop("ids"), said.pop("mask"), said.pop("labels", None))
+        return cls(said, tokens)
 
 
 def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
@@ -73,18 +89,18 @@ class Passage:
     def __init__(self, model: Model, tokens: Tokens) -> None:
         self._model = model
         with torch.no_grad():
-            self._line = Stream(model, tokens, len(tokens))
+            self.line = Stream(model, tokens, len(tokens))
 
     @torch.no_grad()
     def follow(self, block: Block) -> None:
         """Go through the next block as it is now."""
-        self._line.advance(block)
+        self.line.advance(block)
 
     @torch.no_grad()
     def testimony(self) -> dict[str, Tensor]:
         """What :func:`testimony` would say, as far as it is known here."""
-        (batch,) = self._line.batches
-        logits = self._line.logits(batch, self._line.at(batch))
+        (batch,) = self.line.batches
+        logits = self.line.logits(batch, self.line.at(batch))
         module: Any = self._model.module
         dtype = str(module.dtype).removeprefix("torch.")
         name = f"{PASSING}.{dtype}.{module.config._attn_implementation}"

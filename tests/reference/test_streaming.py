@@ -1,7 +1,5 @@
 """A model that stays on disk gives what it gives when it is whole in memory."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ from secateur import Settings, Store, calibrate, open_model
 from secateur.evaluate.passes import batches
 from secateur.evaluate.perplexity import answered
 from secateur.methods.auto import Auto
-from secateur.methods.modegpt import MoDeGPT
 from secateur.model import fingerprint
 from secateur.opening import skeleton
 from secateur.scores import score
@@ -82,7 +79,9 @@ def test_only_what_is_needed_is_read(dense, monkeypatch):
     read = []
     own = type(model.residence)._fetch
     monkeypatch.setattr(
-        type(model.residence), "_fetch", lambda home, block: (read.append(block.index), own(home, block))
+        type(model.residence),
+        "_fetch",
+        lambda home, block: (read.append(block.index), own(home, block)),
     )
     with torch.no_grad():
         stream = Stream(model, families.read("llama", 6, 16), rows=1)
