@@ -210,7 +210,13 @@ def read_sweep(path: Path) -> SweepRecord:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{what}: larger than any sweep; is it the right file?")
-        return SweepRecord.model_validate(yaml.safe_load(path.read_text()))
+        content = yaml.safe_load(path.read_text())
+        if isinstance(content, dict) and "steps" in content and "runs" not in content:
+            raise InputError(
+                f"{what}: this is a recipe. secateur sweep MODEL OUT --recipe {path} follows it at "
+                f"every --keep."
+            )
+        return SweepRecord.model_validate(content)
     except OSError as error:
         raise InputError(f"{what}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -38,20 +38,25 @@ def named(found: Sequence[Asked]) -> dict[str, Recipe]:
     """
     runs = list(dict.fromkeys(found))
     facts = [_facts(run.recipe) for run in runs]
-    made: dict[str, Recipe] = {}
+    seen: dict[Any, set[str]] = {}
     for run, own in zip(runs, facts, strict=True):
-        like = [f for r, f in zip(runs, facts, strict=True) if r.base == run.base]
+        for key, value in own.items():
+            seen.setdefault((run.base, key), set()).add(repr(value))
+    made: dict[str, Recipe] = {}
+    taken = {name.casefold() for name in SHEETS}
+    for run, own in zip(runs, facts, strict=True):
         parts = [run.base, *([] if run.keep is None else [f"{run.keep:.12g}"])]
         for key, value in own.items():
-            if len({repr(other[key]) for other in like if key in other}) > 1:
+            if len(seen[run.base, key]) > 1:
                 bare = key[-1] in BARE and "option" not in key
                 parts.append(str(value) if bare else f"{key[-1]}-{value}")
         name = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(parts))
         name = re.sub(r"-{2,}", "-", name).strip("-.")
         if not name or len(name) > LONGEST:
             raise InputError(f"sweep: {name!r} is no name for a folder; give these runs a `name`.")
-        if name.casefold() in {n.casefold() for n in (*made, *SHEETS)}:
-            raise InputError(f"sweep: two runs are both called {name!r}; give one a `name`.")
+        if name.casefold() in taken:
+            raise InputError(f"sweep: the name {name!r} is taken; give one of the two a `name`.")
+        taken.add(name.casefold())
         made[name] = run.recipe
     return made
 

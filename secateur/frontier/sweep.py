@@ -76,11 +76,13 @@ class Sweep:
         shapes = skeleton(task.source, settings)
         given = (task.calibration, task.questions, task.settings)
         finished, failed = [], {}
-        for name, recipe in runs.items():
-            if folder.finished(name, recorded(task.source, recipe, *given)):
-                finished.append(name)
-            elif (reason := _obstacle(shapes, recipe)) is not None:
-                failed[name] = reason
+        with progress.stage("looking at the runs", len(runs)) as advance:
+            for name, recipe in runs.items():
+                if folder.finished(name, recorded(task.source, recipe, *given)):
+                    finished.append(name)
+                elif (reason := _obstacle(shapes, recipe)) is not None:
+                    failed[name] = reason
+                advance(1)
         left = {n: r for n, r in runs.items() if n not in {*finished, *failed}}
         places = placed(left, task.calibration.select)
         return cls(task, folder, runs, finished, places, failed)
@@ -144,6 +146,7 @@ class Sweep:
         with self.folder.opened(task.fingerprint()):
             if self.finished:
                 progress.say(f"{len(self.finished)} of {len(self.runs)} runs are finished already")
+            refused = set(self.failed)
             for name, reason in self.failed.items():
                 progress.say(f"{name} can't be done: {reason}")
             if self.places:
@@ -155,7 +158,7 @@ class Sweep:
                     self.failed[job.name] = why
                 progress.say(f"{job.name}: {'done' if why is None else f'failed: {why}'}")
             content = self._compared()
-            if not self.failed:
+            if set(self.failed) == refused:  # nothing that could still go on
                 self.folder.clear()
         return content
 

@@ -166,6 +166,7 @@ def test_one_run_that_fails_does_not_end_the_others(sweep, room, monkeypatch):
     content = json.loads((room / "out" / "frontier.json").read_text())
     assert sorted(content["failed"]) == ["modegpt-0.001", "modegpt-0.9", "wanda-sp-0.001"]
     assert "it is another model." in (room / "out" / "frontier.html").read_text()
+    assert (room / "out" / ".shared" / "statistics").is_dir()  # as it may be typed again
 
 
 def test_a_sweep_of_which_nothing_can_be_done_leaves_nothing(sweep, room):

@@ -91,6 +91,7 @@ def test_recipes_are_followed_at_every_keep(tmp_path):
     ("content", "words"),
     [
         ({"runs": []}, ["runs"]),
+        ({"steps": [{"method": "auto"}]}, ["a recipe", "--recipe"]),
         ({"runs": [{}]}, ["none of them"]),
         ({"runs": [{"method": "auto", "recipe": "r.yaml"}]}, ["method and recipe"]),
         ({"runs": [{"recipe": "r.yaml", "allocator": "uniform"}]}, ["allocator stands beside"]),
