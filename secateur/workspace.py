@@ -106,6 +106,10 @@ class Workspace:
         self.result.mkdir(exist_ok=True)
         write_whole(path, json.dumps(now, indent=1))
 
+    def stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a stage: from an earlier run of the same command, or computed now."""
+        return once(self.folder / f"{name}.json", compute)
+
     def publish(self) -> None:
         """Let the result appear under its final name; an old one is gone only afterwards."""
         if self.out.exists() and not self.overwrite:
