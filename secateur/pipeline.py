@@ -84,8 +84,8 @@ def compress(
             they last as long as the run.
         overwrite: replace ``out`` once the new result is whole.
         progress: who is told how far it is.
-        shared: folder in which runs with the same questions keep what is measured of the dense
-            model, beside their outputs or above them; by default every run measures it.
+        shared: folder beside ``out`` in which runs that ask the same keep what is measured of the
+            dense model; by default every run measures it.
 
     Raises:
         InputError: anything wrong with the input; nothing is left behind.

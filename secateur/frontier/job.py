@@ -7,7 +7,7 @@ import torch
 
 from secateur import asked
 from secateur.errors import InputError, RunError, first_line
-from secateur.evaluate.judge import Questions
+from secateur.evaluate.judge import Questions, quiet
 from secateur.frontier.order import in_steps
 from secateur.model import Settings
 from secateur.pipeline import compress
@@ -43,6 +43,7 @@ class Job:
 
 def perform(job: Job, progress: Progress) -> str | None:
     """Do a run; the answer says why it could not be done, None that it was."""
+    quiet()  # the process may be another one
     given = (job.calibration, job.questions, job.settings)
     token = asked.COMMAND.set(job.command)
     try:
