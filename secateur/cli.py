@@ -10,7 +10,7 @@ import click
 
 from secateur import asked
 from secateur.commands import COMMANDS
-from secateur.errors import InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError
 from secateur.flags import (
     MethodCommand,
     calibration_options,
@@ -300,6 +300,10 @@ def _follow(
     asked.print_json(report.content) if as_json else present.show_report(report, out)
 
 
+#: where a run stopped that can go on
+ON = "Nothing half-written has a final name; a compress command goes on when it is typed again."
+
+
 def main() -> None:
     """Entry point: one message and exit code 2 for anything the user can put right."""
     asked.COMMAND.set(shlex.join(["secateur", *sys.argv[1:]]))
@@ -319,8 +323,20 @@ def main() -> None:
         code = 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 1
+        code = 2 if isinstance(error, HaltedError) else 1
     except OSError as error:
-        print(f"error: {error}. Nothing was left half-written.", file=sys.stderr)
+        print(f"error: {error}. {ON}", file=sys.stderr)
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "--stream on reads a model block by block, and fewer --samples take less."
+        print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that an allocation failed, by whichever allocator."""
+    told = ("allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in told)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError
 from secateur.evaluate import harness
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.damage import damage
@@ -159,7 +159,7 @@ def judge(
         try:
             save_file(kept, outputs_of_dense)
         except SafetensorError as error:
-            raise InputError(
+            raise HaltedError(
                 f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
             ) from error
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
@@ -290,13 +290,16 @@ def judge_apart(
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.
-        RunError: the process died, or the reloaded checkpoint is not the model in memory.
+        HaltedError: the process died, or a file could not be read or written.
+        RunError: the reloaded checkpoint is not the model in memory.
     """
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         content = {"source": source, "questions": asdict(questions), "settings": asdict(settings)}
         if outputs_of_dense is not None:
             content["outputs_of_dense"] = str(outputs_of_dense.absolute())
+        if scratch is not None:
+            content["scratch"] = str(scratch.absolute())
         if said is not None:
             said.save(Path(folder, "memory.safetensors"))
             content["memory"] = str(Path(folder, "memory.safetensors"))
@@ -313,6 +316,8 @@ def judge_apart(
         answer = json.loads(result.read_text()) if result.exists() else {}
     if "error" in answer:
         raise InputError(answer["error"])
+    if "halted" in answer:
+        raise HaltedError(answer["halted"])
     if "differs" in answer:
         raise RunError(
             f"the checkpoint, loaded again, is not the model that was compressed: "
@@ -321,7 +326,7 @@ def judge_apart(
     if done.returncode != 0 or not answer:
         killed = done.returncode == -signal.SIGKILL
         reason = "was killed, probably for want of memory" if killed else "failed"
-        raise RunError(f"the process that measured {source!r} {reason} ({done.returncode}).")
+        raise HaltedError(f"the process that measured {source!r} {reason} ({done.returncode}).")
     return Verdict(**answer)
 
 
@@ -342,7 +347,8 @@ def main(request: Path, result: Path) -> int:
     answer: dict[str, Any]
     try:
         before = peak_bytes(settings.torch_device())
-        model = open_fitting(content["source"], settings, request.parent)
+        scratch = Path(content.get("scratch", request.parent))
+        model = open_fitting(content["source"], settings, scratch)
         kept = content.get("outputs_of_dense")
         kept = None if kept is None else Path(kept)
         answer = asdict(judge(model, questions, before, for_terminal(), kept))
@@ -357,6 +363,8 @@ def main(request: Path, result: Path) -> int:
                 answer = {"differs": differs}
     except InputError as error:
         answer = {"error": str(error)}
+    except (OSError, HaltedError) as error:
+        answer = {"halted": str(error)}
     result.write_text(json.dumps(answer))
     return USER_ERROR if "error" in answer else 0
 
