@@ -10,7 +10,7 @@ import click
 
 from secateur import asked
 from secateur.commands import COMMANDS
-from secateur.errors import HaltedError, InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError, out_of_memory
 from secateur.flags import (
     MethodCommand,
     calibration_options,
@@ -301,7 +301,7 @@ def _follow(
 
 
 #: where a run stopped that can go on
-ON = "Nothing half-written has a final name; a compress command goes on when it is typed again."
+ON = "Nothing half-written has a final name; a compress or sweep command goes on when it is typed again."
 
 
 def main() -> None:
@@ -312,7 +312,10 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
-        print("interrupted; compress or sweep goes on when it is typed again.", file=sys.stderr)
+        print(
+            "interrupted; a compress or sweep command goes on when it is typed again.",
+            file=sys.stderr,
+        )
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             print(error.ctx.get_usage(), file=sys.stderr)
@@ -334,9 +337,3 @@ def main() -> None:
         print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
         code = 2
     sys.exit(code)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says that an allocation failed, by whichever allocator."""
-    told = ("allocate memory", "out of memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in told)

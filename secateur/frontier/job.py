@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from secateur import asked
-from secateur.errors import InputError, RunError, first_line
+from secateur.errors import InputError, RunError, first_line, out_of_memory
 from secateur.evaluate.judge import Questions, quiet
 from secateur.frontier.order import in_steps
 from secateur.model import Settings
@@ -69,8 +67,12 @@ def perform(job: Job, progress: Progress) -> str | None:
         return f"{str(error).partition('. ')[0]}. Remove {str(hidden)!r} to start it afresh."
     except (InputError, RunError) as error:
         return str(error)
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except OSError as error:
         return f"{first_line(error)}. What it had finished is kept."
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return "there is not enough memory; --stream on takes less. What it had finished is kept."
     finally:
         asked.COMMAND.reset(token)
     return None

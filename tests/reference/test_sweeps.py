@@ -6,6 +6,8 @@ from secateur.errors import InputError
 from secateur.frontier.grid import SweepRecord, read_sweep
 from secateur.frontier.local import scheduled
 from secateur.frontier.order import placed
+from secateur.progress import Progress
+from secateur.workspace import UnfinishedRunError
 
 
 def asked(*runs, **rest):
@@ -179,6 +181,31 @@ def test_a_step_of_a_recipe_uses_scores_and_has_its_own_statistics():
     found = places(asked({"method": "auto"}, {"steps": steps}, keep=0.9))
     assert found["auto+gptq-0.9"].statistics is None
     assert found["auto+gptq-0.9"].scores == "auto-0.9"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+        (OSError(28, "No space left on device"), "No space left on device. What it had finished"),
+        (UnfinishedRunError("an unfinished run had another seed. Repeat."), ".a.partial' to start"),
+        (ZeroDivisionError("mistake"), None),
+    ],
+)
+def test_what_ends_one_run_is_said_and_mistakes_are_not_hidden(monkeypatch, error, words, tmp_path):
+    from secateur.frontier import job
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(job, "compress", fails)
+    (recipe,) = asked({"method": "flap"}, keep=0.9).values()
+    own = job.Job("a", recipe, "m", tmp_path / "a", None, None, None, tmp_path)
+    if words is None:
+        with pytest.raises(ZeroDivisionError):
+            job.perform(own, Progress())
+    else:
+        assert words in job.perform(own, Progress())
 
 
 class Fake:
