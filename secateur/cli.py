@@ -301,7 +301,10 @@ def _follow(
 
 
 #: where a run stopped that can go on
-ON = "Nothing half-written has a final name; a compress or sweep command goes on when it is typed again."
+ON = (
+    "Nothing half-written has a final name; a compress or sweep command goes on when it is typed "
+    "again."
+)
 
 
 def main() -> None:
