@@ -10,7 +10,7 @@ import click
 
 from secateur import asked
 from secateur.commands import COMMANDS
-from secateur.errors import HaltedError, InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError, out_of_memory
 from secateur.flags import (
     MethodCommand,
     calibration_options,
@@ -20,6 +20,7 @@ from secateur.flags import (
     stream_option,
     text_options,
 )
+from secateur.sweep_command import sweep
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def cli() -> None:
     secateur inspect Qwen/Qwen2.5-0.5B                     what could shrink
     secateur plan Qwen/Qwen2.5-0.5B --keep 0.8 --dry-run   what would shrink
     secateur eval out                                      measure any model
+    secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   draw the frontier
     """
 
 
@@ -260,7 +262,7 @@ def evaluate(
     asked.print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
 
 
-for command in COMMANDS:
+for command in (sweep, *COMMANDS):
     cli.add_command(command)
 
 
@@ -299,7 +301,10 @@ def _follow(
 
 
 #: where a run stopped that can go on
-ON = "Nothing half-written has a final name; a compress command goes on when it is typed again."
+ON = (
+    "Nothing half-written has a final name; a compress or sweep command goes on when it is typed "
+    "again."
+)
 
 
 def main() -> None:
@@ -310,7 +315,10 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
-        print("interrupted; a compress command goes on when it is typed again.", file=sys.stderr)
+        print(
+            "interrupted; a compress or sweep command goes on when it is typed again.",
+            file=sys.stderr,
+        )
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             print(error.ctx.get_usage(), file=sys.stderr)
@@ -332,9 +340,3 @@ def main() -> None:
         print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
         code = 2
     sys.exit(code)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says that an allocation failed, by whichever allocator."""
-    told = ("allocate memory", "out of memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in told)
