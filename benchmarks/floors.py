@@ -11,12 +11,13 @@ ITERATIONS = 3  # of auto's Gauss-Newton step
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama without grouped heads, and its calibration text."""
+    """A Llama and its calibration text."""
 
     blocks: int
     hidden: int
     mlp: int
     heads: int
+    kv_heads: int
     vocabulary: int
     samples: int
     length: int
@@ -26,9 +27,14 @@ class Shape:
         return self.samples * self.length
 
     @property
+    def keys(self) -> int:
+        """The width of all keys of a block, and of all values."""
+        return self.hidden // self.heads * self.kv_heads
+
+    @property
     def matrices(self) -> int:
         """Numbers in the matrices of a block."""
-        return 4 * self.hidden**2 + 3 * self.hidden * self.mlp
+        return self.hidden * (2 * self.hidden + 2 * self.keys + 3 * self.mlp)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def gram(shape: Shape, width: float) -> Work:
 
 def modegpt(shape: Shape, keep: float, itemsize: int) -> dict[str, Work]:
     n, h, k, head = shape.mlp, shape.hidden, keep * shape.mlp, shape.hidden / shape.heads
-    statistics = gram(shape, n) + Work(2 * shape.tokens * h * head, 0, 8 * n**2)
+    statistics = gram(shape, n) + Work(2 * shape.tokens * shape.keys * head, 0, 4 * n**2)
     leverage = Work(0, n**3)
     return {
         "calibration_forward": forward(shape, itemsize),
@@ -84,21 +90,22 @@ def modegpt(shape: Shape, keep: float, itemsize: int) -> dict[str, Work]:
 
 
 def auto(shape: Shape, keep: float, itemsize: int) -> dict[str, Work]:
-    n, h, k, head = shape.mlp, shape.hidden, keep * shape.mlp, shape.hidden / shape.heads
+    n, h, k, width = shape.mlp, shape.hidden, keep * shape.mlp, shape.hidden / shape.heads
     tokens, scored = shape.tokens, min(shape.tokens, PairScores.most_tokens)
-    pairs = scored * shape.heads * (shape.length * head * (head + 1) + 2 * head**3)
-    statistics = gram(shape, n) + gram(shape, h) + Work(pairs, 0, 8 * (n**2 + h**2))
+    pairs = scored * shape.heads * (shape.length * width * (width + 1) + 2 * width**3)
+    statistics = gram(shape, n) + gram(shape, h) + Work(pairs, 0, 4 * (n**2 + h**2))
     once, smaller = forward(shape, itemsize), forward(shape, itemsize) * keep
     removed = 1 - keep**3  # of the elimination's n³, as it ends early
     solve = Work(0, n**3 + 5 * n**2 * h, 7 * 8 * n**2)  # factor, inverse, fit, its products
     refits = sum((share * n) ** 3 / 3 + 2 * (share * n) ** 2 * h for share in (1 / 3, 2 / 3))
+    head = Work(2 * PASSES * tokens * 2 * h * shape.vocabulary / shape.blocks)
     cross = Work(2 * tokens * (h + k) * h)
     steps = Work((9 + 6 * ITERATIONS) * 2 * tokens * h * k)
     refit = Work(0, k**3 / 3 + 2 * k**2 * h)
     return {
         "calibration_forward": once,
         "calibrate": once + statistics,
-        "curves": solve + Work(0, n**3 + refits) + once * PASSES,
+        "curves": solve + Work(0, n**3 + refits) + once * PASSES + head,
         "apply": once
         + smaller * 2
         + gram(shape, h)

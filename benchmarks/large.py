@@ -19,11 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig
-
-from secateur import bundled
-from secateur.writer import Writer
+from floors import Shape
+from random_model import write_model
 
 WATCHED = """
 import atexit, sys
@@ -55,64 +52,21 @@ def main() -> None:
     for blocks in map(int, arguments.blocks.split(",")):
         model, out = arguments.folder / f"dense-{blocks}", arguments.folder / f"small-{blocks}"
         try:
-            parameters = write(model, blocks, arguments)
+            shape = Shape(
+                blocks,
+                arguments.hidden,
+                arguments.mlp,
+                arguments.heads,
+                arguments.kv_heads,
+                arguments.vocabulary,
+                arguments.samples,
+                arguments.length,
+            )
+            parameters = write_model(model, shape)
             print(row(blocks, parameters, model, out, arguments), flush=True)
         finally:
             shutil.rmtree(model, ignore_errors=True)
             shutil.rmtree(out, ignore_errors=True)
-
-
-def write(folder: Path, blocks: int, arguments: argparse.Namespace) -> int:
-    """A random Llama as a folder that transformers opens; no more than a tensor is in memory."""
-    hidden, mlp, vocabulary = arguments.hidden, arguments.mlp, arguments.vocabulary
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        num_hidden_layers=blocks,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
-    )
-    generator = torch.Generator().manual_seed(0)
-    writer, keys = Writer(folder), hidden // arguments.heads * arguments.kv_heads
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (mlp, hidden),
-        "mlp.up_proj": (mlp, hidden),
-        "mlp.down_proj": (hidden, mlp),
-    }
-    count = 0
-
-    def add(name: str, *shape: int) -> None:
-        nonlocal count
-        tensor = torch.empty(shape, dtype=torch.bfloat16)
-        if len(shape) == 2:
-            tensor.normal_(std=shape[1] ** -0.5, generator=generator)
-        else:
-            tensor.fill_(1)
-        count += tensor.numel()
-        writer.add(name, tensor)
-
-    add("model.embed_tokens.weight", vocabulary, hidden)
-    for block in range(blocks):
-        for name, shape in shapes.items():
-            add(f"model.layers.{block}.{name}.weight", *shape)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            add(f"model.layers.{block}.{name}.weight", hidden)
-    add("model.norm.weight", hidden)
-    add("lm_head.weight", vocabulary, hidden)
-    writer.finish()
-    config.save_pretrained(folder)
-    for file in bundled.model_path().glob("tokenizer*"):
-        shutil.copy(file, folder)
-    return count
 
 
 def row(blocks: int, parameters: int, model: Path, out: Path, arguments: argparse.Namespace) -> str:

@@ -9,7 +9,8 @@ a time; the exponent of each is the slope of a least squares line through the lo
 compression is calibrate, curves, allocate and apply of report.json: all between the open model and
 the narrowed one. With --gpu one model of the shape of a Llama of 7 billion parameters is compressed
 on 128 × 2048 tokens. Beside each stage stands its floor (docs/performance.md) at the rates of a
-large matrix product and a large copy, measured in the same process.
+large matrix product and a large copy, measured in the same process. On a busy machine take one
+thread and --clock cpu.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from rows import Row, gathered, tell
 STAGES = ("calibrate", "curves", "allocate", "apply")
 SHOWN = ("calibration_forward", *STAGES, "open", "save", "evaluate", "total")
 TARGET, FROM = 3, 4096  # the most of the forward pass wanted, from this width on
-SEVEN = {"blocks": 32, "hidden": 4096, "mlp": 11008, "heads": 32, "vocabulary": 32000}
+SEVEN = {"blocks": 32, "hidden": 4096, "mlp": 11008, "heads": 32, "kv_heads": 32}
 
 
 def main() -> None:
@@ -43,9 +44,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[128, 32, 64])
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--gpu", action="store_true", help="the shape of a 7B model instead")
-    parser.add_argument("--settings", type=json.loads, default={}, help="more of Settings, JSON")
+    parser.add_argument("--stream", default="auto", choices=("auto", "on", "off"))
     parser.add_argument("--folder", type=Path, help="for the models  [default: a temporary one]")
     parser.add_argument("--rows", type=Path, help="JSON lines; measured rows are added")
     parser.add_argument("--kept", action="store_true", help="measure nothing that FILE lacks")
@@ -62,7 +64,8 @@ def main() -> None:
     print(opening(arguments, found[0]))
     if not arguments.gpu:
         print(table(found))
-        print(exponents(found, jobs[0]))
+        if len(found) > 1:
+            print(exponents(found, jobs[0]))
     print(distances(found[0], arguments.keep))
 
 
@@ -72,15 +75,18 @@ def wanted(arguments: argparse.Namespace) -> list[Row]:
         "method": arguments.method,
         "length": arguments.length,
         "device": arguments.device,
-        "settings": arguments.settings,
+        "stream": arguments.stream,
+        "clock": arguments.clock,
     }
     if arguments.gpu:
-        return [{**SEVEN, **more, "length": 2048, "samples": 128}]
+        return [{**SEVEN, **more, "vocabulary": 32000, "length": 2048, "samples": 128}]
+    heads = max(1, arguments.hidden // 128)
     base = {
         "blocks": arguments.blocks[0],
         "hidden": arguments.hidden,
         "mlp": arguments.widths[0],
-        "heads": max(1, arguments.hidden // 128),
+        "heads": heads,
+        "kv_heads": heads,
         "vocabulary": arguments.vocabulary,
         "samples": arguments.samples[0],
     }
@@ -102,6 +108,8 @@ def measured(arguments: argparse.Namespace, job: Row) -> Row:
 
     quiet()
     torch.set_num_threads(arguments.threads)
+    if arguments.clock == "cpu":
+        time.perf_counter = time.process_time  # what stages are timed by
     shape = Shape(**{name: job[name] for name in Shape.__dataclass_fields__})
     device = torch.device(job["device"])
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
@@ -113,14 +121,16 @@ def measured(arguments: argparse.Namespace, job: Row) -> Row:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of what came before
+        marks = Path("/proc/self/clear_refs")
+        if marks.exists():
+            marks.write_text("5")  # forgets the peak of what came before
         report = secateur.compress(
             folder,
             Path(place, "out"),
             method_class(job["method"])(keep=arguments.keep),
             secateur.Calibration(str(text), samples=shape.samples, length=shape.length),
             Questions((), speed=False),
-            secateur.Settings(device=job["device"], **job["settings"]),
+            secateur.Settings(device=job["device"], stream=job["stream"]),
         )
         peak = peak_bytes(torch.device("cpu"))
         on_gpu = peak_bytes(device) if device.type == "cuda" else 0
@@ -176,7 +186,7 @@ def ratio(row: Row) -> float:
 def opening(arguments: argparse.Namespace, base: Row) -> str:
     """What was run."""
     at = f"`{arguments.method}` at keep {arguments.keep:g}, on " + (
-        base["gpu"] or f"{base['threads']} threads of a CPU"
+        base["gpu"] or f"a CPU, threads: {base['threads']}, {base['clock']} clock"
     )
     shape = f"hidden size {base['hidden']}, {base['heads']} heads, vocabulary {base['vocabulary']}"
     return (
@@ -239,7 +249,7 @@ def distances(row: Row, keep: float) -> str:
     itemsize = 2 if row["device"] != "cpu" else 4
     least = floors(Shape(**row["shape"]), row["method"], keep, itemsize)
     lines = [
-        f"{row['blocks']} blocks, MLP {row['mlp']}, {row['samples'] * row['length']} tokens, and "
+        f"Blocks: {row['blocks']}, MLP {row['mlp']}, {row['samples'] * row['length']} tokens, and "
         f"the floor at {rates['model'] / 1e9:.0f}\nand (float64) {rates['double'] / 1e9:.0f} "
         f"billion operations and {rates['bytes'] / 1e9:.1f} GB a second:\n",
         "| stage | seconds | operations | in float64 | GB | floor, seconds | times the floor |",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from secateur.block import Block
 from secateur.errors import InputError, refuse_difference
@@ -78,7 +79,9 @@ class Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            _key(n): s.total.contiguous() for n, s in statistics.items() if s.total is not None
+            _key(need) + name: part.contiguous()
+            for need, statistic in statistics.items()
+            for name, part in statistic.parts().items()
         }
         counts = {_key(need): str(statistic.tokens) for need, statistic in statistics.items()}
         path = self._path(block)
@@ -105,11 +108,16 @@ class Store:
             return {}
         with safe_open(self._path(block), framework="pt", device=str(device)) as file:
             counts = file.metadata()
-            return {
-                need: need.kind(file.get_tensor(_key(need)), int(counts[_key(need)]))
-                for need in needs
-                if _key(need) in counts
-            }
+            found: dict[Need, Statistic] = {}
+            for need in needs:
+                if (key := _key(need)) in counts:
+
+                    def part(name: str, key: str = key) -> Tensor:
+                        tensor: Tensor = file.get_tensor(key + name)
+                        return tensor
+
+                    found[need] = need.kind.of_parts(part, int(counts[key]))
+            return found
 
 
 def _key(need: Need) -> str:

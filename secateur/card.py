@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from secateur.anatomy import find
 from secateur.layers.integers import LIBRARY
 from secateur.names import hub_id, short_name
-from secateur.report import TIERS, Report, lines, summary, task_rows
+from secateur.report import TIERS, Report, lines, summary, task_rows, told_when
 from secateur.runs import RECORD, Run
 from secateur.workspace import write_whole
 
@@ -116,7 +116,7 @@ def body(report: Report) -> Iterator[str]:
             cells = ["---" if row is None else plain(cell) for cell in row or tasks[0]]
             yield "| " + " | ".join(cells) + " |"
         yield ""
-    yield "Both were measured in the same run. Another text or task may fare better or worse:"
+    yield f"{told_when(report)}. Another text or task may fare better or worse:"
     yield "measure what you need before you rely on it."
     yield ""
     yield "## Load it"

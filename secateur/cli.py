@@ -11,7 +11,7 @@ import click
 
 from secateur import asked
 from secateur.commands import COMMANDS
-from secateur.errors import HaltedError, InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError, out_of_memory
 from secateur.flags import (
     MethodCommand,
     calibration_options,
@@ -21,6 +21,7 @@ from secateur.flags import (
     stream_option,
     text_options,
 )
+from secateur.sweep_command import sweep
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def cli(ctx: click.Context) -> None:
     secateur inspect Qwen/Qwen2.5-0.5B                     what could shrink
     secateur plan Qwen/Qwen2.5-0.5B --keep 0.8 --dry-run   what would shrink
     secateur eval out                                      measure any model
+    secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   draw the frontier
     """
     if ctx.obj is not None:
         from secateur.torchrun import check_command
@@ -269,7 +271,7 @@ def evaluate(
     asked.print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
 
 
-for command in COMMANDS:
+for command in (sweep, *COMMANDS):
     cli.add_command(command)
 
 
@@ -309,7 +311,10 @@ def _follow(
 
 
 #: where a run stopped that can go on
-ON = "Nothing half-written has a final name; a compress command goes on when it is typed again."
+ON = (
+    "Nothing half-written has a final name; a compress or sweep command goes on when it is typed "
+    "again."
+)
 
 
 def main() -> None:
@@ -330,7 +335,7 @@ def _run(crew: "Crew | None" = None) -> int:
     except click.exceptions.Abort as error:
         said = str(error.__cause__ or "")  # of another process, where one ended
         code = 1 if said else 130
-        interrupted = "interrupted; a compress command goes on when it is typed again."
+        interrupted = "interrupted; a compress or sweep command goes on when it is typed again."
         print(f"error: {said}" if said else interrupted, file=sys.stderr)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
@@ -353,9 +358,3 @@ def _run(crew: "Crew | None" = None) -> int:
         print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
         code = 2
     return code
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says that an allocation failed, by whichever allocator."""
-    told = ("allocate memory", "out of memory", "bad_alloc")
-    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in told)

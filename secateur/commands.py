@@ -28,7 +28,8 @@ def compare(runs: tuple[Path, ...], plot: Path | None, overwrite: bool, as_json:
     from secateur import compare as comparing
     from secateur.workspace import write_whole
 
-    content = comparing.compare(runs)
+    sheets = {run for run in runs if run.name in comparing.SHEETS and run.is_file()}  # of a sweep
+    content = comparing.compare([run for run in runs if run not in sheets] or runs)
     if plot is not None:
         from secateur.page.content import standalone
 

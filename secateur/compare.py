@@ -17,6 +17,8 @@ AXES = ("bytes", "reading_ms", "writing_ms")
 TOLD = dict(zip(AXES, ("bytes", "reading", "writing"), strict=True))
 SAME = 0.005  # relative difference of two measurements of one dense model on one text
 ALIKE = 0.15  # of its times, which other work on the machine disturbs
+#: what a sweep writes beside its runs: page, picture, table
+SHEETS = ("frontier.html", "frontier.svg", "frontier.json")
 Entry = dict[str, Any]
 
 

@@ -11,6 +11,7 @@ from secateur.symmetric import add_product, kept
 
 PANEL = 128  # removals between two updates of all rows and columns
 GONE = 1 / 12  # of the rows; from there on they are dropped
+TINY = 1e-200  # pivots are never smaller
 
 
 def backward_elimination(
@@ -66,39 +67,43 @@ def _singles(inverse: Tensor, fit: Tensor, least: int) -> tuple[Tensor, Tensor]:
     to date; then all of them are taken off as one product, where processors are fast. Both matrices
     are kept on and above the diagonal.
     """
-    shared = add_product(inverse.new_zeros(inverse.shape), fit.t(), fit.t())
-    alive = torch.arange(len(inverse), device=inverse.device)
-    gone = torch.zeros_like(alive, dtype=torch.bool)
-    removed, costs, left = alive.clone(), inverse.new_zeros(len(alive)), len(alive)
-    pivots, energies = inverse.diagonal().clone(), shared.diagonal().clone()
-    while left > least:
-        if len(alive) - left >= max(1.0, GONE * len(alive)):
-            stays = (~gone).nonzero().flatten()
+    shared = add_product(torch.zeros_like(inverse), fit.t(), fit.t())
+    alive, gone = list(range(len(inverse))), set[int]()  # the latter as places in the former
+    removed: list[int] = []
+    costs: list[float] = []
+    diagonals = torch.stack((inverse.diagonal(), shared.diagonal()))
+    while len(alive) - len(gone) > least:
+        if len(gone) >= max(1, GONE * len(alive)):
+            there = [i for i in range(len(alive)) if i not in gone]
+            stays = torch.tensor(there, device=inverse.device)
             inverse, shared = kept(inverse, stays), kept(shared, stays)
-            pivots, energies, alive, gone = (v[stays] for v in (pivots, energies, alive, gone))
-        panel = min(PANEL, left)
+            diagonals, alive, gone = diagonals[:, stays], [alive[i] for i in there], set()
+        panel = min(PANEL, len(alive) - len(gone))
         p, m = inverse.new_empty(2, panel, len(alive)).unbind()
         for step in range(panel):
-            price = (energies / pivots).masked_fill_(gone, torch.inf).clamp_min_(0)
-            j = int(price.argmin())
-            done = len(removed) - left
-            removed[done], costs[done] = alive[j], price[j]
-            gone[j], left = True, left - 1
-            if left == least:
+            j = int((diagonals[1] / diagonals[0]).argmin())
+            pivot, energy = diagonals[:, j].tolist()
+            scale = pivot**-0.5 if pivot > TINY else 0.0  # nothing is left but rounding
+            cost = energy * scale**2
+            removed.append(alive[j])
+            costs.append(max(0.0, cost))
+            gone.add(j)
+            if len(alive) - len(gone) == least:
                 break
             before, behind = p[:step], m[:step]
-            pivot, energy = pivots[j].clone(), energies[j].clone()
             own, row = (torch.cat((x[:j, j], x[j, j:])) for x in (inverse, shared))
-            own = own.addmv(before.t(), before[:, j], alpha=-1) / pivot.sqrt()
-            row = row.addmv(before.t(), behind[:, j], alpha=-1)
-            row = row.addmv_(behind.t(), before[:, j], alpha=-1) / pivot.sqrt()
-            p[step], m[step] = own, row - own * (energy / (2 * pivot))
-            pivots.addcmul_(own, own, value=-1)
-            energies.addcmul_(own, m[step], value=-2)
+            own.addmv_(before.t(), before[:, j], alpha=-1).mul_(scale)
+            row.addmv_(before.t(), behind[:, j], alpha=-1)
+            row.addmv_(behind.t(), before[:, j], alpha=-1).mul_(scale)
+            p[step], m[step] = own, row.sub_(own, alpha=cost / 2)
+            diagonals[0].addcmul_(own, own, value=-1).clamp_min_(TINY)
+            diagonals[1].addcmul_(own, row, value=-2)
+            diagonals[1, j] = torch.inf
         else:
             add_product(inverse, p, p, -1)
             add_product(shared, torch.cat((p, m)), torch.cat((m, p)), -1)
-    return removed[: len(removed) - least], costs[: len(removed) - least]
+    order = torch.tensor(removed, dtype=torch.int64, device=inverse.device)
+    return order, inverse.new_tensor(costs)
 
 
 def _blocks(inverse: Tensor, fit: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -45,3 +45,9 @@ def first_line(error: BaseException) -> str:
     """What an error says, without what it says below that; of a silent one the name."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that an allocation failed, by whichever allocator."""
+    told = ("allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in told)

@@ -60,6 +60,7 @@ def compress(
     statistics: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    shared: Path | None = None,
     crew: Crew = ALONE,
 ) -> Report:
     """Make a smaller checkpoint of ``source`` in the folder ``out`` and report what it costs.
@@ -85,6 +86,8 @@ def compress(
             they last as long as the run.
         overwrite: replace ``out`` once the new result is whole.
         progress: who is told how far it is.
+        shared: folder beside ``out`` in which runs that ask the same keep what is measured of the
+            dense model; by default every run measures it.
         crew: processes that share the work, by default this one.
 
     Raises:
@@ -104,7 +107,7 @@ def compress(
     else:
         plan, goal = None, goal or Goal(method.target)
         allocator = chosen_allocator(method, goal, allocator)
-    task = Task.of(source, out, calibration, questions, settings, progress, overwrite)
+    task = Task.of(source, out, calibration, questions, settings, progress, overwrite, shared)
     shapes = skeleton(task.source, settings)
     if plan is None:
         check_reach(shapes, method, goal, allocator)
@@ -257,6 +260,7 @@ def make_report(
         "densified": sum(p.densified for p in plans),
         "libraries": sorted({name for p in plans for name in p.libraries}),
         "dense": asdict(dense),
+        "dense_shared": task.shared is not None,
         "compressed": asdict(small),
         "domains": domains(dense.perplexity, small.perplexity),
         "doubts": doubts(
@@ -283,18 +287,31 @@ def write_record(task: Task, report: Report, plans: Sequence[Plan], recipe: Reci
         name = "plan.json" if len(plans) == 1 else f"plan-{number}.json"
         (record / name).write_text(plan.to_json())
     report.write(record / "report.json")
-    calibration = plans[0].calibration.model_dump(exclude={"tokens", "fingerprint", "windows"})
-    texts = [asdict(text) for text in task.questions.texts]
+    asked = recorded(
+        task.source, recipe, plans[0].calibration.choice(), task.questions, task.settings
+    )
+    (record / "recipe.yaml").write_text(asked)
+
+
+def recorded(
+    source: str,
+    recipe: Recipe,
+    calibration: Calibration,
+    questions: Questions,
+    settings: Settings,
+) -> str:
+    """The text of recipe.yaml: what was asked for, with every default."""
+    chosen = {k: v for k, v in calibration.as_dict().items() if k != "windows"}
     content = {
         "version": 3,
-        "model": task.source,
+        "model": source,
         "keep": recipe.keep,
         "steps": [step.as_dict() for step in recipe.steps],
-        "calibration": calibration,
-        "evaluate": asdict(task.questions) | {"texts": texts},
-        "settings": asdict(task.settings),
+        "calibration": chosen,
+        "evaluate": asdict(questions) | {"texts": [asdict(text) for text in questions.texts]},
+        "settings": asdict(settings),
     }
-    (record / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def show_record(task: Task) -> None:

@@ -143,6 +143,13 @@ def told_tier(tier: str, libraries: list[str]) -> str:
     return f"tier {tier}: {TIERS.get(tier, 'unknown here')}{needed}"
 
 
+def told_when(report: Report) -> str:
+    """Whether the figures of both models are of one run."""
+    if report.content.get("dense_shared"):
+        return "The dense model was measured once for all runs of a sweep"
+    return "Both were measured in the same run"
+
+
 def kept(budget: dict[str, Any], sees: bool) -> str:
     """What a budget asked for and what it got; of a model that ``sees``, in images."""
     total, read = budget["total"], f"{budget['batch']} × {budget['length']} tokens"

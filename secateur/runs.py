@@ -119,6 +119,7 @@ class Content(Part):
     densified: Count = 0
     libraries: list[str] = []
     dense: Side
+    dense_shared: bool = False
     compressed: Side
     seconds: dict[str, Amount] = {}
     versions: dict[str, str] = {}

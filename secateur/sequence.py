@@ -44,13 +44,15 @@ def compress_in_steps(
     settings: Settings | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    shared: Path | None = None,
     crew: Crew = ALONE,
 ) -> Report:
     """Apply the steps of a recipe, each to what the one before has written, under one budget.
 
     Statistics are taken anew before each step. The budget is a share of the bytes that all blocks
     take on disk. The result is reloaded in a fresh process and compared before ``out`` appears. A
-    run that was killed goes on behind its last finished step. Don't use it for a single method:
+    run that was killed goes on behind its last finished step. ``shared`` is as for
+    :func:`~secateur.pipeline.compress`. Don't use it for a single method:
     :func:`~secateur.pipeline.compress` has all of its options.
 
     Raises:
@@ -58,7 +60,7 @@ def compress_in_steps(
         RunError: the reloaded checkpoint differs from the model in memory.
     """
     settings, progress = settings or Settings(), progress or Progress()
-    task = Task.of(source, out, calibration, questions, settings, progress, overwrite)
+    task = Task.of(source, out, calibration, questions, settings, progress, overwrite, shared)
     shapes = skeleton(task.source, settings)
     missing = missing_library() if recipe.steps[-1].method.final else None
     if missing is not None:  # no need to find that out behind the other steps

@@ -7,14 +7,14 @@ have no unit.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from secateur.errors import InputError
-from secateur.symmetric import add_product, mirrored
+from secateur.symmetric import add_product, bands, mirrored
 
 
 class Statistic(ABC):
@@ -50,6 +50,15 @@ class Statistic(ABC):
         """``total``, which may be changed, with the sum of a batch."""
         added = self.summed(*map(wide, values), mask=mask).double()
         return added if total is None else total.add_(added)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The sum as tensors for a file, by what their names end in; none where there is none."""
+        return {} if self.total is None else {"": self.total.contiguous()}
+
+    @classmethod
+    def of_parts(cls, part: Callable[[str], Tensor], tokens: int) -> Self:
+        """Again from what ``part`` reads of :meth:`parts`."""
+        return cls(part(""), tokens)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the sum to a device."""
@@ -117,6 +126,19 @@ class Gram(Additive):
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         return self.onto(None, *values, mask=mask)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Bands of rows from the diagonal on: half of the square."""
+        return {} if self.total is None else {f".{i}": b for i, b in bands(self.total)}
+
+    @classmethod
+    def of_parts(cls, part: Callable[[str], Tensor], tokens: int) -> Self:
+        """The square, of which only what was stored counts; one band is in memory beside it."""
+        first = part(".0")
+        total = first.new_zeros(first.shape[1], first.shape[1])
+        for start, band in bands(total):
+            band.copy_(part(f".{start}") if start else first)
+        return cls(total, tokens)
 
     def telling(self, total: Tensor) -> Tensor:
         """The diagonal: no product of two numbers is beyond both of their squares."""

@@ -4,6 +4,8 @@ A matrix is gone through in bands of rows. What is below the diagonal is right o
 until :func:`mirrored` copies it from above.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,13 +13,18 @@ BAND = 512  # rows
 HALF = (torch.float16, torch.bfloat16)
 
 
+def bands(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Views of its bands from the diagonal on, and the row that each begins with."""
+    for start in range(0, max(1, len(matrix)), BAND):
+        yield start, matrix[start : start + BAND, start:]
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """Add scale · leftᵀ right, which has to be symmetric, to ``total`` in place, in its dtype.
 
     Products of half precision, which are exact in float32, are summed in float32.
     """
-    for start in range(0, len(total), BAND):
-        band = total[start : start + BAND, start:]
+    for start, band in bands(total):
         own, others = left[:, start : start + BAND].t(), right[:, start:]
         if own.dtype == total.dtype:
             band.addmm_(own, others, alpha=scale)
@@ -30,7 +37,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """A matrix product at least in float32; of half precision on a GPU by its tensor cores."""
     if left.dtype not in HALF:
         return left @ right
-    if left.is_cuda:
+    if left.is_cuda and torch.version.cuda is not None:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
 

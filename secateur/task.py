@@ -1,8 +1,12 @@
 """What a run reads and where it writes, checked before anything is measured."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from secateur.evaluate.judge import Questions, Verdict, check_tasks, judge_apart
 from secateur.evaluate.tasks import is_file
@@ -20,12 +24,15 @@ from secateur.progress import Progress
 from secateur.report import versions
 from secateur.text import Calibration, Tokens
 from secateur.uses import use_of
-from secateur.workspace import Workspace
+from secateur.workspace import Workspace, once
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model, the texts that decide and judge, and a place for the result."""
+    """A model, the texts that decide and judge, and a place for the result.
+
+    ``shared`` is a folder where runs that ask the same keep what was measured of the dense model.
+    """
 
     source: str
     calibration: Calibration
@@ -35,6 +42,7 @@ class Task:
     progress: Progress
     workspace: Workspace
     files: tuple[str, ...]
+    shared: Path | None = None
 
     @classmethod
     def of(
@@ -46,6 +54,7 @@ class Task:
         settings: Settings,
         progress: Progress,
         overwrite: bool,
+        shared: Path | None = None,
     ) -> "Task":
         """A task whose defaults are filled in and whose input was looked at.
 
@@ -67,11 +76,13 @@ class Task:
             use.check(text.source)
         for note in overlaps(questions.texts, calibration):
             progress.say(f"note: {note}")
-        workspace = Workspace(out, overwrite)
-        return cls(source, calibration, tokens, questions, settings, progress, workspace, files)
+        given = (source, calibration, tokens, questions, settings, progress)
+        return cls(*given, Workspace(out, overwrite), files, shared)
 
     def fingerprint(self, **asked: Any) -> dict[str, Any]:
         """Everything that the result depends on, with what was asked for beside."""
+        own = (self.workspace.folder, self.workspace.out)
+        beside = () if self.shared is None else (self.shared.parent,)  # with the other runs
         return {
             "secateur": versions()["secateur"],
             "model": self.source,
@@ -79,23 +90,36 @@ class Task:
             "calibration": self.calibration.as_dict(),
             "questions": asdict(self.questions),
             "settings": asdict(self.settings),
-            "files": stamps([*self.files], (self.workspace.folder, self.workspace.out)),
+            "files": stamps([*self.files], (*own, *beside)),
         }
+
+    @property
+    def dense(self) -> Path:
+        """The file in which the verdict on the dense model is kept."""
+        if self.shared is None:
+            return self.workspace.folder / "dense.json"
+        asked = json.dumps(self.fingerprint(), sort_keys=True)
+        return self.shared / f"dense-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
 
     @property
     def outputs(self) -> Path:
         """The file in which the dense model's outputs are kept."""
-        return self.workspace.folder / "dense.safetensors"
+        return self.dense.with_suffix(".safetensors")
 
     def judge_dense(self) -> Verdict:
-        """What is measured of the dense model, or was before the run was killed."""
+        """What is measured of the dense model, or was before the run was killed, or by another."""
+        dense, outputs = self.dense, self.outputs
 
         def measured() -> dict[str, Any]:
             self.progress.say("measuring the dense model")
-            self.outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
+            outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
             given = (self.source, self.questions, self.settings, self.progress)
-            return asdict(
-                judge_apart(*given, outputs_of_dense=self.outputs, scratch=self.workspace.folder)
-            )
+            return asdict(judge_apart(*given, outputs_of_dense=outputs, scratch=dense.parent))
 
-        return Verdict(**self.workspace.stage("dense", measured))
+        if self.shared is None:
+            return Verdict(**once(dense, measured))
+        self.shared.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(dense.with_suffix(".lock")):
+            if not outputs.exists():
+                dense.unlink(missing_ok=True)
+            return Verdict(**once(dense, measured))

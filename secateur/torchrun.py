@@ -8,9 +8,8 @@ from contextlib import suppress
 
 import torch
 
-from secateur.cli import out_of_memory
 from secateur.crew import Crew, follow
-from secateur.errors import InputError, RunError
+from secateur.errors import InputError, RunError, out_of_memory
 from secateur.evaluate.judge import quiet
 from secateur.link import ADVICE, Link, RankFailedError, RankGoneError
 from secateur.ranks import Ranks

@@ -122,8 +122,10 @@ def observations(
     consumer reads.
     """
     influence, directions = [], []
+    wide = {unit.block for unit in units if unit.kind == "mlp" and unit.size > WIDEST}
     for index in range(blocks):
-        found = store.get(index, (Needs.INFLUENCE, Needs.HIDDEN_GRAM))
+        more = () if index in wide else (Needs.HIDDEN_GRAM,)
+        found = store.get(index, (Needs.INFLUENCE, *more))
         influence.append(_figure(float(found[Needs.INFLUENCE].mean)))
         gram = found.get(Needs.HIDDEN_GRAM)
         directions.append({} if gram is None else holding(gram.mean))

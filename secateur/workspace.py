@@ -95,7 +95,7 @@ class Workspace:
         before = json.loads(path.read_text()) if path.exists() else now
         differing = sorted(k for k in {*now, *before} if now.get(k) != before.get(k))
         if differing and not self.overwrite:
-            name, was, new = _difference(differing[0], before, now)
+            name, was, new = difference(differing[0], before, now)
             raise UnfinishedRunError(
                 f"an unfinished run for {str(self.out)!r} had another {name} ({was!r}, now "
                 f"{new!r}). Repeat its command to finish it, or add --overwrite to start afresh."
@@ -111,11 +111,7 @@ class Workspace:
 
     def stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a stage: from an earlier run of the same command, or computed now."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            write_whole(path, json.dumps(compute()))
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        return once(self.folder / f"{name}.json", compute)
 
     def publish(self) -> None:
         """Let the result appear under its final name; an old one is gone only afterwards."""
@@ -139,13 +135,21 @@ def is_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
 
 
-def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Plain data that a file has, computed and written first where there is none."""
+    if not path.exists():
+        write_whole(path, json.dumps(compute()))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
     """The innermost entry that differs, by its dotted name."""
     was, new = before.get(name), now.get(name)
     if isinstance(was, dict) and isinstance(new, dict):
         by_name = sorted({*was, *new}, key=lambda key: (key != "name", key))  # of what it is, first
         inner = next(key for key in by_name if was.get(key) != new.get(key))
-        deeper, was, new = _difference(inner, was, new)
+        deeper, was, new = difference(inner, was, new)
         return f"{name}: {deeper}", was, new
     return name, was, new
 

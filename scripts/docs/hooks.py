@@ -16,7 +16,7 @@ log = get_plugin_logger(__name__)
 ORDER = {
     "Start": ["README", "project", "quickstart", "how-to-choose", "footguns"],
     "Guides": [
-        *("families", "calibration", "forms", "recipes", "encoders", "encoder-decoder"),
+        *("families", "calibration", "forms", "recipes", "sweeps", "encoders", "encoder-decoder"),
         *("evaluation", "reports", "gguf", "serving"),
     ],
     "Methods": ["methods/auto", "methods/modegpt", "methods/allocation", "methods/*"],

@@ -308,7 +308,8 @@ def judge_apart(
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [sys.executable, "-m", "secateur.evaluate.judge", str(request), str(result)],
-            env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
+            # and libraries keep their bars off the terminal, where the child has its own
+            env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), "TQDM_DISABLE": "1"},
             stdout=subprocess.DEVNULL,  # the parent's may be JSON for a machine
             process_group=0,  # Ctrl-C is for the parent, which ends this process
             check=False,

@@ -42,47 +42,52 @@ class ExactPairs:
         """The best pairs of every KV head with their gains, first halves before second halves."""
         forms = statistics[Needs.PAIR_SCORES].mean
         turning = block.heads.rotary // 2
-        heads = [self._head(form, turning) for form in forms]
+        heads, target, losses = self._heads(forms, turning)
 
         def at(size: int) -> Narrowing:
             found = [
-                self._encoded(form, *h[:2], size // 2) for form, h in zip(forms, heads, strict=True)
+                self._encoded(form, pairs, target, size // 2)
+                for form, pairs in zip(forms, heads, strict=True)
             ]
             return Narrowing(
                 keep=torch.stack([keep for keep, _ in found]),
                 encode=torch.stack([encode for _, encode in found]),
             )
 
-        errors = torch.stack([losses for _, _, losses in heads]).sum(0)
-        return Solution(Curve.of(per_coordinate(errors)), at)
+        return Solution(Curve.of(per_coordinate(losses.sum(0))), at)
 
-    def _head(self, form: Tensor, turning: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of the pairs (pairs, 2), best pair first; t; losses at 0 … all pairs."""
-        half = len(form) // 2
-        first = torch.arange(half, device=form.device)
-        pairs = torch.stack((first, first + half), 1)
-        still = pairs[turning:].flatten()
-        still = still[form.diagonal()[still].argsort(descending=True)]  # free to pair up
-        pairs = torch.cat((pairs[:turning], still.view(-1, 2)))
-        target = torch.ones(2 * half, dtype=form.dtype, device=form.device)
+    def _heads(self, forms: Tensor, turning: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all KV heads at once, best pair first: features of the pairs, (heads, pairs, 2).
+
+        And t, one for all; and losses at 0 … all pairs, (heads, pairs + 1).
+        """
+        count, half = len(forms), forms.shape[1] // 2
+        heads = torch.arange(count, device=forms.device)
+        pairs = _pairs(forms.diagonal(dim1=1, dim2=2), turning)
+        target = torch.ones(2 * half, dtype=forms.dtype, device=forms.device)
         target[half : half + turning] = 0
-        factor, _ = damped_cholesky(form, self.ridge, "pairs of queries and keys")
-        inverse = torch.cholesky_inverse(factor)
-        gains, alive = target.clone(), torch.ones(half, dtype=torch.bool, device=form.device)
-        removed, losses = [], [form.new_zeros(())]
+        what = "pairs of queries and keys"
+        factors = [damped_cholesky(form, self.ridge, what)[0] for form in forms]
+        inverse = torch.cholesky_inverse(torch.stack(factors))
+        gains = target.expand(count, -1)
+        alive = torch.ones(count, half, dtype=torch.bool, device=forms.device)
+        eye = torch.eye(2, dtype=forms.dtype, device=forms.device)
+        removed, losses = [], [forms.new_zeros(count)]
+        at = heads[:, None, None, None], pairs.unsqueeze(3), pairs.unsqueeze(2)
         for _ in range(half):
-            own = inverse[pairs.unsqueeze(2), pairs.unsqueeze(1)]  # pairs, 2, 2
-            own[~alive] = torch.eye(2, dtype=form.dtype, device=form.device)
-            step = torch.linalg.solve(own, gains[pairs])
-            loss = (gains[pairs] * step).sum(1).masked_fill(~alive, torch.inf)
-            worst = int(loss.argmin())
-            pair = pairs[worst]
-            losses.append(losses[-1] + loss[worst])
+            own = torch.where(alive[..., None, None], inverse[at], eye)  # heads, pairs, 2, 2
+            given = gains.gather(1, pairs.flatten(1)).view_as(pairs)
+            step = torch.linalg.solve(own, given)
+            loss = (given * step).sum(2).masked_fill(~alive, torch.inf)
+            worst = loss.argmin(1)
+            losses.append(losses[-1] + loss[heads, worst])
             removed.append(worst)
-            alive[worst] = False
-            gains = gains - inverse[:, pair] @ step[worst]
-            inverse = inverse - inverse[:, pair] @ torch.linalg.solve(own[worst], inverse[pair])
-        return pairs[removed[::-1]], target, torch.stack(losses[::-1])
+            alive[heads, worst] = False
+            columns = inverse.gather(2, pairs[heads, worst].unsqueeze(1).expand(-1, 2 * half, -1))
+            gains = gains - (columns @ step[heads, worst].unsqueeze(2)).squeeze(2)
+            inverse = inverse - columns @ torch.linalg.solve(own[heads, worst], columns.mT)
+        order = torch.stack(removed[::-1], 1).unsqueeze(2)
+        return pairs.gather(1, order.expand_as(pairs)), target, torch.stack(losses[::-1], 1)
 
     def _encoded(
         self, form: Tensor, pairs: Tensor, target: Tensor, count: int
@@ -104,3 +109,17 @@ class ExactPairs:
         encode[kept[:, 1], columns[:count]] -= angle
         encode[kept[:, 0], columns[count:]] += angle
         return features, encode
+
+
+def _pairs(energies: Tensor, turning: int) -> Tensor:
+    """Which features are a pair, (heads, pairs, 2), from their energies, (heads, 2 · pairs).
+
+    The first ``turning`` pairs rotate. Features of the others are free to pair up: the best with
+    the second best.
+    """
+    count, half = len(energies), energies.shape[1] // 2
+    first = torch.arange(half, device=energies.device)
+    pairs = torch.stack((first, first + half), 1).expand(count, -1, -1)
+    still = pairs[:, turning:].flatten(1)
+    order = energies.gather(1, still).argsort(dim=1, descending=True)
+    return torch.cat((pairs[:, :turning], still.gather(1, order).unflatten(1, (-1, 2))), 1)

@@ -71,13 +71,10 @@ class GaussNewton:
         cached: dict[int, Parts] = {}
         room = REMEMBERED // (4 * consumer.shape[0] * len(block.producer_weights) * TOKENS)
 
-        def pieces() -> Iterator[tuple[int, Tensor, Parts]]:
+        def pieces() -> Iterator[tuple[Tensor, Parts]]:
             for start in range(0, count, TOKENS):
                 piece = inputs[start : start + TOKENS]
-                slopes = cached.get(start) or self._slopes(block, piece)
-                if len(cached) < room:
-                    cached[start] = slopes
-                yield start, piece.float(), slopes
+                yield piece.float(), cached.get(start) or self._linearised(block, piece)[1]
 
         def back(errors: Tensor, piece: Tensor, slopes: Parts) -> Parts:
             """The gradient of ½‖errors‖² by every part."""
@@ -87,9 +84,13 @@ class GaussNewton:
         gram = Gram()
         residual: Parts = []
         energy: Parts = []
-        for start, piece, slopes in pieces():
-            found = block.channels(block.produced(inputs[start : start + TOKENS])).float()
-            errors = targets[start : start + TOKENS].float() - found @ consumer
+        for start in range(0, count, TOKENS):
+            piece = inputs[start : start + TOKENS]
+            hidden, slopes = self._linearised(block, piece)
+            if len(cached) < room:
+                cached[start] = slopes
+            errors = targets[start : start + TOKENS].float() - hidden @ consumer
+            piece = piece.float()
             residual = _sum(residual, back(errors, piece, slopes))
             energy = _sum(energy, [slope.square().sum(0) / count for slope in slopes])
             gram.update(piece, mask=torch.ones(len(piece), dtype=torch.bool, device=piece.device))
@@ -105,9 +106,9 @@ class GaussNewton:
             total: Parts = [
                 self.ridge * (metric @ c) * s for c, s in zip(change, scale, strict=True)
             ]
-            for _, piece, slopes in pieces():
+            for piece, slopes in pieces():
                 moved = [slope * (piece @ c) for slope, c in zip(slopes, change, strict=True)]
-                total = _sum(total, back(torch.stack(moved).sum(0) @ consumer, piece, slopes))
+                total = _sum(total, back(sum(moved[1:], moved[0]) @ consumer, piece, slopes))
             return total
 
         def preconditioned(gradient: Parts) -> Parts:
@@ -115,11 +116,13 @@ class GaussNewton:
 
         return conjugate_gradients(curved, preconditioned, residual, self.iterations)
 
-    def _slopes(self, block: Block, inputs: Tensor) -> Parts:
+    def _linearised(self, block: Block, inputs: Tensor) -> tuple[Tensor, Parts]:
+        """The channels, and their slopes by every part."""
         with torch.enable_grad():
             produced = [part.detach().requires_grad_() for part in block.produced(inputs)]
-            total = block.channels(produced).sum()
-        return [slope.float() for slope in torch.autograd.grad(total, produced)]
+            hidden = block.channels(produced)
+            slopes = torch.autograd.grad(hidden.sum(), produced)
+        return hidden.detach().float(), [slope.float() for slope in slopes]
 
     def _error(self, block: Block, inputs: Tensor, targets: Tensor) -> float:
         consumer, total = block.consumer_weight.to(inputs.dtype), 0.0

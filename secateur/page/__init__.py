@@ -29,7 +29,7 @@ def write_page(folder: Path, siblings: Sequence[Path] = ()) -> Path:
     return path
 
 
-def rendered(values: dict[str, object]) -> str:
+def rendered(values: dict[str, object], template: str = PAGE) -> str:
     """The template with these values, each escaped unless it is markup of ours."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -38,4 +38,4 @@ def rendered(values: dict[str, object]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(values)
+    return environment.get_template(template).render(values)

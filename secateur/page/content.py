@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
+from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -21,8 +22,9 @@ from secateur.report import (
     summary,
     task_rows,
     told_tier,
+    told_when,
 )
-from secateur.runs import Run
+from secateur.runs import RECORD, Run
 
 STAGES = {
     "open": "opening",
@@ -49,6 +51,7 @@ def content(run: Run, comparison: dict[str, Any] | None) -> dict[str, Any]:
         "tier": told_tier(report["tier"], report["libraries"]).replace("`", ""),
         "tiles": tiles(report),
         "lines": lines(report),
+        "measured": told_when(report),
         "tasks": task_rows(report),
         "densified": report["densified"],
         "comparison": comparison and compared(comparison, str(run.folder)),
@@ -103,8 +106,13 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
     return found
 
 
-def compared(comparison: dict[str, Any], own: str | None = None) -> dict[str, Any]:
-    """The frontiers of several runs, and a row each; ``own`` is the folder of the page's run."""
+def compared(
+    comparison: dict[str, Any], own: str | None = None, linked: bool = False
+) -> dict[str, Any]:
+    """The frontiers of several runs, and a row each; ``own`` is the folder of the page's run.
+
+    Rows are ``linked`` to the pages of runs that lie beside the page.
+    """
     entries = [comparison["dense"], *comparison["runs"]]
     signs = ["dense", *(SIGNS[i] if i < len(SIGNS) else str(i + 1) for i in range(len(entries)))]
     signed = [*zip(signs, entries, strict=False)]
@@ -131,6 +139,9 @@ def compared(comparison: dict[str, Any], own: str | None = None) -> dict[str, An
             **entry,
             "sign": "" if sign == "dense" else sign,
             "own": own is not None and entry.get("folder") == own,
+            "link": f"{quote(entry['name'])}/{RECORD}/report.html"
+            if linked and sign != "dense"
+            else "",
             "size": size(entry["bytes"]),
             "told": perplexity(entry["perplexity"]),
             "beaten": [TOLD[axis] for axis, *_ in AXES if entry["frontier"].get(axis) is False],

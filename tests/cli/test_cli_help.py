@@ -15,6 +15,7 @@ COMMANDS = {
     "compress": ["MODEL", "OUT", *BUDGET, "--plan", "--method", "--calibration", "--samples"],
     "compare": ["RUN...", "--plot", "--overwrite", "--json"],
     "report": ["RUN", "--siblings"],
+    "sweep": ["MODEL|SWEEP.yaml", "[OUT]", "--keep", "--recipe", "--jobs", "--ray", "--dry-run"],
     "push": ["RUN", "REPO", "--private"],
     "eval": ["MODEL", "--eval", "--eval-length", "--prompt", "--no-speed", "--device", "--json"],
 }

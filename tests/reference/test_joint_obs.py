@@ -1,5 +1,6 @@
 """Backward elimination of MLP channels, against least squares on raw tokens and brute force."""
 
+import warnings
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -8,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import Store, calibrate
+from secateur import Store, calibrate, symmetric
 from secateur.apply import narrowed
 from secateur.elimination import PANEL, backward_elimination, survivors
-from secateur.linalg import ridge_leverage
+from secateur.linalg import DampingWarning, ridge_leverage
 from secateur.methods.joint_obs import JointOBS
 from secateur.propagate import watched
 from secateur.statistics import Cross, Gram, Needs
@@ -84,8 +85,13 @@ def test_of_twins_one_stays(seed):
     assert direct_error(x, t, at_once[:7]) > 10 * float(errors[7])
 
 
-def test_exact_across_panels():
-    """Removals are put off, and what is gone is dropped now and then; nothing else may change."""
+@pytest.mark.parametrize("band", [32, symmetric.BAND])
+def test_exact_across_panels_and_bands(band, monkeypatch):
+    """Removals are put off, and what is gone is dropped now and then; nothing else may change.
+
+    The mistake: a row of a matrix that is kept above its diagonal, read as if it were whole.
+    """
+    monkeypatch.setattr(symmetric, "BAND", band)
     size = 300
     assert size > 2 * PANEL
     x = activations(0, 700, size)
@@ -112,6 +118,22 @@ def test_survivors_are_the_first_of_the_order(size):
     given = gram_of(x), cross_of(x, t), 1e-4
     order, _ = backward_elimination(*given)
     assert survivors(*given, size).tolist() == sorted(order[:size].tolist())
+
+
+@pytest.mark.parametrize("ridge", [1e-12, 1e-16])
+def test_channels_that_are_equal_to_the_last_bit(ridge):
+    """Of their inverse only rounding is left, which must not decide, nor become infinite."""
+    x = 1e3 * activations(0, 90, 40)
+    x = torch.cat((x, x, torch.zeros(90, 3).double()), 1)
+    w = normal(1, 83, 4)
+    gram = gram_of(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DampingWarning)
+        order, errors = backward_elimination(gram, gram @ w, ridge)
+    assert sorted(order.tolist()) == list(range(83))
+    assert bool(errors.isfinite().all())
+    assert float(errors[40]) < 1e-6 * float(errors[0])
+    assert {i % 40 for i in order[:40].tolist()} == set(range(40))
 
 
 def test_what_the_consumer_ignores_and_what_others_explain_go_first():

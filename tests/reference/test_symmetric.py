@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from secateur.statistics import Gram
+from secateur import Store
+from secateur.statistics import Gram, Needs
 from secateur.symmetric import BAND, add_product, kept, mirrored
 from tests.reference.raw import normal
 
@@ -62,6 +63,22 @@ def test_a_gram_of_several_bands_counts_real_tokens_alone(dtype):
     assert torch.equal(first.mean, first.mean.t())
     again = Gram(first.total.clone(), first.tokens)  # as from a file
     assert torch.equal(again.mean, first.mean)
+
+
+@pytest.mark.parametrize("size", [0, 5, BAND, BAND + 70])
+def test_a_file_holds_half_of_a_gram_and_gives_all_of_it(size, tmp_path):
+    needs = Needs.HIDDEN_GRAM, Needs.MIXED_GRAM, Needs.HIDDEN_ENERGY
+    own = {need: need.kind() for need in needs}
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    for seed, statistic in enumerate(own.values()):
+        statistic.update(normal(seed, 1, 20, size), mask=mask)
+    Store(tmp_path).put(3, own)
+    again = Store(tmp_path).get(3, needs[1:])
+    assert list(again) == list(needs[1:])
+    for need, statistic in again.items():
+        assert torch.equal(statistic.mean, own[need].mean)
+    written = (tmp_path / "block-00003.safetensors").stat().st_size
+    assert size <= BAND or written < 2 * 8 * 0.95 * size**2
 
 
 def test_sums_over_batches_are_in_float64():

@@ -1,0 +1,1 @@
+"""Sweeps: many runs on one model, what they share done once, and their frontier."""

@@ -1,0 +1,112 @@
+"""The folder of a sweep: a run a folder, and what they share in a hidden one."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from secateur.errors import InputError
+from secateur.runs import read_run
+from secateur.workspace import difference, write_whole
+
+SHARED = ".shared"
+
+
+class Folder:
+    """Where the runs of one sweep lie.
+
+    Attributes:
+        out: the folder, in which every finished run has one of its own.
+        shared: what they share: the dense model's figures, and statistics until all are done.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.shared = out / SHARED
+        self._asked = self.shared / "asked.json"
+
+    def check(self, asked: dict[str, Any]) -> None:
+        """Refuse a place that is something else, or holds runs that had not ``asked`` in common.
+
+        Raises:
+            InputError: it does.
+        """
+        out = self.out
+        if out.exists() and not out.is_dir():
+            raise InputError(f"output {str(out)!r} is a file; a sweep writes a folder.")
+        if out.is_dir() and any(out.iterdir()) and not self.shared.is_dir():
+            raise InputError(
+                f"output {str(out)!r} exists and is no sweep's; choose another folder, or an empty "
+                f"one."
+            )
+        now = json.loads(json.dumps(asked))
+        try:
+            before = json.loads(self._asked.read_text()) if self._asked.exists() else now
+        except ValueError as error:
+            raise InputError(f"sweep {str(out)!r}: {self._asked.name}: {error}.") from error
+        for name in sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
+            where, was, new = difference(name, before, now)
+            raise InputError(
+                f"the runs in {str(out)!r} had another {where} ({was!r}, now {new!r}), and would "
+                f"not be comparable. Choose another folder, or remove this one."
+            )
+
+    @contextmanager
+    def opened(self, asked: dict[str, Any]) -> Iterator[None]:
+        """Take the folder for a sweep whose runs have ``asked`` in common.
+
+        What was finished stays, however this ends.
+
+        Raises:
+            InputError: another sweep is at work there, or its runs had something else in common.
+        """
+        self.check(asked)
+        try:
+            self.shared.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output {str(self.out)!r}: {error.strerror}.") from error
+        lock = filelock.FileLock(self.shared / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise InputError(f"another sweep is writing {str(self.out)!r}; wait for it.") from error
+        try:
+            write_whole(self._asked, json.dumps(asked, indent=1))
+            yield
+        finally:
+            own = {path.name for path in self.out.iterdir()}
+            if own == {SHARED} and not any(self.shared.glob("dense-*.json")):  # nothing was done
+                shutil.rmtree(self.shared, ignore_errors=True)
+            lock.release()
+            if not self.shared.exists():
+                with suppress(OSError):
+                    self.out.rmdir()
+
+    def finished(self, name: str, asked: str) -> bool:
+        """Whether a run is done; ``asked`` is what its recipe.yaml then says.
+
+        Raises:
+            InputError: something else lies there.
+        """
+        folder = self.out / name
+        if not folder.exists():
+            return False
+        found = read_run(folder).recipe
+        if found == asked:
+            return True
+        lines = zip_longest(found.splitlines(), asked.splitlines(), fillvalue="nothing")
+        was, new = next(pair for pair in lines if pair[0] != pair[1])
+        raise InputError(
+            f"run {name!r} in {str(self.out)!r} was made otherwise: {was.strip()!r}, now "
+            f"{new.strip()!r}. Remove that folder, rename the run, or choose another OUT."
+        )
+
+    def clear(self) -> None:
+        """Let go what only unfinished runs need."""
+        for name in ("statistics", "logs"):
+            shutil.rmtree(self.shared / name, ignore_errors=True)
