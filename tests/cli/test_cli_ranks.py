@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import ROOT
+ROOT = Path(__file__).parents[2]
 
 ASKED = [
     "--keep",
