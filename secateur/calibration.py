@@ -13,12 +13,16 @@ from safetensors.torch import save_file
 from secateur.block import Block
 from secateur.errors import InputError, refuse_difference
 from secateur.gradients import collect_gradients, needs_gradients
+from secateur.header import read_header
 from secateur.model import Model
 from secateur.observe import observed
 from secateur.statistics import INPUTS, BlockStatistics, Need, Needs, Statistic
 from secateur.stream import Stream
 from secateur.text import Tokens
+from secateur.untrusted import HostileError, parse_json, read_bytes
 from secateur.workspace import write_whole
+
+MAX_BYTES = 2**20
 
 
 class Store:
@@ -39,9 +43,14 @@ class Store:
         if self.folder is None:
             return block in self._memory
         try:
+            read_header(self._path(block))
             with safe_open(self._path(block), framework="pt") as file:
                 return file.metadata() is not None
-        except (OSError, SafetensorError):  # never written, or damaged: it is measured again
+        except (
+            InputError,
+            OSError,
+            SafetensorError,
+        ):  # never written, or damaged: it is measured again
             return False
 
     def claim(self, own: dict[str, Any], needs: Iterable[Need]) -> None:
@@ -55,8 +64,8 @@ class Store:
         own = own | {"needs": sorted(map(_key, needs))}
         path = self.folder / "identity.json"
         try:
-            found = json.loads(path.read_text()) if path.exists() else own
-        except ValueError as error:
+            found = parse_json(read_bytes(path, MAX_BYTES, path.name)) if path.exists() else own
+        except HostileError as error:
             raise InputError(f"statistics {str(self.folder)!r}: {path.name}: {error}.") from error
         if not isinstance(found, dict) or (found is own and any(self.folder.glob("block-*"))):
             raise InputError(

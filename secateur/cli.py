@@ -10,7 +10,7 @@ import click
 
 from secateur import asked
 from secateur.commands import COMMANDS
-from secateur.errors import InputError, RunError
+from secateur.errors import InputError, RunError, printable
 from secateur.flags import (
     MethodCommand,
     calibration_options,
@@ -309,7 +309,7 @@ def main() -> None:
         print(f"error: {error.format_message()}", file=sys.stderr)
         code = error.exit_code
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)

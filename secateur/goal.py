@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from secateur.methods.base import Method
     from secateur.model import Model
 
+MAX_PASS = 2**24  # tokens whose time is measured
 Tier = Literal["plain", "per-layer"]  #: what may be asked for
 Written = Literal["plain", "per-layer", "factored"]  #: what a plan may need
 
@@ -55,6 +56,11 @@ class Goal:
         for name in ("multiple_of", "batch", "length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)!r} should be at least 1.")
+        if self.batch * self.length > MAX_PASS:
+            raise InputError(
+                f"latency of {self.batch} × {self.length} tokens: a forward pass has at most "
+                f"{MAX_PASS}; ask for fewer with --latency-batch or --latency-length."
+            )
 
     def units(self, method: "Method", model: "Model") -> list[Unit]:
         """The units of a method, with the sizes that the goal leaves them."""

@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
-from secateur.errors import InputError
+from secateur.errors import InputError, shown, words
+from secateur.untrusted import HostileError, parse_json, read_bytes
 
 R = TypeVar("R", bound="Record")
+MAX_NODES = 2**25  # of the curves of the largest models
 
 
 class Record(BaseModel):
@@ -24,9 +26,9 @@ def read_record(kind: type[R], path: Path, what: str, most_bytes: int, advice: s
         InputError: the file is missing, too large, no JSON, or not of this kind and version.
     """
     try:
-        if path.stat().st_size > most_bytes:
-            raise InputError(f"{what} {str(path)!r}: larger than any {what}; is it the right file?")
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate(parse_json(read_bytes(path, most_bytes, what), MAX_NODES))
+    except HostileError as error:
+        raise InputError(f"{what} {str(path)!r}: {error}.{advice}") from error
     except OSError as error:
         raise InputError(f"{what} {str(path)!r}: {error.strerror}.") from error
     except pydantic.ValidationError as error:
@@ -36,5 +38,11 @@ def read_record(kind: type[R], path: Path, what: str, most_bytes: int, advice: s
 def said(error: pydantic.ValidationError) -> str:
     """Where a record is wrong first, and how."""
     first: Any = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    return f"{where}: {first['msg']}"
+    where = ".".join(_named(part) for part in first["loc"]) or "the file"
+    return f"{where}: {words(first['msg'])}"
+
+
+def _named(part: Any) -> str:
+    """A name in a file, or a place in a list; what is no plain name in quotes."""
+    text = str(part)
+    return text if len(text) < 100 and text.isprintable() else shown(part)

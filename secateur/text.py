@@ -1,7 +1,6 @@
 """Text to token windows: from a file, a folder, JSONL, a datasets name or the bundled text."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from secateur import bundled
 from secateur.errors import InputError, nearest
+from secateur.untrusted import HostileError, lines_of, opened_lines, parse_json
 
 BUNDLED = "bundled"
 SUFFIXES = {".txt", ".md", ".rst", ".text", ".raw", ".py"}
@@ -160,27 +160,28 @@ def _read_file(path: Path, room: int) -> list[str]:
     """The documents of a file, up to about ``room`` characters of them."""
     documents: list[str] = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with opened_lines(path) as file:
             if path.suffix != ".jsonl":
                 return [file.read(max(0, room)).replace("\r\n", "\n")]
-            for number, line in enumerate(file, 1):  # at \n alone: JSON may hold U+2028
+            for number, line in lines_of(file):
                 if room <= 0:
                     break
-                if line.strip():
-                    documents.append(_field(line, path, number))
-                    room -= len(documents[-1])
+                documents.append(_field(line, path, number))
+                room -= len(documents[-1])
     except UnicodeDecodeError as error:
         raise InputError(f"text {str(path)!r} is not UTF-8 ({error.reason}).") from error
     except OSError as error:
         raise InputError(f"text {str(path)!r}: {error.strerror}.") from error
+    except HostileError as error:
+        raise InputError(f"text {str(path)!r}: {error}.") from error
     return documents
 
 
 def _field(line: str, path: Path, number: int) -> str:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"text {str(path)!r}, line {number}: not JSON ({error.msg}).") from error
+        row = parse_json(line.encode())
+    except HostileError as error:
+        raise InputError(f"text {str(path)!r}, line {number}: {error}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise InputError(
             f'text {str(path)!r}, line {number}: needs an object with a "text" string.'

@@ -148,7 +148,9 @@ def write_whole(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text)
+        partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
+        with partial.open("x") as file:
+            file.write(text)
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
