@@ -17,17 +17,14 @@ from secateur.errors import InputError, first_line, words
 from secateur.header import check_layers
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import unpack
-from secateur.model import Model, Settings, anatomy_of, has_forms
+from secateur.model import FAULTS_OF_CONFIG, Model, Settings, anatomy_of, has_forms
 from secateur.text import expanded
 from secateur.uses import PREFIX, Use, use_of
 from secateur.vetting import vet_config, vet_shapes
 
 DEMO = "demo"
 #: what libraries raise of files that are not what they should be
-FAULTS = (
-    *(OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, AttributeError),
-    *(ArithmeticError, AssertionError, SafetensorError, StrictDataclassError),
-)
+FAULTS = (*FAULTS_OF_CONFIG, OSError, ImportError, SafetensorError, StrictDataclassError)
 
 
 def locate(source: str | Path) -> str:
@@ -45,15 +42,10 @@ def skeleton(source: str, settings: Settings) -> Model:
         InputError: there is no such model, or transformers cannot build it.
     """
     config = read_config(source, settings)
-    use, anatomy, folder = use_of(config), anatomy_of(config), Path(locate(source))
-    nothing: Any = None
+    use, folder = use_of(config), Path(locate(source))
     try:
         with torch.device("meta"):
             module = use.opener.from_config(config, trust_remote_code=settings.trust_remote_code)
-        stored = getattr(config, "dtype", None) or torch.float32
-        made = Model(source, module, nothing, stored, anatomy)
-        if anatomy is not None:
-            made.blocks  # noqa: B018  (whether they are as the anatomy says)
     except FAULTS as error:
         if isinstance(error, InputError):
             raise
@@ -68,7 +60,9 @@ def skeleton(source: str, settings: Settings) -> Model:
         head: Any = module.get_output_embeddings()
         if head is not None and head.weight is module.get_input_embeddings().weight:
             head.weight = nn.Parameter(torch.empty_like(head.weight))
-    return made
+    stored = getattr(config, "dtype", None) or torch.float32
+    nothing: Any = None
+    return Model(source, module, nothing, stored, anatomy_of(config))
 
 
 def read_config(source: str, settings: Settings) -> Any:

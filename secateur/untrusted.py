@@ -123,6 +123,13 @@ def parse_json(raw: bytes, most_nodes: int = MAX_NODES) -> Any:
         raise HostileError(f"not JSON: {words(str(error))}") from error
 
 
+#: what its constructors raise of tags and texts that are not what they say
+FAULTS_OF_YAML = (
+    *(yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError),
+    RecursionError,
+)
+
+
 class _Loader(yaml.SafeLoader):
     """Plain YAML: no aliases, which could stand for more than there is memory, and limits."""
 
@@ -161,7 +168,7 @@ def parse_yaml(raw: bytes) -> Any:
         raise
     except UnicodeDecodeError as error:
         raise HostileError(f"no UTF-8 ({error.reason})") from error
-    except (yaml.YAMLError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+    except FAULTS_OF_YAML as error:
         raise HostileError(f"no YAML: {words(first_line(error))}") from error
     _look(found)
     return found
