@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
 from secateur.prices import Target
 from secateur.runtime import Runtime, fitted
 from secateur.units import Unit
@@ -47,12 +47,13 @@ class Goal:
             )
         if self.runtime not in get_args(Runtime):
             known = nearest(self.runtime, get_args(Runtime))
-            raise InputError(f"unknown --for {self.runtime!r}. {known}")
+            raise InputError(f"unknown --for {shown(self.runtime)}. {known}")
         if self.target not in get_args(Target):
             known = nearest(self.target, get_args(Target))
-            raise InputError(f"unknown --target {self.target!r}. {known}")
+            raise InputError(f"unknown --target {shown(self.target)}. {known}")
         if self.tier not in get_args(Tier):
-            raise InputError(f"unknown --tier {self.tier!r}. {nearest(self.tier, get_args(Tier))}")
+            known = nearest(self.tier, get_args(Tier))
+            raise InputError(f"unknown --tier {shown(self.tier)}. {known}")
         for name in ("multiple_of", "batch", "length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)!r} should be at least 1.")

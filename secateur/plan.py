@@ -35,6 +35,12 @@ MAX_PLAN_BYTES = 64 * 2**20
 Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.9g}"))]
 
 
+def _is_spec(form: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(form.get("form"), str):
+        raise ValueError("a spec has the name of its form as 'form'")
+    return form
+
+
 class Base(Record):
     """The model a plan is for."""
 
@@ -116,7 +122,7 @@ class Row(Record):
     cache_bytes_per_token: int
     predicted_error: Figure
     predicted_loss: Figure | None
-    form: dict[str, Any] | None = None
+    form: Annotated[dict[str, Any], AfterValidator(_is_spec)] | None = None
     becomes: str | None = None
     dense_bytes: int | None = None
 

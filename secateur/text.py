@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur import bundled
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
 from secateur.untrusted import HostileError, lines_of, opened_lines, parse_json
 
 BUNDLED = "bundled"
@@ -112,7 +112,7 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.select not in SELECTIONS:
             known = nearest(self.select, SELECTIONS)
-            raise InputError(f"unknown --select-calibration {self.select!r}. {known}")
+            raise InputError(f"unknown --select-calibration {shown(self.select)}. {known}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for plans and reports."""

@@ -142,7 +142,7 @@ def as_yaml(data: Any, chance: Random) -> bytes:
     """The same as YAML, with pieces that only YAML knows."""
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
     text = re.sub(rf"""["']?{RAW}([^{RAW}]*){RAW}["']?""", r"\1", text)
-    if chance.random() < 0.5:
+    if chance.random() < 0.25:
         lines = text.splitlines()
         place = chance.randrange(len(lines) or 1)
         before = lines[place].partition(":")[0] if lines else ""

@@ -131,13 +131,10 @@ def limit_memory(more: int = MEMORY) -> None:
 
 def counted(outcomes: Counter[tuple[str, str]]) -> list[str]:
     """A table in Markdown."""
-    kinds = list(dict.fromkeys(kind for kind, _ in outcomes))
-    rows = ["| file | cases | read | refused |", "|---|---|---|---|"]
-    for kind in kinds:
-        read, refused = (outcomes[kind, found] for found in ("read", "refused"))
-        rows.append(f"| {kind} | {read + refused} | {read} | {refused} |")
-    read, refused = (
-        sum(n for (_, found), n in outcomes.items() if found == asked)
-        for asked in ("read", "refused")
-    )
-    return [*rows, f"| all | {read + refused} | {read} | {refused} |"]
+    ends = ("read", "refused", "failed")
+    rows = ["| file | cases | read | refused | failed |", "|---|---|---|---|---|"]
+    for kind in dict.fromkeys(kind for kind, _ in outcomes):
+        own = [outcomes[kind, end] for end in ends]
+        rows.append(f"| {kind} | {sum(own)} | {' | '.join(map(str, own))} |")
+    every = [sum(n for (_, found), n in outcomes.items() if found == end) for end in ends]
+    return [*rows, f"| all | {sum(every)} | {' | '.join(map(str, every))} |"]
