@@ -360,7 +360,7 @@ def read_plan(path: Path) -> Plan:
     plan = read_record(Plan, path, "plan", MAX_PLAN_BYTES, advice)
     if plan.calibration.select != "none" and not plan.calibration.windows:
         raise InputError(
-            f"plan {str(path)!r}: calibration.select is {plan.calibration.select!r}, and "
+            f"plan {str(path)!r}: calibration.select is {shown(plan.calibration.select)}, and "
             f"calibration.windows does not say which windows that chose; list them, or set select "
             f"to 'none' for windows drawn at random.{advice}"
         )

@@ -120,7 +120,13 @@ class Calibration:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ~ made into a home folder, or as it is where there is no such user."""
+    """A path with ~ made into a home folder, or as it is where there is no such user.
+
+    Raises:
+        InputError: it can't be one.
+    """
+    if "\0" in str(path):
+        raise InputError(f"{shown(str(path))} is no path: it has a NUL in it.")
     try:
         return Path(path).expanduser()
     except RuntimeError:

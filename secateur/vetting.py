@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from secateur.errors import InputError, shown
 from secateur.header import Entry, tensors
@@ -54,6 +55,7 @@ def vet_config(source: str, path: Path, trusted: bool) -> None:
         for key, number in _numbers("", fields):
             _check_number(key, number, folder)
         if not trusted:
+            _check_code(fields)
             _check_kernels(fields)
         _check_patterns(fields.get("quantization_config"))
     except OSError as error:
@@ -88,6 +90,16 @@ def _check_number(key: str, number: int, folder: Path) -> None:
         most = max(MAX_PARTS, len(tensors(folder)))
     if abs(number) > most:
         raise HostileError(f"{shown(key)} is {number}, and more than {most} can't be meant")
+
+
+def _check_code(fields: dict[str, Any]) -> None:
+    """Refuse a model that only code beside it could make; of others that code is left alone."""
+    model_type = fields.get("model_type")
+    if "auto_map" in fields and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING):
+        raise HostileError(
+            f"the model_type {shown(model_type)} is known to code of its own alone, which runs "
+            f"only where you trust who wrote it: look at its files, and add --trust-remote-code"
+        )
 
 
 def _check_kernels(fields: dict[str, Any]) -> None:
