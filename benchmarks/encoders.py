@@ -86,7 +86,7 @@ def judge(
     tokens = use.calibration(record, reader)
     held = use.held(Text("held", held_source), reader, LENGTH, 1000)
     dense = outputs(model, held)
-    value, right = answered(model.module, use, held)
+    value, right = answered(model, held)
     print(f"| {name} | dense | | | {right:.1%} | {value:.2f} | | |", flush=True)
     for method_name in arguments.methods:
         made = method_class(method_name)()
@@ -106,7 +106,7 @@ def judge(
                 continue
             units = method.units(small, plan.multiple_of)
             list(narrow_blocks(small, method, units, plan.sizes, tokens, store))
-            value, right = answered(small.module, use, held)
+            value, right = answered(small, held)
             found = agreement(dense, outputs(small, held))
             print(
                 f"| {name} | {method.name} | {keep:g} | {plan.budget.reached:.2f} | {right:.1%} | "

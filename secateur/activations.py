@@ -40,7 +40,7 @@ class Activations:
             return self._memory[rows].clone()
         first, last, _ = rows.indices(len(self))
         found = torch.empty((last - first, *self.shape[1:]), dtype=self.dtype)
-        room, at = memoryview(found.view(torch.uint8).numpy()).cast("B"), 0
+        room, at = _bytes(found), 0
         self._file.seek(first * self._row)
         while at < len(room):
             count = self._file.readinto(room[at:])
@@ -56,7 +56,7 @@ class Activations:
             return
         first, _, _ = rows.indices(len(self))
         given = values.detach().to("cpu", self.dtype).contiguous()
-        left = memoryview(given.view(torch.uint8).numpy()).cast("B")
+        left = _bytes(given)
         self._file.seek(first * self._row)
         try:
             while left:
@@ -82,7 +82,45 @@ class Activations:
         other.take(self, rows)
         return other
 
+    def save(self, path: Path) -> None:
+        """Write all numbers to a file; it is whole when this returns.
+
+        Raises:
+            RunError: there is no room for it.
+        """
+        try:
+            with path.open("wb", buffering=0) as file:
+                for start in range(0, len(self), self._some):
+                    left = _bytes(self[start : start + self._some])
+                    while left:
+                        left = left[file.write(left) :]
+        except OSError as error:
+            raise RunError(
+                f"{str(path.parent)!r} has no room for the hidden states ({error.strerror}); make "
+                f"some, and repeat the command."
+            ) from error
+
+    def load(self, path: Path) -> None:
+        """Take the numbers that :meth:`save` wrote there, of the same shape."""
+        with path.open("rb") as file:
+            for start in range(0, len(self), self._some):
+                rows = min(self._some, len(self) - start)
+                found = torch.empty((rows, *self.shape[1:]), dtype=self.dtype)
+                if file.readinto(_bytes(found)) != rows * self._row:
+                    raise RunError(f"{str(path)!r} is cut short; add --overwrite to start afresh.")
+                self[start : start + rows] = found
+
+    @property
+    def _some(self) -> int:
+        """Windows that are moved at once."""
+        return max(1, MOST_BYTES // 8 // max(1, self._row))
+
     def take(self, other: "Activations", rows: int) -> None:
         """Become like another of the same shape."""
         for start in range(0, len(self), rows):
             self[start : start + rows] = other[start : start + rows]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.flatten().view(torch.uint8).numpy().data

@@ -28,8 +28,8 @@ def settings(options: dict[str, Any]) -> "Settings":
     """How to open a model."""
     from secateur.model import Settings
 
-    names = ("device", "dtype", "revision", "trust_remote_code")
-    return Settings(**{name: options[name] for name in names})
+    names = ("device", "dtype", "revision", "trust_remote_code", "stream")
+    return Settings(**{name: options[name] for name in names if name in options})
 
 
 def method(ctx: click.Context, options: dict[str, Any]) -> "Method":

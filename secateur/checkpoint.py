@@ -37,14 +37,19 @@ def writer_for(model: Model, tier: Written, folder: Path) -> Writer:
     return Writer(folder)
 
 
-def finish(model: Model, tier: Written, writer: Writer) -> None:
+def finish(model: Model, tier: Written, writer: Writer, settle: bool = True) -> None:
     """Write all that :func:`store_block` doesn't; what is gone leaves the model.
+
+    Unless it may ``settle``, the writer keeps what going on from before would take.
 
     Raises:
         InputError: a weight is beyond the largest number of the stored format.
     """
-    store_rest(model, writer)
+    with model.headed():
+        store_rest(model, writer)
     writer.finish()
+    if settle:
+        writer.settle()
     close_ranks(model)
     write_config(model, tier, writer.folder)
 
@@ -109,9 +114,7 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _round(
-    module: nn.Module, dtype: torch.dtype, prefix: str, done: tuple[str, ...] = ()
-) -> None:
+def _round(module: nn.Module, dtype: torch.dtype, prefix: str, done: tuple[str, ...] = ()) -> None:
     for name, parameter in module.named_parameters():
         if name.startswith(done):
             continue

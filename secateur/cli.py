@@ -17,6 +17,7 @@ from secateur.flags import (
     judge_options,
     model_argument,
     open_options,
+    stream_option,
     text_options,
 )
 from secateur.version import __version__
@@ -85,6 +86,7 @@ def inspect(model: str, as_json: bool, multiple_of: int, forms: str | None, **re
 @model_argument
 @calibration_options
 @open_options
+@stream_option
 @click.option("--output", "-o", default="plan.json", show_default=True, help="File to write.")
 @click.option("--dry-run", is_flag=True, help="Show the plan without writing it.")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
@@ -164,6 +166,7 @@ def plan(
 @calibration_options
 @judge_options
 @open_options
+@stream_option
 @click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
 @click.pass_context
 def compress(
@@ -230,6 +233,7 @@ def compress(
 @judge_options
 @click.option("--against", metavar="DENSE", help="Measure this model too, and compare with it.")
 @open_options
+@stream_option
 @click.pass_context
 def evaluate(
     ctx: click.Context, /, model: str, as_json: bool, against: str | None, **rest: Any

@@ -18,7 +18,7 @@ from secateur.checkpoint import (
 )
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, judge_apart
-from secateur.evaluate.reload import testimony
+from secateur.evaluate.reload import Testimony, testimony
 from secateur.goal import Written
 from secateur.inputs import check_out
 from secateur.layers.factored_secateur import Factored
@@ -82,8 +82,7 @@ def export_dense(
             Questions((), speed=False),
             settings,
             progress,
-            testimony(model, tokens),
-            tokens,
+            Testimony(testimony(model, tokens), tokens),
         )
         workspace.publish()
     return tier
@@ -147,7 +146,7 @@ def export_plain(
         made = replace(made, compared=tuple(said))
         progress.say(f"reloading in a fresh process, to compare {', '.join(said)}")
         nothing = Questions((), speed=False)
-        judge_apart(str(workspace.result), nothing, settings, progress, said, tokens)
+        judge_apart(str(workspace.result), nothing, settings, progress, Testimony(said, tokens))
         workspace.publish()
     return made
 
@@ -205,6 +204,7 @@ def store_as(model: Model, stock: Stock, folder: Path, progress: Progress) -> No
         if name not in there:  # a bias that the class has for all layers or none
             writer.add(name, torch.zeros(tensor.shape, dtype=model.stored))
     writer.finish()
+    writer.settle()
     fields = stock.module.config.to_dict()
     fields["dtype"] = str(model.stored).removeprefix("torch.")
     fields["architectures"] = [type(stock.module).__name__]

@@ -128,6 +128,15 @@ open_options = stacked(
     click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
 )
 
+stream_option = click.option(
+    "--stream",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Read the model from disk block by block; auto does so where it would take over half of "
+    "the free memory.",
+)
+
 text_options = stacked(
     click.option(
         "--calibration",

@@ -14,24 +14,27 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-COMPACT_EVERY = 64  # steps of an elimination
-
 
 class DampingWarning(UserWarning):
     """A ridge had to be raised for a matrix to be positive definite."""
 
 
-def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, float]:
+def damped_cholesky(
+    gram: Tensor, ridge: float, what: str, spare: bool = False
+) -> tuple[Tensor, float]:
     """Lower Cholesky factor of ``gram + ridge · mean(diag gram) · I`` and the ridge in use.
 
-    The ridge is multiplied by ten, with a :class:`DampingWarning`, until the factor exists.
+    The ridge is multiplied by ten, with a :class:`DampingWarning`, until the factor exists. A
+    ``spare`` matrix is needed no more behind this, which then takes no copy of it.
 
     Raises:
         InputError: not even a ridge of 1 makes it positive definite, so it is no Gram.
     """
-    used = ridge
+    raised, used = gram if spare else gram.clone(), ridge
+    diagonal, scale = gram.diagonal().clone(), _scale(gram)
     while used <= max(1.0, ridge):
-        factor, failed = torch.linalg.cholesky_ex(damped(gram, used))
+        raised.diagonal().copy_(diagonal + used * scale)
+        factor, failed = torch.linalg.cholesky_ex(raised)
         if not bool(failed):
             if used > ridge:
                 warnings.warn(f"{what}: ridge raised from {ridge:g} to {used:g}", DampingWarning, 2)
@@ -44,8 +47,9 @@ def damped_cholesky(gram: Tensor, ridge: float, what: str) -> tuple[Tensor, floa
 
 def damped(gram: Tensor, ridge: float) -> Tensor:
     """``gram + ridge · mean(diag gram) · I``."""
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return gram + ridge * _scale(gram) * eye
+    raised = gram.clone()
+    raised.diagonal().add_(ridge * _scale(gram))
+    return raised
 
 
 def _scale(gram: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ def nested_errors(
     With C = LLᵀ in that order, C − C_:S C_SS⁻¹ C_S: = L_:R L_:Rᵀ for the removed R, so E(S) is the
     tail sum of the squared rows of LᵀW.
     """
-    factor, _ = damped_cholesky(gram[order][:, order], ridge, what)
+    factor, _ = damped_cholesky(reordered(gram, order), ridge, what, spare=True)
     rows = (factor.t() @ weight[order]).square().sum(1)
     return tails(rows)
 
@@ -87,7 +91,7 @@ def refit_errors(
 
         E(k) = Σ_{i ≥ k} ‖aᵢ‖² − λ Σ_{i, j ≥ k} ⟨n_i, n_j⟩ ⟨aᵢ, a_j⟩
     """
-    factor, used = damped_cholesky(gram[order][:, order], ridge, what)
+    factor, used = damped_cholesky(reordered(gram, order), ridge, what, spare=True)
     rows = factor.t() @ weight[order]
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
@@ -95,6 +99,11 @@ def refit_errors(
     changed = 2 * inner.triu().sum(1) - inner.diagonal()
     errors = tails(rows.square().sum(1)) - used * _scale(gram) * tails(changed)
     return errors.clamp_min(0).flip(0).cummax(0).values.flip(0)  # falls, whatever rounding does
+
+
+def reordered(gram: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in an order, or some of them, with no copy between."""
+    return gram[order.unsqueeze(1), order]
 
 
 def tails(parts: Tensor) -> Tensor:
@@ -166,70 +175,6 @@ def least_squares(
         return prior.clone()
     factor, used = damped_cholesky(gram, ridge, what)
     return torch.cholesky_solve(cross + used * _scale(gram) * prior, factor)
-
-
-def backward_elimination(
-    gram: Tensor, cross: Tensor, ridge: float, what: str = "elimination", width: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Which features a least squares fit can spare: the order, best first, and E(k) for k = 0 … n.
-
-    With Ŵ the fit from the features that are left and H = C + λI on them, leaving out feature j and
-    refitting the others costs exactly
-
-        ‖Ŵ_j‖² / [H⁻¹]_jj,   and then   [H⁻¹ Ŵ] ← [H⁻¹ Ŵ] − H⁻¹_:j [H⁻¹ Ŵ]_j: / [H⁻¹]_jj
-
-    so each step removes the cheapest and the costs add up to the error of the joint fit (optimal
-    brain surgeon; ZipLM, arXiv 2302.04089, section 3.1). E(k) is above the error of all features.
-
-    With ``width`` above 1 blocks of as many neighbours leave as a whole, order and errors are of
-    blocks, and a block M costs tr Ŵ_Mᵀ [H⁻¹]_MM⁻¹ Ŵ_M.
-    """
-    size = len(gram)
-    factor, _ = damped_cholesky(gram, ridge, what)
-    state = torch.cat((torch.cholesky_inverse(factor), torch.cholesky_solve(cross, factor)), 1)
-    if width > 1:
-        return _block_elimination(state, width)
-    alive = torch.arange(size, device=gram.device)
-    gone = torch.zeros(size, dtype=torch.bool, device=gram.device)
-    removed, costs = torch.empty_like(alive), gram.new_zeros(size + 1)
-    for step in range(size):
-        if step and step % COMPACT_EVERY == 0:  # drop the rows and columns of what is gone
-            columns = torch.cat((~gone, gone.new_ones(state.shape[1] - len(gone))))
-            state, alive = state[~gone][:, columns], alive[~gone]
-            gone = gone.new_zeros(len(alive))
-        inverse = state[:, : len(alive)]
-        pivots = inverse.diagonal()
-        cost = state[:, len(alive) :].square().sum(1) / pivots
-        cost[gone] = torch.inf
-        worst = cost.argmin()
-        costs[step + 1] = costs[step] + cost[worst]
-        removed[step] = alive[worst]
-        row = state[worst].clone()
-        state.addr_(inverse[:, worst] / pivots[worst], row, alpha=-1)
-        gone[worst] = True
-    return removed.flip(0), costs.flip(0)
-
-
-def _block_elimination(state: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """:func:`backward_elimination` of blocks, from [H⁻¹ Ŵ]; what is gone is dropped at once."""
-    alive = torch.arange(len(state) // width, device=state.device)
-    removed, costs = torch.empty_like(alive), state.new_zeros(len(alive) + 1)
-    for step in range(len(removed)):
-        count, size = len(alive), len(state)
-        inverse, rows = state[:, :size], state[:, size:].unflatten(0, (count, width))
-        blocks = inverse.reshape(count, width, count, width)
-        pivots = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        cost = (rows * torch.linalg.solve(pivots, rows)).sum((1, 2))
-        worst = cost.argmin()
-        costs[step + 1] = costs[step] + cost[worst]
-        removed[step] = alive[worst]
-        left = torch.arange(count, device=state.device) != worst
-        stays = left.repeat_interleave(width)
-        own, rest = state[~stays], state[stays]
-        rest = rest - rest[:, :size][:, ~stays] @ torch.linalg.solve(pivots[worst], own)
-        columns = torch.cat((stays, stays.new_ones(state.shape[1] - size)))
-        state, alive = rest[:, columns], alive[left]
-    return removed.flip(0), costs.flip(0)
 
 
 def conjugate_gradients(

@@ -50,16 +50,9 @@ class Divergence:
         total, count, behind = 0.0, 0, self.model.blocks[block.index :]
         for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
             found = self._logits(batch, self.stream.at(batch), behind)
-            expected = torch.linalg.vecdot(dense.to(found.device), found)
-            terms = negentropy - expected + found.logsumexp(-1)
-            total += float(terms.double().sum())
-            count += len(terms)
-        if not math.isfinite(total):
-            raise InputError(
-                f"block {block.index}: a narrowed model gives NaN or infinite logits; try --dtype "
-                f"float32, or give the method larger ridges."
-            )
-        return max(0.0, total / count)
+            total += divergence_sum(dense, negentropy, found)
+            count += len(found)
+        return mean_divergence(total, count, f"block {block.index}")
 
     def advance(self, block: Block) -> None:
         """Go on to behind ``block``."""
@@ -68,9 +61,102 @@ class Divergence:
     def _logits(self, batch: slice, states: Tensor, blocks: Sequence[Block]) -> Tensor:
         for block in blocks:
             states = self.stream.through(block, states)
-        logits, counted = self.stream.logits(batch, states), self.stream.counted(batch)
-        found = logits.flatten(0, -2) if bool(counted.all()) else logits[counted]
-        return found.float()
+        return said(self.stream, batch, states)
+
+
+class Trials:
+    """The divergence of many models, each narrowed in one unit, in one pass over the blocks.
+
+    What :func:`measure_losses` finds, for a model that is read block by block: where that runs the
+    blocks behind a unit again for each of its sizes, here the states of all of these go on
+    together, so that every block is read once. They are kept where the model's states are.
+    """
+
+    def __init__(self, model: Model, tokens: Tokens, units: int) -> None:
+        self._dense = Stream(model, tokens)
+        windows, *rest = self._dense.held.shape
+        every = torch.Size((units * len(SHARES) * windows, *rest))
+        self._held = self._dense.activations(every, self._dense.held.dtype)  # one trial by another
+        self._first: dict[tuple[str, int], int] = {}  # where the states of a trial begin
+        self._curves: dict[str, Curve] = {}
+
+    def of_block(
+        self,
+        block: Block,
+        units: Sequence[Unit],
+        solutions: Mapping[str, Solution],
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Narrow the units of a block one by one, and move everything behind it."""
+        for first in self._first.values():
+            for batch in self._dense.batches:
+                states = self._held[self._rows(first, batch)].to(self._dense.model.device)
+                self._held[self._rows(first, batch)] = self._dense.through(block, states)
+        for unit in units:
+            solution = solutions[unit.name]
+            self._curves[unit.name] = solution.curve
+            for size in measured_sizes(unit, solution.curve):
+                first = len(self._first) * len(self._dense.held)
+                self._first[unit.name, size] = first
+                with narrowed(block, unit, solution.at(size)):
+                    for batch in self._dense.batches:
+                        states = self._dense.through(block, self._dense.at(batch))
+                        self._held[self._rows(first, batch)] = states
+            advance(1)
+        self._dense.advance(block)
+
+    def losses(self, units: Sequence[Unit]) -> dict[str, Curve]:
+        """The loss of every unit at every size, behind the last block."""
+        found: dict[str, dict[int, float]] = {unit.name: {unit.size: 0.0} for unit in units}
+        totals, count = dict.fromkeys(self._first, 0.0), 0
+        for batch in self._dense.batches:
+            scores = said(self._dense, batch, self._dense.at(batch)).log_softmax(-1)
+            dense = scores.exp()
+            negentropy = torch.linalg.vecdot(dense, scores)
+            count += len(scores)
+            for key, first in self._first.items():
+                states = self._held[self._rows(first, batch)].to(dense.device)
+                logits = said(self._dense, batch, states)
+                totals[key] += divergence_sum(dense, negentropy, logits)
+        for (name, size), total in totals.items():
+            found[name][size] = mean_divergence(total, count, name)
+        return {u.name: interpolated(u)(found[u.name], self._curves[u.name]) for u in units}
+
+    def _rows(self, first: int, batch: slice) -> slice:
+        """Where a batch of the trial is whose states begin there."""
+        return slice(first + batch.start, first + min(batch.stop, len(self._dense.held)))
+
+
+def said(stream: Stream, batch: slice, states: Tensor) -> Tensor:
+    """The logits that count of states behind the last block: (outputs, vocabulary), float32."""
+    logits, counted = stream.logits(batch, states), stream.counted(batch)
+    found = logits.flatten(0, -2) if bool(counted.all()) else logits[counted]
+    return found.float()
+
+
+def divergence_sum(dense: Tensor, negentropy: Tensor, found: Tensor) -> float:
+    """Σ KL over outputs, of the dense model's probabilities from these logits."""
+    expected = torch.linalg.vecdot(dense.to(found.device), found)
+    return float((negentropy - expected + found.logsumexp(-1)).double().sum())
+
+
+def mean_divergence(total: float, count: int, where: str) -> float:
+    """Per output, never below 0.
+
+    Raises:
+        InputError: it is not finite.
+    """
+    if not math.isfinite(total):
+        raise InputError(
+            f"{where}: a narrowed model gives NaN or infinite logits; try --dtype float32, or give "
+            f"the method larger ridges."
+        )
+    return max(0.0, total / count)
+
+
+def interpolated(unit: Unit) -> Callable[[Mapping[int, float], Curve], Curve]:
+    """How losses that were not measured follow from those that were."""
+    return by_error if isinstance(unit, Matrix) else between
 
 
 def windows_to_measure(tokens: Tokens, units: int) -> Tokens:
@@ -97,8 +183,7 @@ def measure_losses(
         for size in measured_sizes(unit, solution.curve):
             with narrowed(block, unit, solution.at(size)):
                 found[size] = divergence.of(block)
-        interpolated = by_error if isinstance(unit, Matrix) else between
-        losses[unit.name] = interpolated(found, solution.curve)
+        losses[unit.name] = interpolated(unit)(found, solution.curve)
         advance(1)
     divergence.advance(block)
     return losses

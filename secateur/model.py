@@ -151,6 +151,10 @@ class Model:
         """While this lasts, the block's weights are in memory."""
         return nullcontext() if self.residence is None else self.residence.resident(block)
 
+    def headed(self) -> AbstractContextManager[None]:
+        """While this lasts, all that is outside the blocks is in memory."""
+        return nullcontext() if self.residence is None else self.residence.headed()
+
     def in_turn(self, blocks: Sequence[Block] | None = None) -> Iterator[Block]:
         """These blocks, or all, one after the other; the weights of each are there in its turn."""
         for block in self.blocks if blocks is None else blocks:
@@ -244,9 +248,10 @@ def fingerprint(model: Model) -> str:
         for block in model.in_turn():
             own = block.module.named_parameters(model.prefix_of(block))
             picked |= {name: _some_numbers(parameter, model.stored) for name, parameter in own}
-    for name, parameter in model.module.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(picked.get(name) or _some_numbers(parameter, model.stored))
+    with model.headed():
+        for name, parameter in model.module.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(picked.get(name) or _some_numbers(parameter, model.stored))
     return digest.hexdigest()[:16]
 
 

@@ -2,13 +2,12 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import TemplateError
-from torch import Tensor
 
 from secateur import asked
 from secateur import report as reporting
@@ -19,9 +18,10 @@ from secateur.checkpoint import finish, store_block, writer_for
 from secateur.errors import InputError
 from secateur.evaluate.domains import domains
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
-from secateur.evaluate.reload import testimony
+from secateur.evaluate.reload import Passage, Testimony, testimony
 from secateur.evaluate.standing import doubts
 from secateur.goal import Goal
+from secateur.journal import Finished, Journal, read_finished
 from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, Settings
@@ -40,7 +40,8 @@ from secateur.task import Task
 from secateur.text import Calibration, Tokens
 from secateur.units import STREAM
 from secateur.witness import Witness, observations
-from secateur.workspace import Workspace
+from secateur.workspace import NARROWING, Workspace
+from secateur.writer import settle
 
 TESTIMONY_TOKENS = 24
 
@@ -120,23 +121,31 @@ def compress(
     with workspace.opened(inputs):
         with watch.measure("evaluate"):
             dense = task.judge_dense()
-        prepared = prepare(
-            task.source,
-            plan or method,
-            task.calibration,
-            task.tokens,
-            settings,
-            goal,
-            allocator,
-            Store(statistics or workspace.folder / "statistics"),
-            scores,
-            watch,
-            progress,
-        )
-        memory, first = write(prepared, workspace.result, watch, progress)
-        plan, observed = prepared.plan, prepared.observed
-        del prepared  # the measuring process needs the memory
-        small = judge_result(task, watch, memory, first)
+        finished = read_finished(workspace.folder)
+        if finished is None:
+            prepared = prepare(
+                task.source,
+                plan or method,
+                task.calibration,
+                task.tokens,
+                settings,
+                goal,
+                allocator,
+                Store(statistics or workspace.folder / "statistics"),
+                scores,
+                watch,
+                progress,
+                stage=workspace.stage,
+            )
+            journal = workspace.folder / NARROWING
+            said = write(prepared, workspace.result, watch, progress, journal)
+            finished = Finished(prepared.plan, prepared.observed, watch.seconds, said)
+            finished.keep(workspace.folder)
+            del prepared  # the measuring process needs the memory
+        settle(workspace.result)
+        plan, observed, said = finished.plan, finished.observed, finished.said
+        watch.seconds = {**finished.seconds, **watch.seconds}
+        small = judge_result(task, watch, said)
         report = make_report(task, [plan], [observed], plan.budget, dense, small, watch)
         step = Step(method, goal, allocator, method.keep or None)
         write_record(task, report, [plan], Recipe((step,)))
@@ -146,23 +155,41 @@ def compress(
 
 
 def write(
-    prepared: Prepared, folder: Path, watch: Stopwatch, progress: Progress
-) -> tuple[dict[str, Tensor], Tokens]:
+    prepared: Prepared,
+    folder: Path,
+    watch: Stopwatch,
+    progress: Progress,
+    kept: Path | None = None,
+) -> Testimony:
     """Narrow the model block by block into a checkpoint, and take its testimony.
 
     Leaves the model in ``prepared`` narrowed and, from the testimony, in bfloat16, and there what
-    was observed.
+    was observed. In ``kept`` it is noted after each block how far that is, so that it goes on from
+    there when it is called again.
     """
     model, plan = prepared.model, prepared.plan
     writer = writer_for(model, plan.tier, folder)
+    journal = None
+    if kept is not None and prepared.method.kinds != STREAM:
+        journal = Journal(kept, writer, plan.sizes)
+    first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
+    passage = None if model.residence is None else Passage(model, first)
     method = prepared.method
     units = plan.goal.units(method, model)
     evidence, blocks = prepared.evidence, len(model.blocks)
     witness = None
     if evidence is not None and method.kinds != STREAM:
         witness = Witness(model, prepared.tokens)
-    narrowed = narrow_blocks(model, method, units, plan.sizes, prepared.tokens, prepared.store)
+    if journal is not None:
+        if witness is not None:
+            witness.errors = journal.errors
+            journal.attach("witness", witness.line)
+        if passage is not None:
+            journal.attach("passage", passage.line)
+    given = (model, method, units, plan.sizes, prepared.tokens, prepared.store)
+    narrowed = narrow_blocks(*given, journal)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
+        advance(journal.done if journal is not None else 0)
         while True:
             with watch.measure("apply"):
                 block = next(narrowed, None)
@@ -170,24 +197,34 @@ def write(
                 break
             with watch.measure("save"):
                 store_block(model, block, writer)
+            with watch.measure("evaluate"):
+                for follower in (witness, passage):
+                    if follower is not None:
+                        follower.follow(block)
+            if journal is not None:
+                with watch.measure("save"):
+                    journal.record(block, [] if witness is None else witness.errors)
+            if model.residence is not None:
+                model.residence.leave(block)
             advance(1)
-    if evidence is not None:
-        with watch.measure("evaluate"):
-            errors = [] if witness is None else witness.errors(model)
+    with watch.measure("evaluate"):
+        said = None if passage is None else passage.testimony()
+        if evidence is not None:
+            errors = [] if witness is None else witness.errors
             prepared.observed = observations(units, blocks, prepared.store, evidence, errors)
     with watch.measure("save"):
-        finish(model, plan.tier, writer)
+        finish(model, plan.tier, writer, settle=False)
     with watch.measure("evaluate"):
-        first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
-        return testimony(model, first), first
+        return Testimony(testimony(model, first) if said is None else said, first)
 
 
-def judge_result(task: Task, watch: Stopwatch, memory: dict[str, Tensor], first: Tokens) -> Verdict:
+def judge_result(task: Task, watch: Stopwatch, said: Testimony) -> Verdict:
     """What a fresh process measures of the result, which must say what memory said."""
     with watch.measure("evaluate"):
         task.progress.say("reloading in a fresh process")
-        given = (str(task.workspace.result), task.questions, task.settings, task.progress)
-        return judge_apart(*given, memory, first, task.outputs)
+        settings = replace(task.settings, stream="on" if said.streamed else "off")
+        given = (str(task.workspace.result), task.questions, settings, task.progress)
+        return judge_apart(*given, said, task.outputs, task.workspace.folder)
 
 
 def make_report(
@@ -234,7 +271,7 @@ def make_report(
 def write_record(task: Task, report: Report, plans: Sequence[Plan], recipe: Recipe) -> None:
     """Put beside the weights what was asked for, what was decided and what came of it."""
     record = task.workspace.result / "secateur"
-    record.mkdir()
+    record.mkdir(exist_ok=True)
     for number, plan in enumerate(plans, 1):
         name = "plan.json" if len(plans) == 1 else f"plan-{number}.json"
         (record / name).write_text(plan.to_json())
@@ -293,10 +330,8 @@ def save(
         device=str(model.device), dtype=str(model.module.dtype).removeprefix("torch.")
     )
     with workspace.opened({"plan": plan.model_dump(mode="json")}):
-        memory, first = write(prepared, workspace.result, Stopwatch(), progress)
-        judge_apart(
-            str(workspace.result), Questions((), speed=False), settings, progress, memory, first
-        )
+        said = write(prepared, workspace.result, Stopwatch(), progress)
+        judge_apart(str(workspace.result), Questions((), speed=False), settings, progress, said)
         (workspace.result / "secateur").mkdir()
         (workspace.result / "secateur" / "plan.json").write_text(plan.to_json())
         workspace.publish()

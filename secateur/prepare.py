@@ -13,6 +13,7 @@ from secateur.allocate.plain import PlainWidth
 from secateur.calibration import Store, calibrate
 from secateur.errors import InputError
 from secateur.goal import Goal
+from secateur.gradients import needs_gradients
 from secateur.inputs import text_notes
 from secateur.latency import check_length, check_timed
 from secateur.methods import check_served
@@ -32,10 +33,11 @@ from secateur.reach import check_runtime
 from secateur.scores import identity, keep_evidence, kept_evidence, score
 from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch
-from secateur.stream import TOKENS_PER_BATCH
+from secateur.stream import TOKENS_PER_BATCH, Stream
 from secateur.streaming import open_fitting
 from secateur.text import Calibration, Tokens
-from secateur.units import DEPTH, MATRICES, Matrix, Unit
+from secateur.units import DEPTH, MATRICES, STREAM, Matrix, Unit
+from secateur.workspace import Stage, at_once
 
 
 def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> Allocator:
@@ -133,10 +135,12 @@ def prepare(
     watch: Stopwatch,
     progress: Progress,
     only_plan: bool = False,
+    stage: Stage = at_once,
 ) -> Prepared:
     """Open a model, calibrate it and decide the sizes, or check those of a given plan.
 
-    Scores that were measured before are used again. ``only_plan`` then needs no calibration.
+    Scores that were measured before are used again. ``only_plan`` then needs no calibration. With
+    ``stage`` a run keeps what it has found of each block.
 
     Raises:
         InputError: anything wrong with the input.
@@ -158,6 +162,9 @@ def prepare(
             progress.say(f"note: {note}")
     if isinstance(method, Plan):
         check_sizes(method, model, chosen)
+    if model.residence is not None:
+        progress.say("the model stays on disk and is read block by block (--stream)")
+        check_streams(chosen, goal, allocator)
     with watch.measure("allocate"):
         if goal.target == "latency":
             progress.say("timing the units on this machine, unless that was done before")
@@ -183,7 +190,8 @@ def prepare(
     evidence = kept_evidence(own, every, scores)
     searches = allocator.searches and not isinstance(method, Plan)
     if evidence is None or not only_plan or searches:
-        watch.seconds["calibration_forward"] = _forward_seconds(model, tokens)
+        seconds = _forward_seconds if model.residence is None else _streamed_seconds
+        watch.seconds["calibration_forward"] = seconds(model, tokens)
         if not all(block.index in store for block in model.blocks):
             with (
                 watch.measure("calibrate"),
@@ -192,7 +200,7 @@ def prepare(
                 calibrate(model, tokens, needs, store, advance)
     if evidence is None:
         with watch.measure("curves"), progress.stage("scoring units", len(every)) as advance:
-            evidence = score(model, chosen, store, tokens, allocator, advance)
+            evidence = score(model, chosen, store, tokens, allocator, advance, stage)
         keep_evidence(own, evidence, scores)
     if not allocator.measured:  # whatever the cache holds, the same command gives the same plan
         evidence = replace(evidence, losses=None)
@@ -209,6 +217,38 @@ def prepare(
             with progress.stage("choosing sizes", judgements) as advance:
                 plan = make_plan(model, chosen, evidence, calibration, tokens, *given, advance)
     return Prepared(model, tokens, store, chosen, plan, evidence)
+
+
+def check_streams(method: Method, goal: Goal, allocator: Allocator) -> None:
+    """Refuse what looks at the whole model at once, where its blocks come one at a time.
+
+    Raises:
+        InputError: the method, the target or the allocator does; the message names it.
+    """
+    needed = method.needs | allocator.needs
+    reasons = {
+        f"{method.name} turns the stream between all blocks": method.kinds == STREAM,
+        "gradients take a backward pass of the whole model": any(map(needs_gradients, needed)),
+        f"allocator {allocator.name} tries whole plans out": allocator.searches,
+        "--target latency times the whole model": goal.target == "latency",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(
+                f"{reason}, and this model stays on disk and is read block by block. Choose "
+                f"another, or give it memory for the whole model (--stream off)."
+            )
+
+
+def _streamed_seconds(model: Model, tokens: Tokens) -> float:
+    """The same of a model that is read block by block, from its first block; reading left aside."""
+    rows = min(len(tokens), max(1, TOKENS_PER_BATCH // tokens.length))
+    with torch.no_grad(), model.resident(first := model.blocks[0]):
+        stream = Stream(model, tokens[:rows])
+        (batch,) = stream.batches
+        start = time.perf_counter()
+        float(stream.through(first, stream.at(batch))[0, 0, 0])  # waits for a GPU
+        return (time.perf_counter() - start) * len(model.blocks) * len(tokens) / rows
 
 
 def _forward_seconds(model: Model, tokens: Tokens) -> float:

@@ -12,6 +12,7 @@ from secateur.activations import Activations
 from secateur.apply import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.block import Block
 from secateur.calibration import Store, collect
+from secateur.journal import Journal
 from secateur.methods.base import Method, SequentialMethod
 from secateur.model import Model
 from secateur.observe import mixed_values
@@ -32,10 +33,12 @@ def narrow_blocks(
     sizes: Mapping[str, int],
     tokens: Tokens,
     store: Store,
+    journal: Journal | None = None,
 ) -> Iterator[Block]:
     """Bring every block to its sizes, one after the other; each is given out when it is done.
 
-    Where blocks behind it go, a block takes the constants that stand for them.
+    Where blocks behind it go, a block takes the constants that stand for them. Blocks that the
+    ``journal`` knows are only brought to their shapes, and not given out.
     """
     for unit in units:
         if unit.block == EVERY_BLOCK and sizes[unit.name] < unit.size:
@@ -43,7 +46,19 @@ def narrow_blocks(
             return
     line = Propagation(model, tokens, method) if isinstance(method, SequentialMethod) else None
     stream = Stream(model, tokens) if method.rereads else None
-    for block in model.in_turn():
+    done = 0 if journal is None else journal.done
+    for block in model.blocks[:done]:
+        if line is not None:
+            with model.resident(block):
+                line.dense.advance(block)
+        assert journal is not None
+        journal.restore(model, block)
+    if journal is not None and line is not None:
+        line.moved = any(sizes[u.name] < u.size for u in units if u.block < done)
+        journal.attach("narrow", line.narrow)
+    if journal is not None and stream is not None:
+        journal.attach("reread", stream)
+    for block in model.in_turn(model.blocks[done:]):
         own = [unit for unit in units if unit.block == block.index]
         if _goes(block, sizes):
             block.remove()  # its constant is in a block before it
@@ -104,7 +119,9 @@ class Propagation:
             self.dense = Stream(model, tokens)
         self.narrow = self.dense.copy()
         held = self.dense.held
-        self.targets = self.dense.activations(held.shape, wide(torch.empty(0, dtype=held.dtype)).dtype)
+        self.targets = self.dense.activations(
+            held.shape, wide(torch.empty(0, dtype=held.dtype)).dtype
+        )
         self.inputs = self.dense.activations(held.shape, held.dtype)
         self.moved = False
 

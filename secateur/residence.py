@@ -1,6 +1,6 @@
 """Models that are never whole in memory: a block's weights are there while they are needed."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from secateur.shelf import Shelf
 class Residence:
     """Where the weights of a model are: in its files, and a few blocks of them in memory.
 
-    Outside the blocks all is in memory from the start. A block that is called is fetched for that
-    call; inside :meth:`resident` it stays. Whatever was changed in a block is lost when it leaves.
+    Outside the blocks all is in memory from the start, but for a head of its own, which is there
+    while it is called or inside :meth:`headed`. A block that is called is fetched for that call;
+    inside :meth:`resident` it stays. Whatever was changed in a block is lost when it leaves.
 
     Attributes:
         folder: where hidden states go that are too many for memory; None is the system's own.
@@ -46,16 +47,50 @@ class Residence:
         self._staying: set[int] = set()
         self._left: set[int] = set()
         self._ahead: dict[int, list[str]] = {}
+        self._head: nn.Module | None = own_head(module)
+        self._heads = 0  # how many want it to stay
         with torch.no_grad():
             fill_buffers(module, device)
+            head = {id(p) for p in self._head.parameters()} if self._head is not None else set()
+            own = {name for name, tensor in entries(module) if id(tensor) in head}
+            self._head_names = sorted(own)
+            for _, tensor in entries(module):  # in place, so that what is shared stays so
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
             outside = [n for n, _ in entries(module) if not n.startswith(inside)]
-            put(module, self._read(outside))
+            for name in outside:
+                if name not in own:
+                    put(module, {name: self._one(name)})
             module.tie_weights()
+        if self._head is not None:
+            self._head.register_forward_pre_hook(lambda *_: self._take_head())
+            self._head.register_forward_hook(lambda *_: self._drop_head(), always_call=True)
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """Tensors of the files that are no part of the model."""
         return tuple(sorted(self._shelf.names() - {*self._names.values()}))
+
+    @contextmanager
+    def headed(self) -> Iterator[None]:
+        """Have the head in memory for a while."""
+        self._take_head()
+        try:
+            yield
+        finally:
+            self._drop_head()
+
+    def _take_head(self) -> None:
+        self._heads += 1
+        if self._head is not None and self._heads == 1:
+            for name in self._head_names:
+                set_entry(self._head, name.rpartition(".")[2], self._one(name))
+
+    def _drop_head(self) -> None:
+        self._heads -= 1
+        if self._head is not None and not self._heads:
+            for name, tensor in list(entries(self._head)):
+                set_entry(self._head, name, torch.empty_like(tensor, device="meta"))
 
     def house(self, blocks: list[Block], prefixes: list[str]) -> None:
         """Take in the blocks of the model, whose names in it begin so."""
@@ -135,9 +170,6 @@ class Residence:
                 found += [(_join(inside, name), owner) for name in _own(owner)]
         return found
 
-    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self._one(name) for name in names}
-
     def _one(self, name: str) -> Tensor:
         tensor = self._shelf.read(self._names[name])
         if not tensor.is_floating_point():
@@ -190,6 +222,14 @@ def found_names(source: str, module: PreTrainedModel, shelf: Shelf) -> dict[str,
             )
         found[name] = there
     return found
+
+
+def own_head(module: PreTrainedModel) -> nn.Module | None:
+    """The linear layer that makes the logits, where it shares its weight with nothing."""
+    head = module.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight is module.get_input_embeddings().weight:
+        return None
+    return head
 
 
 def fill_buffers(module: PreTrainedModel, device: torch.device) -> None:

@@ -9,11 +9,12 @@ import torch
 from pydantic import FiniteFloat
 
 from secateur.allocate.base import Allocator, Evidence
+from secateur.block import Block
 from secateur.cache import cached_file, keep
 from secateur.calibration import Store
 from secateur.curve import Curve
 from secateur.errors import InputError, refuse_difference
-from secateur.measure import Divergence, measure_losses, windows_to_measure
+from secateur.measure import Divergence, Trials, measure_losses, windows_to_measure
 from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
@@ -22,7 +23,7 @@ from secateur.residual import place_curves
 from secateur.text import Tokens
 from secateur.units import EVERY_BLOCK, Unit
 from secateur.version import __version__
-from secateur.workspace import write_whole
+from secateur.workspace import Stage, at_once, write_whole
 
 MAX_BYTES = 2**29
 
@@ -138,42 +139,71 @@ def score(
     tokens: Tokens,
     allocator: Allocator | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    stage: Stage = at_once,
 ) -> Evidence:
     """Every unit's predicted error at every size, readings of every block, and measured losses.
 
     Losses only where ``allocator``, by default the method's own, spends by them. One evidence
-    serves every budget, target and multiple. ``advance`` is told how many units are done.
+    serves every budget, target and multiple. ``advance`` is told how many units are done, and
+    ``stage`` may have what is found of a block from an earlier run.
     """
     check_served(method, model)
     allocator = allocator or method.allocator
     units, needs = method.units(model, 1), method.needs | allocator.needs
     allocator.check_units(units)
     through = [unit for unit in units if unit.block == EVERY_BLOCK]
-    places: dict[str, list[Curve]] = {unit.name: [] for unit in through}
-    curves: dict[str, Curve] = {}
-    losses: dict[str, Curve] = {}
-    readings: list[tuple[float, ...]] = []
+    changing = [unit for unit in units if not unit.fixed]
+    found: list[dict[str, Any]] = []
     with torch.no_grad():
-        divergence = None
+        divergence, trials = None, None
         if allocator.measured:
-            changing = sum(not unit.fixed for unit in units)
-            divergence = Divergence(model, windows_to_measure(tokens, changing))
-        for block in model.blocks:
-            statistics = store.get(block.index, needs, model.device)
-            readings.append(allocator.read(block, statistics))
-            for unit in through:
-                places[unit.name] += place_curves(method, unit, block, statistics)
-            whole = [unit for unit in units if unit.block == block.index and unit.fixed]
-            for unit in whole:  # it never changes, so it never errs
-                curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
-            advance(len(whole))
-            own = [unit for unit in units if unit.block == block.index and not unit.fixed]
-            solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
-            curves |= {name: solution.curve for name, solution in solutions.items()}
-            if divergence is None:
-                advance(len(own))
+            few = windows_to_measure(tokens, len(changing))
+            if model.residence is None:
+                divergence = Divergence(model, few)
             else:
-                losses |= measure_losses(divergence, block, own, solutions, advance)
-    curves |= {name: Curve.mean(found) for name, found in places.items()}
-    advance(len(through))
+                trials = Trials(model, few, len(changing))
+        for block in model.in_turn():
+            own = [unit for unit in changing if unit.block == block.index]
+            passed = False
+
+            def scored(block: Block = block, own: list[Unit] = own) -> dict[str, Any]:
+                nonlocal passed
+                passed = True
+                statistics = store.get(block.index, needs, model.device)
+                solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+                losses: dict[str, Curve] = {}
+                if trials is not None:
+                    trials.of_block(block, own, solutions, advance)
+                elif divergence is not None:
+                    losses = measure_losses(divergence, block, own, solutions, advance)
+                else:
+                    advance(len(own))
+                return {
+                    "reading": allocator.read(block, statistics),
+                    "curves": {name: s.curve.errors for name, s in solutions.items()},
+                    "losses": {name: curve.errors for name, curve in losses.items()},
+                    "places": {
+                        unit.name: [c.errors for c in place_curves(method, unit, block, statistics)]
+                        for unit in through
+                    },
+                }
+
+            found.append(
+                (at_once if trials is not None else stage)(f"scores-{block.index}", scored)
+            )
+            if not passed:  # an interrupted run has them
+                advance(len(own))
+                if divergence is not None:
+                    divergence.advance(block)
+        losses = {} if trials is None else trials.losses(changing)
+    curves = {name: Curve(tuple(c)) for own in found for name, c in own["curves"].items()}
+    losses |= {name: Curve(tuple(c)) for own in found for name, c in own["losses"].items()}
+    for unit in units:
+        if unit.fixed:  # it never changes, so it never errs
+            curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
+    for unit in through:
+        places = [Curve(tuple(c)) for own in found for c in own["places"][unit.name]]
+        curves[unit.name] = Curve.mean(places)
+    advance(len(units) - sum(unit.block != EVERY_BLOCK for unit in changing))
+    readings = [tuple(own["reading"]) for own in found]
     return Evidence(curves, readings, losses if allocator.measured else None)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.calibration import Store
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions
+from secateur.evaluate.reload import Testimony
 from secateur.header import tensors
 from secateur.layers.integers import missing_library
 from secateur.methods import check_served
@@ -27,7 +28,7 @@ from secateur.report import Report
 from secateur.residence import published_name
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
-from secateur.text import Calibration, Tokens
+from secateur.text import Calibration
 
 ATTEMPTS = 4
 PLAN, OBSERVED, UNFINISHED = "plan.json", "observed.json", "unfinished"
@@ -78,7 +79,7 @@ def compress_in_steps(
         with watch.measure("evaluate"):
             dense = task.judge_dense()
         for _ in range(ATTEMPTS):
-            plans, observed, memory, first = _run(task, recipe, budget, watch)
+            plans, observed, said = _run(task, recipe, budget, watch)
             reached = stored_bytes(workspace.result, shapes)
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
                 break
@@ -96,7 +97,7 @@ def compress_in_steps(
                 f"keep {recipe.keep}: the steps leave {reached / budget.dense:.3f} of the bytes. "
                 f"Ask for more, or for less in the steps that have a keep."
             )
-        small = judge_result(task, watch, memory, first)
+        small = judge_result(task, watch, said)
         spent = Budget(
             keep=recipe.keep or 0.0,
             of="bytes",
@@ -114,7 +115,7 @@ def compress_in_steps(
 
 def _run(
     task: Task, recipe: Recipe, budget: "_Bytes", watch: Stopwatch
-) -> tuple[list[Plan], list[dict[str, Any]], dict[str, Tensor], Tokens]:
+) -> tuple[list[Plan], list[dict[str, Any]], Testimony]:
     """Every step that is not finished; the last one's result is the run's."""
     source, plans, workspace = task.source, [], task.workspace
     observed: list[dict[str, Any]] = []
@@ -149,7 +150,7 @@ def _run(
         )
         made = folder if last else workspace.folder / UNFINISHED
         shutil.rmtree(made, ignore_errors=True)
-        memory, first = write(prepared, made, watch, task.progress)
+        said = write(prepared, made, watch, task.progress)
         plans.append(prepared.plan)
         observed.append(prepared.observed)
         del prepared
@@ -158,7 +159,7 @@ def _run(
             (made / OBSERVED).write_text(json.dumps(observed[-1]))
             made.rename(folder)
             source = str(folder)
-    return plans, observed, memory, first
+    return plans, observed, said
 
 
 def _forget(folder: Path, recipe: Recipe) -> None:

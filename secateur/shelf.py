@@ -68,23 +68,14 @@ class Shelf:
                 f"model {self.source!r}: {name} has number format {entry.dtype}, which is not read "
                 f"tensor by tensor; leave out --stream."
             )
-        found = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        room, at = memoryview(found.numpy()), 0
         try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
-                while at < len(room):
-                    count = file.readinto(room[at:])
-                    if not count:
-                        raise OSError("it has become shorter")
-                    at += count
+            return read_tensor(path, entry)
         except OSError as error:
             raise RunError(
                 f"model {self.source!r}: {path.name} cannot be read any more "
                 f"({error.strerror or error}). See that the file is back as it was, and repeat the "
                 f"command, which then goes on."
             ) from error
-        return found.view(DTYPES[entry.dtype]).view(entry.shape)
 
     def expect(self, names: list[str]) -> None:
         """Tell the kernel which tensors are wanted next, so that it reads ahead."""
@@ -95,8 +86,24 @@ class Shelf:
             try:
                 with path.open("rb", buffering=0) as file:
                     length = entry.end - entry.start
-                    os.posix_fadvise(
-                        file.fileno(), entry.start, length, os.POSIX_FADV_WILLNEED
-                    )
+                    os.posix_fadvise(file.fileno(), entry.start, length, os.POSIX_FADV_WILLNEED)
             except OSError:  # said when it is read
                 return
+
+
+def read_tensor(path: Path, entry: Entry) -> Tensor:
+    """A tensor of a file, in memory of its own.
+
+    Raises:
+        OSError: it can't be read, or the file ends before it.
+    """
+    found = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+    room, at = found.numpy().data, 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        while at < len(room):
+            count = file.readinto(room[at:])
+            if not count:
+                raise OSError("it has become shorter")
+            at += count
+    return found.view(DTYPES[entry.dtype]).view(entry.shape)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError
+from secateur.symmetric import add_product, mirrored
 
 
 class Statistic(ABC):
@@ -41,9 +42,13 @@ class Statistic(ABC):
 
     def update(self, *values: Tensor, mask: Tensor) -> None:
         """Add a batch: ``values`` (batch, tokens, …)."""
-        added = self.summed(*map(wide, values), mask=mask).double()
-        self.total = added if self.total is None else self.total.add_(added)
+        self.total = self.onto(self.total, *values, mask=mask)
         self.tokens += int(mask.sum())
+
+    def onto(self, total: Tensor | None, *values: Tensor, mask: Tensor) -> Tensor:
+        """``total``, which may be changed, with the sum of a batch."""
+        added = self.summed(*map(wide, values), mask=mask).double()
+        return added if total is None else total.add_(added)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the sum to a device."""
@@ -57,14 +62,26 @@ class Statistic(ABC):
         Raises:
             InputError: no token was seen, or a sum is not finite.
         """
+        return self.checked() / self.tokens
+
+    def checked(self) -> Tensor:
+        """The sum.
+
+        Raises:
+            InputError: no token was seen, or a sum is not finite.
+        """
         if self.total is None or self.tokens == 0:
             raise InputError("calibration saw no token; give it more text.")
-        if not bool(torch.isfinite(self.total).all()):
+        if not bool(torch.isfinite(self.telling(self.total)).all()):
             raise InputError(
                 f"calibration met NaN or infinite {self.what}; try --dtype float32, or check the "
                 f"model with `secateur eval`."
             )
-        return self.total / self.tokens
+        return self.total
+
+    def telling(self, total: Tensor) -> Tensor:
+        """A part of the sum that is finite only where all of it is."""
+        return total
 
 
 class Additive(Statistic):
@@ -82,19 +99,39 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def real(values: Tensor, mask: Tensor) -> Tensor:
+    """The rows of real tokens, (tokens, …); no copy where all are."""
+    return values.flatten(0, mask.dim() - 1) if bool(mask.all()) else values[mask]
+
+
 class Gram(Additive):
-    """Σ xᵀx of (batch, tokens, n) activations: (n, n)."""
+    """Σ xᵀx of (batch, tokens, n) activations: (n, n), summed on and above the diagonal alone."""
+
+    def onto(self, total: Tensor | None, *values: Tensor, mask: Tensor) -> Tensor:
+        rows = real(values[0], mask)
+        if total is None:
+            total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        rows = rows if rows.is_cuda else wide(rows)  # a GPU has products of half precision
+        return add_product(total, rows, rows)
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        rows = values[0][mask]
-        return rows.t() @ rows
+        return self.onto(None, *values, mask=mask)
+
+    def telling(self, total: Tensor) -> Tensor:
+        """The diagonal: no product of two numbers is beyond both of their squares."""
+        return total.diagonal()
+
+    @property
+    def mean(self) -> Tensor:
+        """The whole mean."""
+        return mirrored(super().mean)
 
 
 class HeadGram(Additive):
     """Σ xᵀx of each head of (batch, tokens, heads, n) activations: (heads, n, n)."""
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        rows = values[0][mask].transpose(0, 1)  # heads, tokens, n
+        rows = real(values[0], mask).transpose(0, 1)  # heads, tokens, n
         return rows.transpose(1, 2) @ rows
 
 
@@ -102,7 +139,7 @@ class Energy(Additive):
     """Σ x² of every coordinate of (batch, tokens, …) activations: the diagonal of a Gram."""
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        return values[0][mask].square().sum(0)
+        return real(values[0], mask).square().sum(0)
 
 
 class Moments(Additive):
@@ -161,7 +198,7 @@ class Cross(Additive):
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         features, targets = values
-        return features[mask].t() @ targets[mask]
+        return real(features, mask).t() @ real(targets, mask)
 
 
 class PairScores(Additive):

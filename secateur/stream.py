@@ -30,8 +30,9 @@ class Stream:
     """The hidden states of all windows before some block, in batches; made before the first.
 
     The states are kept on the CPU, in the dtype that the model computes in: windows × length ×
-    hidden numbers; on disk where they are many and the model is read from there block by block. The other arguments of a block (masks, rotary tables) depend on the shape of a
-    batch alone, as padding stands behind every real token of a causal model, and others get none.
+    hidden numbers; on disk where they are many and the model is read from there block by block. The
+    other arguments of a block (masks, rotary tables) depend on the shape of a batch alone, as
+    padding stands behind every real token of a causal model, and others get none.
 
     Where a decoder stands behind an encoder, the positions of both stand side by side. A block sees
     and changes its :meth:`part` of them, and reads the other as the states have it.

@@ -35,7 +35,7 @@ def open_fitting(source: str, settings: Settings, folder: Path | None = None) ->
     are too many for memory, too.
 
     Raises:
-        InputError: as :func:`~secateur.opening.open_model` does, or it can't be streamed and should.
+        InputError: the files are unusable, or it should be streamed and can't be.
     """
     if settings.stream == "off":
         return open_model(source, settings)

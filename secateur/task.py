@@ -94,6 +94,8 @@ class Task:
             self.progress.say("measuring the dense model")
             self.outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
             given = (self.source, self.questions, self.settings, self.progress)
-            return asdict(judge_apart(*given, outputs_of_dense=self.outputs))
+            return asdict(
+                judge_apart(*given, outputs_of_dense=self.outputs, scratch=self.workspace.folder)
+            )
 
         return Verdict(**self.workspace.stage("dense", measured))

@@ -23,7 +23,7 @@ MOST_NUMBERS = 2**26  # of the dense model's states that are kept: 256 MB
 PARTS = ("attention", "mlp", "stream")
 POINTS = 17  # of a curve that is told
 SHARES = (0.5, 0.9, 0.99, 0.999)  # of energy
-WIDEST = 4096  # Gram whose eigenvalues take no time worth mentioning
+WIDEST = 2048  # Gram whose eigenvalues take a small part of a forward pass
 
 Errors = dict[str, float | None]
 
@@ -34,36 +34,41 @@ class Witness:
     Kept for some calibration tokens, to be compared with what the finished model makes of the same
     tokens, errors of the blocks before included. Don't use it where the residual stream is sliced:
     its states then are those of another basis.
+
+    ``errors`` has by block the share of the dense energy that is lost: Σ‖ŷ − y‖² / Σ‖y‖². None
+    where nothing was there, or what is there now is not finite. Of a block that is gone, all that
+    it added.
     """
 
     def __init__(self, model: Model, tokens: Tokens) -> None:
-        self.tokens = _few(model, tokens)
-        self.dense = dict(self._seen(model))
+        few = _few(model, tokens)
+        line = self._stream(model, few)
+        self._dense = [_made(line, block) for block in model.in_turn()]
+        self.line = self._stream(model, few)
+        self.errors: list[Errors] = []
 
-    def errors(self, model: Model) -> list[Errors]:
-        """By block the share of the dense energy that is lost: Σ‖ŷ − y‖² / Σ‖y‖².
-
-        None where nothing was there, or what is there now is not finite. Of a block that is gone,
-        all that it added.
-        """
-        found: list[Errors] = [{} for _ in self.dense]
-        for index, small in self._seen(model):
-            for part, dense in self.dense[index].items():
-                found[index][part] = _lost(dense, small.get(part))
-        return found
-
+    @staticmethod
     @torch.no_grad()
-    def _seen(self, model: Model) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        stream = Stream(model, self.tokens, len(self.tokens))
-        (batch,) = stream.batches
-        for block in model.in_turn():
-            real = stream.mask(batch, block)
-            with _heard(block) as added:
-                after = stream.through(block, stream.at(batch))
-            stream.put(batch, after)
-            added["stream"] = after[:, stream.part(block)]
-            rows = {part: v.reshape(*real.shape, -1)[real] for part, v in added.items()}  # OPT's
-            yield block.index, {part: values.cpu() for part, values in rows.items()}
+    def _stream(model: Model, tokens: Tokens) -> Stream:
+        return Stream(model, tokens, len(tokens))
+
+    def follow(self, block: Block) -> None:
+        """Go through the next block as it is now."""
+        small, dense = _made(self.line, block), self._dense[len(self.errors)]
+        self.errors.append({part: _lost(dense[part], small.get(part)) for part in dense})
+
+
+@torch.no_grad()
+def _made(line: Stream, block: Block) -> dict[str, Tensor]:
+    """What a block makes of a stream of one batch, which moves on."""
+    (batch,) = line.batches
+    real = line.mask(batch, block)
+    with _heard(block) as added:
+        after = line.through(block, line.at(batch))
+    line.put(batch, after)
+    added["stream"] = after[:, line.part(block)]
+    rows = {part: v.reshape(*real.shape, -1)[real] for part, v in added.items()}  # OPT's
+    return {part: values.cpu() for part, values in rows.items()}
 
 
 def _few(model: Model, tokens: Tokens) -> Tokens:
@@ -112,7 +117,7 @@ def observations(
     """What calibration and narrowing have shown of every block and unit, in a compact form.
 
     "influence" has of every dense block 1 − cosine of what it gets and gives, "errors" what
-    :meth:`Witness.errors` says, "curves" of every unit some shares kept and the predicted error at
+    :attr:`Witness.errors` says, "curves" of every unit some shares kept and the predicted error at
     each, "directions" of every block how many of them hold how much of the energy of what the MLP's
     consumer reads.
     """

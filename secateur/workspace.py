@@ -12,6 +12,16 @@ import filelock
 
 from secateur.errors import InputError
 
+#: what is in the folder of a run that goes on with its result: blocks that are narrowed, or all
+NARROWING, WRITTEN = "narrowing", "written.json"
+#: the result of a named part of a run: from before, or computed by what is given
+Stage = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+
+
+def at_once(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A stage of which nothing is kept."""
+    return compute()
+
 
 class Workspace:
     """Finished stages of one run, so that the same command typed again goes on from them.
@@ -91,8 +101,9 @@ class Workspace:
             for entry in self.folder.iterdir():
                 if entry.name != "lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        shutil.rmtree(self.result, ignore_errors=True)
-        self.result.mkdir()
+        if not any((self.folder / name).exists() for name in (NARROWING, WRITTEN)):
+            shutil.rmtree(self.result, ignore_errors=True)
+        self.result.mkdir(exist_ok=True)
         write_whole(path, json.dumps(now, indent=1))
 
     def stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """Safetensors files, written while their tensors are made."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+
+from secateur.header import INDEX, SINGLE, Entry, read_header
+from secateur.records import Record
+from secateur.shelf import read_tensor
 
 SHARD_BYTES = 4 * 2**30
 NAMES = {
@@ -33,6 +38,15 @@ class Place(NamedTuple):
     start: int
     length: int
     itemsize: int
+
+
+class WriterState(Record):
+    """What a writer has written so far; ``size`` and ``written`` are bytes."""
+
+    pending: dict[str, Place]
+    size: int
+    shards: list[list[str]]
+    written: int
 
 
 class Writer:
@@ -62,7 +76,10 @@ class Writer:
 
     @property
     def _data(self) -> Path:
-        return self.folder / "shard.data"
+        return self._shard(len(self._shards), "data")
+
+    def _shard(self, number: int, ending: str = "safetensors") -> Path:
+        return self.folder / f"shard-{number}.{ending}"
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write a tensor."""
@@ -74,27 +91,58 @@ class Writer:
             file.seek(self._size)
             file.truncate()
             if size:
-                file.write(memoryview(given.flatten().view(torch.uint8).numpy()))
+                file.write(given.flatten().view(torch.uint8).numpy().data)
         place = Place(NAMES[given.dtype], tuple(given.shape), self._size, size, given.itemsize)
         self._pending[self.rename(name, tensor)] = place
         self._size += size
         self._written += size
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> WriterState:
         """What :meth:`go_on` needs to know of all that was added so far."""
-        return {
-            "pending": self._pending,
-            "size": self._size,
-            "shards": self._shards,
-            "written": self._written,
-        }
+        return WriterState(
+            pending=dict(self._pending),
+            size=self._size,
+            shards=[[*names] for names in self._shards],
+            written=self._written,
+        )
 
-    def go_on(self, state: dict[str, Any]) -> None:
-        """Be where another writer to this folder was; what that one wrote later is forgotten."""
-        pending = state["pending"].items()
-        self._pending = {n: Place(d, tuple(s), *rest) for n, (d, s, *rest) in pending}
-        self._size, self._written = state["size"], state["written"]
-        self._shards = [[*names] for names in state["shards"]]
+    def settle(self) -> None:
+        """Remove what only a state before this one needs."""
+        for number in range(len(self._shards)):
+            self._shard(number, "data").unlink(missing_ok=True)
+
+    def go_on(self, state: WriterState) -> bool:
+        """Be where another writer to this folder was, if all that it had written is still there.
+
+        What it wrote later is forgotten.
+        """
+        count = len(state.shards)
+        for number in range(count):
+            names = (f"model-{number + 1:05d}-of-*.safetensors", SINGLE if count == 1 else "")
+            named = [path for name in names if name for path in self.folder.glob(name)]
+            if not self._shard(number).exists() and len(named) == 1:
+                named[0].rename(self._shard(number))
+            if not self._shard(number).exists():
+                return False
+        data = self._shard(count, "data")
+        if state.pending and (not data.exists() or data.stat().st_size < state.size):
+            return False
+        for path in self.folder.iterdir():
+            kept = {data, *(self._shard(number) for number in range(count))}
+            if path not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._pending, self._size = dict(state.pending), state.size
+        self._shards, self._written = [[*names] for names in state.shards], state.written
+        return True
+
+    def read(self, name: str, like: Tensor) -> Tensor:
+        """A tensor that was added; ``like`` has its shape."""
+        published = self.rename(name, like)
+        if (place := self._pending.get(published)) is not None:
+            entry = Entry(place.dtype, place.shape, place.start, place.start + place.length)
+            return read_tensor(self._data, entry)
+        number = next(i for i, names in enumerate(self._shards) if published in names)
+        return read_tensor(self._shard(number), read_header(self._shard(number))[published])
 
     def _flush(self) -> None:
         order = sorted(self._pending.items(), key=lambda item: (-item[1].itemsize, item[0]))
@@ -106,7 +154,7 @@ class Writer:
             at += place.length
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNED)
-        path = self.folder / f"shard-{len(self._shards)}.safetensors"
+        path = self._shard(len(self._shards))
         with self._data.open("rb") as data, path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
@@ -118,21 +166,29 @@ class Writer:
         self._size = 0
 
     def finish(self) -> None:
-        """Write what is pending, then give the shards the names that transformers looks for."""
+        """Write what is pending, then give the shards the names that transformers looks for.
+
+        :meth:`settle` then removes what a state of before would need.
+        """
         if self._pending:
             self._flush()
-        self._data.unlink(missing_ok=True)
         count = len(self._shards)
         if count == 1:
-            (self.folder / "shard-0.safetensors").rename(self.folder / "model.safetensors")
+            self._shard(0).rename(self.folder / SINGLE)
             return
         index: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{i}.safetensors").rename(self.folder / final)
+            self._shard(i).rename(self.folder / final)
             index |= dict.fromkeys(names, final)
         content = {"metadata": {"total_size": self._written}, "weight_map": index}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=1))
+        (self.folder / INDEX).write_text(json.dumps(content, indent=1))
+
+
+def settle(folder: Path) -> None:
+    """Remove all that only going on with writing would need."""
+    for path in folder.glob("shard-*.data"):
+        path.unlink()
 
 
 def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:

@@ -1,13 +1,12 @@
 """How far a compressed model's output is from that of the dense one, on the same text."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import InputError
-from secateur.evaluate.perplexity import rows_at_once
+from secateur.evaluate.passes import batches
 from secateur.model import Model
 from secateur.text import Tokens
 
@@ -22,20 +21,16 @@ def outputs(model: Model, tokens: Tokens) -> Tensor:
     Those of rows spread over the text, as many as give :data:`OUTPUTS`; all of them, or every
     second, third … so that :data:`MOST_NUMBERS` hold them.
     """
-    module: Any = model.module
     chosen = some_rows(model, tokens)
-    rows, seen, step = rows_at_once(module, model.use, chosen), 0, 1
+    seen, step = 0, 1
     found: list[Tensor] = []
-    with torch.inference_mode():
-        for start in range(0, len(chosen), rows):
-            given = chosen[start : start + rows].to(model.device)
-            logits = module(**model.use.inputs(given)).logits
-            if not found:
-                wanted = int(model.use.counted(chosen).sum()) * logits.shape[-1]
-                step = math.ceil(wanted / MOST_NUMBERS)
-            counted = logits[model.use.counted(given)]
-            found.append(counted[-seen % step :: step].float().log_softmax(-1).cpu())
-            seen += len(counted)
+    for given, logits in batches(model, chosen):
+        if not found:
+            wanted = int(model.use.counted(chosen).sum()) * logits.shape[-1]
+            step = math.ceil(wanted / MOST_NUMBERS)
+        counted = logits[model.use.counted(given)]
+        found.append(counted[-seen % step :: step].float().log_softmax(-1).cpu())
+        seen += len(counted)
     return torch.cat(found)
 
 

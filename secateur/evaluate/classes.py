@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.evaluate.perplexity import rows_at_once
+from secateur.evaluate.passes import batches
 from secateur.model import Model
 from secateur.text import UNLABELLED, Tokens
 
@@ -21,16 +21,13 @@ def by_class(model: Model, tokens: Tokens) -> dict[str, Any]:
     module: Any = model.module
     head = getattr(module, "classifier", None)
     features: list[Tensor] = []
-    rows, first, labels = rows_at_once(module, model.use, tokens), [], tokens.labels
+    labels = tokens.labels
     assert labels is not None
     keep = head.register_forward_pre_hook(
         lambda _, given: features.append(given[0].detach().double().cpu())
     ) if isinstance(head, nn.Linear) else None  # fmt: skip
     try:
-        with torch.inference_mode():
-            for start in range(0, len(tokens), rows):
-                given = tokens[start : start + rows].to(model.device)
-                first.append(module(**model.use.inputs(given)).logits.argmax(-1).cpu())
+        first = [logits.argmax(-1).cpu() for _, logits in batches(model, tokens)]
     finally:
         if keep is not None:
             keep.remove()

@@ -1,12 +1,10 @@
 """Are probabilities what they say? Expected calibration error of the first choice."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from secateur.evaluate.agreement import some_rows
-from secateur.evaluate.perplexity import rows_at_once
+from secateur.evaluate.passes import batches
 from secateur.model import Model
 from secateur.text import Tokens
 
@@ -18,16 +16,12 @@ def confidences(model: Model, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
     Of rows spread over the text, on the CPU.
     """
-    module: Any = model.module
-    chosen = some_rows(model, tokens)
-    rows, sure, right = rows_at_once(module, model.use, chosen), [], []
-    with torch.inference_mode():
-        for start in range(0, len(chosen), rows):
-            given = chosen[start : start + rows].to(model.device)
-            found, wanted = model.use.answers(module(**model.use.inputs(given)).logits, given)
-            best, place = found.float().max(-1)
-            sure.append((best - found.float().logsumexp(-1)).exp().cpu())
-            right.append((place == wanted).cpu())
+    sure, right = [], []
+    for given, logits in batches(model, some_rows(model, tokens)):
+        found, wanted = model.use.answers(logits, given)
+        best, place = found.float().max(-1)
+        sure.append((best - found.float().logsumexp(-1)).exp().cpu())
+        right.append((place == wanted).cpu())
     return torch.cat(sure), torch.cat(right)
 
 

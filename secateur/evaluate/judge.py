@@ -22,13 +22,20 @@ from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.damage import damage
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import answered
-from secateur.evaluate.reload import disagreement, testimony
+from secateur.evaluate.reload import (
+    Testimony,
+    disagreement,
+    forgetful,
+    streamed_testimony,
+    testimony,
+)
 from secateur.evaluate.speed import measure_speed
 from secateur.evaluate.standing import Answers, Figures, changes
 from secateur.evaluate.tasks import answered_file, is_file, read_task
 from secateur.model import Model, Settings
-from secateur.opening import locate, open_model
+from secateur.opening import locate
 from secateur.progress import Progress, for_terminal
+from secateur.streaming import open_fitting
 from secateur.text import Text, Tokens
 from secateur.uses import CausalLM, Use
 
@@ -36,6 +43,7 @@ USER_ERROR = 2
 PROMPT_TOKENS = 24
 DEFAULT_LENGTH = 256
 NEW_TOKENS = 40
+FEW_NEW_TOKENS = 4  # where each takes a pass over the weight files
 
 
 @dataclass(frozen=True)
@@ -121,13 +129,15 @@ def judge(
     values, tasks = {}, {}
     for name, tokens in held.items():
         with progress.stage(f"perplexity: {name}"[:28], len(tokens)) as advance:
-            values[name], right = answered(model.module, use, tokens, advance)
+            values[name], right = answered(model, tokens, advance)
         if use.share is not None:
             tasks[f"{use.share}, {name}"] = right
     first = next(iter(held.values()), None)
     prompt, sample = _sampled(model, questions, held, room) if use.writes else ("", "")
     speed: dict[str, float] = {}
-    if questions.speed and first is not None:
+    if questions.speed and model.residence is not None:
+        progress.say("note: it is read from disk block by block, so its speed is not measured")
+    elif questions.speed and first is not None:
         new = min(32, room // 2) if use.writes else 0
         with progress.stage("speed", 1) as advance:
             timed = measure_speed(model, use.beginning(first, min(length, room - new)), new)
@@ -228,7 +238,8 @@ def _sampled(
     prompt = _prompt(model.tokenizer, questions, held)
     if not 0 < len(prompt) < room:
         raise InputError(f"--prompt has {len(prompt)} tokens; it needs between 1 and {room - 1}.")
-    new_tokens = questions.new_tokens or min(NEW_TOKENS, room - len(prompt))
+    usual = NEW_TOKENS if model.residence is None else FEW_NEW_TOKENS
+    new_tokens = questions.new_tokens or min(usual, room - len(prompt))
     if len(prompt) + new_tokens > room:
         raise InputError(
             f"--new-tokens {new_tokens} behind a prompt of {len(prompt)} is more than the model's "
@@ -268,29 +279,26 @@ def judge_apart(
     questions: Questions,
     settings: Settings,
     progress: Progress,
-    memory: dict[str, Tensor] | None = None,
-    tokens: Tokens | None = None,
+    said: Testimony | None = None,
     outputs_of_dense: Path | None = None,
+    scratch: Path | None = None,
 ) -> Verdict:
-    """Measure a checkpoint in a fresh process.
+    """Measure a checkpoint in a fresh process, which may use the folder ``scratch`` meanwhile.
 
-    With ``memory``, the testimony of a model about ``tokens``, the checkpoint must also testify the
-    same when it is reloaded there. For ``outputs_of_dense`` see :func:`judge`.
+    The checkpoint must testify what was ``said`` by a model in memory when it is reloaded there.
+    For ``outputs_of_dense`` see :func:`judge`.
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.
         RunError: the process died, or the reloaded checkpoint is not the model in memory.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         content = {"source": source, "questions": asdict(questions), "settings": asdict(settings)}
         if outputs_of_dense is not None:
             content["outputs_of_dense"] = str(outputs_of_dense.absolute())
-        if memory is not None and tokens is not None:
-            asked = {"ids": tokens.ids, "mask": tokens.mask}
-            if tokens.labels is not None:
-                asked["labels"] = tokens.labels
-            save_file({**memory, **asked}, Path(folder, "memory.safetensors"))
+        if said is not None:
+            said.save(Path(folder, "memory.safetensors"))
             content["memory"] = str(Path(folder, "memory.safetensors"))
         request.write_text(json.dumps(content))
         # The child must find this very package, wherever the parent's came from.
@@ -334,14 +342,17 @@ def main(request: Path, result: Path) -> int:
     answer: dict[str, Any]
     try:
         before = peak_bytes(settings.torch_device())
-        model = open_model(content["source"], settings)
+        model = open_fitting(content["source"], settings, request.parent)
         kept = content.get("outputs_of_dense")
         kept = None if kept is None else Path(kept)
         answer = asdict(judge(model, questions, before, for_terminal(), kept))
         if "memory" in content:
-            memory = load_file(content["memory"])
-            tokens = Tokens(memory.pop("ids"), memory.pop("mask"), memory.pop("labels", None))
-            differs = disagreement(memory, testimony(model, tokens))
+            memory, tokens = Testimony.load(Path(content["memory"]))
+            if model.residence is None:
+                differs = disagreement(memory, testimony(model, tokens))
+            else:
+                differs = disagreement(memory, streamed_testimony(model, tokens))
+                differs = differs or (forgetful(model, tokens) if model.use.writes else None)
             if differs is not None:
                 answer = {"differs": differs}
     except InputError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from secateur.errors import InputError
-from secateur.evaluate.perplexity import LOGITS_PER_BATCH, TOKENS_PER_BATCH
+from secateur.evaluate.passes import LOGITS_PER_BATCH, TOKENS_PER_BATCH
 from secateur.model import Model
 
 FALLBACK_POSITIONS = 2048  # where neither config nor tokenizer says how long an input may be

@@ -1,16 +1,22 @@
 """Does a reloaded checkpoint say what the model in memory said?"""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from secateur.block import Block
 from secateur.model import Model
 from secateur.opening import cast
+from secateur.stream import Stream
 from secateur.text import Tokens
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 GREEDY_TOKENS = 16
+PASSING = "passing"  #: logits that were taken while blocks passed by
+FEW_TOKENS = 3  # where each takes a pass over the weight files
 #: Largest difference of a logit, relative to the spread of all logits, taken for the same model.
 #: Narrowed and stock attention add in different orders; a wrong or missing tensor moves a logit by
 #: a large part of the spread.
@@ -20,6 +26,32 @@ TOLERANCE = {
     torch.float16: 0.05,
     torch.bfloat16: 0.15,
 }
+
+
+class Testimony(NamedTuple):
+    """What a model says about one row of tokens, by name."""
+
+    said: dict[str, Tensor]
+    tokens: Tokens
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it is of a model that was never whole in memory."""
+        return any(name.startswith(PASSING) for name in self.said)
+
+    def save(self, path: Path) -> None:
+        """Write it to a safetensors file."""
+        tokens = {"ids": self.tokens.ids, "mask": self.tokens.mask}
+        if self.tokens.labels is not None:
+            tokens["labels"] = self.tokens.labels
+        save_file(self.said | tokens, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Testimony":
+        """Read what :meth:`save` wrote."""
+        said = load_file(path)
+        tokens = Tokens(said.pop("ids"), said.pop("mask"), said.pop("labels", None))
+        return cls(said, tokens)
 
 
 def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
@@ -46,6 +78,52 @@ def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
                 name = f"logits.{str(dtype).removeprefix('torch.')}.{implementation}"
                 said[name] = module(**model.use.inputs(tokens)).logits[0].float().cpu()
     return said
+
+
+class Passage:
+    """Logits of a model of which no block stays, taken while its blocks pass by.
+
+    Of one row of ``tokens``, under the attention that it runs with.
+    """
+
+    def __init__(self, model: Model, tokens: Tokens) -> None:
+        self._model = model
+        with torch.no_grad():
+            self.line = Stream(model, tokens, len(tokens))
+
+    @torch.no_grad()
+    def follow(self, block: Block) -> None:
+        """Go through the next block as it is now."""
+        self.line.advance(block)
+
+    @torch.no_grad()
+    def testimony(self) -> dict[str, Tensor]:
+        """What :func:`testimony` would say, as far as it is known here."""
+        (batch,) = self.line.batches
+        logits = self.line.logits(batch, self.line.at(batch))
+        module: Any = self._model.module
+        dtype = str(module.dtype).removeprefix("torch.")
+        name = f"{PASSING}.{dtype}.{module.config._attn_implementation}"
+        return {name: logits[0].float().cpu()}
+
+
+def streamed_testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
+    """The same of a model that is read block by block, in one pass over its blocks."""
+    passage = Passage(model, tokens)
+    for block in model.in_turn():
+        passage.follow(block)
+    return passage.testimony()
+
+
+def forgetful(model: Model, tokens: Tokens) -> str | None:
+    """What a model writes otherwise with a cache than without one, or None."""
+    said = []
+    for cached in (True, False):
+        options = {"use_cache": cached, "min_new_tokens": FEW_TOKENS}
+        ids = tokens.to(model.device).ids
+        said.append(model.use.generated(model.module, ids, FEW_TOKENS, **options)[0].tolist())
+    same = said[0] == said[1]
+    return None if same else f"with a cache it writes {said[0]}, and without one {said[1]}"
 
 
 def attend_by(module: Any, implementation: str) -> None:

@@ -67,7 +67,7 @@ class GaussNewton:
     def _step(self, block: Block, inputs: Tensor, targets: Tensor) -> Parts:
         """The change of every part, (inputs, channels), float32."""
         consumer = block.consumer_weight.float()
-        count, width = len(inputs), inputs.shape[1]
+        count = len(inputs)
         cached: dict[int, Parts] = {}
         room = REMEMBERED // (4 * consumer.shape[0] * len(block.producer_weights) * TOKENS)
 
@@ -84,7 +84,7 @@ class GaussNewton:
             hidden = errors @ consumer.t()
             return [piece.t() @ (slope * hidden) / count for slope in slopes]
 
-        gram = torch.zeros(width, width, dtype=torch.float64, device=inputs.device)
+        gram = Gram()
         residual: Parts = []
         energy: Parts = []
         for start, piece, slopes in pieces():
@@ -92,11 +92,12 @@ class GaussNewton:
             errors = targets[start : start + TOKENS].float() - found @ consumer
             residual = _sum(residual, back(errors, piece, slopes))
             energy = _sum(energy, [slope.square().sum(0) / count for slope in slopes])
-            gram += (piece.t() @ piece).double() / count
+            gram.update(piece, mask=torch.ones(len(piece), dtype=torch.bool, device=piece.device))
         channel = consumer.square().sum(1)
         scale = [channel * e for e in energy]
         scale = [s.clamp_min(1e-12 * float(s.max()) + 1e-30) for s in scale]  # silent channels
-        factor, _ = damped_cholesky(gram, self.ridge, f"block {block.index}: inputs of the MLP")
+        what = f"block {block.index}: inputs of the MLP"
+        factor, _ = damped_cholesky(gram.mean, self.ridge, what)
         inverse, metric = torch.cholesky_inverse(factor).float(), (factor @ factor.t()).float()
 
         def curved(change: Parts) -> Parts:

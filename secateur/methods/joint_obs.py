@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from secateur.block import Block
 from secateur.curve import Curve
-from secateur.linalg import backward_elimination, least_squares
+from secateur.elimination import backward_elimination, survivors
+from secateur.linalg import least_squares
 from secateur.methods.base import Narrowing, Solution
 from secateur.statistics import BlockStatistics, Needs
 from secateur.units import Unit
@@ -38,12 +40,21 @@ class JointOBS:
         gram, weight = statistics[Needs.HIDDEN_GRAM].mean, block.consumer_weight
         target = statistics.get(Needs.HIDDEN_TARGET)
         cross = gram @ weight if target is None else target.mean
-        order, errors = backward_elimination(gram, cross, self.ridge, unit.name)
+        given = gram, cross, self.ridge
+        order: Tensor | None = None
+
+        def curve() -> Curve:
+            nonlocal order
+            order, errors = backward_elimination(*given, unit.name)
+            return Curve.of(errors)
 
         def at(size: int) -> Narrowing:
-            keep = torch.sort(order[:size]).values
+            if order is None:  # nobody has asked for the smaller sizes
+                keep = survivors(*given, size, unit.name)
+            else:
+                keep = torch.sort(order[:size]).values
             kept = gram[keep][:, keep]
             rows = least_squares(kept, cross[keep], weight[keep], self.ridge, unit.name)
             return Narrowing(keep=keep, consumer=rows)
 
-        return Solution(Curve.of(errors), at)
+        return Solution(curve, at)

@@ -6,7 +6,7 @@ import torch
 
 from secateur.block import Block
 from secateur.curve import Curve
-from secateur.linalg import decoder, nested_errors, ridge_leverage
+from secateur.linalg import least_squares, nested_errors, ridge_leverage
 from secateur.methods.base import Narrowing, Solution
 from secateur.statistics import BlockStatistics, Needs
 from secateur.units import Unit
@@ -42,8 +42,12 @@ class Nystrom:
 
         def at(size: int) -> Narrowing:
             keep = torch.sort(order[:size]).values
-            rows = decoder(gram, keep, self.refit_ridge, unit.name) @ weight
+            kept = gram[keep]
+            given = kept[:, keep], kept @ weight, weight[keep]
+            rows = least_squares(*given, self.refit_ridge, unit.name)
             return Narrowing(keep=keep, consumer=rows)
 
-        errors = nested_errors(gram, weight, order, self.refit_ridge, unit.name)
-        return Solution(Curve.of(errors), at)
+        def curve() -> Curve:
+            return Curve.of(nested_errors(gram, weight, order, self.refit_ridge, unit.name))
+
+        return Solution(curve, at)

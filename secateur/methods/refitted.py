@@ -84,10 +84,13 @@ def in_order(
     """The first channels or heads of an order stay, and what reads them is refitted."""
     gram, weight, width = problem(unit, block, statistics)
     hessian = damped(gram, ridge)
-    errors = refit_errors(gram, weight, coordinates(order, width), ridge, unit.name)[::width]
 
     def at(size: int) -> Narrowing:
         keep = torch.sort(order[:size]).values
         return narrowing(unit, block, keep, refitted(hessian, weight, keep, width, unit.name))
 
-    return Solution(Curve.of(errors), at)
+    def curve() -> Curve:
+        at_coordinates = coordinates(order, width)
+        return Curve.of(refit_errors(gram, weight, at_coordinates, ridge, unit.name)[::width])
+
+    return Solution(curve, at)

@@ -6,7 +6,8 @@ from typing import ClassVar
 from secateur.allocate.base import Allocator
 from secateur.allocate.spdy import SPDY
 from secateur.block import Block
-from secateur.linalg import backward_elimination, damped
+from secateur.elimination import backward_elimination
+from secateur.linalg import damped
 from secateur.methods.base import Solution
 from secateur.methods.refitted import RefittedMethod, in_order, problem
 from secateur.statistics import BlockStatistics

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from secateur import checkpoint, pipeline
-from secateur.writer import Writer
 from secateur.prepare import Prepared
 from secateur.progress import Progress
 from secateur.stopwatch import Stopwatch
 from secateur.units import DEPTH
+from secateur.writer import Writer
 from tests.contract.conftest import logits, narrowing, open_config, spread
 from tests.families import (
     AUTO,

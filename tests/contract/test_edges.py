@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, OPTConfig
 from secateur import InputError, Method, MoDeGPT, Model, Store, calibrate, open_model
 from secateur.apply import narrow_block
 from secateur.checkpoint import store_block, store_rest
-from secateur.writer import Writer
 from secateur.linalg import decoder, roots
 from secateur.model import Settings
 from secateur.text import sample
+from secateur.writer import Writer
 from tests import families
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from secateur import Store, calibrate
 from secateur.apply import narrowed
-from secateur.linalg import COMPACT_EVERY, backward_elimination, ridge_leverage
+from secateur.elimination import PANEL, backward_elimination, survivors
+from secateur.linalg import ridge_leverage
 from secateur.methods.joint_obs import JointOBS
 from secateur.propagate import watched
 from secateur.statistics import Cross, Gram, Needs
@@ -83,12 +84,12 @@ def test_of_twins_one_stays(seed):
     assert direct_error(x, t, at_once[:7]) > 10 * float(errors[7])
 
 
-def test_exact_across_compactions():
-    """Rows and columns of what is gone are dropped now and then; nothing else may change."""
-    size = 150
-    assert size > 2 * COMPACT_EVERY
-    x = activations(0, 400, size)
-    t = x @ normal(2, size, 6) + normal(3, 400, 6)
+def test_exact_across_panels():
+    """Removals are put off, and what is gone is dropped now and then; nothing else may change."""
+    size = 300
+    assert size > 2 * PANEL
+    x = activations(0, 700, size)
+    t = x @ normal(2, size, 6) + normal(3, 700, 6)
     gram, cross = gram_of(x), cross_of(x, t)
     order, errors = backward_elimination(gram, cross, 0.0)
     floor = direct_error(x, t, range(size))
@@ -98,9 +99,19 @@ def test_exact_across_compactions():
         costs = (inverse @ cross[keep]).square().sum(1) / inverse.diagonal()
         assert int(costs.argmin()) == left - 1
         assert float(errors[left - 1] - errors[left]) == pytest.approx(float(costs[-1]), rel=1e-7)
-    for left in (0, 1, *range(20, 25), *range(84, 89), size):
+    edges = (size - PANEL, size - 2 * PANEL)
+    for left in (0, 1, *(edge + i for edge in edges for i in (-1, 0, 1)), size):
         expected = direct_error(x, t, order[:left]) - floor
         assert float(errors[left]) == pytest.approx(expected, rel=1e-8, abs=1e-10)
+
+
+@pytest.mark.parametrize("size", [0, 1, 44, 172, 173, 260, 299, 300])
+def test_survivors_are_the_first_of_the_order(size):
+    x = activations(0, 700, 300)
+    t = x @ normal(2, 300, 6) + normal(3, 700, 6)
+    given = gram_of(x), cross_of(x, t), 1e-4
+    order, _ = backward_elimination(*given)
+    assert survivors(*given, size).tolist() == sorted(order[:size].tolist())
 
 
 def test_what_the_consumer_ignores_and_what_others_explain_go_first():

@@ -114,7 +114,7 @@ def test_a_plain_sum_is_known_as_one(opened, name, dtype):
         with torch.no_grad():
             assert line._run_dense(block)
         seen, after = look(model, tokens, block, before)
-        assert torch.equal(line.targets, wide(before) + wide(seen.attention))
+        assert torch.equal(line.targets[:], wide(before) + wide(seen.attention))
         assert torch.equal(line.dense.states, after)
 
 
@@ -133,8 +133,8 @@ def test_a_norm_behind_is_known_as_no_plain_sum(opened, name, loud):
         with torch.no_grad():
             assert not line._run_dense(block)
         seen, _ = look(model, tokens, block, before)
-        assert torch.equal(line.targets, seen.attention)
-        assert torch.equal(line.inputs, seen.mlp)
+        assert torch.equal(line.targets[:], seen.attention)
+        assert torch.equal(line.inputs[:], seen.mlp)
 
 
 def test_behind_norms_dense_outputs_are_better_targets(monkeypatch, opened):
@@ -169,10 +169,10 @@ def test_targets_outlive_the_inputs_that_take_their_place(opened):
     line = Propagation(model, tokens, Auto(iterations=0))
     with torch.no_grad():
         additive = line._run_dense(block)
-        expected = line.inputs.clone()
+        expected = line.inputs[:]
         line._hidden(block, additive)
     assert not additive
-    assert torch.equal(line.targets, expected)
+    assert torch.equal(line.targets[:], expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox", "opt_norm_after", "gemma2"])

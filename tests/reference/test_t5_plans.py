@@ -99,7 +99,7 @@ def test_targets_bring_the_narrowed_stream_back_to_the_dense_one(folder):
             line.narrow.through(block, before)
         handle.remove()
         expected = line.dense.states[:, part] - entering[0]  # both behind the block
-        torch.testing.assert_close(line.targets[:, part], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(line.targets[:][:, part], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_propagation_lowers_the_error(folder):

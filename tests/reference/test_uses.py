@@ -11,7 +11,7 @@ from transformers import ViTImageProcessorPil
 
 from secateur import InputError, Settings, open_model
 from secateur.evaluate import agreement as agreements
-from secateur.evaluate import perplexity as perplexities
+from secateur.evaluate import passes
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.perplexity import answered
 from secateur.evaluate.reload import attend_by
@@ -147,8 +147,8 @@ def test_figures_are_means_over_all_answers(opened):
     right = labels[labels != UNLABELLED]
     loss = torch.nn.functional.cross_entropy(said, right)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.evaluate.perplexity.TOKENS_PER_BATCH", 20)
-        value, share = answered(model.module, model.use, tokens)
+        patch.setattr(passes, "TOKENS_PER_BATCH", 20)
+        value, share = answered(model, tokens)
     assert value == pytest.approx(float(loss.exp()))
     assert share == pytest.approx(float((said.argmax(-1) == right).double().mean()))
 
@@ -267,7 +267,7 @@ def test_without_classes_images_calibrate_and_judge_nothing(
     assert tokens.labels.tolist() == [UNLABELLED] * 4
     model = opened("vit")
     with pytest.raises(InputError, match="subfolders"):
-        answered(model.module, classifier, tokens)
+        answered(model, tokens)
     with pytest.raises(InputError, match="subfolders"):
         classifier.check(str(tmp_path))
     with pytest.raises(InputError, match="subfolders"):
@@ -278,9 +278,9 @@ def test_a_few_classes_are_enough_to_judge(monkeypatch, opened, classifier):
     """The mistake: a batch in which no image says its class ends the whole."""
     model, tokens = opened("vit"), read("vit", 6, 17)[:6]
     tokens.labels[[0, 1, 2, 4]] = UNLABELLED
-    monkeypatch.setattr(perplexities, "TOKENS_PER_BATCH", 17)  # an image at a time
-    found = answered(model.module, classifier, tokens)
-    assert found == pytest.approx(answered(model.module, classifier, tokens[[3, 5]]))
+    monkeypatch.setattr(passes, "TOKENS_PER_BATCH", 17)  # an image at a time
+    found = answered(model, tokens)
+    assert found == pytest.approx(answered(model, tokens[[3, 5]]))
     assert classifier.amount(tokens) == 2
 
 
@@ -340,7 +340,7 @@ def test_outputs_are_those_that_count(monkeypatch, opened, name):
     assert len(found) == model.use.amount(tokens) < counted.numel() or name == "vit"
     torch.testing.assert_close(found, expected)
     for rows in (1, 4):  # which outputs are kept has nothing to do with batches
-        monkeypatch.setattr(agreements, "rows_at_once", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(passes, "rows_at_once", lambda *_, rows=rows: rows)
         monkeypatch.setattr(agreements, "MOST_NUMBERS", 3 * expected.shape[1])
         step = math.ceil(len(expected) / 3)
         torch.testing.assert_close(outputs(model, tokens), expected[::step])

@@ -10,13 +10,20 @@ from secateur.witness import POINTS, Witness, holding, observations
 from tests import families
 from tests.families import FAMILIES
 
+
+def errors_of(witness, model):
+    for block in model.blocks:
+        witness.follow(block)
+    return witness.errors
+
+
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 @every_family
 def test_an_unchanged_model_has_lost_nothing(opened, name):
     model = opened(name)
-    errors = Witness(model, families.read(name, 3, 16)).errors(model)
+    errors = errors_of(Witness(model, families.read(name, 3, 16)), model)
     assert len(errors) == len(model.blocks)
     for own in errors:
         assert set(own) == {"attention", "mlp", "stream"}
@@ -31,7 +38,7 @@ def test_an_error_is_the_share_of_the_energy_that_is_lost(opened, name):
     last = model.blocks[-1]
     for parameter in last.consumer.parameters():
         parameter.data.mul_(0.9)
-    errors = witness.errors(model)
+    errors = errors_of(witness, model)
     assert errors[-1]["mlp"] == pytest.approx(0.01)
     assert errors[-1]["attention"] == 0
     assert all(value == 0 for own in errors[:-1] for value in own.values())
@@ -43,7 +50,7 @@ def test_errors_of_blocks_before_are_included(opened):
     model = opened("llama", "float64")
     witness = Witness(model, families.read("llama", 3, 16))
     model.blocks[0].consumer.weight.data.mul_(0.5)
-    errors = witness.errors(model)
+    errors = errors_of(witness, model)
     assert errors[0]["attention"] == 0
     assert all(errors[1][part] > 0 for part in ("attention", "mlp", "stream"))
 
@@ -52,7 +59,7 @@ def test_a_block_that_is_gone_adds_nothing(opened):
     model = opened("llama", "float64")
     witness = Witness(model, families.read("llama", 3, 16))
     model.blocks[1].remove()
-    errors = witness.errors(model)
+    errors = errors_of(witness, model)
     assert errors[1]["attention"] == errors[1]["mlp"] == 1
     assert 0 < errors[1]["stream"] < 1
 
@@ -70,7 +77,7 @@ def test_padding_does_not_count(opened):
         model = opened("llama", "float64")
         witness = Witness(model, given)
         model.blocks[0].consumer.weight.data[:, ::2] = 0
-        found.append(witness.errors(model))
+        found.append(errors_of(witness, model))
     for a, b in zip(*found, strict=True):
         assert a == pytest.approx(b)
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.linalg import backward_elimination, damped
+from secateur.elimination import backward_elimination
+from secateur.linalg import damped
 from secateur.methods.ziplm import ZipLM
 from tests.reference.raw import activations, direct_error, gram_of, normal, solved, spelled
 

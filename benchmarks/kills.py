@@ -1,0 +1,104 @@
+"""Killed at any moment, a run that is typed again ends with the same bytes.
+
+    python benchmarks/kills.py FOLDER [--moments 25] [-- COMPRESS OPTIONS]
+
+Runs ``secateur compress demo`` undisturbed, then as often as asked with SIGKILL at a random moment
+(and, every third time, at two more on the way), types it again until it ends, and holds every file
+but the report, which has times, against the undisturbed ones. Between, OUT must not exist or be
+whole. Exits with 1 if anything differs.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import secateur.cli
+from secateur.model import Settings
+from secateur.opening import open_model
+
+TIMES = ("report.json", "report.html", "README.md")  # have seconds in them
+GIVEN = ["--keep", "0.7", "--samples", "8", "--length", "64", "--eval-windows", "4"]
+GIVEN += ["--eval-length", "64", "--no-speed", "--new-tokens", "4"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--moments", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("options", nargs="*", default=[])
+    arguments = parser.parse_args()
+    folder, options = arguments.folder.resolve(), GIVEN + arguments.options
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start = time.perf_counter()
+    if run(folder, "undisturbed", options, None) != 0:
+        sys.exit("the undisturbed run failed")
+    whole = time.perf_counter() - start
+    expected, wrong = digests(folder / "undisturbed"), 0
+    print(f"undisturbed: {whole:.0f} s. | moment | died | went on for | same |", flush=True)
+    choose = random.Random(arguments.seed)
+    for number in range(arguments.moments):
+        name, moments = f"killed-{number}", [choose.uniform(0, 1) * whole]
+        moments += [choose.uniform(0, 0.6) * whole for _ in range(2 * (number % 3 == 2))]
+        died = []
+        for moment in moments:
+            code = run(folder, name, options, moment)
+            died.append(code == -signal.SIGKILL)
+            if (folder / name).exists():
+                open_model(folder / name, Settings(device="cpu"))
+                break
+        start, code = time.perf_counter(), 0
+        if not (folder / name).exists():
+            code = run(folder, name, options, None)
+        seconds = time.perf_counter() - start
+        same = code == 0 and digests(folder / name) == expected
+        left = [p.name for p in folder.iterdir() if p.name.startswith(f".{name}")]
+        wrong += not same or bool(left)
+        told = " ".join(f"{moment / whole:.2f}" for moment in moments)
+        print(f"| {number + 1} | {told} | {died} | {seconds:.0f} s | {same} | {left} |", flush=True)
+        shutil.rmtree(folder / name, ignore_errors=True)
+    sys.exit(wrong > 0)
+
+
+def run(folder: Path, name: str, options: list[str], moment: float | None) -> int:
+    """The exit code of one compress command, or minus the signal that it died from."""
+    child = os.fork()  # everything is imported already
+    if not child:
+        os.setsid()
+        sys.stdout = sys.stderr = (folder / f"{name}.log").open("a")
+        os.environ["XDG_CACHE_HOME"] = str(folder / f"{name}.cache")
+        sys.argv = ["secateur", "compress", "demo", str(folder / name), *options]
+        code = 1
+        try:
+            secateur.cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os._exit(code)
+    if moment is not None:
+        time.sleep(moment)
+        subprocess.run(["pkill", "-KILL", "-s", str(child)], check=False)  # and what it started
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of all files but those with times in them."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name not in TIMES
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""A model larger than the memory it is compressed in.
+
+    python benchmarks/large.py FOLDER [--blocks 42] [--memory 2.5]
+
+Writes a Llama of random weights to FOLDER block by block (by default about two billion parameters,
+4 GB in bfloat16), compresses it in processes that may hold no more than so many GB each, prints a
+row of figures and removes both. Several numbers of blocks, as "4,8,16", give a row each. What a
+process holds is limited by RLIMIT_DATA; the greatest resident size, the mapped code of libraries
+included, is printed.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from secateur import bundled
+from secateur.writer import Writer
+
+WATCHED = """
+import atexit, sys
+from secateur.__main__ import main
+from secateur.evaluate.memory import peak_bytes
+import torch
+atexit.register(lambda: print("PEAK", peak_bytes(torch.device("cpu")), file=sys.stderr))
+main()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--blocks", default="42")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--mlp", type=int, default=5632)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--memory", type=float, default=2.5, help="GB; 0 sets no limit")
+    parser.add_argument("--method", default="modegpt")
+    parser.add_argument("--keep", type=float, default=0.8)
+    arguments = parser.parse_args()
+    print("| blocks | parameters | GB | peak, GB | of judging | seconds | times forward |")
+    print("|---|---|---|---|---|---|---|")
+    for blocks in map(int, arguments.blocks.split(",")):
+        model, out = arguments.folder / f"dense-{blocks}", arguments.folder / f"small-{blocks}"
+        try:
+            parameters = write(model, blocks, arguments)
+            print(row(blocks, parameters, model, out, arguments), flush=True)
+        finally:
+            shutil.rmtree(model, ignore_errors=True)
+            shutil.rmtree(out, ignore_errors=True)
+
+
+def write(folder: Path, blocks: int, arguments: argparse.Namespace) -> int:
+    """A random Llama as a folder that transformers opens; no more than a tensor is in memory."""
+    hidden, mlp, vocabulary = arguments.hidden, arguments.mlp, arguments.vocabulary
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=blocks,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
+    )
+    generator = torch.Generator().manual_seed(0)
+    writer, keys = Writer(folder), hidden // arguments.heads * arguments.kv_heads
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    count = 0
+
+    def add(name: str, *shape: int) -> None:
+        nonlocal count
+        tensor = torch.empty(shape, dtype=torch.bfloat16)
+        if len(shape) == 2:
+            tensor.normal_(std=shape[1] ** -0.5, generator=generator)
+        else:
+            tensor.fill_(1)
+        count += tensor.numel()
+        writer.add(name, tensor)
+
+    add("model.embed_tokens.weight", vocabulary, hidden)
+    for block in range(blocks):
+        for name, shape in shapes.items():
+            add(f"model.layers.{block}.{name}.weight", *shape)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            add(f"model.layers.{block}.{name}.weight", hidden)
+    add("model.norm.weight", hidden)
+    add("lm_head.weight", vocabulary, hidden)
+    writer.finish()
+    config.save_pretrained(folder)
+    for file in bundled.model_path().glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return count
+
+
+def row(blocks: int, parameters: int, model: Path, out: Path, arguments: argparse.Namespace) -> str:
+    """Compress it and say what that took."""
+    flags = ["--method", arguments.method, "--keep", str(arguments.keep), "--stream", "on"]
+    flags += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
+    flags += ["--eval-windows", "8", "--new-tokens", "2"]
+    limit = int(arguments.memory * 10**9)
+
+    def limited() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+    command = [sys.executable, "-c", WATCHED, "compress", str(model), str(out), *flags]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command,
+        preexec_fn=limited,
+        env={**os.environ, "XDG_CACHE_HOME": str(arguments.folder / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        sys.exit(done.stderr[-4000:])
+    peak = int(done.stderr.rpartition("PEAK ")[2].split()[0])
+    report = json.loads((out / "secateur" / "report.json").read_text())
+    spent = report["seconds"]
+    forward = spent["calibration_forward"]
+    times = sum(spent[stage] for stage in ("calibrate", "curves", "allocate", "apply")) / forward
+    judged = max(report[name]["peak_memory_bytes"] for name in ("dense", "compressed"))
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return (
+        f"| {blocks} | {parameters / 1e9:.2f}B | {size / 1e9:.2f} | {peak / 1e9:.2f} | "
+        f"{judged / 1e9:.2f} | {seconds:.0f} | {times:.1f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
