@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from secateur.block import Block
-from secateur.errors import InputError, refuse_difference
+from secateur.errors import InputError, refuse_difference, shown
 from secateur.gradients import collect_gradients, needs_gradients
 from secateur.header import read_header
 from secateur.model import Model
@@ -91,6 +91,7 @@ class Store:
         counts = {_key(need): str(statistic.tokens) for need, statistic in statistics.items()}
         path = self._path(block)
         partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
         try:
             save_file(tensors, partial, metadata=counts)
         except SafetensorError as error:
@@ -111,8 +112,18 @@ class Store:
             }
         if not needs:
             return {}
-        with safe_open(self._path(block), framework="pt", device=str(device)) as file:
-            counts = file.metadata()
+        path = self._path(block)
+        there = read_header(path)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            counts = file.metadata() or {}
+            for name in map(_key, needs):
+                seen = counts.get(name, "0")
+                if not (seen.isascii() and seen.isdigit() and len(seen) < 19):
+                    raise InputError(
+                        f"statistics {str(path)!r}: {name} is of {shown(seen)} tokens."
+                    )
+                if name in counts and (name not in there or there[name].dtype != "F64"):
+                    raise InputError(f"statistics {str(path)!r}: {name} is missing or no sum.")
             return {
                 need: need.kind(file.get_tensor(_key(need)), int(counts[_key(need)]))
                 for need in needs

@@ -35,6 +35,23 @@ def read_record(kind: type[R], path: Path, what: str, most_bytes: int, advice: s
         raise InputError(f"{what} {str(path)!r}: {said(error)}.{advice}") from error
 
 
+def read_object(path: Path, what: str, most_bytes: int, advice: str = "") -> dict[str, Any]:
+    """Read a JSON object that this package has written, NaN and Infinity included.
+
+    Raises:
+        InputError: the file is missing, too large, or no such object.
+    """
+    try:
+        found = parse_json(read_bytes(path, most_bytes, what), MAX_NODES, finite=False)
+        if not isinstance(found, dict):
+            raise HostileError("it is no JSON object")
+    except OSError as error:
+        raise InputError(f"{what} {str(path)!r}: {error.strerror}.{advice}") from error
+    except HostileError as error:
+        raise InputError(f"{what} {str(path)!r}: {error}.{advice}") from error
+    return found
+
+
 def said(error: pydantic.ValidationError) -> str:
     """Where a record is wrong first, and how."""
     first: Any = error.errors()[0]

@@ -4,6 +4,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, check_tasks, judge_apart
 from secateur.evaluate.tasks import is_file
 from secateur.inputs import (
@@ -17,10 +20,11 @@ from secateur.inputs import (
 from secateur.model import Settings
 from secateur.opening import read_config
 from secateur.progress import Progress
+from secateur.records import said
 from secateur.report import versions
 from secateur.text import Calibration, Tokens
 from secateur.uses import use_of
-from secateur.workspace import Workspace
+from secateur.workspace import AGAIN, Workspace
 
 
 @dataclass(frozen=True)
@@ -98,4 +102,11 @@ class Task:
                 judge_apart(*given, outputs_of_dense=self.outputs, scratch=self.workspace.folder)
             )
 
-        return Verdict(**self.workspace.stage("dense", measured))
+        found = self.workspace.stage("dense", measured)
+        try:
+            TypeAdapter(Verdict).validate_python(found)
+        except ValidationError as error:
+            raise InputError(
+                f"stage {str(self.workspace.folder / 'dense.json')!r}: {said(error)}.{AGAIN}"
+            ) from error
+        return Verdict(**found)

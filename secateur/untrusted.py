@@ -86,13 +86,14 @@ def read_bytes(path: Path, most: int, what: str = "file of this kind") -> bytes:
     with opened(path) as (file, size):
         if size > most:
             raise HostileError(f"larger than any {what}; is it the right file?")
-        return file.read(most)
+        return file.read(size)  # so much is set aside for it
 
 
-def parse_json(raw: bytes, most_nodes: int = MAX_NODES) -> Any:
+def parse_json(raw: bytes, most_nodes: int = MAX_NODES, finite: bool = True) -> Any:
     """Plain data from JSON that is what it should be: bounded, finite, every name once.
 
-    Size and depth are looked at before anything is made of it.
+    Size and depth are looked at before anything is made of it. Where it need not be ``finite``, NaN
+    and Infinity are read as Python writes them.
 
     Raises:
         HostileError: it is not.
@@ -111,7 +112,7 @@ def parse_json(raw: bytes, most_nodes: int = MAX_NODES) -> Any:
         return json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_once,
-            parse_constant=lambda name: _refuse_constant(name, raw),
+            parse_constant=(lambda name: _refuse_constant(name, raw)) if finite else float,
             parse_float=_finite,
             parse_int=_short,
         )

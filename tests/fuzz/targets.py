@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 from secateur import Calibration, Goal, Settings, Store, calibrate, make_plan, open_model, score
 from secateur.allocate.knapsack import Knapsack
 from secateur.card import card
+from secateur.checkpoint import store_block
 from secateur.compare import compare
+from secateur.errors import InputError
 from secateur.evaluate.tasks import read_task
 from secateur.header import read_header, tensors
+from secateur.journal import Journal
 from secateur.methods import check_served, method_class
 from secateur.methods.auto import Auto
 from secateur.model import Model
@@ -28,6 +32,7 @@ from secateur.prepare import Prepared, check_reach
 from secateur.present import inspection
 from secateur.prices import counted
 from secateur.progress import Progress
+from secateur.propagate import narrow_blocks
 from secateur.push import check_whole
 from secateur.recipe import Recipe, Step, read_recipe
 from secateur.runs import read_run
@@ -130,6 +135,7 @@ class Targets:
             "run's plan": self.run_plan,
             "scores": self.scores,
             "statistics": self.statistics,
+            "journal": self.journal,
             "task file": self.task,
             "text lines": self.lines,
         }
@@ -309,6 +315,43 @@ class Targets:
         return Target(
             file, lambda c: mutated(seeds, c), lambda: Store(folder).claim(own, Auto().needs)
         )
+
+    def journal(self) -> Target:
+        """What a killed run has noted; beside it lies what it has written."""
+        templates = {}
+        for name in ("modegpt", "svd-llm"):
+            model, plan, there = open_model(self.dense, CPU), self.plans[name], self.room / name
+            there.mkdir()
+            writer = Writer(there / "result")
+            journal, method = Journal(there / "narrowing", writer, plan.sizes), plan.build_method()
+            given = (method, plan.goal.units(method, model), plan.sizes, self.tokens, self.store)
+            for block in islice(narrow_blocks(model, *given, journal), 2):
+                store_block(model, block, writer)
+                journal.record(block, [])
+            templates[name] = there
+        seeds = {
+            n: json.loads((t / "narrowing/journal.json").read_text()) for n, t in templates.items()
+        }
+        file, folder, chosen = self.room / "journal.json", self.room / "narrowed", ["modegpt"]
+
+        def made(chance: Random) -> bytes:
+            chosen[0] = chance.choice([*templates])
+            return mutated([seeds[chosen[0]], *seeds.values()], chance)
+
+        def read() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(templates[chosen[0]], folder)
+            shutil.copy(file, folder / "narrowing" / "journal.json")
+            model = open_model(self.dense, CPU)
+            writer = Writer(folder / "result")
+            journal = Journal(folder / "narrowing", writer, self.plans[chosen[0]].sizes)
+            if not journal.done:
+                raise InputError("it starts again")
+            for block in model.blocks[: journal.done]:
+                journal.restore(model, block)
+            assert not any(p.is_meta for p in model.module.parameters())
+
+        return Target(file, made, read)
 
     def task(self) -> Target:
         file = self.room / "task.jsonl"

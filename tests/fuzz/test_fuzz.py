@@ -19,7 +19,7 @@ from tests.fuzz.targets import Target, Targets
 COUNTS = {
     **{"plan": 300, "recipe": 120, "config": 120, "checkpoint config": 100, "weight header": 300},
     **{"weights": 50, "index": 120, "report": 80, "run's plan": 50, "scores": 50},
-    **{"statistics": 200, "task file": 120, "text lines": 120},
+    **{"statistics": 200, "journal": 60, "task file": 120, "text lines": 120},
 }
 
 

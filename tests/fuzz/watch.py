@@ -19,7 +19,11 @@ from tests.fuzz.targets import Target
 SECONDS = 20.0  # that one case may take
 MEMORY = 2**30  # bytes that the process may grow by
 MESSAGE = 6000
-WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+#: what changes folders: places among its arguments of paths, and of the folders they start from
+WRITES = {
+    **{"os.mkdir": {0: 2}, "os.remove": {0: 1}, "os.rmdir": {0: 1}, "os.truncate": {0: None}},
+    **{"os.rename": {0: 2, 1: 3}, "os.link": {1: 3}, "os.symlink": {1: 2}},
+}
 NEVER = ("pickle.find_class", "marshal.load", "marshal.loads", "socket.connect", "subprocess.Popen")
 
 
@@ -50,15 +54,18 @@ class Watch:
             self.faults.append(f"{event} {str(arguments)[:200]}")
         elif event == "open" and _writes(arguments) and self._outside(arguments[0]):
             self.faults.append(f"wrote {arguments[0]!r}")
-        elif event in WRITES and any(self._outside(a) for a in arguments if isinstance(a, str)):
-            self.faults.append(f"{event} {arguments!r}")
+        elif event in WRITES:
+            for path, start in WRITES[event].items():
+                if self._outside(arguments[path], -1 if start is None else arguments[start]):
+                    self.faults.append(f"{event} {arguments!r}")
         elif event == "exec" and self._stranger(getattr(arguments[0], "co_filename", "")):
             self.faults.append(f"ran {arguments[0].co_filename!r}")
 
-    def _outside(self, path: Any) -> bool:
+    def _outside(self, path: Any, start: int = -1) -> bool:
         if not isinstance(path, str | bytes | Path):
             return False  # a descriptor that was opened before
-        found = Path(path.decode() if isinstance(path, bytes) else path).resolve()
+        own = Path(path.decode() if isinstance(path, bytes) else path)
+        found = (own if start < 0 else Path(f"/proc/self/fd/{start}").resolve() / own).resolve()
         return not found.is_relative_to(self.room) and found != Path("/dev/null")
 
     def _stranger(self, path: str) -> bool:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from secateur.errors import InputError
 from secateur.header import MAX_HEADER, read_header, read_index, tensors
-from secateur.untrusted import MAX_DEPTH, parse_json
+from secateur.untrusted import MAX_DEPTH, parse_json, read_bytes
 
 
 def written(path, header, data=b"", length=None):
@@ -125,6 +125,11 @@ def test_what_is_no_file_is_refused(tmp_path):
     for name, words in (("pipe", "no file"), ("none", "No such file"), ("a\0b", "null")):
         with pytest.raises(InputError, match=words):
             read_header(tmp_path / name)
+
+
+def test_room_is_made_for_what_a_file_holds_and_no_more(tmp_path):
+    (tmp_path / "small").write_bytes(b"1")
+    assert read_bytes(tmp_path / "small", 2**62) == b"1"
 
 
 def test_many_values_are_refused_before_they_are_made():
