@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.errors import RunError
+from secateur.errors import HaltedError, RunError
 
 MOST_BYTES = 2**27  # kept in memory where a folder is given
 
@@ -19,7 +19,7 @@ class Activations:
     memory of this process; the file has no name and is gone with the process, however that ends.
 
     Raises:
-        RunError: the folder has no space left.
+        HaltedError: the folder has no space left.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, folder: Path | None) -> None:
@@ -62,7 +62,7 @@ class Activations:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise RunError(
+            raise HaltedError(
                 f"{str(self.folder)!r} has no room for the hidden states ({error.strerror}), "
                 f"{self._row * len(self) / 2**30:.1f} GB; make some, and repeat the command."
             ) from error
@@ -86,7 +86,7 @@ class Activations:
         """Write all numbers to a file; it is whole when this returns.
 
         Raises:
-            RunError: there is no room for it.
+            HaltedError: there is no room for it.
         """
         try:
             with path.open("wb", buffering=0) as file:
@@ -95,7 +95,7 @@ class Activations:
                     while left:
                         left = left[file.write(left) :]
         except OSError as error:
-            raise RunError(
+            raise HaltedError(
                 f"{str(path.parent)!r} has no room for the hidden states ({error.strerror}); make "
                 f"some, and repeat the command."
             ) from error

@@ -298,6 +298,10 @@ def _follow(
     asked.print_json(report.content) if as_json else present.show_report(report, out)
 
 
+#: where a run stopped that can go on
+ON = "Nothing half-written has a final name; a compress command goes on when it is typed again."
+
+
 def main() -> None:
     """Entry point: one message and exit code 2 for anything the user can put right."""
     asked.COMMAND.set(shlex.join(["secateur", *sys.argv[1:]]))
@@ -319,6 +323,18 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except OSError as error:
-        print(f"error: {error}. Nothing was left half-written.", file=sys.stderr)
+        print(f"error: {error}. {ON}", file=sys.stderr)
         code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "--stream on reads a model block by block, and fewer --samples take less."
+        print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
+        code = 1
     sys.exit(code)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says that an allocation failed, by whichever allocator."""
+    told = ("allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(part in str(error).lower() for part in told)

@@ -32,6 +32,10 @@ class RunError(RuntimeError):
     """A run failed for no fault of its input: a measuring process died, or a reload differs."""
 
 
+class HaltedError(RunError):
+    """Something outside stopped a run: a disk, a file, memory. What is finished stays for later."""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """ "Did you mean X?" and the full list: sentences for a message about an unknown name."""
     known = sorted(choices)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from secateur.errors import InputError, RunError
+from secateur.errors import HaltedError, InputError
 from secateur.header import Entry, read_header
 
 DTYPES = {
@@ -60,7 +60,7 @@ class Shelf:
         """One tensor, as it is stored, in memory of its own.
 
         Raises:
-            RunError: its file has gone, has changed or cannot be read.
+            HaltedError: its file has gone, has changed or cannot be read.
         """
         path, entry = self._places[name]
         if entry.dtype not in DTYPES:
@@ -71,7 +71,7 @@ class Shelf:
         try:
             return read_tensor(path, entry)
         except OSError as error:
-            raise RunError(
+            raise HaltedError(
                 f"model {self.source!r}: {path.name} cannot be read any more "
                 f"({error.strerror or error}). See that the file is back as it was, and repeat the "
                 f"command, which then goes on."

@@ -10,7 +10,7 @@ from typing import Any
 
 import filelock
 
-from secateur.errors import InputError
+from secateur.errors import HaltedError, InputError, RunError
 from secateur.records import read_object
 
 MAX_BYTES = 2**28
@@ -46,8 +46,8 @@ class Workspace:
     def opened(self, fingerprint: dict[str, Any]) -> Iterator[None]:
         """Take the folder for a run described by ``fingerprint``.
 
-        A run that was killed is taken up again if the fingerprint is the same. A run that fails
-        leaves nothing; one that is interrupted leaves its finished stages.
+        A run that was killed is taken up again if the fingerprint is the same. A run whose input is
+        wrong leaves nothing; one that is stopped, by a full disk for one, leaves what it finished.
 
         Raises:
             InputError: ``out`` exists, another run is working there, or an unfinished one was
@@ -77,12 +77,15 @@ class Workspace:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise InputError(f"another run is writing {str(self.out)!r}; wait for it.") from error
-        keep = False
+        keep = True
         try:
             self._take_up(fingerprint)
             yield
-        except (KeyboardInterrupt, UnfinishedRunError):
-            keep = True
+            keep = False
+        except (UnfinishedRunError, HaltedError):
+            raise
+        except (InputError, RunError):
+            keep = False
             raise
         finally:
             if not keep:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError
 from secateur.evaluate import harness
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.damage import damage
@@ -159,7 +159,7 @@ def judge(
         try:
             save_file(kept, outputs_of_dense)
         except SafetensorError as error:
-            raise InputError(
+            raise HaltedError(
                 f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
             ) from error
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
@@ -290,7 +290,8 @@ def judge_apart(
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.
-        RunError: the process died, or the reloaded checkpoint is not the model in memory.
+        HaltedError: the process died, or a file could not be read or written.
+        RunError: the reloaded checkpoint is not the model in memory.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
@@ -313,6 +314,8 @@ def judge_apart(
         answer = json.loads(result.read_text()) if result.exists() else {}
     if "error" in answer:
         raise InputError(answer["error"])
+    if "halted" in answer:
+        raise HaltedError(answer["halted"])
     if "differs" in answer:
         raise RunError(
             f"the checkpoint, loaded again, is not the model that was compressed: "
@@ -321,7 +324,7 @@ def judge_apart(
     if done.returncode != 0 or not answer:
         killed = done.returncode == -signal.SIGKILL
         reason = "was killed, probably for want of memory" if killed else "failed"
-        raise RunError(f"the process that measured {source!r} {reason} ({done.returncode}).")
+        raise HaltedError(f"the process that measured {source!r} {reason} ({done.returncode}).")
     return Verdict(**answer)
 
 
@@ -357,6 +360,8 @@ def main(request: Path, result: Path) -> int:
                 answer = {"differs": differs}
     except InputError as error:
         answer = {"error": str(error)}
+    except (OSError, HaltedError) as error:
+        answer = {"halted": str(error)}
     result.write_text(json.dumps(answer))
     return USER_ERROR if "error" in answer else 0
 

@@ -93,11 +93,15 @@ def full(*_, **__):
 
 
 def test_a_full_disk_while_weights_are_written(compress, room, monkeypatch):
-    from secateur import checkpoint
+    """What is finished stays, and nothing under a final name; with room made it goes on."""
+    from secateur import writer
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    compress().refused("No space left")
-    assert list(room.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_copy", full)
+        compress().refused("No space left", "typed again")
+    assert [entry.name for entry in room.iterdir()] == [".out.partial"]
+    compress().succeeded()
+    assert [entry.name for entry in room.iterdir()] == ["out"]
 
 
 def test_a_full_disk_while_the_plan_is_written(compress, room, monkeypatch):
@@ -107,8 +111,8 @@ def test_a_full_disk_while_the_plan_is_written(compress, room, monkeypatch):
         "write_text",
         lambda self, *a, **k: full() if self.name == "plan.json" else write(self, *a, **k),
     )
-    compress().refused("No space left")
-    assert list(room.iterdir()) == []
+    compress().refused("No space left", "typed again")
+    assert [entry.name for entry in room.iterdir()] == [".out.partial"]
 
 
 @pytest.mark.parametrize("old", [None, "old"])
