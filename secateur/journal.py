@@ -16,7 +16,7 @@ from secateur.attention import uniform_attention
 from secateur.block import Block
 from secateur.checkpoint import attention_changed, block_prefix
 from secateur.depth import place
-from secateur.errors import InputError, first_line, words
+from secateur.errors import InputError, RunError, first_line, words
 from secateur.evaluate.reload import Testimony
 from secateur.header import read_header
 from secateur.layers.factored_secateur import Factored
@@ -176,6 +176,8 @@ class Journal:
         try:
             self._restore(model, block, self._blocks[block.index])
         except (*FAULTS_OF_CONFIG, StopIteration) as error:
+            if isinstance(error, RunError) or "memory" in str(error):
+                raise  # what was written can't be read, or is too large for now
             raise InputError(
                 f"journal {str(self._path)!r}: what it says of block {block.index} can't be "
                 f"({words(first_line(error))}).{AGAIN}"
