@@ -10,7 +10,7 @@ import click
 
 from secateur import asked
 from secateur.commands import COMMANDS
-from secateur.errors import InputError, RunError, printable
+from secateur.errors import HaltedError, InputError, RunError, printable
 from secateur.flags import (
     MethodCommand,
     calibration_options,
@@ -321,7 +321,7 @@ def main() -> None:
         code = 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 1
+        code = 2 if isinstance(error, HaltedError) else 1
     except OSError as error:
         print(f"error: {error}. {ON}", file=sys.stderr)
         code = 2
@@ -330,7 +330,7 @@ def main() -> None:
             raise
         advice = "--stream on reads a model block by block, and fewer --samples take less."
         print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
-        code = 1
+        code = 2
     sys.exit(code)
 
 

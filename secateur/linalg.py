@@ -165,16 +165,23 @@ def low_rank_in_metric(gram: Tensor, weight: Tensor, ridge: float) -> tuple[Tens
 
 
 def least_squares(
-    gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, what: str = "refit"
+    gram: Tensor,
+    cross: Tensor,
+    prior: Tensor,
+    ridge: float,
+    what: str = "refit",
+    spare: bool = False,
 ) -> Tensor:
     """The Ŵ (k, outputs) that minimises E‖t − xŴ‖² + λ‖Ŵ − prior‖², from C = E xᵀx and E xᵀt.
 
-    λ is ``ridge`` times the mean of diag C, so the ridge pulls to the prior and not to zero.
+    λ is ``ridge`` times the mean of diag C, so the ridge pulls to the prior and not to zero. A
+    ``spare`` Gram is needed no more behind this, which then takes no copy of it.
     """
     if len(gram) == 0:
         return prior.clone()
-    factor, used = damped_cholesky(gram, ridge, what)
-    return torch.cholesky_solve(cross + used * _scale(gram) * prior, factor)
+    scale = _scale(gram)
+    factor, used = damped_cholesky(gram, ridge, what, spare)
+    return torch.cholesky_solve(cross + used * scale * prior, factor)
 
 
 def conjugate_gradients(

@@ -28,9 +28,10 @@ from secateur.model import Model, Settings
 from secateur.opening import skeleton
 from secateur.page import write_page
 from secateur.plan import Budget, Plan, check_sizes, match_units
-from secateur.prepare import Prepared, check_reach, chosen_allocator, prepare
+from secateur.prepare import Prepared, check_reach, check_streams, chosen_allocator, prepare
 from secateur.progress import Progress
 from secateur.propagate import narrow_blocks
+from secateur.reach import check_runtime
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
 from secateur.runs import read_run
@@ -108,8 +109,11 @@ def compress(
         if task.calibration.select == "kl":
             cheap(shapes, method, goal, allocator)
     else:
+        check_runtime(shapes, method, goal)
         match_units(plan, shapes, method)
         check_served(method, shapes)
+    if settings.stream == "on":
+        check_streams(method, goal, allocator)
     inputs = task.fingerprint(
         method={"name": method.name, **asdict(method)},
         plan=None if plan is None else plan.sizes,

@@ -293,11 +293,13 @@ def judge_apart(
         HaltedError: the process died, or a file could not be read or written.
         RunError: the reloaded checkpoint is not the model in memory.
     """
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         content = {"source": source, "questions": asdict(questions), "settings": asdict(settings)}
         if outputs_of_dense is not None:
             content["outputs_of_dense"] = str(outputs_of_dense.absolute())
+        if scratch is not None:
+            content["scratch"] = str(scratch.absolute())
         if said is not None:
             said.save(Path(folder, "memory.safetensors"))
             content["memory"] = str(Path(folder, "memory.safetensors"))
@@ -345,7 +347,8 @@ def main(request: Path, result: Path) -> int:
     answer: dict[str, Any]
     try:
         before = peak_bytes(settings.torch_device())
-        model = open_fitting(content["source"], settings, request.parent)
+        scratch = Path(content.get("scratch", request.parent))
+        model = open_fitting(content["source"], settings, scratch)
         kept = content.get("outputs_of_dense")
         kept = None if kept is None else Path(kept)
         answer = asdict(judge(model, questions, before, for_terminal(), kept))

@@ -6,7 +6,7 @@ import torch
 
 from secateur.block import Block
 from secateur.curve import Curve
-from secateur.linalg import least_squares, nested_errors, ridge_leverage
+from secateur.linalg import least_squares, nested_errors, reordered, ridge_leverage
 from secateur.methods.base import Narrowing, Solution
 from secateur.statistics import BlockStatistics, Needs
 from secateur.units import Unit
@@ -42,9 +42,8 @@ class Nystrom:
 
         def at(size: int) -> Narrowing:
             keep = torch.sort(order[:size]).values
-            kept = gram[keep]
-            given = kept[:, keep], kept @ weight, weight[keep]
-            rows = least_squares(*given, self.refit_ridge, unit.name)
+            given = reordered(gram, keep), gram[keep] @ weight, weight[keep]
+            rows = least_squares(*given, self.refit_ridge, unit.name, spare=True)
             return Narrowing(keep=keep, consumer=rows)
 
         def curve() -> Curve:

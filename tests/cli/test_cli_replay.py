@@ -52,6 +52,12 @@ def test_an_edited_plan_is_followed(replay, plan_file, room):
     assert report_of(room / "out")["budget"]["reached"] == kept / written["budget"]["total"]
 
 
+def test_a_plan_for_a_runtime_that_its_shapes_are_not_for_is_refused(replay, plan_file, room):
+    """The mistake: a runtime written into a plan by hand, and believed."""
+    replay(plan_file(lambda plan: plan.update(runtime="vllm"))).refused("vllm", "plain")
+    assert not (room / "out").exists()
+
+
 def drop_unit(plan):
     plan["units"].pop()
 

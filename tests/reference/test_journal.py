@@ -1,0 +1,181 @@
+"""A run that goes on behind its finished blocks writes what an undisturbed one writes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from secateur import Calibration, Settings, Store, calibrate, make_plan, open_model, pipeline
+from secateur.errors import HaltedError
+from secateur.journal import Journal
+from secateur.methods import method_class
+from secateur.prepare import Prepared
+from secateur.progress import Progress
+from secateur.scores import score
+from secateur.shelf import Shelf
+from secateur.stopwatch import Stopwatch
+from secateur.streaming import open_streamed
+from secateur.writer import Writer
+from tests import families
+
+CPU = Settings(device="cpu", dtype="float32")
+CASES = [
+    *(
+        (method, "llama")
+        for method in ("auto", "modegpt", "flap", "shortgpt", "replace", "svd-llm")
+    ),
+    ("auto", "gpt2"),
+    ("auto", "phi3_partial"),
+    ("wanda-sp", "opt"),
+    ("rtn", "llama"),
+]
+
+
+def prepared(folder, method, streams, tokens):
+    model = open_streamed(str(folder), CPU) if streams else open_model(folder, CPU)
+    store = Store()
+    calibrate(model, tokens, method.needs | method.allocator.needs, store)
+    evidence = score(model, method, store, tokens)
+    plan = make_plan(model, method, evidence, Calibration(), tokens, store=store)
+    return Prepared(model, tokens, store, method, plan, evidence)
+
+
+def written(folder):
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.suffix in (".safetensors", ".json") and path.name != "journal.json"
+    }
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_going_on_gives_the_same_bytes(dense, tmp_path, monkeypatch, name, variant, streams):
+    """Stopped behind every block in turn; the mistakes: states or weights of before are rounded."""
+    kind, tokens = method_class(name), families.read(variant, 6, 32)
+    method = kind(group="0") if name == "rtn" else kind(keep=0.7)
+
+    def run(folder, stops=()):
+        for stop in (*stops, None):
+            given = prepared(dense(variant), method, streams, tokens)
+            seen = 0
+            record = Journal.record
+
+            def recorded(journal, block, errors, record=record, stop=stop):
+                nonlocal seen
+                record(journal, block, errors)
+                seen += 1
+                if stop is not None and seen > stop:
+                    raise Stop
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Journal, "record", recorded)
+                try:
+                    said = pipeline.write(
+                        given, folder / "out", Stopwatch(), Progress(), folder / "narrowing"
+                    )
+                except Stop:
+                    continue
+            return given, said
+        raise AssertionError
+
+    (plain, expected), (gone_on, said) = run(tmp_path / "a"), run(tmp_path / "b", (0, 0))
+    assert written(tmp_path / "b" / "out") == written(tmp_path / "a" / "out")
+    assert gone_on.observed == plain.observed
+    assert said.said.keys() == expected.said.keys()
+    for key, tensor in expected.said.items():
+        torch.testing.assert_close(said.said[key], tensor, rtol=0, atol=0)
+
+
+def test_what_was_written_later_is_forgotten(tmp_path):
+    """Killed between a shard and its entry in the journal."""
+    first = Writer(tmp_path, shard_bytes=100)
+    first.add("a", torch.ones(16))
+    state = first.state()
+    first.add("b", torch.ones(16))  # flushes a
+    first.add("c", torch.ones(16))  # flushes b
+    again = Writer(tmp_path, shard_bytes=100)
+    assert again.go_on(state)
+    for name in "bc":
+        again.add(name, torch.full((16,), 2.0))
+    again.finish()
+    again.settle()
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files[-1] == "model.safetensors.index.json"
+    assert len(files) == 4
+    found = {k: v for f in files[:3] for k, v in load_file(tmp_path / f).items()}
+    assert {name: float(t[0]) for name, t in found.items()} == {"a": 1.0, "b": 2.0, "c": 2.0}
+
+
+def test_killed_between_the_last_renames(tmp_path):
+    """Shards that have their final names already are taken back."""
+    first = Writer(tmp_path, shard_bytes=100)
+    for name in "abc":
+        first.add(name, torch.ones(16))
+    state = first.state()
+    first.finish()
+    assert (tmp_path / "model-00001-of-00003.safetensors").exists()
+    again = Writer(tmp_path, shard_bytes=100)
+    assert again.go_on(state)
+    again.finish()
+    again.settle()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert not list(tmp_path.glob("shard*"))
+
+
+@pytest.mark.parametrize("lost", ["data", "states", "journal", "sizes"])
+def test_what_is_damaged_starts_again(tmp_path, lost):
+    """Never half of one run and half of another."""
+    (tmp_path / "out").mkdir()
+    writer = Writer(tmp_path / "out")
+    journal = Journal(tmp_path / "narrowing", writer, {"a": 1})
+    writer.add("x", torch.ones(4))
+    content = {"sizes": {"a": 1}, "blocks": [], "errors": [], "streams": ["narrow"]}
+    content["writer"] = writer.state().model_dump(mode="json")
+    content["blocks"] = [{"gone": True, "linears": {}, "attention": None, "forms": {}}]
+    states = tmp_path / "narrowing" / "narrow-1.states"
+    states.write_bytes(b"0000")
+    path = tmp_path / "narrowing" / "journal.json"
+    path.write_text(json.dumps(content))
+    assert journal.done == 0
+    assert Journal(tmp_path / "narrowing", Writer(tmp_path / "out"), {"a": 1}).done == 1
+    if lost == "data":
+        (tmp_path / "out" / "shard-0.data").write_bytes(b"")
+    elif lost == "states":
+        states.unlink()
+    elif lost == "journal":
+        path.write_text(path.read_text()[:-20])
+    sizes = {"a": 2 if lost == "sizes" else 1}
+    again = Journal(tmp_path / "narrowing", Writer(tmp_path / "out"), sizes)
+    assert again.done == 0
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_shard_that_disappears_or_ends_early_halts_the_run(dense, tmp_path):
+    folder = families.save(families.random_model("llama"), tmp_path / "model")
+    model = open_streamed(str(folder), CPU)
+    (file,) = folder.glob("*.safetensors")
+    whole = file.read_bytes()
+    for damage in (lambda: file.write_bytes(whole[: len(whole) // 4]), file.unlink):
+        damage()
+        with pytest.raises(HaltedError, match=r"cannot be read any more.*goes on"):
+            for _ in model.in_turn():
+                pass
+        file.write_bytes(whole)
+    assert len([*model.in_turn()]) == len(model.blocks)
+
+
+def test_two_files_with_one_tensor_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    from secateur import InputError
+
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(InputError, match="both"):
+        Shelf("m", tmp_path)
