@@ -142,7 +142,8 @@ def _is_text(value: Any) -> bool:
 
 def _lacks(row: dict[str, Any], form: tuple[str, ...]) -> str:
     missing = [repr(key) for key in form if key not in row]
-    return f"lacks {' and '.join(missing)}; it has {', '.join(map(shown, [*row][:12])) or 'no key'}."
+    there = ", ".join(map(shown, [*row][:12])) or "no key"
+    return f"lacks {' and '.join(missing)}; it has {there}."
 
 
 def _forms() -> str:
