@@ -1,5 +1,6 @@
 """Bytes that lead into parts of a parser that no bytes have led into: Atheris."""
 
+import os
 import sys
 from pathlib import Path
 from random import Random
@@ -14,11 +15,16 @@ SEEDS = 200
 
 
 def search(target: Target, room: Path, seconds: int) -> int:
-    """Let Atheris look for a file that is neither read nor refused; it ends the process."""
+    """Let Atheris look for a file that is neither read nor refused; its exit code.
+
+    It ends its process without clearing up, so that is another one.
+    """
     try:
         import atheris
     except ImportError:
         sys.exit("--engine atheris: it is not installed; pip install 'secateur[fuzz]'.")
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     corpus = room.parent / "corpus"
     corpus.mkdir()
     for number in range(SEEDS):
