@@ -82,14 +82,19 @@ class Activations:
         other.take(self, rows)
         return other
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, first: int | None = None) -> None:
         """Write all numbers to a file; it is whole when this returns.
+
+        With ``first``, they are the windows from there on of a file that others write to.
 
         Raises:
             HaltedError: there is no room for it.
         """
         try:
-            with path.open("wb", buffering=0) as file:
+            if first is not None:
+                path.touch()
+            with path.open("wb" if first is None else "r+b", buffering=0) as file:
+                file.seek((first or 0) * self._row)
                 for start in range(0, len(self), self._some):
                     left = _bytes(self[start : start + self._some])
                     while left:
@@ -100,9 +105,10 @@ class Activations:
                 f"some, and repeat the command."
             ) from error
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path, first: int = 0) -> None:
         """Take the numbers that :meth:`save` wrote there, of the same shape."""
         with path.open("rb") as file:
+            file.seek(first * self._row)
             for start in range(0, len(self), self._some):
                 rows = min(self._some, len(self) - start)
                 found = torch.empty((rows, *self.shape[1:]), dtype=self.dtype)

@@ -12,6 +12,7 @@ from secateur.errors import InputError
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
 from secateur.linears import inputs_by_outputs, set_linear, with_constant
 from secateur.methods.base import Method, Narrowing
+from secateur.ranks import ALONE, Ranks
 from secateur.statistics import BlockStatistics
 from secateur.units import Matrix, Unit
 
@@ -24,15 +25,21 @@ def narrow_block(
     sizes: Mapping[str, int],
     method: Method,
     statistics: BlockStatistics,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Bring the units of a block to their sizes, in place; units at full size stay untouched."""
-    found = [
-        (unit, method.solve(unit, block, statistics).at(sizes[unit.name]))
-        for unit in units
-        if sizes[unit.name] < unit.size
-    ]
-    for unit, narrowing in found:
-        narrow_unit(block, unit, narrowing)
+    """Bring the units of a block to their sizes, in place; units at full size stay untouched.
+
+    Several ``ranks`` solve a unit each, and all narrow all.
+    """
+    changing = [unit for unit in units if sizes[unit.name] < unit.size]
+    own = {
+        unit.name: method.solve(unit, block, statistics).at(sizes[unit.name])
+        for place, unit in enumerate(changing)
+        if ranks.mine(block.index + place)
+    }
+    found = {name: narrowing for part in ranks.gathered(own) for name, narrowing in part.items()}
+    for unit in changing:
+        narrow_unit(block, unit, found[unit.name])
     check_finite(block)
 
 

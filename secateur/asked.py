@@ -151,3 +151,8 @@ def typed(ctx: click.Context, name: str) -> bool:
 def print_json(content: Any) -> None:
     """Print for machines."""
     print(json.dumps(content, indent=1))
+
+
+def crew(ctx: click.Context) -> dict[str, Any]:
+    """The processes that share the work, as an argument, where there are several."""
+    return {} if ctx.obj is None else {"crew": ctx.obj}

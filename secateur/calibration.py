@@ -17,6 +17,7 @@ from secateur.gradients import collect_gradients, needs_gradients
 from secateur.header import read_header
 from secateur.model import Model
 from secateur.observe import observed
+from secateur.ranks import ALONE, Ranks
 from secateur.statistics import INPUTS, BlockStatistics, Need, Needs, Statistic
 from secateur.stream import Stream
 from secateur.text import Tokens
@@ -147,6 +148,7 @@ def calibrate(
     needs: frozenset[Need],
     store: Store,
     advance: Callable[[int], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Fill ``store`` with the statistics that ``needs`` names, and the influence of every block.
 
@@ -155,21 +157,23 @@ def calibrate(
     One pass: the hidden states of all windows are kept, each block runs over them once, and a
     block's statistics leave memory before the next block's begin when the store is a folder.
     ``advance`` is told how many blocks are done. Statistics of gradients take a backward pass of
-    the whole model first; see :func:`~secateur.gradients.collect_gradients` for its memory.
+    the whole model first; see :func:`~secateur.gradients.collect_gradients` for its memory. On
+    several ``ranks`` each takes its share of the windows, and the first has the store.
 
     Raises:
         InputError: the activations or gradients hold NaN or infinite numbers.
     """
-    gradients = collect_gradients(model, tokens, needs)
+    gradients = collect_gradients(model, tokens, needs, ranks)
     for statistics in gradients.values():
         check_finite(statistics)
-    missing = [block.index for block in model.blocks if block.index not in store]
+    missing = ranks.told(lambda: [b.index for b in model.blocks if b.index not in store])
     with torch.inference_mode():
-        stream = Stream(model, tokens)
+        stream = Stream(model, tokens, ranks=ranks)
         for block in model.in_turn(model.blocks[: max(missing, default=-1) + 1]):
             if block.index in missing:
                 found = collect(stream, block, needs | {Needs.INFLUENCE})
-                store.put(block.index, {**found, **gradients[block.index]})
+                if ranks.leads:
+                    store.put(block.index, {**found, **gradients[block.index]})
             else:  # an interrupted run has them
                 stream.advance(block)
             advance(1)
@@ -194,7 +198,9 @@ def collect(
         and (need.place != "between" or block.anatomy.pre_norm is not None)
         and (need.place not in INPUTS or need.place in places)
     }
-    part = stream.part(block)
+    part, ahead = stream.part(block), stream.ahead(block)
+    for statistic in statistics.values():
+        statistic.ahead = ahead
     for batch in stream.batches:
         mask, before = stream.mask(batch, block), stream.at(batch)
         with observed(block, statistics, mask):
@@ -206,6 +212,7 @@ def collect(
                 statistic.update(after[:, part], mask=mask)
         if move:
             stream.put(batch, after)
+    stream.ranks.add_up(statistics)
     check_finite(statistics)
     return statistics
 

@@ -1,5 +1,6 @@
 """The command line. Nothing heavy is imported before a command needs it."""
 
+import os
 import shlex
 import sys
 import warnings
@@ -24,13 +25,15 @@ from secateur.sweep_command import sweep
 from secateur.version import __version__
 
 if TYPE_CHECKING:
+    from secateur.crew import Crew
     from secateur.methods.base import Method
     from secateur.plan import Plan
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="secateur")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Make a trained transformer smaller and faster, and see what it costs.
 
     \b
@@ -40,6 +43,10 @@ def cli() -> None:
     secateur eval out                                      measure any model
     secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   draw the frontier
     """
+    if ctx.obj is not None:
+        from secateur.torchrun import check_command
+
+        check_command(ctx.invoked_subcommand, ctx.obj)
 
 
 @cli.command(name="ls")
@@ -147,6 +154,7 @@ def plan(
             Stopwatch(),
             for_terminal(),
             only_plan=True,
+            **asked.crew(ctx),
         ).plan
     if not dry_run:
         write_whole(path, made.to_json())
@@ -223,6 +231,7 @@ def compress(
         statistics,
         overwrite,
         for_terminal(),
+        **asked.crew(ctx),
     )
     if as_json:
         asked.print_json(report.content)
@@ -296,6 +305,7 @@ def _follow(
         settings,
         overwrite,
         for_terminal(),
+        **asked.crew(ctx),
     )
     asked.print_json(report.content) if as_json else present.show_report(report, out)
 
@@ -311,14 +321,22 @@ def main() -> None:
     """Entry point: one message and exit code 2 for anything the user can put right."""
     asked.COMMAND.set(shlex.join(["secateur", *sys.argv[1:]]))
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    if "WORLD_SIZE" in os.environ:  # as torchrun says, or something like it
+        from secateur.torchrun import run_shared
+
+        sys.exit(run_shared(_run))
+    sys.exit(_run())
+
+
+def _run(crew: "Crew | None" = None) -> int:
+    """Follow the command line, maybe with a crew; the exit code."""
     try:
-        code = cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        code = 130
-        print(
-            "interrupted; a compress or sweep command goes on when it is typed again.",
-            file=sys.stderr,
-        )
+        code: int = cli.main(standalone_mode=False, obj=crew)
+    except click.exceptions.Abort as error:
+        said = str(error.__cause__ or "")  # of another process, where one ended
+        code = 1 if said else 130
+        interrupted = "interrupted; a compress or sweep command goes on when it is typed again."
+        print(f"error: {said}" if said else interrupted, file=sys.stderr)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             print(error.ctx.get_usage(), file=sys.stderr)
@@ -339,4 +357,4 @@ def main() -> None:
         advice = "--stream on reads a model block by block, and fewer --samples take less."
         print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
         code = 2
-    sys.exit(code)
+    return code

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InputError
 from secateur.model import Model
+from secateur.ranks import ALONE, Ranks
 from secateur.statistics import Need, Statistic, wide
 from secateur.text import Tokens
 from secateur.uses import Use
@@ -85,13 +86,14 @@ def needs_gradients(need: Need) -> bool:
 
 @torch.inference_mode(False)
 def collect_gradients(
-    model: Model, tokens: Tokens, needs: Iterable[Need]
+    model: Model, tokens: Tokens, needs: Iterable[Need], ranks: Ranks = ALONE
 ) -> dict[int, dict[Need, Statistic]]:
     """Block index → all statistics of gradients among ``needs``; the model stays as it was.
 
     One forward and backward pass for each functional, in batches of :data:`TOKENS_PER_BACKWARD`,
     or window by window where squared gradients are asked for. Memory, beside the model: one copy of
     the block weights in float32 (two with squares) and the activations of a batch in all blocks.
+    On several ``ranks`` each takes its share of the windows.
 
     Raises:
         InputError: a gradient is not finite, or no token has one before it.
@@ -106,7 +108,11 @@ def collect_gradients(
         for block in model.blocks:
             for kind in sorted(set(kinds.values())):
                 block.parameters_of(kind, of=sums.follow)
-        _backward(model, tokens, FUNCTIONALS[name], sums)
+        share = ranks.share(len(tokens), max(1, TOKENS_PER_BACKWARD // tokens.length))
+        _backward(model, tokens[share], FUNCTIONALS[name], sums)
+        sums.add_up(ranks)
+        if sums.count == 0:
+            raise InputError(f"calibration: {model.use.lacking}")
         counted = torch.ones(sums.count, dtype=torch.bool)
         for block in model.blocks:
             for need, kind in kinds.items():
@@ -154,6 +160,12 @@ class _Sums:
             self.second[parameter] += (gradient / self.terms).square_()
         parameter.grad = None
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Let them be those of all processes."""
+        counts = torch.tensor([self.count, self.windows])
+        ranks.sum([counts, *self.first.values(), *self.second.values()])
+        self.count, self.windows = map(int, counts)
+
     def mean_square(self, parameter: Tensor) -> Tensor:
         """E g² over windows."""
         return self.second[parameter] / self.windows
@@ -174,8 +186,6 @@ def _backward(model: Model, tokens: Tokens, functional: Functional, sums: _Sums)
             if sums.terms:
                 value.backward()
                 sums.count, sums.windows = sums.count + sums.terms, sums.windows + len(given)
-    if sums.count == 0:
-        raise InputError(f"calibration: {model.use.lacking}")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from secateur.layers.integers import Integers
 from secateur.layers.modeling_secateur import factored, narrow_attention, resized
 from secateur.model import FAULTS_OF_CONFIG, Model
 from secateur.plan import Plan
+from secateur.ranks import ALONE, Ranks
 from secateur.records import Record, read_record
 from secateur.residence import entries, set_entry
 from secateur.stream import Stream
@@ -97,7 +98,50 @@ def read_finished(folder: Path) -> Finished | None:
     return Finished(found.plan, found.observed, found.seconds, said)
 
 
-class Journal:
+class States:
+    """The states of what runs through the blocks, as a process keeps its share of them.
+
+    Attributes:
+        folder: where they are, which is the same for all processes.
+        done: how many blocks are finished.
+    """
+
+    def __init__(self, folder: Path, done: int, ranks: Ranks = ALONE) -> None:
+        self.folder, self.ranks, self._done = folder, ranks, done
+        self._streams: dict[str, Stream] = {}
+
+    @property
+    def done(self) -> int:
+        """How many blocks are finished."""
+        return self._done
+
+    def path(self, name: str, done: int) -> Path:
+        """Where the states of a stream are kept."""
+        return self.folder / f"{name}-{done}.states"
+
+    def attach(self, name: str, stream: Stream) -> None:
+        """Keep the states of a stream, or bring it to where it was."""
+        self._streams[name] = stream
+        if self.done:
+            stream.load(self.path(name, self.done))
+
+    def restore(self, model: Model, block: Block) -> None:
+        """Nothing behind a finished block asks for its weights."""
+
+    def record(self, block: Block) -> None:
+        """A block is finished, and all streams are behind it."""
+        if journalled(block):
+            self._done += 1
+            self.save()
+
+    def save(self) -> None:
+        """Write the states; those of all processes are whole when this returns."""
+        for name, stream in self._streams.items():
+            stream.save(self.path(name, self.done))
+        self.ranks.meet()
+
+
+class Journal(States):
     """The blocks that are done, the states of what runs through them, and what is written.
 
     After each block the states of all attached streams are written beside the journal, then the
@@ -108,10 +152,12 @@ class Journal:
     narrowing again.
     """
 
-    def __init__(self, folder: Path, writer: Writer, sizes: Mapping[str, int]) -> None:
-        self._folder, self._writer = folder, writer
+    def __init__(
+        self, folder: Path, writer: Writer, sizes: Mapping[str, int], ranks: Ranks = ALONE
+    ) -> None:
+        super().__init__(folder, 0, ranks)
+        self._writer = writer
         self._sizes = dict(sizes)
-        self._streams: dict[str, Stream] = {}
         self._path = folder / "journal.json"
         self._blocks: list[Shape] = []
         self.errors: list[dict[str, float | None]] = []
@@ -137,39 +183,29 @@ class Journal:
             found = read_record(Entries, self._path, "journal", MAX_BYTES)
         except InputError:  # damaged, or of another version: the narrowing starts again
             return None
-        whole = all(self._states(name, len(found.blocks)).exists() for name in found.streams)
+        whole = all(self.path(name, len(found.blocks)).exists() for name in found.streams)
         if found.sizes != self._sizes or not whole or not self._writer.go_on(found.writer):
             return None
         return found
 
-    def _states(self, name: str, done: int) -> Path:
-        return self._folder / f"{name}-{done}.states"
-
-    def attach(self, name: str, stream: Stream) -> None:
-        """Keep the states of a stream, or bring it to where it was."""
-        self._streams[name] = stream
-        if self.done:
-            stream.held.load(self._states(name, self.done))
-
-    def record(self, block: Block, errors: list[dict[str, float | None]]) -> None:
+    def record(self, block: Block) -> None:
         """A block is finished and written, and all streams are behind it."""
         if not journalled(block):
             return
-        before, self.errors = self.done, errors
+        before = self.done
         self._blocks.append(shape_of(block))
-        for name, stream in self._streams.items():
-            stream.held.save(self._states(name, self.done))
+        self.save()
         content = Entries(
             sizes=self._sizes,
             blocks=self._blocks,
-            errors=errors,
+            errors=self.errors,
             streams=[*self._streams],
             writer=self._writer.state(),
         )
         write_whole(self._path, content.model_dump_json())
         self._writer.settle()
         for name in self._streams:
-            self._states(name, before).unlink(missing_ok=True)
+            self.path(name, before).unlink(missing_ok=True)
 
     def restore(self, model: Model, block: Block) -> None:
         """Give a block the shape that it was finished in and, in a whole model, its weights."""

@@ -15,6 +15,7 @@ from secateur.allocate.base import Allocator
 from secateur.calibration import Store
 from secateur.card import write_card
 from secateur.checkpoint import finish, store_block, writer_for
+from secateur.crew import ALONE, Crew
 from secateur.errors import InputError
 from secateur.evaluate.domains import domains
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
@@ -30,7 +31,6 @@ from secateur.page import write_page
 from secateur.plan import Budget, Plan, check_sizes, match_units
 from secateur.prepare import Prepared, check_reach, check_streams, chosen_allocator, prepare
 from secateur.progress import Progress
-from secateur.propagate import narrow_blocks
 from secateur.reach import check_runtime
 from secateur.recipe import Recipe, Step
 from secateur.report import Report
@@ -61,6 +61,7 @@ def compress(
     overwrite: bool = False,
     progress: Progress | None = None,
     shared: Path | None = None,
+    crew: Crew = ALONE,
 ) -> Report:
     """Make a smaller checkpoint of ``source`` in the folder ``out`` and report what it costs.
 
@@ -87,6 +88,7 @@ def compress(
         progress: who is told how far it is.
         shared: folder beside ``out`` in which runs that ask the same keep what is measured of the
             dense model; by default every run measures it.
+        crew: processes that share the work, by default this one.
 
     Raises:
         InputError: anything wrong with the input; nothing is left behind.
@@ -143,6 +145,7 @@ def compress(
                 watch,
                 progress,
                 stage=workspace.stage,
+                crew=crew,
             )
             journal = workspace.folder / NARROWING
             said = write(prepared, workspace.result, watch, progress, journal)
@@ -178,7 +181,7 @@ def write(
     writer = writer_for(model, plan.tier, folder)
     journal = None
     if kept is not None and prepared.method.kinds != STREAM:
-        journal = Journal(kept, writer, plan.sizes)
+        journal = Journal(kept, writer, plan.sizes, prepared.crew.ranks)
     first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
     passage = None if model.residence is None else Passage(model, first)
     method = prepared.method
@@ -189,12 +192,12 @@ def write(
         witness = Witness(model, prepared.tokens)
     if journal is not None:
         if witness is not None:
-            witness.errors = journal.errors
+            witness.errors = journal.errors  # one list
             journal.attach("witness", witness.line)
         if passage is not None:
             journal.attach("passage", passage.line)
     given = (model, method, units, plan.sizes, prepared.tokens, prepared.store)
-    narrowed = narrow_blocks(*given, journal)
+    narrowed = prepared.crew.narrow_blocks(*given, journal)
     with progress.stage("narrowing and writing", len(model.blocks)) as advance:
         advance(journal.done if journal is not None else 0)
         while True:
@@ -210,7 +213,7 @@ def write(
                         follower.follow(block)
             if journal is not None:
                 with watch.measure("save"):
-                    journal.record(block, [] if witness is None else witness.errors)
+                    journal.record(block)
             if model.residence is not None:
                 model.residence.leave(block)
             advance(1)

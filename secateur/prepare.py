@@ -10,7 +10,8 @@ import torch
 
 from secateur.allocate.base import Allocator, Evidence
 from secateur.allocate.plain import PlainWidth
-from secateur.calibration import Store, calibrate
+from secateur.calibration import Store
+from secateur.crew import ALONE, Crew
 from secateur.errors import InputError
 from secateur.goal import Goal
 from secateur.gradients import needs_gradients
@@ -30,11 +31,10 @@ from secateur.plan import (
 from secateur.prices import Prices, counted
 from secateur.progress import Progress
 from secateur.reach import check_runtime
-from secateur.scores import identity, keep_evidence, kept_evidence, score
+from secateur.scores import identity, keep_evidence, kept_evidence
 from secateur.select import DRAWS, select_calibration
 from secateur.stopwatch import Stopwatch
 from secateur.stream import TOKENS_PER_BATCH, Stream
-from secateur.streaming import open_fitting
 from secateur.text import Calibration, Tokens
 from secateur.units import DEPTH, MATRICES, STREAM, Matrix, Unit
 from secateur.workspace import Stage, at_once
@@ -120,6 +120,7 @@ class Prepared:
     plan: Plan
     evidence: Evidence | None = None
     observed: dict[str, Any] = field(default_factory=dict)
+    crew: Crew = ALONE
 
 
 def prepare(
@@ -136,11 +137,12 @@ def prepare(
     progress: Progress,
     only_plan: bool = False,
     stage: Stage = at_once,
+    crew: Crew = ALONE,
 ) -> Prepared:
     """Open a model, calibrate it and decide the sizes, or check those of a given plan.
 
     Scores that were measured before are used again. ``only_plan`` then needs no calibration. With
-    ``stage`` a run keeps what it has found of each block.
+    ``stage`` a run keeps what it has found of each block, and a ``crew`` shares the work.
 
     Raises:
         InputError: anything wrong with the input.
@@ -148,7 +150,9 @@ def prepare(
     if scores is not None and not scores.absolute().parent.is_dir():
         raise InputError(f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}.")
     with watch.measure("open"):
-        model = open_fitting(source, settings, store.folder)
+        if crew.ranks.world > 1:
+            progress.say(f"{crew.ranks.world} processes share the work")
+        model = crew.open(source, settings, store.folder)
         chosen = method.build_method() if isinstance(method, Plan) else method
         if left := model.left_out:
             progress.say(
@@ -197,10 +201,10 @@ def prepare(
                 watch.measure("calibrate"),
                 progress.stage("calibrating, block by block", len(model.blocks)) as advance,
             ):
-                calibrate(model, tokens, needs, store, advance)
+                crew.calibrate(model, tokens, needs, store, advance)
     if evidence is None:
         with watch.measure("curves"), progress.stage("scoring units", len(every)) as advance:
-            evidence = score(model, chosen, store, tokens, allocator, advance, stage)
+            evidence = crew.score(model, chosen, store, tokens, allocator, advance, stage)
         keep_evidence(own, evidence, scores)
     if not allocator.measured:  # whatever the cache holds, the same command gives the same plan
         evidence = replace(evidence, losses=None)
@@ -216,7 +220,7 @@ def prepare(
             judgements = allocator.judgements(units, prices, chosen.keep)
             with progress.stage("choosing sizes", judgements) as advance:
                 plan = make_plan(model, chosen, evidence, calibration, tokens, *given, advance)
-    return Prepared(model, tokens, store, chosen, plan, evidence)
+    return Prepared(model, tokens, store, chosen, plan, evidence, crew=crew)
 
 
 def check_streams(method: Method, goal: Goal, allocator: Allocator) -> None:

@@ -12,10 +12,11 @@ from secateur.activations import Activations
 from secateur.apply import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.block import Block
 from secateur.calibration import Store, collect
-from secateur.journal import Journal
-from secateur.methods.base import Method, SequentialMethod
+from secateur.journal import States
+from secateur.methods.base import Method, Narrowing, SequentialMethod
 from secateur.model import Model
 from secateur.observe import mixed_values
+from secateur.ranks import ALONE, Ranks
 from secateur.residual import sliced_blocks
 from secateur.statistics import BlockStatistics, Cross, Gram, Needs, wide
 from secateur.stream import Stream
@@ -33,19 +34,23 @@ def narrow_blocks(
     sizes: Mapping[str, int],
     tokens: Tokens,
     store: Store,
-    journal: Journal | None = None,
+    journal: States | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Block]:
     """Bring every block to its sizes, one after the other; each is given out when it is done.
 
     Where blocks behind it go, a block takes the constants that stand for them. Blocks that the
-    ``journal`` knows are only brought to their shapes, and not given out.
+    ``journal`` knows are only brought to their shapes, and not given out. On several
+    ``ranks`` all have every block in the end.
     """
     for unit in units:
         if unit.block == EVERY_BLOCK and sizes[unit.name] < unit.size:
             yield from sliced_blocks(model, method, unit, sizes[unit.name], tokens)
             return
-    line = Propagation(model, tokens, method) if isinstance(method, SequentialMethod) else None
-    stream = Stream(model, tokens) if method.rereads else None
+    line: Propagation | None = None
+    if isinstance(method, SequentialMethod):
+        line = Propagation(model, tokens, method, ranks)
+    stream = Stream(model, tokens, ranks=ranks) if method.rereads else None
     done = 0 if journal is None else journal.done
     for block in model.blocks[:done]:
         if line is not None:
@@ -67,10 +72,12 @@ def narrow_blocks(
         if stream is not None:
             with torch.no_grad():
                 statistics = collect(stream, block, method.needs, move=False)
-        else:
+        elif line is None or ranks.leads:
             statistics = store.get(block.index, method.needs, model.device)
+        else:
+            statistics = {}  # what is solved there comes from the first one
         if line is None:
-            narrow_block(block, own, sizes, method, statistics)
+            narrow_block(block, own, sizes, method, statistics, ranks)
         else:
             line.narrow_block(block, own, sizes, statistics)
         behind = takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :])
@@ -110,13 +117,17 @@ class Propagation:
     back what would be added to make up for x̂, and scales a block's outputs by what no least
     squares knows.
 
-    Four numbers a token and hidden dim are kept: two streams, the targets and the MLP's inputs.
+    Four numbers a token and hidden dim are kept: two streams, the targets and the MLP's inputs. On
+    several ``ranks`` each keeps those of its windows, and what the first one solves is for all.
     """
 
-    def __init__(self, model: Model, tokens: Tokens, method: SequentialMethod) -> None:
+    def __init__(
+        self, model: Model, tokens: Tokens, method: SequentialMethod, ranks: Ranks = ALONE
+    ) -> None:
         self.method = method
+        self.ranks = ranks
         with torch.no_grad():
-            self.dense = Stream(model, tokens)
+            self.dense = Stream(model, tokens, ranks=ranks)
         self.narrow = self.dense.copy()
         held = self.dense.held
         self.targets = self.dense.activations(
@@ -149,7 +160,7 @@ class Propagation:
         self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
         if sizes[mlp.name] > 0:
             inputs, targets = self._rows(block, self.inputs), self._rows(block, self.targets)
-            self.method.refine(block, inputs, targets)
+            self._refine(block, inputs, targets)
         check_finite(block)
         self.narrow.advance(block)
 
@@ -166,7 +177,17 @@ class Propagation:
     def _apply(
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
     ) -> None:
-        narrow_unit(block, unit, self.method.solve(unit, block, statistics).at(sizes[unit.name]))
+        def solved() -> Narrowing:
+            return self.method.solve(unit, block, statistics).at(sizes[unit.name])
+
+        narrow_unit(block, unit, self.ranks.told(solved))
+
+    def _refine(self, block: Block, inputs: Tensor, targets: Tensor) -> None:
+        """Let the first one refine the MLP on the tokens of all."""
+        inputs, targets = self.ranks.rows(inputs), self.ranks.rows(targets)
+        if self.ranks.leads:
+            self.method.refine(block, inputs, targets)
+        self.ranks.follow(parameter.data for parameter in block.module.parameters())
 
     def _run_dense(self, block: Block) -> bool:
         """Move the dense stream on, note the targets, and say whether the block is a plain sum."""
@@ -185,7 +206,8 @@ class Propagation:
             self.inputs.put(batch, part, seen.mlp)  # until the narrowed model's inputs are known
             self.dense.put(batch, after)
         assert additive is not None
-        return additive
+        found = additive
+        return self.ranks.told(lambda: found)
 
     def _mixed(self, block: Block, additive: bool, whole: bool) -> BlockStatistics:
         """What the output projection reads in the narrowed model, and what it should make of it.
@@ -205,7 +227,9 @@ class Propagation:
                 target = target - wide(states[:, part])
             gram.update(values, mask=mask)
             cross.update(values, target if bias is None else target - bias, mask=mask)
-        return {Needs.MIXED_GRAM: gram, Needs.MIXED_TARGET: cross}
+        found: BlockStatistics = {Needs.MIXED_GRAM: gram, Needs.MIXED_TARGET: cross}
+        self.ranks.add_up(found)
+        return found
 
     def _hidden(self, block: Block, additive: bool) -> BlockStatistics:
         """What the consumer reads in the narrowed model, and what it should make of it."""
@@ -226,7 +250,9 @@ class Propagation:
             cross.update(seen.hidden, target, mask=mask)
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.inputs)
-        return {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
+        found: BlockStatistics = {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
+        self.ranks.add_up(found)
+        return found
 
 
 def _adds_up(before: Tensor, added: Tensor, after: Tensor) -> bool:

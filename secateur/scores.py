@@ -1,7 +1,8 @@
 """Scores: what calibration says about every unit, measured once and kept for every budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,6 @@ import torch
 from pydantic import FiniteFloat
 
 from secateur.allocate.base import Allocator, Evidence
-from secateur.block import Block
 from secateur.cache import cached_file, keep
 from secateur.calibration import Store
 from secateur.curve import Curve
@@ -18,6 +18,7 @@ from secateur.measure import Divergence, Trials, measure_losses, windows_to_meas
 from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
+from secateur.ranks import ALONE, Ranks
 from secateur.records import Record, read_record
 from secateur.residual import place_curves
 from secateur.text import Tokens
@@ -140,12 +141,14 @@ def score(
     allocator: Allocator | None = None,
     advance: Callable[[int], None] = lambda _: None,
     stage: Stage = at_once,
+    ranks: Ranks = ALONE,
 ) -> Evidence:
     """Every unit's predicted error at every size, readings of every block, and measured losses.
 
     Losses only where ``allocator``, by default the method's own, spends by them. One evidence
     serves every budget, target and multiple. ``advance`` is told how many units are done, and
-    ``stage`` may have what is found of a block from an earlier run.
+    ``stage`` may have what is found of a block from an earlier run. On several ``ranks`` each has
+    its share of the units of every block, and all have all the evidence.
     """
     check_served(method, model)
     allocator = allocator or method.allocator
@@ -153,7 +156,8 @@ def score(
     allocator.check_units(units)
     through = [unit for unit in units if unit.block == EVERY_BLOCK]
     changing = [unit for unit in units if not unit.fixed]
-    found: list[dict[str, Any]] = []
+    mine = _dealt(changing, ranks)
+    pending: dict[int, dict[str, Any]] = {}
     with torch.no_grad():
         divergence, trials = None, None
         if allocator.measured:
@@ -161,49 +165,98 @@ def score(
             if model.residence is None:
                 divergence = Divergence(model, few)
             else:
-                trials = Trials(model, few, len(changing))
+                trials, stage = Trials(model, few, len(mine)), at_once
+        first = ranks.told(lambda: {b.index: _kept(stage, b.index) for b in model.blocks})
+        found = {block: kept for block, kept in first.items() if kept is not None}
         for block in model.in_turn():
-            own = [unit for unit in changing if unit.block == block.index]
-            passed = False
-
-            def scored(block: Block = block, own: list[Unit] = own) -> dict[str, Any]:
-                nonlocal passed
-                passed = True
-                statistics = store.get(block.index, needs, model.device)
-                solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
-                losses: dict[str, Curve] = {}
-                if trials is not None:
-                    trials.of_block(block, own, solutions, advance)
-                elif divergence is not None:
-                    losses = measure_losses(divergence, block, own, solutions, advance)
-                else:
-                    advance(len(own))
-                return {
-                    "reading": allocator.read(block, statistics),
-                    "curves": {name: s.curve.errors for name, s in solutions.items()},
-                    "losses": {name: curve.errors for name, curve in losses.items()},
-                    "places": {
-                        unit.name: [c.errors for c in place_curves(method, unit, block, statistics)]
-                        for unit in through
-                    },
-                }
-
-            found.append(
-                (at_once if trials is not None else stage)(f"scores-{block.index}", scored)
-            )
-            if not passed:  # an interrupted run has them
-                advance(len(own))
+            every = [unit for unit in changing if unit.block == block.index]
+            if block.index in found:  # an interrupted run has them
+                advance(len(every))
                 if divergence is not None:
                     divergence.advance(block)
-        losses = {} if trials is None else trials.losses(changing)
-    curves = {name: Curve(tuple(c)) for own in found for name, c in own["curves"].items()}
-    losses |= {name: Curve(tuple(c)) for own in found for name, c in own["losses"].items()}
+                continue
+            own = [unit for unit in every if unit.name in mine]
+            advance(len(every) - len(own))
+            statistics = store.get(block.index, needs, model.device)
+            solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+            measured: dict[str, Curve] = {}
+            if trials is not None:
+                trials.of_block(block, own, solutions, advance)
+            elif divergence is not None:
+                measured = measure_losses(divergence, block, own, solutions, advance)
+            else:
+                advance(len(own))
+            pending[block.index] = {
+                "curves": {name: s.curve.errors for name, s in solutions.items()},
+                "losses": {name: curve.errors for name, curve in measured.items()},
+            }
+            if ranks.mine(block.index):
+                there = {u.name: place_curves(method, u, block, statistics) for u in through}
+                pending[block.index] |= {
+                    "reading": allocator.read(block, statistics),
+                    "places": {name: [c.errors for c in own] for name, own in there.items()},
+                }
+            if len(pending) == ranks.world:  # of so many blocks each has as much as the others
+                found |= _together(ranks.gathered(pending), stage)
+                pending = {}
+        if pending:
+            found |= _together(ranks.gathered(pending), stage)
+        losses: dict[str, Curve] = {}
+        if trials is not None:
+            tried = [unit for unit in changing if unit.name in mine]
+            for part in ranks.gathered(trials.losses(tried)):
+                losses |= part
+    ordered = [found[block.index] for block in model.blocks]
+    curves = {name: Curve(tuple(c)) for own in ordered for name, c in own["curves"].items()}
+    losses |= {name: Curve(tuple(c)) for own in ordered for name, c in own["losses"].items()}
     for unit in units:
         if unit.fixed:  # it never changes, so it never errs
             curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
     for unit in through:
-        places = [Curve(tuple(c)) for own in found for c in own["places"][unit.name]]
+        places = [Curve(tuple(c)) for own in ordered for c in own["places"][unit.name]]
         curves[unit.name] = Curve.mean(places)
     advance(len(units) - sum(unit.block != EVERY_BLOCK for unit in changing))
-    readings = [tuple(own["reading"]) for own in found]
-    return Evidence(curves, readings, losses if allocator.measured else None)
+    readings = [tuple(own["reading"]) for own in ordered]
+    curves = {unit.name: curves[unit.name] for unit in units}  # in whatever order they came
+    if not allocator.measured:
+        return Evidence(curves, readings)
+    return Evidence(curves, readings, {u.name: losses[u.name] for u in units if u.name in losses})
+
+
+class _MissingError(Exception):
+    """No earlier run has it."""
+
+
+def _kept(stage: Stage, block: int) -> dict[str, Any] | None:
+    """What an earlier run has found of a block, or None."""
+
+    def missing() -> dict[str, Any]:
+        raise _MissingError
+
+    try:
+        return stage(f"scores-{block}", missing)
+    except _MissingError:
+        return None
+
+
+def _together(parts: Sequence[Mapping[int, dict[str, Any]]], stage: Stage) -> dict[int, Any]:
+    """What all processes have found of some blocks."""
+    found = {}
+    for block in parts[0]:
+        whole: dict[str, Any] = {"curves": {}, "losses": {}}
+        for part in parts:
+            own = part[block]
+            whole = {**whole, **own, **{k: whole[k] | own[k] for k in ("curves", "losses")}}
+        found[block] = stage(f"scores-{block}", partial(dict, whole))
+    return found
+
+
+def _dealt(units: Sequence[Unit], ranks: Ranks) -> set[str]:
+    """Names of those that this process solves: of every block some, and of every kind."""
+    seen: dict[int, int] = {}
+    found = set()
+    for unit in units:
+        place = seen[unit.block] = seen.get(unit.block, -1) + 1
+        if ranks.mine(unit.block + place):
+            found.add(unit.name)
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from secateur.calibration import Store
+from secateur.crew import ALONE, Crew
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions
 from secateur.evaluate.reload import Testimony
@@ -46,6 +47,7 @@ def compress_in_steps(
     overwrite: bool = False,
     progress: Progress | None = None,
     shared: Path | None = None,
+    crew: Crew = ALONE,
 ) -> Report:
     """Apply the steps of a recipe, each to what the one before has written, under one budget.
 
@@ -83,7 +85,7 @@ def compress_in_steps(
         with watch.measure("evaluate"):
             dense = task.judge_dense()
         for _ in range(ATTEMPTS):
-            plans, observed, said = _run(task, recipe, budget, watch)
+            plans, observed, said = _run(task, recipe, budget, watch, crew)
             reached = stored_bytes(workspace.result, shapes)
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
                 break
@@ -118,7 +120,7 @@ def compress_in_steps(
 
 
 def _run(
-    task: Task, recipe: Recipe, budget: "_Bytes", watch: Stopwatch
+    task: Task, recipe: Recipe, budget: "_Bytes", watch: Stopwatch, crew: Crew
 ) -> tuple[list[Plan], list[dict[str, Any]], Testimony]:
     """Every step that is not finished; the last one's result is the run's."""
     source, plans, workspace = task.source, [], task.workspace
@@ -151,6 +153,7 @@ def _run(
             None,
             watch,
             task.progress,
+            crew=crew,
         )
         made = folder if last else workspace.folder / UNFINISHED
         shutil.rmtree(made, ignore_errors=True)

@@ -30,11 +30,12 @@ class Statistic(ABC):
     def __init__(self, total: Tensor | None = None, tokens: int = 0) -> None:
         self.total = total
         self.tokens = tokens
+        self.ahead = 0  # tokens that another process has seen before these
 
     @property
     def wants_more(self) -> bool:
         """Whether more tokens would make it better by enough to be worth their price."""
-        return self.most_tokens is None or self.tokens < self.most_tokens
+        return self.most_tokens is None or self.ahead + self.tokens < self.most_tokens
 
     @abstractmethod
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:

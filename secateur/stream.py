@@ -1,10 +1,12 @@
 """Windows on their way through a model: hidden states, one block at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor
 from secateur.activations import Activations
 from secateur.block import Block, as_output
 from secateur.model import Model
+from secateur.ranks import ALONE, Ranks
 from secateur.text import Tokens
 
 TOKENS_PER_BATCH = 4096
+BATCHES = 4  # at least, of windows that several processes may share
 
 
 @dataclass
@@ -36,12 +40,24 @@ class Stream:
 
     Where a decoder stands behind an encoder, the positions of both stand side by side. A block sees
     and changes its :meth:`part` of them, and reads the other as the states have it.
+
+    On several ``ranks`` it has a share of the windows; where there is none left, one without a
+    token that counts.
     """
 
-    def __init__(self, model: Model, tokens: Tokens, rows: int | None = None) -> None:
+    def __init__(
+        self, model: Model, tokens: Tokens, rows: int | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.model = model
-        self.tokens = tokens
-        self.rows = rows or max(1, TOKENS_PER_BATCH // tokens.length)
+        most = max(1, TOKENS_PER_BATCH // tokens.length)
+        if ranks is not None:  # the same batches, however many there are
+            most = min(most, math.ceil(len(tokens) / BATCHES))
+        self.rows = rows or most
+        self.ranks = ranks or ALONE
+        share = self.ranks.share(len(tokens), self.rows)
+        self._first, self._ahead = share.start, tokens.mask[: share.start]
+        self._idle = share.start >= share.stop
+        self.tokens = tokens = tokens[:1] if self._idle else tokens[share]
         self.batches = [slice(i, i + self.rows) for i in range(0, len(tokens), self.rows)]
         self._calls: dict[int, list[_Call]] = {}
         self._parts: dict[str, slice] = {}
@@ -77,7 +93,12 @@ class Stream:
 
     def mask(self, batch: slice, block: Block) -> Tensor:
         """Which tokens of a batch that a block sees are real, on the model's device."""
-        return self.tokens.mask[batch, self.part(block)].to(self.model.device)
+        real = self.tokens.mask[batch, self.part(block)].to(self.model.device)
+        return torch.zeros_like(real) if self._idle else real
+
+    def ahead(self, block: Block) -> int:
+        """How many tokens that a block sees other ranks have seen before this one."""
+        return int(self._ahead[:, self.part(block)].sum())
 
     def counted(self, batch: slice) -> Tensor:
         """Which outputs of a batch count, on the model's device."""
@@ -90,6 +111,16 @@ class Stream:
     def put(self, batch: slice, states: Tensor) -> None:
         """Move a batch on."""
         self.held[batch] = states
+
+    def save(self, path: Path) -> None:
+        """Write the states of its windows to a file with those of all; see :meth:`load`."""
+        if not self._idle:
+            self.held.save(path, self._first if self.ranks.world > 1 else None)
+
+    def load(self, path: Path) -> None:
+        """Take the states that were saved there, by however many processes."""
+        if not self._idle:
+            self.held.load(path, self._first)
 
     def copy(self) -> "Stream":
         """Another stream at the same place."""

@@ -28,11 +28,13 @@ SHARE = 0.5
 FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
-def open_fitting(source: str, settings: Settings, folder: Path | None = None) -> Model:
+def open_fitting(
+    source: str, settings: Settings, folder: Path | None = None, copies: int = 1
+) -> Model:
     """Open a model whole or, where it would take over half of the free memory, block by block.
 
     ``settings.stream`` decides it otherwise: "on" or "off". ``folder`` is for hidden states that
-    are too many for memory, too.
+    are too many for memory, too; ``copies`` is how many processes are about to open it there.
 
     Raises:
         InputError: the files are unusable, or it should be streamed and can't be.
@@ -47,7 +49,7 @@ def open_fitting(source: str, settings: Settings, folder: Path | None = None) ->
         return open_streamed(source, settings, folder)
     device, dtype = settings.torch_device(), settings.torch_dtype(shapes.stored)
     wanted = sum(math.prod(p.shape) for p in shapes.module.parameters()) * dtype.itemsize
-    if reason is not None or wanted <= SHARE * free_bytes(device):
+    if reason is not None or copies * wanted <= SHARE * free_bytes(device):
         return open_model(source, settings)
     return open_streamed(source, settings, folder)
 

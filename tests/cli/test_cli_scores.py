@@ -8,13 +8,11 @@ import pytest
 @pytest.fixture
 def idle(monkeypatch):
     """From the call on, calibrating or measuring fails the test."""
-    from secateur import prepare
+    from secateur import crew
 
     def forbid():
         for name in ("calibrate", "score"):
-            monkeypatch.setattr(
-                prepare, name, lambda *_, name=name, **__: pytest.fail(f"did {name}")
-            )
+            monkeypatch.setattr(crew, name, lambda *_, name=name, **__: pytest.fail(f"did {name}"))
 
     return forbid
 
@@ -42,11 +40,11 @@ def test_a_budget_after_a_run_measures_nothing(plan, compress, forget, idle, nea
 
 
 def test_a_run_after_a_plan_scores_nothing(plan, compress, forget, monkeypatch, room):
-    from secateur import prepare
+    from secateur import crew
 
     forget()
     planned = plan("--keep", 0.7)
-    monkeypatch.setattr(prepare, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(crew, "score", lambda *_, **__: pytest.fail("scored again"))
     compress("--keep", 0.7).succeeded()
     assert json.loads((room / "out" / "secateur" / "plan.json").read_text()) == planned
 
@@ -238,9 +236,9 @@ def statistics(plan, forget, tmp_path):
 
 
 def test_statistics_serve_another_option_of_the_method(plan, statistics, monkeypatch):
-    from secateur import prepare
+    from secateur import crew
 
-    monkeypatch.setattr(prepare, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(crew, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     made = plan("--statistics", statistics, "--ridge", 0.5)
     assert made["method"]["options"]["ridge"] == 0.5
     with pytest.raises(pytest.fail.Exception):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from secateur import prepare
+from secateur import crew
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def plan(run, model, text, tmp_path):
 def test_kept_statistics_are_not_collected_again(plan, monkeypatch):
     first = plan("first").succeeded()
     assert len(list(plan.folder.glob("block-*.safetensors"))) == 2
-    monkeypatch.setattr(prepare, "calibrate", None)
+    monkeypatch.setattr(crew, "calibrate", None)
     assert json.loads(plan("second").succeeded().out) == json.loads(first.out)
 
 

@@ -66,9 +66,9 @@ def test_going_on_gives_the_same_bytes(dense, tmp_path, monkeypatch, name, varia
             seen = 0
             record = Journal.record
 
-            def recorded(journal, block, errors, record=record, stop=stop):
+            def recorded(journal, block, record=record, stop=stop):
                 nonlocal seen
-                record(journal, block, errors)
+                record(journal, block)
                 seen += 1
                 if stop is not None and seen > stop:
                     raise Stop

@@ -188,6 +188,7 @@ def test_calibration_measures_attention_to_both_sides(opened, name):
 def test_calibration_stops_when_it_has_seen_enough(monkeypatch, opened):
     """And what the scores project for themselves is no token of another statistic."""
     monkeypatch.setattr("secateur.stream.TOKENS_PER_BATCH", 32)
+    monkeypatch.setattr("secateur.stream.BATCHES", 1)
     monkeypatch.setattr(PairScores, "most_tokens", 40)
     model, ids = opened("llama", "float64"), stream(80).view(5, 16)
     needs = frozenset({Needs.PAIR_SCORES, Needs.QUERY_ENERGY, Needs.HIDDEN_GRAM})

@@ -14,6 +14,12 @@ from secateur.text import Tokens
 from tests.reference.streams import look, windows
 
 
+@pytest.fixture(autouse=True)
+def one_batch(monkeypatch):
+    """Where a test doesn't say otherwise, so that numbers are rounded as in a plain pass."""
+    monkeypatch.setattr("secateur.stream.BATCHES", 1)
+
+
 class Run:
     """A model, its statistics, and the two streams before its first block."""
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from secateur import Calibration, Goal, Settings, prepare
+from secateur import Calibration, Goal, Settings, crew, prepare
 from secateur import scores as module
 from secateur.allocate.base import Evidence
 from secateur.allocate.fluctuation import Fluctuation
@@ -215,7 +215,7 @@ def test_scores_are_measured_once_for_all_budgets(
         measured.append(method.name)
         return score(model, method, *rest)
 
-    monkeypatch.setattr(prepare, "score", counting)
+    monkeypatch.setattr(crew, "score", counting)
 
     def plan(method, goal=None, scores=None):
         prepared = prepare.prepare(
