@@ -1,6 +1,6 @@
 """A model larger than the memory it is compressed in.
 
-    python benchmarks/large.py FOLDER [--blocks 42] [--memory 2.5]
+    python benchmarks/large.py FOLDER [--blocks 54] [--memory 2.5]
 
 Writes a Llama of random weights to FOLDER block by block (by default about two billion parameters,
 4 GB in bfloat16), compresses it in processes that may hold no more than so many GB each, prints a
@@ -35,9 +35,9 @@ main()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", default="42")
+    parser.add_argument("--blocks", default="54")
     parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--mlp", type=int, default=5632)
+    parser.add_argument("--mlp", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=32000)

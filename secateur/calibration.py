@@ -12,15 +12,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.block import Block
-from secateur.errors import InputError, refuse_difference
+from secateur.errors import InputError, refuse_difference, shown
 from secateur.gradients import collect_gradients, needs_gradients
+from secateur.header import read_header
 from secateur.model import Model
 from secateur.observe import observed
 from secateur.ranks import ALONE, Ranks
 from secateur.statistics import INPUTS, BlockStatistics, Need, Needs, Statistic
 from secateur.stream import Stream
 from secateur.text import Tokens
+from secateur.untrusted import HostileError, parse_json, read_bytes
 from secateur.workspace import write_whole
+
+MAX_BYTES = 2**20
 
 
 class Store:
@@ -41,9 +45,14 @@ class Store:
         if self.folder is None:
             return block in self._memory
         try:
+            read_header(self._path(block))
             with safe_open(self._path(block), framework="pt") as file:
                 return file.metadata() is not None
-        except (OSError, SafetensorError):  # never written, or damaged: it is measured again
+        except (
+            InputError,
+            OSError,
+            SafetensorError,
+        ):  # never written, or damaged: it is measured again
             return False
 
     def claim(self, own: dict[str, Any], needs: Iterable[Need]) -> None:
@@ -57,8 +66,8 @@ class Store:
         own = own | {"needs": sorted(map(_key, needs))}
         path = self.folder / "identity.json"
         try:
-            found = json.loads(path.read_text()) if path.exists() else own
-        except ValueError as error:
+            found = parse_json(read_bytes(path, MAX_BYTES, path.name)) if path.exists() else own
+        except HostileError as error:
             raise InputError(f"statistics {str(self.folder)!r}: {path.name}: {error}.") from error
         if not isinstance(found, dict) or (found is own and any(self.folder.glob("block-*"))):
             raise InputError(
@@ -86,6 +95,7 @@ class Store:
         counts = {_key(need): str(statistic.tokens) for need, statistic in statistics.items()}
         path = self._path(block)
         partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
         try:
             save_file(tensors, partial, metadata=counts)
         except SafetensorError as error:
@@ -106,17 +116,25 @@ class Store:
             }
         if not needs:
             return {}
-        with safe_open(self._path(block), framework="pt", device=str(device)) as file:
-            counts = file.metadata()
+        path = self._path(block)
+        there = read_header(path)
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            counts = file.metadata() or {}
             found: dict[Need, Statistic] = {}
             for need in needs:
-                if (key := _key(need)) in counts:
+                if (key := _key(need)) not in counts:
+                    continue
+                seen = counts[key]
+                if not (seen.isascii() and seen.isdigit() and len(seen) < 19):
+                    raise InputError(f"statistics {str(path)!r}: {key} is of {shown(seen)} tokens.")
 
-                    def part(name: str, key: str = key) -> Tensor:
-                        tensor: Tensor = file.get_tensor(key + name)
-                        return tensor
+                def part(name: str, key: str = key) -> Tensor:
+                    if key + name not in there or there[key + name].dtype != "F64":
+                        raise InputError(f"statistics {str(path)!r}: {key} is missing or no sum.")
+                    tensor: Tensor = file.get_tensor(key + name)
+                    return tensor
 
-                    found[need] = need.kind.of_parts(part, int(counts[key]))
+                found[need] = need.kind.of_parts(part, int(seen))
             return found
 
 

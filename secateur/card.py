@@ -14,6 +14,7 @@ from secateur.layers.integers import LIBRARY
 from secateur.names import hub_id, short_name
 from secateur.report import TIERS, Report, lines, summary, task_rows, told_when
 from secateur.runs import RECORD, Run
+from secateur.untrusted import HostileError, parse_yaml
 from secateur.workspace import write_whole
 
 CARD = "README.md"
@@ -90,8 +91,8 @@ def license_of(source: str) -> str | None:
         return None
     found = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(errors="replace"), re.S)
     try:
-        fields = yaml.safe_load(found[1]) if found else None
-    except (yaml.YAMLError, RecursionError):
+        fields = parse_yaml(found[1].encode()) if found else None
+    except HostileError:
         return None
     name = fields.get("license") if isinstance(fields, dict) else None
     return name if isinstance(name, str) and re.fullmatch(PLAIN, name) else None

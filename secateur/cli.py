@@ -11,7 +11,7 @@ import click
 
 from secateur import asked
 from secateur.commands import COMMANDS
-from secateur.errors import HaltedError, InputError, RunError, out_of_memory
+from secateur.errors import HaltedError, InputError, RunError, out_of_memory, printable
 from secateur.flags import (
     MethodCommand,
     calibration_options,
@@ -343,7 +343,7 @@ def _run(crew: "Crew | None" = None) -> int:
         print(f"error: {error.format_message()}", file=sys.stderr)
         code = error.exit_code
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)

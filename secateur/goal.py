@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
 from secateur.prices import Target
 from secateur.runtime import Runtime, fitted
 from secateur.units import Unit
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from secateur.methods.base import Method
     from secateur.model import Model
 
+MAX_PASS = 2**24  # tokens whose time is measured
 Tier = Literal["plain", "per-layer"]  #: what may be asked for
 Written = Literal["plain", "per-layer", "factored"]  #: what a plan may need
 
@@ -46,15 +47,21 @@ class Goal:
             )
         if self.runtime not in get_args(Runtime):
             known = nearest(self.runtime, get_args(Runtime))
-            raise InputError(f"unknown --for {self.runtime!r}. {known}")
+            raise InputError(f"unknown --for {shown(self.runtime)}. {known}")
         if self.target not in get_args(Target):
             known = nearest(self.target, get_args(Target))
-            raise InputError(f"unknown --target {self.target!r}. {known}")
+            raise InputError(f"unknown --target {shown(self.target)}. {known}")
         if self.tier not in get_args(Tier):
-            raise InputError(f"unknown --tier {self.tier!r}. {nearest(self.tier, get_args(Tier))}")
+            known = nearest(self.tier, get_args(Tier))
+            raise InputError(f"unknown --tier {shown(self.tier)}. {known}")
         for name in ("multiple_of", "batch", "length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)!r} should be at least 1.")
+        if self.batch * self.length > MAX_PASS:
+            raise InputError(
+                f"latency of {self.batch} × {self.length} tokens: a forward pass has at most "
+                f"{MAX_PASS}; ask for fewer with --latency-batch or --latency-length."
+            )
 
     def units(self, method: "Method", model: "Model") -> list[Unit]:
         """The units of a method, with the sizes that the goal leaves them."""

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from secateur.errors import InputError
+from secateur.errors import InputError, shown
 from secateur.layers.factored_secateur import Factored
-from secateur.untrusted import HostileError, opened, parse_json, plain_name, read_bytes, shown
+from secateur.untrusted import HostileError, opened, parse_json, plain_name, read_bytes
 
 NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
 FLOATS = ("F16", "BF16", "F32", "F64")

@@ -9,24 +9,26 @@ from typing import Any
 
 import torch
 from pydantic import FiniteFloat
+from safetensors import SafetensorError
 from torch import nn
 
 from secateur.attention import uniform_attention
 from secateur.block import Block
 from secateur.checkpoint import attention_changed, block_prefix
 from secateur.depth import place
-from secateur.errors import InputError
+from secateur.errors import InputError, RunError, first_line, words
 from secateur.evaluate.reload import Testimony
+from secateur.header import read_header
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers
 from secateur.layers.modeling_secateur import factored, narrow_attention, resized
-from secateur.model import Model
+from secateur.model import FAULTS_OF_CONFIG, Model
 from secateur.plan import Plan
 from secateur.ranks import ALONE, Ranks
 from secateur.records import Record, read_record
 from secateur.residence import entries, set_entry
 from secateur.stream import Stream
-from secateur.workspace import WRITTEN, write_whole
+from secateur.workspace import AGAIN, WRITTEN, write_whole
 from secateur.writer import Writer, WriterState
 
 MAX_BYTES = 2**30
@@ -88,7 +90,11 @@ def read_finished(folder: Path) -> Finished | None:
     if not (folder / WRITTEN).exists():
         return None
     found = read_record(Ending, folder / WRITTEN, "journal", MAX_BYTES)
-    said = Testimony.load(folder / SAID)
+    try:
+        read_header(folder / SAID)
+        said = Testimony.load(folder / SAID)
+    except (SafetensorError, LookupError, OSError) as error:
+        raise InputError(f"journal {str(folder / SAID)!r} is damaged.{AGAIN}") from error
     return Finished(found.plan, found.observed, found.seconds, said)
 
 
@@ -203,7 +209,17 @@ class Journal(States):
 
     def restore(self, model: Model, block: Block) -> None:
         """Give a block the shape that it was finished in and, in a whole model, its weights."""
-        shape = self._blocks[block.index]
+        try:
+            self._restore(model, block, self._blocks[block.index])
+        except (*FAULTS_OF_CONFIG, StopIteration) as error:
+            if isinstance(error, RunError) or "memory" in str(error):
+                raise  # what was written can't be read, or is too large for now
+            raise InputError(
+                f"journal {str(self._path)!r}: what it says of block {block.index} can't be "
+                f"({words(first_line(error))}).{AGAIN}"
+            ) from error
+
+    def _restore(self, model: Model, block: Block, shape: Shape) -> None:
         if shape.gone:
             block.remove()
             return

@@ -13,11 +13,16 @@ from transformers import PreTrainedModel
 
 from secateur.anatomy import FAMILIES, Anatomy, find
 from secateur.block import Block
-from secateur.errors import InputError, first_line, nearest
+from secateur.errors import InputError, first_line, nearest, words
 from secateur.residence import Residence
 from secateur.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
 from secateur.uses import PREFIX, Use, use_of
 
+#: what a config raises that asks for what can't be
+FAULTS_OF_CONFIG = (
+    *(ValueError, RuntimeError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError),
+)
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -121,16 +126,25 @@ class Model:
         """The blocks, in order; those of a decoder behind those of the encoder.
 
         Raises:
-            InputError: the family is unknown, so nothing says what is coupled to what.
+            InputError: the family is unknown, so nothing says what is coupled to what, or a config
+                speaks of blocks that there can't be.
         """
         anatomy = self.anatomy
         if anatomy is None:
             raise InputError(not_served(self.config))
         blocks: list[Block] = []
-        for stack in anatomy.stacks:
-            modules: Any = self.module.base_model.get_submodule(stack.blocks)
-            for i, module in enumerate(modules):
-                blocks.append(Block(len(blocks), module, stack, stack.heads(self.config, i)))
+        try:
+            for stack in anatomy.stacks:
+                modules: Any = self.module.base_model.get_submodule(stack.blocks)
+                for i, module in enumerate(modules):
+                    blocks.append(Block(len(blocks), module, stack, stack.heads(self.config, i)))
+        except FAULTS_OF_CONFIG as error:
+            raise InputError(
+                f"model {self.source!r}: its config.json describes no blocks as the family "
+                f"{anatomy.family} has them ({words(first_line(error))})."
+            ) from error
+        if not blocks:
+            raise InputError(f"model {self.source!r}: its config.json says that it has no blocks.")
         return blocks
 
     def resident(self, block: Block) -> AbstractContextManager[None]:

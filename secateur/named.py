@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
 
 
 def by_name(homes: Mapping[str, str], name: str, what: str) -> Any:
@@ -14,6 +14,6 @@ def by_name(homes: Mapping[str, str], name: str, what: str) -> Any:
         InputError: nothing has that name.
     """
     if name not in homes:
-        raise InputError(f"unknown {what} {name!r}. {nearest(name, homes)}")
+        raise InputError(f"unknown {what} {shown(name)}. {nearest(name, homes)}")
     module, attribute = homes[name].split(":")
     return getattr(import_module(module), attribute)

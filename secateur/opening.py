@@ -8,18 +8,23 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from secateur import bundled
 from secateur.anatomy import find
-from secateur.errors import InputError, first_line
+from secateur.errors import InputError, first_line, words
 from secateur.header import check_layers
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import unpack
-from secateur.model import Model, Settings, anatomy_of, has_forms
+from secateur.model import FAULTS_OF_CONFIG, Model, Settings, anatomy_of, has_forms
 from secateur.text import expanded
 from secateur.uses import PREFIX, Use, use_of
+from secateur.vetting import vet_config, vet_shapes
 
 DEMO = "demo"
+#: what libraries raise of files that are not what they should be
+FAULTS = (*FAULTS_OF_CONFIG, OSError, ImportError, SafetensorError, StrictDataclassError)
 
 
 def locate(source: str | Path) -> str:
@@ -37,15 +42,19 @@ def skeleton(source: str, settings: Settings) -> Model:
         InputError: there is no such model, or transformers cannot build it.
     """
     config = read_config(source, settings)
-    use = use_of(config)
+    use, folder = use_of(config), Path(locate(source))
     try:
         with torch.device("meta"):
             module = use.opener.from_config(config, trust_remote_code=settings.trust_remote_code)
-    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except FAULTS as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"model {source!r}: transformers cannot build a {use.what} from its config "
-            f"(model_type {config.model_type!r}): {first_line(error)}"
+            f"(model_type {config.model_type!r}): {words(first_line(error))}"
         ) from error
+    if folder.is_dir():
+        vet_shapes(source, folder, module)
     family = find(config.model_type.removeprefix(PREFIX))
     if family is not None and not getattr(config, family.tied, True):
         head: Any = module.get_output_embeddings()
@@ -69,15 +78,20 @@ def read_config(source: str, settings: Settings) -> Any:
             raise InputError(f"model {source!r}: no such folder.")
         if not (folder / "config.json").is_file():
             raise InputError(f"model {source!r}: the folder holds no config.json.")
+    common = {"revision": settings.revision}
     try:
-        return AutoConfig.from_pretrained(
-            found,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
+        path = cached_file(found, CONFIG_NAME, **common)
+        vet_config(source, Path(str(path)), settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            found, trust_remote_code=settings.trust_remote_code, **common
         )
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        use_of(config), anatomy_of(config)  # what they read of it is there
+        return config
+    except FAULTS as error:
+        if isinstance(error, InputError):
+            raise
         hint = "" if folder.is_dir() else " Check the name and the network, or give a folder."
-        raise InputError(f"model {source!r}: {first_line(error)}{hint}") from error
+        raise InputError(f"model {source!r}: {words(first_line(error))}{hint}") from error
 
 
 def open_model(source: str | Path, settings: Settings | None = None) -> Model:
@@ -92,8 +106,10 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
     settings, source = settings or Settings(), str(source)
     config = read_config(source, settings)
     folder = Path(locate(source))
-    if has_forms(config) and folder.is_dir():
-        check_layers(source, folder, skeleton(source, settings).module)
+    if folder.is_dir():
+        shapes = skeleton(source, settings).module
+        if has_forms(config):
+            check_layers(source, folder, shapes)
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         opened: Any = use_of(config).opener.from_pretrained(
@@ -102,12 +118,10 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             dtype="auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the shapes
+            use_safetensors=True,  # others are pickles, which run code when they are opened
             **common,
         )
-    except (
-        *(OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError),
-        *(SafetensorError, StrictDataclassError),
-    ) as error:
+    except FAULTS as error:
         raise InputError(f"model {source!r}: {_reason(error)}") from error
     module, loaded = opened
     if loaded["mismatched_keys"]:
@@ -194,7 +208,7 @@ def open_reader(source: str, settings: Settings, use: Use) -> Any:
         return use.open_reader(locate(source), **options)
     except InputError:  # one kind of ValueError
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FAULTS as error:
         what = "tokenizer" if use.reads_text else "image processor"
         raise InputError(
             f"model {source!r}: its {what} files are missing or damaged ({first_line(error)}). "

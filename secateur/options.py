@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
 
 Built = TypeVar("Built")
 
@@ -27,7 +27,7 @@ def built(
     for name in options:
         if name not in known:
             hint = f" {nearest(name, known)}" if known else ""
-            raise InputError(f"{what} has no option {name!r}.{hint}")
+            raise InputError(f"{what} has no option {shown(name)}.{hint}")
     return kind(**options)
 
 
@@ -50,7 +50,9 @@ def checked(thing: Any) -> None:
             if isinstance(value, expected):
                 continue
             wanted = {int: "a whole number", float: "a number"}.get(expected, "text")
-            raise InputError(f"{thing.name}: {f.name}={value!r} should be {wanted}.")
+            raise InputError(f"{thing.name}: {f.name}={shown(value)} should be {wanted}.")
+        if expected is str:
+            raise InputError(f"{thing.name}: {f.name}={value!r} should be text.")
         if expected is int and not isinstance(value, int):
             raise InputError(f"{thing.name}: {f.name}={value!r} should be a whole number.")
         if not math.isfinite(value):
@@ -68,11 +70,11 @@ def whole_numbers(thing: Any, name: str, low: int, high: int) -> tuple[int, ...]
     """
     text: str = getattr(thing, name)
     parts = [part.strip() for part in text.split(",")]
-    digits = [part for part in parts if part.isascii() and part.isdigit()]
+    digits = [part for part in parts if part.isascii() and part.isdigit() and len(part) < 10]
     nearby = sorted({min(max(int(part), low), high) for part in digits}) or [low]
     if digits != parts or [int(part) for part in digits if not low <= int(part) <= high]:
         raise InputError(
-            f"{thing.name}: {name}={text!r} should be whole numbers between {low} and {high}, with "
-            f"commas between several; try {','.join(map(str, nearby))}."
+            f"{thing.name}: {name}={shown(text)} should be whole numbers between {low} and {high}, "
+            f"with commas between several; try {','.join(map(str, nearby))}."
         )
     return tuple(nearby)

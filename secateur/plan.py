@@ -1,5 +1,6 @@
 """The plan: which unit gets which size. Plain data, readable, editable, replayable."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from secateur.allocate import allocator_class
 from secateur.allocate.base import Allocator, Evidence
 from secateur.allocate.plain import PlainWidth
 from secateur.calibration import Store
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
 from secateur.goal import Goal, Tier, Written
 from secateur.latency import measured
 from secateur.layers.forms_secateur import FORMS
@@ -34,6 +35,12 @@ MAX_PLAN_BYTES = 64 * 2**20
 Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.9g}"))]
 
 
+def _is_spec(form: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(form.get("form"), str):
+        raise ValueError("a spec has the name of its form as 'form'")
+    return form
+
+
 class Base(Record):
     """The model a plan is for."""
 
@@ -51,7 +58,7 @@ class CalibrationRecord(Record):
     source: str
     samples: int = Field(ge=1)
     length: int = Field(ge=2)
-    seed: int
+    seed: int = Field(ge=-(2**63), lt=2**63)
     tokens: int
     fingerprint: str
     select: str = "none"
@@ -115,7 +122,7 @@ class Row(Record):
     cache_bytes_per_token: int
     predicted_error: Figure
     predicted_loss: Figure | None
-    form: dict[str, Any] | None = None
+    form: Annotated[dict[str, Any], AfterValidator(_is_spec)] | None = None
     becomes: str | None = None
     dense_bytes: int | None = None
 
@@ -353,7 +360,7 @@ def read_plan(path: Path) -> Plan:
     plan = read_record(Plan, path, "plan", MAX_PLAN_BYTES, advice)
     if plan.calibration.select != "none" and not plan.calibration.windows:
         raise InputError(
-            f"plan {str(path)!r}: calibration.select is {plan.calibration.select!r}, and "
+            f"plan {str(path)!r}: calibration.select is {shown(plan.calibration.select)}, and "
             f"calibration.windows does not say which windows that chose; list them, or set select "
             f"to 'none' for windows drawn at random.{advice}"
         )
@@ -411,13 +418,13 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
     unknown, missing = sorted(set(named) - set(units)), sorted(set(units) - set(named))
     if unknown:
         hint = nearest(unknown[0], missing) if missing else "Remove that row."
-        raise InputError(f"plan: the model has no unit {unknown[0]!r} for this method. {hint}")
+        raise InputError(f"plan: the model has no unit {shown(unknown[0])} for this method. {hint}")
     if missing:
         raise InputError(
             f"plan: there is no row for unit {missing[0]!r}. Every unit has one, even where "
             f"it keeps its size; `secateur plan` writes them all."
         )
-    if twice := sorted({name for name in named if named.count(name) > 1}):
+    if twice := sorted(name for name, count in Counter(named).items() if count > 1):
         raise InputError(f"plan: there are several rows for unit {twice[0]!r}. Keep one.")
     for row in plan.units:
         allowed = units[row.unit].sizes()

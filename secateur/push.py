@@ -1,6 +1,5 @@
 """Upload a finished run to the hub."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from secateur.card import CARD
 from secateur.errors import InputError
+from secateur.header import SINGLE, read_index
 from secateur.progress import Progress
 from secateur.runs import read_run
 
@@ -67,21 +67,22 @@ def check_whole(folder: Path) -> None:
     named = f"run {str(folder)!r}"
     if (folder.resolve().parent / "fingerprint.json").exists():
         raise InputError(f"{named} is not finished; repeat its command, which goes on with it.")
-    for path in ("config.json", *_weights(folder, named)):
+    here = folder.resolve()
+    for found in folder.rglob("*"):
+        if found.is_symlink() and not found.resolve().is_relative_to(here):
+            raise InputError(
+                f"{named}: {str(found.relative_to(folder))!r} is a link that leads out of the "
+                f"folder, and what it leads to would be uploaded; remove it."
+            )
+    for path in ("config.json", *_weights(folder)):
         if not (folder / path).is_file():
             raise InputError(f"{named}: {path} is missing; it is no whole checkpoint.")
     if not (folder / CARD).is_file():
         raise InputError(f"{named} has no model card; `secateur report {folder}` writes it.")
 
 
-def _weights(folder: Path, named: str) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["model.safetensors"]
-    try:
-        return sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{named}: {index.name} is damaged.") from error
+def _weights(folder: Path) -> list[str]:
+    return sorted({*(read_index(folder) or {SINGLE: SINGLE}).values()})
 
 
 def _first(error: BaseException) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-import yaml
 from pydantic import Field
 
 from secateur.allocate import allocator_class
@@ -19,8 +18,9 @@ from secateur.options import built
 from secateur.prepare import chosen_allocator
 from secateur.records import Record, said
 from secateur.units import MATRICES
+from secateur.untrusted import HostileError, parse_yaml, read_bytes
 
-MAX_BYTES = 2**20
+MAX_BYTES = 2**17
 Options = dict[str, int | float | str]
 
 
@@ -190,13 +190,11 @@ def read_recipe(path: Path, keep: float | None = None) -> Recipe:
     """
     what = f"recipe {str(path)!r}"
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{what}: larger than any recipe; is it the right file?")
-        found = RecipeRecord.model_validate(yaml.safe_load(path.read_text()))
+        found = RecipeRecord.model_validate(parse_yaml(read_bytes(path, MAX_BYTES, "recipe")))
     except OSError as error:
         raise InputError(f"{what}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{what}: no YAML: {str(error).splitlines()[0]}.") from error
+    except HostileError as error:
+        raise InputError(f"{what}: {error}.") from error
     except pydantic.ValidationError as error:
         raise InputError(f"{what}: {said(error)}. docs/recipes.md shows one.") from error
     steps = tuple(step.step() for step in found.steps)

@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict
 
-from secateur.errors import InputError
+from secateur.errors import InputError, shown, words
+from secateur.untrusted import HostileError, parse_json, read_bytes
 
 R = TypeVar("R", bound="Record")
+MAX_NODES = 2**25  # of the curves of the largest models
 
 
 class Record(BaseModel):
@@ -24,17 +26,40 @@ def read_record(kind: type[R], path: Path, what: str, most_bytes: int, advice: s
         InputError: the file is missing, too large, no JSON, or not of this kind and version.
     """
     try:
-        if path.stat().st_size > most_bytes:
-            raise InputError(f"{what} {str(path)!r}: larger than any {what}; is it the right file?")
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate(parse_json(read_bytes(path, most_bytes, what), MAX_NODES))
+    except HostileError as error:
+        raise InputError(f"{what} {str(path)!r}: {error}.{advice}") from error
     except OSError as error:
         raise InputError(f"{what} {str(path)!r}: {error.strerror}.") from error
     except pydantic.ValidationError as error:
         raise InputError(f"{what} {str(path)!r}: {said(error)}.{advice}") from error
 
 
+def read_object(path: Path, what: str, most_bytes: int, advice: str = "") -> dict[str, Any]:
+    """Read a JSON object that this package has written, NaN and Infinity included.
+
+    Raises:
+        InputError: the file is missing, too large, or no such object.
+    """
+    try:
+        found = parse_json(read_bytes(path, most_bytes, what), MAX_NODES, finite=False)
+        if not isinstance(found, dict):
+            raise HostileError("it is no JSON object")
+    except OSError as error:
+        raise InputError(f"{what} {str(path)!r}: {error.strerror}.{advice}") from error
+    except HostileError as error:
+        raise InputError(f"{what} {str(path)!r}: {error}.{advice}") from error
+    return found
+
+
 def said(error: pydantic.ValidationError) -> str:
     """Where a record is wrong first, and how."""
     first: Any = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    return f"{where}: {first['msg']}"
+    where = ".".join(_named(part) for part in first["loc"]) or "the file"
+    return f"{where}: {words(first['msg'])}"
+
+
+def _named(part: Any) -> str:
+    """A name in a file, or a place in a list; what is no plain name in quotes."""
+    text = str(part)
+    return text if len(text) < 100 and text.isprintable() else shown(part)

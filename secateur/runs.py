@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
 from secateur.errors import InputError
 from secateur.records import said
 from secateur.report import VERSION, Report, lines, task_rows
+from secateur.untrusted import HostileError, parse_json, read_bytes
 
 MAX_BYTES = 2**26
 LARGEST = 1e300  # of what is added, multiplied and drawn
@@ -189,6 +190,8 @@ def read_run(folder: Path) -> Run:
     path = record / "report.json"
     if not folder.is_dir():
         raise InputError(f"{named}: there is no such folder. `secateur compress` writes one.")
+    if record.is_symlink():
+        raise InputError(f"{named}: {RECORD} in it is a link, and nothing is written through it.")
     if not path.is_file():
         raise InputError(
             f"{named}: there is no {RECORD}/report.json in it; give a folder that "
@@ -207,15 +210,24 @@ def read_run(folder: Path) -> Run:
         found = [record / f"plan-{n}.json" for n in range(1, len(content.steps) + 1)]
     plans = [tuple(_read(Rows, p, named).units) for p in found if p.is_file()]
     recipe = record / "recipe.yaml"
-    text = recipe.read_text(errors="replace") if recipe.is_file() else ""
+    text = _text(recipe, named) if recipe.is_file() else ""
     return Run(folder, Report(seen), tuple(plans), text)
+
+
+def _text(path: Path, named: str) -> str:
+    try:
+        return read_bytes(path, MAX_BYTES, path.name).decode("utf-8", "replace")
+    except OSError as error:
+        raise InputError(f"{named}: {path.name}: {error.strerror}.") from error
+    except HostileError as error:
+        raise InputError(f"{named}: {path.name}: {error}.") from error
 
 
 def _read(kind: type[Kind], path: Path, named: str) -> Kind:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{named}: {path.name} is larger than any; is it the right folder?")
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate(parse_json(read_bytes(path, MAX_BYTES, path.name)))
+    except HostileError as error:
+        raise InputError(f"{named}: {path.name}: {error}.") from error
     except OSError as error:
         raise InputError(f"{named}: {path.name}: {error.strerror}.") from error
     except pydantic.ValidationError as error:

@@ -26,7 +26,7 @@ from secateur.units import EVERY_BLOCK, Unit
 from secateur.version import __version__
 from secateur.workspace import Stage, at_once, write_whole
 
-MAX_BYTES = 2**30
+MAX_BYTES = 2**29
 
 
 class Scores(Record):

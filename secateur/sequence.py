@@ -25,11 +25,13 @@ from secateur.prices import counted
 from secateur.progress import Progress
 from secateur.reach import check_runtime
 from secateur.recipe import Recipe, Step
+from secateur.records import read_object
 from secateur.report import Report
 from secateur.residence import published_name
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration
+from secateur.workspace import AGAIN, MAX_BYTES
 
 ATTEMPTS = 4
 PLAN, OBSERVED, UNFINISHED = "plan.json", "observed.json", "unfinished"
@@ -128,7 +130,7 @@ def _run(
         folder = workspace.result if last else workspace.folder / f"step-{number}"
         if not last and folder.exists():
             plans.append(read_plan(folder / PLAN))
-            observed.append(json.loads((folder / OBSERVED).read_text()))
+            observed.append(read_object(folder / OBSERVED, "journal", MAX_BYTES, AGAIN))
             source = str(folder)
             continue
         shapes = skeleton(source, task.settings)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from pydantic import TypeAdapter, ValidationError
 
+from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, check_tasks, judge_apart
 from secateur.evaluate.tasks import is_file
 from secateur.inputs import (
@@ -21,10 +23,11 @@ from secateur.inputs import (
 from secateur.model import Settings
 from secateur.opening import read_config
 from secateur.progress import Progress
+from secateur.records import said
 from secateur.report import versions
 from secateur.text import Calibration, Tokens
 from secateur.uses import use_of
-from secateur.workspace import Workspace, once
+from secateur.workspace import AGAIN, Workspace, once
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,18 @@ class Task:
             return asdict(judge_apart(*given, outputs_of_dense=outputs, scratch=dense.parent))
 
         if self.shared is None:
-            return Verdict(**once(dense, measured))
+            return self._verdict(once(dense, measured))
         self.shared.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(dense.with_suffix(".lock")):
             if not outputs.exists():
                 dense.unlink(missing_ok=True)
-            return Verdict(**once(dense, measured))
+            return self._verdict(once(dense, measured))
+
+    def _verdict(self, found: dict[str, Any]) -> Verdict:
+        try:
+            TypeAdapter(Verdict).validate_python(found)
+        except ValidationError as error:
+            raise InputError(
+                f"stage {str(self.workspace.folder / 'dense.json')!r}: {said(error)}.{AGAIN}"
+            ) from error
+        return Verdict(**found)

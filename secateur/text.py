@@ -1,7 +1,6 @@
 """Text to token windows: from a file, a folder, JSONL, a datasets name or the bundled text."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from secateur import bundled
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
+from secateur.untrusted import HostileError, lines_of, opened_lines, parse_json
 
 BUNDLED = "bundled"
 SUFFIXES = {".txt", ".md", ".rst", ".text", ".raw", ".py"}
@@ -112,7 +112,7 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.select not in SELECTIONS:
             known = nearest(self.select, SELECTIONS)
-            raise InputError(f"unknown --select-calibration {self.select!r}. {known}")
+            raise InputError(f"unknown --select-calibration {shown(self.select)}. {known}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for plans and reports."""
@@ -120,7 +120,13 @@ class Calibration:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ~ made into a home folder, or as it is where there is no such user."""
+    """A path with ~ made into a home folder, or as it is where there is no such user.
+
+    Raises:
+        InputError: it can't be one.
+    """
+    if "\0" in str(path):
+        raise InputError(f"{shown(str(path))} is no path: it has a NUL in it.")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -160,27 +166,28 @@ def _read_file(path: Path, room: int) -> list[str]:
     """The documents of a file, up to about ``room`` characters of them."""
     documents: list[str] = []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with opened_lines(path) as file:
             if path.suffix != ".jsonl":
                 return [file.read(max(0, room)).replace("\r\n", "\n")]
-            for number, line in enumerate(file, 1):  # at \n alone: JSON may hold U+2028
+            for number, line in lines_of(file):
                 if room <= 0:
                     break
-                if line.strip():
-                    documents.append(_field(line, path, number))
-                    room -= len(documents[-1])
+                documents.append(_field(line, path, number))
+                room -= len(documents[-1])
     except UnicodeDecodeError as error:
         raise InputError(f"text {str(path)!r} is not UTF-8 ({error.reason}).") from error
     except OSError as error:
         raise InputError(f"text {str(path)!r}: {error.strerror}.") from error
+    except HostileError as error:
+        raise InputError(f"text {str(path)!r}: {error}.") from error
     return documents
 
 
 def _field(line: str, path: Path, number: int) -> str:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"text {str(path)!r}, line {number}: not JSON ({error.msg}).") from error
+        row = parse_json(line.encode())
+    except HostileError as error:
+        raise InputError(f"text {str(path)!r}, line {number}: {error}.") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise InputError(
             f'text {str(path)!r}, line {number}: needs an object with a "text" string.'

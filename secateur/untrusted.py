@@ -4,26 +4,27 @@ import json
 import math
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
+
+import yaml
+
+from secateur.errors import first_line, shown, words
 
 MAX_DEPTH = 64
 MAX_NODES = 2**22  # values and names of a file; some 60 bytes each in memory
 MAX_DIGITS = 40
-SHOWN = 200  # characters of what a stranger wrote that a message repeats
+MAX_LINE = 2**24
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _ESCAPE = re.compile(rb"\\(u[dD][89abAB]..\\u[dD][c-fC-F]..|u....|.)", re.DOTALL)
 _OTHERS = bytes(set(range(256)) - set(b"[]{},:"))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1, ord(","): 0, ord(":"): 0}
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxlist, _SHORT.maxlevel = SHOWN, 12, 3
 
 
 class HostileError(ValueError):
@@ -49,6 +50,32 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         yield file, found.st_size
 
 
+@contextmanager
+def opened_lines(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 text file to read, with or without a mark at its start.
+
+    Raises:
+        OSError, HostileError: as :func:`opened` does.
+    """
+    with opened(path) as (file, _), TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        yield text
+
+
+def lines_of(text: TextIO) -> Iterator[tuple[int, str]]:
+    """The lines with something in them and their numbers; at \\n alone, as JSON may hold U+2028.
+
+    Raises:
+        HostileError: a line is too long.
+    """
+    number = 0
+    while line := text.readline(MAX_LINE):
+        number += 1
+        if len(line) == MAX_LINE:
+            raise HostileError(f"line {number} is longer than any")
+        if line.strip():
+            yield number, line
+
+
 def read_bytes(path: Path, most: int, what: str = "file of this kind") -> bytes:
     """A file's bytes; ``what`` says in messages what is never larger than ``most``.
 
@@ -59,13 +86,14 @@ def read_bytes(path: Path, most: int, what: str = "file of this kind") -> bytes:
     with opened(path) as (file, size):
         if size > most:
             raise HostileError(f"larger than any {what}; is it the right file?")
-        return file.read(most)
+        return file.read(size)  # so much is set aside for it
 
 
-def parse_json(raw: bytes, most_nodes: int = MAX_NODES) -> Any:
+def parse_json(raw: bytes, most_nodes: int = MAX_NODES, finite: bool = True) -> Any:
     """Plain data from JSON that is what it should be: bounded, finite, every name once.
 
-    Size and depth are looked at before anything is made of it.
+    Size and depth are looked at before anything is made of it. Where it need not be ``finite``, NaN
+    and Infinity are read as Python writes them.
 
     Raises:
         HostileError: it is not.
@@ -84,7 +112,7 @@ def parse_json(raw: bytes, most_nodes: int = MAX_NODES) -> Any:
         return json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_once,
-            parse_constant=_refuse_constant,
+            parse_constant=(lambda name: _refuse_constant(name, raw)) if finite else float,
             parse_float=_finite,
             parse_int=_short,
         )
@@ -93,7 +121,73 @@ def parse_json(raw: bytes, most_nodes: int = MAX_NODES) -> Any:
     except UnicodeDecodeError as error:
         raise HostileError(f"no UTF-8 ({error.reason})") from error
     except ValueError as error:
-        raise HostileError(f"no JSON: {error}") from error
+        raise HostileError(f"not JSON: {words(str(error))}") from error
+
+
+#: what its constructors raise of tags and texts that are not what they say
+FAULTS_OF_YAML = (
+    *(yaml.YAMLError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError),
+    RecursionError,
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, which could stand for more than there is memory, and limits."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth: int = getattr(self, "depth", 0) + 1
+        self.nodes: int = getattr(self, "nodes", 0) + 1
+        if self.check_event(yaml.AliasEvent):
+            raise HostileError("aliases (*) are not read; write out what they stand for")
+        if self.depth > MAX_DEPTH:
+            raise HostileError(f"nested deeper than {MAX_DEPTH} levels")
+        made: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return made
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            self.flatten_mapping(node)
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(names)) != len(node.value):
+                twice = [name for name in names if names.count(name) > 1]
+                raise HostileError(
+                    f"{shown(twice[0])} is there twice" if twice else "a name is no word"
+                )
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(raw: bytes) -> Any:
+    """Plain data from YAML, as :func:`parse_json` gives it from JSON.
+
+    Raises:
+        HostileError: it is no YAML, or has aliases, a name twice, or numbers beyond bounds.
+    """
+    try:
+        found = yaml.load(raw.decode("utf-8"), _Loader)
+    except HostileError:
+        raise
+    except UnicodeDecodeError as error:
+        raise HostileError(f"no UTF-8 ({error.reason})") from error
+    except FAULTS_OF_YAML as error:
+        raise HostileError(f"no YAML: {words(first_line(error))}") from error
+    _look(found)
+    return found
+
+
+def _look(value: Any) -> None:
+    """Hold numbers and text inside plain data against what JSON may have."""
+    left = [value]
+    while left:
+        found = left.pop()
+        if isinstance(found, dict):
+            left += [*found, *found.values()]
+        elif isinstance(found, list | tuple | set):
+            left += found
+        elif isinstance(found, int) and abs(found) >= 10**MAX_DIGITS:
+            raise HostileError(f"a number of more than {MAX_DIGITS} digits")
+        elif isinstance(found, float) and not math.isfinite(found):
+            raise HostileError(f"{found} is no number")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -105,8 +199,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _refuse_constant(name: str) -> float:
-    raise HostileError(f"{name} is no number")
+def _refuse_constant(name: str, raw: bytes) -> float:
+    """JSON has no NaN and no Infinity; the message shows what stands before the first of them."""
+    before = raw[: raw.find(name.encode())].decode("utf-8", "replace")
+    raise HostileError(f"{name} is no number, behind {shown(before[-40:])}")
 
 
 def _finite(digits: str) -> float:
@@ -120,20 +216,6 @@ def _short(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise HostileError(f"a number of {len(digits)} digits")
     return int(digits)
-
-
-def shown(value: Any) -> str:
-    """What a stranger wrote as a message may repeat it: quoted, one line, not too long."""
-    text = _SHORT.repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-
-
-def printable(text: str) -> str:
-    """A message without characters that could steer a terminal; lines stay."""
-    kept = (
-        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
-    )
-    return "".join(kept)
 
 
 def plain_name(name: str, suffixes: Sequence[str] = ()) -> bool:

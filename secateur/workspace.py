@@ -11,7 +11,10 @@ from typing import Any
 import filelock
 
 from secateur.errors import HaltedError, InputError, RunError
+from secateur.records import read_object
 
+MAX_BYTES = 2**28
+AGAIN = " Repeat the command, which then starts afresh."
 #: what is in the folder of a run that goes on with its result: blocks that are narrowed, or all
 NARROWING, WRITTEN = "narrowing", "written.json"
 #: the result of a named part of a run: from before, or computed by what is given
@@ -59,6 +62,11 @@ class Workspace:
                 f"output {str(self.out)!r} exists and is no checkpoint; --overwrite replaces "
                 f"checkpoints only. Choose another folder."
             )
+        for path in (self.folder, *self.folder.rglob("*")):
+            if path.is_symlink():
+                raise InputError(
+                    f"{str(path)!r} is a link, and nothing is written through it; remove it."
+                )
         missing = [parent for parent in self.folder.parents if not parent.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +100,7 @@ class Workspace:
             self._old.rename(self.out)
         path = self.folder / "fingerprint.json"
         now = json.loads(json.dumps(fingerprint))
-        before = json.loads(path.read_text()) if path.exists() else now
+        before = self._before(path) if path.exists() else now
         differing = sorted(k for k in {*now, *before} if now.get(k) != before.get(k))
         if differing and not self.overwrite:
             name, was, new = difference(differing[0], before, now)
@@ -108,6 +116,15 @@ class Workspace:
             shutil.rmtree(self.result, ignore_errors=True)
         self.result.mkdir(exist_ok=True)
         write_whole(path, json.dumps(now, indent=1))
+
+    def _before(self, path: Path) -> dict[str, Any]:
+        """What the unfinished run was about; nothing that is known where that is damaged."""
+        try:
+            return read_object(path, "unfinished run", MAX_BYTES)
+        except InputError as error:
+            if self.overwrite:
+                return {}
+            raise UnfinishedRunError(f"{error} Remove its folder, or add --overwrite.") from error
 
     def stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of a stage: from an earlier run of the same command, or computed now."""
@@ -137,10 +154,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Plain data that a file has, computed and written first where there is none."""
-    if not path.exists():
-        write_whole(path, json.dumps(compute()))
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    if path.exists():
+        with suppress(InputError):  # damaged: it is computed again
+            return read_object(path, "stage of a run", MAX_BYTES)
+    write_whole(path, json.dumps(compute()))
+    return read_object(path, "stage of a run", MAX_BYTES)
 
 
 def difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
@@ -166,7 +184,9 @@ def write_whole(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text)
+        partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
+        with partial.open("x") as file:
+            file.write(text)
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)

@@ -1,15 +1,17 @@
 """Safetensors files, written while their tensors are made."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from secateur.header import INDEX, SINGLE, Entry, read_header
+from secateur.header import BYTES, INDEX, SINGLE, Entry, read_header
 from secateur.records import Record
 from secateur.shelf import read_tensor
 
@@ -44,9 +46,28 @@ class WriterState(Record):
     """What a writer has written so far; ``size`` and ``written`` are bytes."""
 
     pending: dict[str, Place]
-    size: int
+    size: int = Field(ge=0)
     shards: list[list[str]]
-    written: int
+    written: int = Field(ge=0)
+
+    @field_validator("pending")
+    @classmethod
+    def _are_whole(cls, pending: dict[str, Place]) -> dict[str, Place]:
+        for name, place in pending.items():
+            itemsize = BYTES.get(place.dtype, 0)
+            length = math.prod(place.shape) * itemsize
+            if min(place.shape, default=0) < 0 or place.start < 0:
+                raise ValueError(f"{name!r} can't be there")
+            if (length, itemsize) != (place.length, place.itemsize) or not itemsize:
+                raise ValueError(f"{name!r} has another size")
+        return pending
+
+    @model_validator(mode="after")
+    def _are_written(self) -> "WriterState":
+        ends = [place.start + place.length for place in self.pending.values()]
+        if max(ends, default=0) != self.size:
+            raise ValueError("size is not where the last tensor ends")
+        return self
 
 
 class Writer:

@@ -17,7 +17,7 @@ ORDER = {
     "Start": ["README", "project", "quickstart", "how-to-choose", "footguns"],
     "Guides": [
         *("families", "calibration", "forms", "recipes", "sweeps", "encoders", "encoder-decoder"),
-        *("evaluation", "reports", "gguf", "serving"),
+        *("evaluation", "reports", "gguf", "serving", "security"),
     ],
     "Methods": ["methods/auto", "methods/modegpt", "methods/allocation", "methods/*"],
     "Reference": ["command-line", "python", "checkpoint-format", "results"],

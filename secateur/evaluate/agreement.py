@@ -12,7 +12,7 @@ from secateur.text import Tokens
 
 OUTPUTS = 8192  # compared, where there are as many
 MOST_NUMBERS = 2**26  # of the dense model's output that are kept: 256 MB
-ROWS = 1024  # outputs compared at a time
+AT_ONCE = 2**22  # numbers that are compared at a time, in float64
 
 
 def outputs(model: Model, tokens: Tokens) -> Tensor:
@@ -54,8 +54,8 @@ def agreement(dense: Tensor, small: Tensor) -> dict[str, float]:
     Raises:
         InputError: the divergence is not finite.
     """
-    divergence = 0.0
-    for ours, theirs in zip(small.split(ROWS), dense.split(ROWS), strict=True):
+    divergence, rows = 0.0, max(1, AT_ONCE // dense.shape[1])
+    for ours, theirs in zip(small.split(rows), dense.split(rows), strict=True):
         chances = theirs.double().exp()
         terms = chances * (theirs.double() - ours.double())
         divergence += float(terms[chances != 0].sum())

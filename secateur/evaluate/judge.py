@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.errors import HaltedError, InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError, out_of_memory
 from secateur.evaluate import harness
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.damage import damage
@@ -366,6 +366,10 @@ def main(request: Path, result: Path) -> int:
         answer = {"error": str(error)}
     except (OSError, HaltedError) as error:
         answer = {"halted": str(error)}
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        answer = {"halted": f"measuring {content['source']!r} takes more memory than there is."}
     result.write_text(json.dumps(answer))
     return USER_ERROR if "error" in answer else 0
 

@@ -1,6 +1,5 @@
 """Task files: items with a right answer, one JSON object a line, scored as the harness does."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,12 @@ from typing import Any
 
 import torch
 
-from secateur.errors import InputError
+from secateur.errors import InputError, shown
 from secateur.evaluate.likelihood import Pair, encoded, likelihoods
 from secateur.evaluate.standing import Answers, points
 from secateur.model import Model
 from secateur.text import expanded
+from secateur.untrusted import HostileError, lines_of, opened_lines, parse_json
 
 FORMS = (
     ("query", "choices", "gold"),
@@ -75,17 +75,18 @@ def read_task(source: str, limit: int | None = None) -> TaskFile:
     path, items = expanded(source), []
     form: tuple[str, ...] = ()
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, line in enumerate(file, 1):  # at \n alone: JSON may hold U+2028
-                if line.strip():
-                    where = f"task file {source!r}, line {number}"
-                    row = _object(line, where)
-                    form = form or _form(row, where)
-                    items.append(_item(row, form, where))
+        with opened_lines(path) as file:
+            for number, line in lines_of(file):
+                where = f"task file {source!r}, line {number}"
+                row = _object(line, where)
+                form = form or _form(row, where)
+                items.append(_item(row, form, where))
     except UnicodeDecodeError as error:
         raise InputError(f"task file {source!r} is not UTF-8 ({error.reason}).") from error
     except OSError as error:
         raise InputError(f"task file {source!r}: {error.strerror}.") from error
+    except HostileError as error:
+        raise InputError(f"task file {source!r}: {error}.") from error
     if not items:
         raise InputError(f"task file {source!r} is empty. {_forms()}")
     return TaskFile(Path(source).stem, tuple(items[:limit]))
@@ -93,9 +94,9 @@ def read_task(source: str, limit: int | None = None) -> TaskFile:
 
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}).") from error
+        row = parse_json(line.encode())
+    except HostileError as error:
+        raise InputError(f"{where}: {error}.") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: no JSON object. {_forms()}")
     return row
@@ -125,7 +126,7 @@ def _item(row: dict[str, Any], form: tuple[str, ...], where: str) -> Item:
     options, gold = row[next(key for key in form if key in SEVERAL)], row["gold"]
     if type(gold) is not int or not 0 <= gold < len(options):
         raise InputError(
-            f"{where}: gold {gold!r} should be the number of the right answer, 0 to "
+            f"{where}: gold {shown(gold)} should be the number of the right answer, 0 to "
             f"{len(options) - 1}."
         )
     if form == FORMS[1]:
@@ -141,7 +142,8 @@ def _is_text(value: Any) -> bool:
 
 def _lacks(row: dict[str, Any], form: tuple[str, ...]) -> str:
     missing = [repr(key) for key in form if key not in row]
-    return f"lacks {' and '.join(missing)}; it has {', '.join(map(repr, row)) or 'no key'}."
+    there = ", ".join(map(shown, [*row][:12])) or "no key"
+    return f"lacks {' and '.join(missing)}; it has {there}."
 
 
 def _forms() -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur.allocate.base import Allocator
 from secateur.allocate.middle import Middle
 from secateur.block import Block
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
 from secateur.gradients import CURVED_LOSS, LOSS
 from secateur.methods.scored import ScoredMethod
 from secateur.options import option
@@ -47,7 +47,8 @@ class LLMPruner(ScoredMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.taylor not in FORMS:
-            raise InputError(f"unknown --taylor {self.taylor!r}. {nearest(self.taylor, FORMS)}")
+            known = nearest(self.taylor, FORMS)
+            raise InputError(f"unknown --taylor {shown(self.taylor)}. {known}")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -10,7 +10,7 @@ from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
 from secateur.block import Block
 from secateur.curve import Curve
-from secateur.errors import InputError, nearest
+from secateur.errors import InputError, nearest, shown
 from secateur.linalg import tails
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.options import option
@@ -54,7 +54,7 @@ class SliceGPT(Method):
         super().__post_init__()
         if self.orientation not in ORIENTATIONS:
             known = nearest(self.orientation, ORIENTATIONS)
-            raise InputError(f"unknown --orientation {self.orientation!r}. {known}")
+            raise InputError(f"unknown --orientation {shown(self.orientation)}. {known}")
 
     @property
     def allocator(self) -> Allocator:

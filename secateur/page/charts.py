@@ -94,7 +94,10 @@ def number(value: float) -> str:
 
 def percent(value: float) -> str:
     """A share beside an axis."""
-    return f"{100 * value:.3g}%"
+    for digits in (3, 2, 1):
+        if len(told := f"{100 * value:.{digits}g}") <= 4:  # there is room for no more
+            return f"{told}%"
+    return f"{100 * value:.0e}%".replace("e-0", "e-").replace("e+0", "e")
 
 
 def tag(name: str, content: object = "", **attributes: object) -> Markup:

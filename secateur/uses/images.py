@@ -140,12 +140,13 @@ class ImageClassification(Use):
         if not files:
             raise InputError("no image is left: of a folder with only one; give more.")
         pixels = []
+        refused = (UnidentifiedImageError, Image.DecompressionBombError)
         for path, _ in files:
             try:
                 with Image.open(path) as image:
                     shown = image.convert("L" if self.shape[0] == 1 else "RGB")
                 made = reader(shown, return_tensors="pt")["pixel_values"]
-            except (UnidentifiedImageError, OSError) as error:
+            except (OSError, ValueError, SyntaxError, *refused) as error:
                 raise InputError(f"image {str(path)!r} cannot be read: {error}.") from error
             if made.shape[1:] != self.shape:
                 raise InputError(

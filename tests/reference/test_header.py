@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from secateur.errors import InputError
 from secateur.header import MAX_HEADER, read_header, read_index, tensors
-from secateur.untrusted import MAX_DEPTH, parse_json
+from secateur.untrusted import MAX_DEPTH, parse_json, read_bytes
 
 
 def written(path, header, data=b"", length=None):
@@ -76,7 +76,7 @@ BAD = {
     "metadata of numbers": ({"__metadata__": {"a": 1}}, 0, "metadata"),
     "a list": ([], 0, "no JSON object"),
     "a name twice": (b'{"a":%b,"a":%b}' % ((json.dumps(entry(0, 1)).encode(),) * 2), 1, "twice"),
-    "no JSON": (b"{{", 0, "no JSON"),
+    "no JSON": (b"{{", 0, "not JSON"),
     "no UTF-8": (b'{"\xff":1}', 0, "UTF-8"),
     "half a character": (rb'{"\ud800":1}', 0, "surrogate"),
     "NaN": (b'{"a":NaN}', 0, "NaN"),
@@ -127,6 +127,11 @@ def test_what_is_no_file_is_refused(tmp_path):
             read_header(tmp_path / name)
 
 
+def test_room_is_made_for_what_a_file_holds_and_no_more(tmp_path):
+    (tmp_path / "small").write_bytes(b"1")
+    assert read_bytes(tmp_path / "small", 2**62) == b"1"
+
+
 def test_many_values_are_refused_before_they_are_made():
     with pytest.raises(ValueError, match="more than"):
         parse_json(b"[" + b"[],".join([b""] * 5_000_000) + b"0]")
@@ -141,7 +146,7 @@ def test_brackets_and_escapes_in_names_are_only_letters(file):
 
 @pytest.mark.parametrize("end", [rb"\"" * 100_000, b'"' * 200_001, b"\\" * 200_001])
 def test_quotes_without_end_take_no_time(end):
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
         parse_json(b'"' + end)
 
 

@@ -410,3 +410,14 @@ def test_a_browser_shows_no_overflow_and_reports_nothing(page, tmp_path, flags, 
         assert "hatch" in said["hatch"]
         light = sum(map(int, re.findall(r"\d+", said["paper"])[:3]))
         assert light > 600 if bright else light < 150
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(0, "0%"), (1, "100%"), (0.999, "99.9%"), (0.00125, "0.12%"), (5e-6, "5e-4%"), (12, "1e3%")],
+)
+def test_shares_beside_an_axis_fit_there(share, told):
+    """The mistake: a label of a tiny share whose beginning is cut off."""
+    from secateur.page.charts import percent
+
+    assert percent(share) == told

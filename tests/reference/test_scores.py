@@ -138,8 +138,8 @@ def test_one_changed_weight_is_another_model(opened, tokens, own):
 
 
 DAMAGES = {
-    "cut short": (lambda text: text[: len(text) // 2], "Invalid JSON"),
-    "empty": (lambda _: "", "Invalid JSON"),
+    "cut short": (lambda text: text[: len(text) // 2], "not JSON"),
+    "empty": (lambda _: "", "not JSON"),
     "of another kind": (lambda _: "[1, 2]", "the file"),
     "without curves": (lambda text: edited(text, curves=None), "curves"),
     "lacking a field": (lambda text: edited(text, drop="readings"), "readings"),

@@ -1,0 +1,1 @@
+"""Files as strangers might make them, given to every parser that reads what others have written."""
