@@ -56,6 +56,9 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   printf '![sparsity](sparsity-reference-7m.png)\n'
   printf '\n## Speed\n'
   section speed speed.py
+  printf '\n## Large models\n'
+  section large-blocks large.py FOLDER --blocks 4,8,16 --samples 8
+  section large large.py FOLDER --samples 8
   printf '\n## Ingredients\n'
   section ablation-stories260K ablation.py "${stories[@]}" --multiple-of 4
   section ablation-reference-7m ablation.py "${reference[@]}"
