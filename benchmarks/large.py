@@ -73,7 +73,7 @@ def row(blocks: int, parameters: int, model: Path, out: Path, arguments: argpars
     """Compress it and say what that took."""
     flags = ["--method", arguments.method, "--keep", str(arguments.keep), "--stream", "on"]
     flags += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
-    flags += ["--eval-windows", "8", "--new-tokens", "2"]
+    flags += ["--eval-windows", "2", "--new-tokens", "2"]
     limit = int(arguments.memory * 10**9)
 
     def limited() -> None:

@@ -20,6 +20,7 @@ from secateur.units import Matrix, Unit
 
 TOKENS = 2048  # looked at, where there are as many
 MOST_NUMBERS = 2**26  # of the dense model's states that are kept: 256 MB
+STREAMED_NUMBERS = 2**24  # where the model is not in memory either: 64 MB
 PARTS = ("attention", "mlp", "stream")
 POINTS = 17  # of a curve that is told
 SHARES = (0.5, 0.9, 0.99, 0.999)  # of energy
@@ -74,7 +75,8 @@ def _made(line: Stream, block: Block) -> dict[str, Tensor]:
 def _few(model: Model, tokens: Tokens) -> Tokens:
     """As many of the tokens as are kept: whole windows, or the beginning of one."""
     width = model.blocks[0].consumer_weight.shape[1]
-    most = max(1, min(TOKENS, MOST_NUMBERS // (width * len(PARTS) * len(model.blocks))))
+    most_numbers = MOST_NUMBERS if model.residence is None else STREAMED_NUMBERS
+    most = max(1, min(TOKENS, most_numbers // (width * len(PARTS) * len(model.blocks))))
     if tokens.length > most:
         return model.use.beginning(tokens, most)
     return tokens[: max(1, most // tokens.length)]
