@@ -1,6 +1,6 @@
 """Killed at any moment, a run that is typed again ends with the same bytes.
 
-    python benchmarks/kills.py FOLDER [--moments 25] [-- COMPRESS OPTIONS]
+    python benchmarks/kills.py FOLDER [--moments 25] [OPTIONS OF COMPRESS]
 
 Runs ``secateur compress demo`` undisturbed, then as often as asked with SIGKILL at a random moment
 (and, every third time, at two more on the way), types it again until it ends, and holds every file
@@ -33,9 +33,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--moments", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", default=[])
-    arguments = parser.parse_args()
-    folder, options = arguments.folder.resolve(), GIVEN + arguments.options
+    arguments, more = parser.parse_known_args()
+    folder, options = arguments.folder.resolve(), GIVEN + more
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     start = time.perf_counter()
