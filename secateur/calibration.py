@@ -99,6 +99,7 @@ class Store:
         try:
             save_file(tensors, partial, metadata=counts)
         except SafetensorError as error:
+            partial.unlink(missing_ok=True)
             raise OSError(f"cannot write {path.name}: {error}") from error
         partial.replace(path)
 

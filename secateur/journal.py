@@ -57,7 +57,8 @@ class Entries(Record):
     sizes: dict[str, int]
     blocks: list[Shape]
     errors: list[dict[str, FiniteFloat | None]]
-    streams: list[str]
+    streams: dict[str, int]  # bytes of the states of each
+    streamed: bool
     writer: WriterState
 
 
@@ -130,7 +131,7 @@ class States:
 
     def record(self, block: Block) -> None:
         """A block is finished, and all streams are behind it."""
-        if journalled(block):
+        if journalled(block) and block.index == self._done:
             self._done += 1
             self.save()
 
@@ -153,10 +154,15 @@ class Journal(States):
     """
 
     def __init__(
-        self, folder: Path, writer: Writer, sizes: Mapping[str, int], ranks: Ranks = ALONE
+        self,
+        folder: Path,
+        writer: Writer,
+        sizes: Mapping[str, int],
+        streamed: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__(folder, 0, ranks)
-        self._writer = writer
+        self._writer, self._streamed = writer, streamed
         self._sizes = dict(sizes)
         self._path = folder / "journal.json"
         self._blocks: list[Shape] = []
@@ -183,15 +189,18 @@ class Journal(States):
             found = read_record(Entries, self._path, "journal", MAX_BYTES)
         except InputError:  # damaged, or of another version: the narrowing starts again
             return None
-        whole = all(self.path(name, len(found.blocks)).exists() for name in found.streams)
-        if found.sizes != self._sizes or not whole or not self._writer.go_on(found.writer):
-            return None
-        return found
+        if found.sizes != self._sizes or found.streamed != self._streamed:
+            return None  # of a model that was read in the other way, other states are kept
+        for name, size in found.streams.items():
+            path = self.path(name, len(found.blocks))
+            if not path.exists() or path.stat().st_size != size:
+                return None
+        return found if self._writer.go_on(found.writer) else None
 
     def record(self, block: Block) -> None:
         """A block is finished and written, and all streams are behind it."""
-        if not journalled(block):
-            return
+        if not journalled(block) or block.index != self.done:
+            return  # what is behind a block that is not noted can't be gone on from
         before = self.done
         self._blocks.append(shape_of(block))
         self.save()
@@ -199,7 +208,8 @@ class Journal(States):
             sizes=self._sizes,
             blocks=self._blocks,
             errors=self.errors,
-            streams=[*self._streams],
+            streams={n: self.path(n, self.done).stat().st_size for n in self._streams},
+            streamed=self._streamed,
             writer=self._writer.state(),
         )
         write_whole(self._path, content.model_dump_json())

@@ -251,7 +251,8 @@ def fingerprint(model: Model) -> str:
     with model.headed():
         for name, parameter in model.module.named_parameters():
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(picked.get(name) or _some_numbers(parameter, model.stored))
+            known = picked.get(name)
+            digest.update(_some_numbers(parameter, model.stored) if known is None else known)
     return digest.hexdigest()[:16]
 
 

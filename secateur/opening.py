@@ -1,5 +1,6 @@
 """Open a folder or hub id: as a model with weights, as shapes alone, or its config."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from secateur import bundled
-from secateur.anatomy import find
+from secateur.anatomy import Anatomy, find
 from secateur.errors import InputError, first_line, words
 from secateur.header import check_layers
 from secateur.layers.factored_secateur import Factored
@@ -142,14 +143,7 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             f"{missing[0]} first. Fetch the model again."
         )
     anatomy = anatomy_of(config)
-    if anatomy is not None:
-        inside = [f".{stack.blocks}." for stack in anatomy.stacks]
-        lost = [k for k in loaded["unexpected_keys"] if any(name in f".{k}" for name in inside)]
-        if lost:
-            raise InputError(
-                f"model {source!r}: config.json has no place for {len(lost)} tensors of the weight "
-                f"files, {min(lost)} first; they are not from the same model."
-            )
+    check_lost(source, anatomy, loaded["unexpected_keys"])
     unpack(module)
     stored = module.dtype
     check_half(source, module, {stored, settings.torch_dtype(stored)})
@@ -174,6 +168,21 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
     if use_of(config).reads_text:
         check_vocabulary(source, reader, module)
     return Model(source, module, reader, stored, anatomy, tuple(sorted(loaded["unexpected_keys"])))
+
+
+def check_lost(source: str, anatomy: Anatomy | None, left_out: Iterable[str]) -> None:
+    """Refuse weight files with more in their blocks than the config has a place for.
+
+    Raises:
+        InputError: a tensor that is left out is one of a block's.
+    """
+    inside = [] if anatomy is None else [f".{stack.blocks}." for stack in anatomy.stacks]
+    lost = [k for k in left_out if any(name in f".{k}" for name in inside)]
+    if lost:
+        raise InputError(
+            f"model {source!r}: config.json has no place for {len(lost)} tensors of the weight "
+            f"files, {min(lost)} first; they are not from the same model."
+        )
 
 
 def check_half(source: str, module: PreTrainedModel, dtypes: set[torch.dtype]) -> None:

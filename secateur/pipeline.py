@@ -181,7 +181,9 @@ def write(
     writer = writer_for(model, plan.tier, folder)
     journal = None
     if kept is not None and prepared.method.kinds != STREAM:
-        journal = Journal(kept, writer, plan.sizes, prepared.crew.ranks)
+        journal = Journal(
+            kept, writer, plan.sizes, model.residence is not None, prepared.crew.ranks
+        )
     first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
     passage = None if model.residence is None else Passage(model, first)
     method = prepared.method
@@ -223,7 +225,7 @@ def write(
             errors = [] if witness is None else witness.errors
             prepared.observed = observations(units, blocks, prepared.store, evidence, errors)
     with watch.measure("save"):
-        finish(model, plan.tier, writer, settle=False)
+        finish(model, plan.tier, writer, settle=journal is None)
     with watch.measure("evaluate"):
         return Testimony(testimony(model, first) if said is None else said, first)
 

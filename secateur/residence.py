@@ -54,13 +54,15 @@ class Residence:
             head = {id(p) for p in self._head.parameters()} if self._head is not None else set()
             own = {name for name, tensor in entries(module) if id(tensor) in head}
             self._head_names = sorted(own)
-            for _, tensor in entries(module):  # in place, so that what is shared stays so
+            for tensor in module.parameters():  # in place, so that what is shared stays so
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype)
             outside = [n for n, _ in entries(module) if not n.startswith(inside)]
             for name in outside:
                 if name not in own:
-                    put(module, {name: self._one(name)})
+                    path, _, last = name.rpartition(".")
+                    owner = module.get_submodule(path)
+                    set_entry(owner, last, self._one(name, last in owner._parameters))
             module.tie_weights()
         if self._head is not None:
             self._head.register_forward_pre_hook(lambda *_: self._take_head())
@@ -81,10 +83,10 @@ class Residence:
             self._drop_head()
 
     def _take_head(self) -> None:
-        self._heads += 1
-        if self._head is not None and self._heads == 1:
+        if self._head is not None and not self._heads:
             for name in self._head_names:
                 set_entry(self._head, name.rpartition(".")[2], self._one(name))
+        self._heads += 1
 
     def _drop_head(self) -> None:
         self._heads -= 1
@@ -141,7 +143,8 @@ class Residence:
         prefix = self._prefixes[block.index]
         with torch.no_grad():
             for name, owner in self._parts(block):
-                set_entry(owner, name.rpartition(".")[2], self._one(prefix + name))
+                own = name.rpartition(".")[2]
+                set_entry(owner, own, self._one(prefix + name, own in owner._parameters))
             if block.attention is not block.stock_attention:
                 stock = block.stock_attention
                 attention = uniform_attention(stock, block.anatomy, block.heads)
@@ -170,11 +173,12 @@ class Residence:
                 found += [(_join(inside, name), owner) for name in _own(owner)]
         return found
 
-    def _one(self, name: str) -> Tensor:
-        tensor = self._shelf.read(self._names[name])
+    def _one(self, name: str, computes: bool = True) -> Tensor:
+        """A tensor in memory, in the format that is computed in or, if it is not, as stored."""
+        tensor = self._shelf.read(self._names[name]).to(self.device)
         if not tensor.is_floating_point():
-            return tensor.to(self.device)
-        tensor = tensor.to(self.device, self.dtype)
+            return tensor
+        tensor = tensor.to(self.dtype) if computes else tensor
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"model {self.source!r}: {name} holds NaN or infinite numbers; the file is "
@@ -251,13 +255,6 @@ def entries(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield _join(path, name), tensor
-
-
-def put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a module other tensors, by name."""
-    for name, tensor in tensors.items():
-        path, _, own = name.rpartition(".")
-        set_entry(module.get_submodule(path), own, tensor)
 
 
 def set_entry(owner: nn.Module, name: str, tensor: Tensor) -> None:

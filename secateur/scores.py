@@ -204,7 +204,9 @@ def score(
         losses: dict[str, Curve] = {}
         if trials is not None:
             tried = [unit for unit in changing if unit.name in mine]
-            for part in ranks.gathered(trials.losses(tried)):
+            with model.headed():
+                measured = trials.losses(tried)
+            for part in ranks.gathered(measured):
                 losses |= part
     ordered = [found[block.index] for block in model.blocks]
     curves = {name: Curve(tuple(c)) for own in ordered for name, c in own["curves"].items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import HaltedError, InputError
-from secateur.header import Entry, read_header
+from secateur.header import Entry, read_header, weight_files
 
 DTYPES = {
     "F16": torch.float16,
@@ -36,7 +36,7 @@ class Shelf:
     def __init__(self, source: str, folder: Path) -> None:
         self.source = source
         self._places: dict[str, tuple[Path, Entry]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             for name, entry in read_header(path).items():
                 if name in self._places:
                     raise InputError(
@@ -66,7 +66,7 @@ class Shelf:
         if entry.dtype not in DTYPES:
             raise InputError(
                 f"model {self.source!r}: {name} has number format {entry.dtype}, which is not read "
-                f"tensor by tensor; leave out --stream."
+                f"tensor by tensor; add --stream off."
             )
         try:
             return read_tensor(path, entry)

@@ -7,10 +7,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from secateur.errors import InputError, first_line
+from secateur.header import check_layers
 from secateur.layers.integers import packed_in
-from secateur.model import Model, Settings
+from secateur.model import Model, Settings, has_forms
 from secateur.opening import (
     check_half,
+    check_lost,
     check_vocabulary,
     locate,
     open_model,
@@ -82,7 +84,10 @@ def open_streamed(source: str, settings: Settings, folder: Path | None = None) -
     if reason is not None:
         raise InputError(f"model {source!r} can't be read block by block: {reason}.")
     assert model.anatomy is not None
-    shelf = Shelf(source, _folder(source, settings))
+    stored = _folder(source, settings)
+    if has_forms(model.config):
+        check_layers(source, stored, model.module)
+    shelf = Shelf(source, stored)
     device, dtype = settings.torch_device(), settings.torch_dtype(model.stored)
     check_half(source, model.module, {model.stored, dtype})
     model.module.eval().requires_grad_(False)
@@ -91,6 +96,7 @@ def open_streamed(source: str, settings: Settings, folder: Path | None = None) -
     blocks = model.blocks
     home.house(blocks, [f"{model.prefix_of(block)}." for block in blocks])
     use = use_of(read_config(source, settings))
+    check_lost(source, model.anatomy, home.left_out)
     model.residence, model.left_out = home, home.left_out
     model.tokenizer = open_reader(source, settings, use)
     if use.reads_text:

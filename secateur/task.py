@@ -88,6 +88,7 @@ class Task:
         beside = () if self.shared is None else (self.shared.parent,)  # with the other runs
         return {
             "secateur": versions()["secateur"],
+            "libraries": {k: v for k, v in versions().items() if k != "secateur"},
             "model": self.source,
             **asked,
             "calibration": self.calibration.as_dict(),

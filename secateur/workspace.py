@@ -17,6 +17,7 @@ MAX_BYTES = 2**28
 AGAIN = " Repeat the command, which then starts afresh."
 #: what is in the folder of a run that goes on with its result: blocks that are narrowed, or all
 NARROWING, WRITTEN = "narrowing", "written.json"
+FINGERPRINT = "fingerprint.json"
 #: the result of a named part of a run: from before, or computed by what is given
 Stage = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 
@@ -54,6 +55,7 @@ class Workspace:
                 started with other inputs.
         """
         if self.out.exists() and not self.overwrite:
+            self._tidy()
             raise InputError(
                 f"output {str(self.out)!r} exists; choose another folder or add --overwrite."
             )
@@ -79,28 +81,53 @@ class Workspace:
             raise InputError(f"another run is writing {str(self.out)!r}; wait for it.") from error
         keep = True
         try:
-            self._take_up(fingerprint)
-            yield
-            keep = False
-        except (UnfinishedRunError, HaltedError):
-            raise
-        except (InputError, RunError):
-            keep = False
-            raise
+            taken_up = self._take_up(fingerprint)
+            try:
+                yield
+                keep = False
+            except (UnfinishedRunError, HaltedError):
+                raise
+            except InputError:  # a device or a folder may be away for now only
+                keep = taken_up
+                raise
+            except RunError:
+                keep = False
+                raise
         finally:
             if not keep:
+                self._forget()
                 shutil.rmtree(self.folder, ignore_errors=True)
             lock.release()
             for parent in missing:  # nearest first; only those that this run made and left empty
                 with suppress(OSError):
                     parent.rmdir()
 
-    def _take_up(self, fingerprint: dict[str, Any]) -> None:
+    def _forget(self) -> None:
+        """Remove all but the lock; first of all what it is about, so that no rest passes for it."""
+        (self.folder / FINGERPRINT).unlink(missing_ok=True)
+        for entry in self.folder.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _tidy(self) -> None:
+        """Remove what is left of a run that was killed when its result had its final name."""
+        if not (self.folder / WRITTEN).exists() or self.result.exists():
+            return
+        lock = filelock.FileLock(self.folder / "lock")
+        with suppress(filelock.Timeout, OSError), lock.acquire(timeout=0):
+            self._forget()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _take_up(self, fingerprint: dict[str, Any]) -> bool:
+        """Whether something was there to go on with."""
         if self._old.exists() and not self.out.exists():  # killed between the renames of publish
             self._old.rename(self.out)
-        path = self.folder / "fingerprint.json"
+        path = self.folder / FINGERPRINT
         now = json.loads(json.dumps(fingerprint))
-        before = self._before(path) if path.exists() else now
+        there = path.exists()
+        if not there:  # a rest that nothing speaks for
+            self._forget()
+        before = self._before(path) if there else now
         differing = sorted(k for k in {*now, *before} if now.get(k) != before.get(k))
         if differing and not self.overwrite:
             name, was, new = difference(differing[0], before, now)
@@ -109,13 +136,14 @@ class Workspace:
                 f"{new!r}). Repeat its command to finish it, or add --overwrite to start afresh."
             )
         if differing:
-            for entry in self.folder.iterdir():
-                if entry.name != "lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self._forget()
+        if (self.folder / WRITTEN).exists() and not (self.result / "config.json").exists():
+            (self.folder / WRITTEN).unlink()  # its result went to its final name, or is not whole
         if not any((self.folder / name).exists() for name in (NARROWING, WRITTEN)):
             shutil.rmtree(self.result, ignore_errors=True)
         self.result.mkdir(exist_ok=True)
         write_whole(path, json.dumps(now, indent=1))
+        return there and not differing
 
     def _before(self, path: Path) -> dict[str, Any]:
         """What the unfinished run was about; nothing that is known where that is damaged."""

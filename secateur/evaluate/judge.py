@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,9 +158,12 @@ def judge(
             agrees = agreement(dense["outputs"], kept["outputs"])
         changed = {name: changes(name, dense, kept) for name in scores}
     elif outputs_of_dense is not None:
+        partial = outputs_of_dense.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file(kept, outputs_of_dense)
+            save_file(kept, partial)
+            partial.replace(outputs_of_dense)
         except SafetensorError as error:
+            partial.unlink(missing_ok=True)
             raise HaltedError(
                 f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
             ) from error
@@ -337,9 +342,17 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def _watch(parent: int) -> None:
+    """End this process with the one that asked, however that ends."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
 def main(request: Path, result: Path) -> int:
     """The child's side of :func:`judge_apart`."""
     quiet()
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     content = json.loads(request.read_text())
     settings = Settings(**content["settings"])
     texts = tuple(Text(**text) for text in content["questions"].pop("texts"))

@@ -64,8 +64,9 @@ def _streamed(model: Model, tokens: Tokens, advance: Callable[[int], None]) -> B
         for number, block in enumerate(model.in_turn(), 1):
             stream.advance(block)
             reach(len(tokens) * number // passes)
-    for batch in stream.batches:
-        with torch.no_grad():
-            logits = stream.logits(batch, stream.at(batch))
-        yield tokens[batch].to(model.device), logits
+    with model.headed():
+        for batch in stream.batches:
+            with torch.no_grad():
+                logits = stream.logits(batch, stream.at(batch))
+            yield tokens[batch].to(model.device), logits
     reach(len(tokens))

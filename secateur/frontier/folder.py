@@ -11,8 +11,9 @@ from typing import Any
 import filelock
 
 from secateur.errors import InputError
+from secateur.records import read_object
 from secateur.runs import read_run
-from secateur.workspace import difference, write_whole
+from secateur.workspace import MAX_BYTES, difference, write_whole
 
 SHARED = ".shared"
 
@@ -45,10 +46,9 @@ class Folder:
                 f"one."
             )
         now = json.loads(json.dumps(asked))
-        try:
-            before = json.loads(self._asked.read_text()) if self._asked.exists() else now
-        except ValueError as error:
-            raise InputError(f"sweep {str(out)!r}: {self._asked.name}: {error}.") from error
+        before = now
+        if self._asked.exists():
+            before = read_object(self._asked, "sweep", MAX_BYTES)
         for name in sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
             where, was, new = difference(name, before, now)
             raise InputError(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import pydantic
-import yaml
 from pydantic import Field
 
 from secateur.errors import InputError
@@ -15,6 +14,7 @@ from secateur.frontier.names import Asked, named
 from secateur.methods import method_class
 from secateur.recipe import MAX_BYTES, Recipe, Step, StepRecord, read_recipe
 from secateur.records import Record, said
+from secateur.untrusted import HostileError, parse_yaml, read_bytes
 
 MOST = 1000  # runs
 
@@ -208,9 +208,7 @@ def read_sweep(path: Path) -> SweepRecord:
     """
     what = f"sweep {str(path)!r}"
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{what}: larger than any sweep; is it the right file?")
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(read_bytes(path, MAX_BYTES, "sweep"))
         if isinstance(content, dict) and "steps" in content and "runs" not in content:
             raise InputError(
                 f"{what}: this is a recipe. secateur sweep MODEL OUT --recipe {path} follows it at "
@@ -219,8 +217,8 @@ def read_sweep(path: Path) -> SweepRecord:
         return SweepRecord.model_validate(content)
     except OSError as error:
         raise InputError(f"{what}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{what}: no YAML: {str(error).splitlines()[0]}.") from error
+    except HostileError as error:
+        raise InputError(f"{what}: {error}.") from error
     except pydantic.ValidationError as error:
         raise InputError(f"{what}: {said(error)}. docs/sweeps.md shows one.") from error
 

@@ -135,7 +135,13 @@ def test_what_is_damaged_starts_again(tmp_path, lost):
     writer = Writer(tmp_path / "out")
     journal = Journal(tmp_path / "narrowing", writer, {"a": 1})
     writer.add("x", torch.ones(4))
-    content = {"sizes": {"a": 1}, "blocks": [], "errors": [], "streams": ["narrow"]}
+    content = {
+        "sizes": {"a": 1},
+        "blocks": [],
+        "errors": [],
+        "streams": {"narrow": 4},
+        "streamed": False,
+    }
     content["writer"] = writer.state().model_dump(mode="json")
     content["blocks"] = [{"gone": True, "linears": {}, "attention": None, "forms": {}}]
     states = tmp_path / "narrowing" / "narrow-1.states"
