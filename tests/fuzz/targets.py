@@ -327,7 +327,7 @@ class Targets:
             given = (method, plan.goal.units(method, model), plan.sizes, self.tokens, self.store)
             for block in islice(narrow_blocks(model, *given, journal), 2):
                 store_block(model, block, writer)
-                journal.record(block, [])
+                journal.record(block)
             templates[name] = there
         seeds = {
             n: json.loads((t / "narrowing/journal.json").read_text()) for n, t in templates.items()

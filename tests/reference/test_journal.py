@@ -182,6 +182,9 @@ def test_two_files_with_one_tensor_are_refused(tmp_path):
     from secateur import InputError
 
     for name in ("a", "b"):
-        save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+        save_file({"w": torch.ones(2), name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    index = {name: f"{name}.safetensors" for name in ("a", "b")}
+    content = json.dumps({"weight_map": {**index, "w": "a.safetensors"}})
+    (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError, match="both"):
         Shelf("m", tmp_path)
