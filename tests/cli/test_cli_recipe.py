@@ -45,6 +45,7 @@ def test_one_budget_of_bytes_holds_for_all_steps(follow, room, model, keep):
     assert keep - 0.04 < share <= keep
     assert [step["method"]["name"] for step in report["steps"]] == ["modegpt", "svd-llm"]
     assert report["tier"] == "factored"
+    assert not list((room / "out").glob("shard*"))  # nothing that only going on would need
 
 
 def test_statistics_are_those_of_what_the_step_before_has_left(follow, room):

@@ -126,6 +126,50 @@ def test_a_calibration_cut_short_starts_again(undisturbed, stopped, compress, ro
     assert (room / "out" / WEIGHTS).read_bytes() == undisturbed[WEIGHTS]
 
 
+def test_a_rest_that_nothing_speaks_for_is_not_used(undisturbed, stopped, compress, room):
+    """Killed while its folder was cleared. The mistake: scores of another command, believed."""
+    stopped("write", args=["--method", "modegpt"])
+    (room / ".out.partial" / "fingerprint.json").unlink()
+    compress().succeeded()
+    assert made(room / "out") == undisturbed
+
+
+def test_a_folder_whose_result_has_its_final_name_is_tidied(compress, room):
+    """Killed between the last rename and the end of clearing."""
+    from secateur.workspace import Workspace
+
+    publish = Workspace.publish
+
+    def killed(workspace):
+        publish(workspace)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workspace, "publish", killed)
+        assert compress().code == 130
+    assert files(room) == [".out.partial", "out"]
+    before = made(room / "out")
+    compress().refused("exists")
+    assert files(room) == ["out"]
+    assert made(room / "out") == before
+
+
+def test_wrong_input_later_leaves_what_was_finished(stopped, compress, room, monkeypatch):
+    """A device that is away for now. The mistake: hours of work removed."""
+    from secateur import InputError, pipeline
+
+    def away(*_, **__):
+        raise InputError("no such device")
+
+    stopped("write")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write", away)
+        compress().refused("no such device")
+    assert (room / ".out.partial" / "statistics").is_dir()
+    compress().succeeded()
+    assert files(room) == ["out"]
+
+
 def test_an_interrupted_overwrite_leaves_the_old_output(compress, room, monkeypatch):
     from secateur import pipeline
 
