@@ -56,9 +56,6 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   printf '![sparsity](sparsity-reference-7m.png)\n'
   printf '\n## Speed\n'
   section speed speed.py
-  printf '\n## Large models\n'
-  section large-blocks large.py FOLDER --blocks 4,8,16 --hidden 1024 --mlp 4096 --heads 16 --vocabulary 8000 --samples 8
-  section large large.py FOLDER --samples 4
   printf '\n## Ingredients\n'
   section ablation-stories260K ablation.py "${stories[@]}" --multiple-of 4
   section ablation-reference-7m ablation.py "${reference[@]}"
