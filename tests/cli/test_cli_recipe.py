@@ -116,11 +116,11 @@ def test_a_killed_run_goes_on_behind_its_last_step(follow, room, monkeypatch):
     recipe, seen = {"keep": 0.6, "steps": STEPS}, []
     prepare = sequence.prepare
 
-    def once(source, method, *rest):
+    def once(source, method, *rest, **named):
         seen.append(method.name)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return prepare(source, method, *rest)
+        return prepare(source, method, *rest, **named)
 
     monkeypatch.setattr(sequence, "prepare", once)
     assert follow(recipe).code == 130

@@ -35,20 +35,20 @@ def sweep(run, near, model, text, held, room):
 @pytest.fixture
 def counted(monkeypatch, forget):
     """How often the dear parts of a run are done, in an empty cache."""
-    from secateur import prepare
+    from secateur import crew
 
     forget()
     calls = []
 
     def counting(name, original):
-        def call(*args):
+        def call(*args, **named):
             calls.append(name)
-            return original(*args)
+            return original(*args, **named)
 
         return call
 
     for name in ("calibrate", "score"):
-        monkeypatch.setattr(prepare, name, counting(name, getattr(prepare, name)))
+        monkeypatch.setattr(crew, name, counting(name, getattr(crew, name)))
     return calls
 
 

@@ -79,11 +79,12 @@ def narrow_sizes(model, share):
     }
 
 
-def test_targets_bring_the_narrowed_stream_back_to_the_dense_one(folder):
+def test_targets_bring_the_narrowed_stream_back_to_the_dense_one(folder, monkeypatch):
     """A block of the decoder adds what it reads of the encoder between attention and MLP.
 
     The mistakes: to take it for no plain sum, or to leave it in the MLP's target.
     """
+    monkeypatch.setattr("secateur.stream.BATCHES", 1)
     model, tokens, method = opened(folder), rows(6), Auto(iterations=0)
     store = Store()
     calibrate(model, tokens, method.needs, store)
