@@ -74,7 +74,7 @@ def test_left_padding_changes_no_token(readings, name, route, kind):
 @every_route
 def test_base_model_loads_with_the_same_states(readings, name, route, kind):
     said = readings(route)(name, kind).tensors
-    assert spread(said["states"], said["states.expected"]) < 2e-5
+    assert spread(said["states"], said["states.expected"]) < 5e-5
 
 
 @every_family
