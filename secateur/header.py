@@ -12,7 +12,18 @@ from secateur.errors import InputError, shown
 from secateur.layers.factored_secateur import Factored
 from secateur.untrusted import HostileError, opened, parse_json, plain_name, read_bytes
 
-NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 FLOATS = ("F16", "BF16", "F32", "F64")
 BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -186,18 +197,24 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> dict[str, Entry]:
-    """Every tensor in the weight files of a folder.
+    """Every tensor in the weight files of a folder; raises as :func:`places` does."""
+    return {name: entry for name, (_, entry) in places(folder).items()}
+
+
+def places(folder: Path) -> dict[str, tuple[Path, Entry]]:
+    """In which weight file of a folder every tensor is, and where in that.
 
     Raises:
         InputError: a file is damaged or missing, or two of them have the same tensor.
     """
-    found: dict[str, Entry] = {}
+    found: dict[str, tuple[Path, Entry]] = {}
     for path in weight_files(folder):
         own = read_header(path)
         if twice := found.keys() & own.keys():
+            name = min(twice)
             raise InputError(
-                f"weight file {str(path)!r}: tensor {shown(min(twice))} is in another file, too. "
-                f"Fetch the model again."
+                f"weight file {str(path)!r}: tensor {shown(name)} is in another file, too; "
+                f"{found[name][0].name} and {path.name} both have it. Fetch the model again."
             )
-        found |= own
+        found |= {name: (path, entry) for name, entry in own.items()}
     return found

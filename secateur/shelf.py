@@ -7,20 +7,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import HaltedError, InputError
-from secateur.header import Entry, read_header, weight_files
+from secateur.header import NAMES, Entry, places
 
-DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 class Shelf:
@@ -35,15 +24,7 @@ class Shelf:
 
     def __init__(self, source: str, folder: Path) -> None:
         self.source = source
-        self._places: dict[str, tuple[Path, Entry]] = {}
-        for path in weight_files(folder):
-            for name, entry in read_header(path).items():
-                if name in self._places:
-                    raise InputError(
-                        f"model {source!r}: {name} is both in {self._places[name][0].name} and in "
-                        f"{path.name}; remove the file that is no part of it."
-                    )
-                self._places[name] = path, entry
+        self._places = places(folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

@@ -11,23 +11,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from secateur.header import BYTES, INDEX, SINGLE, Entry, read_header
+from secateur.header import BYTES, INDEX, NAMES, SINGLE, Entry, read_header
 from secateur.records import Record
 from secateur.shelf import read_tensor
 
 SHARD_BYTES = 4 * 2**30
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 COPIED = 2**24  # bytes at a time
 ALIGNED = 8
 
