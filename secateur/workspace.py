@@ -70,15 +70,7 @@ class Workspace:
                     f"{str(path)!r} is a link, and nothing is written through it; remove it."
                 )
         missing = [parent for parent in self.folder.parents if not parent.exists()]
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output {str(self.out)!r}: {error.strerror}.") from error
-        lock = filelock.FileLock(self.folder / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise InputError(f"another run is writing {str(self.out)!r}; wait for it.") from error
+        lock = taken(self.folder, self.out, "run")
         keep = True
         try:
             taken_up = self._take_up(fingerprint)
@@ -173,6 +165,24 @@ class Workspace:
             if self._old.exists():
                 self._old.rename(self.out)
             raise
+
+
+def taken(folder: Path, out: Path, what: str) -> filelock.BaseFileLock:
+    """The lock of a folder in which one process at a time makes ``out``; made where it is missing.
+
+    Raises:
+        InputError: it can't be made, or another one is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {str(out)!r}: {error.strerror}.") from error
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise InputError(f"another {what} is writing {str(out)!r}; wait for it.") from error
+    return lock
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -8,12 +8,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from secateur.errors import InputError
 from secateur.records import read_object
 from secateur.runs import read_run
-from secateur.workspace import MAX_BYTES, difference, write_whole
+from secateur.workspace import MAX_BYTES, difference, taken, write_whole
 
 SHARED = ".shared"
 
@@ -66,15 +64,7 @@ class Folder:
             InputError: another sweep is at work there, or its runs had something else in common.
         """
         self.check(asked)
-        try:
-            self.shared.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output {str(self.out)!r}: {error.strerror}.") from error
-        lock = filelock.FileLock(self.shared / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise InputError(f"another sweep is writing {str(self.out)!r}; wait for it.") from error
+        lock = taken(self.shared, self.out, "sweep")
         try:
             write_whole(self._asked, json.dumps(asked, indent=1))
             yield

@@ -75,15 +75,21 @@ def traced(monkeypatch):
     return said
 
 
-@needs_onnx
-def test_a_graph_that_says_something_else_never_appears(source, traced, tmp_path):
-    folder = source("llama")
+def answers(folder):
+    """What a graph of a Llama should say."""
     model = FAMILIES["llama"].auto.from_pretrained(folder).eval()
 
     def right(given):
         with torch.inference_mode():
             return model(**{k: torch.from_numpy(v) for k, v in given.items()}).logits
 
+    return right
+
+
+@needs_onnx
+def test_a_graph_that_says_something_else_never_appears(source, traced, tmp_path):
+    folder = source("llama")
+    right = answers(folder)
     traced["of"] = right
     export_onnx(folder, tmp_path / "right.onnx", CPU)
     traced["of"] = lambda given: (
@@ -138,12 +144,7 @@ def test_a_graph_that_does_not_open_is_said(source, tmp_path, monkeypatch):
 @needs_onnx
 def test_overwriting_leaves_no_weights_of_the_graph_before(source, traced, tmp_path):
     folder = source("llama")
-    model = FAMILIES["llama"].auto.from_pretrained(folder).eval()
-
-    def right(given):
-        with torch.inference_mode():
-            return model(**{k: torch.from_numpy(v) for k, v in given.items()}).logits
-
+    right = answers(folder)
     traced["of"] = right
     for name in ("model.onnx", "model.onnx.data"):
         (tmp_path / name).write_text("stale")
