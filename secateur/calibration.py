@@ -6,18 +6,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.block import Block
 from secateur.errors import InputError, refuse_difference, shown
 from secateur.gradients import collect_gradients, needs_gradients
-from secateur.header import read_header
+from secateur.header import read_header, read_metadata
 from secateur.model import Model
 from secateur.observe import observed
 from secateur.ranks import ALONE, Ranks
+from secateur.shelf import read_tensor
 from secateur.statistics import INPUTS, BlockStatistics, Need, Needs, Statistic
 from secateur.stream import Stream
 from secateur.text import Tokens
@@ -45,14 +47,8 @@ class Store:
         if self.folder is None:
             return block in self._memory
         try:
-            read_header(self._path(block))
-            with safe_open(self._path(block), framework="pt") as file:
-                return file.metadata() is not None
-        except (
-            InputError,
-            OSError,
-            SafetensorError,
-        ):  # never written, or damaged: it is measured again
+            return bool(read_metadata(self._path(block)))
+        except InputError:  # never written, or damaged: it is measured again
             return False
 
     def claim(self, own: dict[str, Any], needs: Iterable[Need]) -> None:
@@ -77,6 +73,10 @@ class Store:
         advice = "Name another folder, or remove this one."
         refuse_difference(f"statistics {str(self.folder)!r}", found, own, advice)
         self.folder.mkdir(parents=True, exist_ok=True)
+        for rest in self.folder.glob("block-*.partial"):  # of a run that was killed
+            number = rest.name.split(".")[1]
+            if number.isdecimal() and not psutil.pid_exists(int(number)):
+                rest.unlink()
         write_whole(path, json.dumps(own, indent=1))
 
     def put(self, block: int, statistics: BlockStatistics) -> None:
@@ -118,25 +118,23 @@ class Store:
         if not needs:
             return {}
         path = self._path(block)
-        there = read_header(path)
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            counts = file.metadata() or {}
-            found: dict[Need, Statistic] = {}
-            for need in needs:
-                if (key := _key(need)) not in counts:
-                    continue
-                seen = counts[key]
-                if not (seen.isascii() and seen.isdigit() and len(seen) < 19):
-                    raise InputError(f"statistics {str(path)!r}: {key} is of {shown(seen)} tokens.")
+        there, counts = read_header(path), read_metadata(path)
+        found: dict[Need, Statistic] = {}
+        for need in needs:
+            if (key := _key(need)) not in counts:
+                continue
+            seen = counts[key]
+            if not (seen.isascii() and seen.isdigit() and len(seen) < 19):
+                raise InputError(f"statistics {str(path)!r}: {key} is of {shown(seen)} tokens.")
 
-                def part(name: str, key: str = key) -> Tensor:
-                    if key + name not in there or there[key + name].dtype != "F64":
-                        raise InputError(f"statistics {str(path)!r}: {key} is missing or no sum.")
-                    tensor: Tensor = file.get_tensor(key + name)
-                    return tensor
+            def part(name: str, key: str = key) -> Tensor:
+                entry = there.get(key + name)
+                if entry is None or entry.dtype != "F64":
+                    raise InputError(f"statistics {str(path)!r}: {key} is missing or no sum.")
+                return read_tensor(path, entry).to(device)  # not mapped: see Shelf
 
-                found[need] = need.kind.of_parts(part, int(seen))
-            return found
+            found[need] = need.kind.of_parts(part, int(seen))
+        return found
 
 
 def _key(need: Need) -> str:

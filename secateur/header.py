@@ -75,6 +75,17 @@ def read_header(path: Path) -> dict[str, Entry]:
     return dict(entries)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings by name that :func:`read_header` passes over.
+
+    Raises:
+        InputError: as there.
+    """
+    read_header(path)
+    found: dict[str, str] = _parts(path)[0].get("__metadata__", {})
+    return found
+
+
 def _parts(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header, where it ends, and where the file does."""
     with opened(path) as (file, size):

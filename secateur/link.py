@@ -172,17 +172,6 @@ class Link:
             with self._lasting():
                 dist.broadcast(part, by, group=group)
 
-    def hand_over(self, tensor: Tensor, by: int) -> None:
-        """Give the first the numbers of another; these two must have met."""
-        if self.rank not in (0, by):
-            return
-        for part, group in passing(tensor, self._fast, raw=True):
-            with self._lasting():
-                if self.rank:
-                    dist.send(part, 0, group=group)
-                else:
-                    dist.recv(part, by, group=group)
-
     @contextmanager
     def _lasting(self) -> Iterator[None]:
         """Where the connection breaks, say who broke it."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.activations import Activations
 from secateur.apply import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.block import Block
 from secateur.calibration import Store, collect
@@ -18,6 +17,7 @@ from secateur.model import Model
 from secateur.observe import mixed_values
 from secateur.ranks import ALONE, Ranks
 from secateur.residual import sliced_blocks
+from secateur.rows import Piece, Rows
 from secateur.statistics import BlockStatistics, Cross, Gram, Needs, wide
 from secateur.stream import Stream
 from secateur.text import Tokens
@@ -159,20 +159,24 @@ class Propagation:
         self._apply(block, value_output, sizes, {**statistics, **mixed})
         self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
         if sizes[mlp.name] > 0:
-            inputs, targets = self._rows(block, self.inputs), self._rows(block, self.targets)
-            self._refine(block, inputs, targets)
+            self.method.refine(block, self._rows(block))
+            self.ranks.follow(parameter.data for parameter in block.module.parameters())
         check_finite(block)
         self.narrow.advance(block)
 
-    def _rows(self, block: Block, held: Activations) -> Tensor:
-        """The numbers of all real tokens that a block sees, on the model's device."""
-        found = [
-            held[batch][:, self.dense.part(block)].to(self.dense.model.device)[
-                self.dense.mask(batch, block)
-            ]
-            for batch in self.dense.batches
-        ]
-        return torch.cat(found)
+    def _rows(self, block: Block) -> Rows:
+        """What the MLP reads and should give on all real tokens, on the model's device."""
+        part, device = self.dense.part(block), self.dense.model.device
+
+        def pieces() -> Iterator[Piece]:
+            for batch in self.dense.batches:
+                mask = self.dense.mask(batch, block)
+                inputs, targets = (
+                    held[batch][:, part].to(device)[mask] for held in (self.inputs, self.targets)
+                )
+                yield inputs, targets
+
+        return Rows(pieces, self.dense.ahead(block), self.ranks)
 
     def _apply(
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
@@ -181,13 +185,6 @@ class Propagation:
             return self.method.solve(unit, block, statistics).at(sizes[unit.name])
 
         narrow_unit(block, unit, self.ranks.told(solved))
-
-    def _refine(self, block: Block, inputs: Tensor, targets: Tensor) -> None:
-        """Let the first one refine the MLP on the tokens of all."""
-        inputs, targets = self.ranks.rows(inputs), self.ranks.rows(targets)
-        if self.ranks.leads:
-            self.method.refine(block, inputs, targets)
-        self.ranks.follow(parameter.data for parameter in block.module.parameters())
 
     def _run_dense(self, block: Block) -> bool:
         """Move the dense stream on, note the targets, and say whether the block is a plain sum."""

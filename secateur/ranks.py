@@ -135,21 +135,6 @@ class Ranks:
         )
         return found
 
-    def rows(self, own: Tensor) -> Tensor:
-        """The rows of all, one process behind the other, where one leads; elsewhere its own."""
-        if self.link is None:
-            return own
-        counts, parts = self.gathered(len(own)), [own]
-        for by in range(1, self.world):
-            self.link.meet()
-            if self.leads:
-                part = own.new_empty(counts[by], *own.shape[1:])
-                self.link.hand_over(part, by)
-                parts.append(part)
-            elif self.rank == by:
-                self.link.hand_over(own, by)
-        return torch.cat(parts) if self.leads else own
-
     def follow(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the numbers that they have where one leads."""
         if self.link is not None:

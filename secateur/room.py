@@ -1,32 +1,43 @@
 """How much memory this process may still take."""
 
-import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMBER = Path("/proc/self/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
     """The least of what the device has left and what limits on this process leave of it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    process = psutil.Process()
+    own = process.memory_info()
     found = [int(psutil.virtual_memory().available)]
-    own = psutil.Process().memory_info()
-    for kind, used in ((resource.RLIMIT_DATA, own.rss), (resource.RLIMIT_AS, own.vms)):
-        limit = resource.getrlimit(kind)[0]
-        if limit != resource.RLIM_INFINITY:
-            found.append(limit - used)
-    group = (_number(CGROUP / "memory.max"), _number(CGROUP / "memory.current"))
-    if None not in group:
-        found.append(group[0] - group[1])  # type: ignore[operator]
-    return max(0, min(found))
+    if hasattr(process, "rlimit"):  # not on every system
+        for kind, used in ((psutil.RLIMIT_DATA, own.rss), (psutil.RLIMIT_AS, own.vms)):
+            limit = process.rlimit(kind)[0]
+            if limit != psutil.RLIM_INFINITY:
+                found.append(limit - used)
+    return max(0, min([*found, *_groups()]))
 
 
-def _number(path: Path) -> int | None:
+def _groups() -> Iterator[int]:
+    """What is left in each control group around this process that has a limit.
+
+    What its files have in memory counts as free where nobody has used it lately.
+    """
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such group, or "max"
-        return None
+        own = CGROUP / MEMBER.read_text().rpartition("0::/")[2].partition("\n")[0]
+    except OSError:
+        return
+    for folder in (own, *own.parents):
+        try:
+            limit, used = (int((folder / f"memory.{n}").read_text()) for n in ("max", "current"))
+            figures = dict(line.split() for line in (folder / "memory.stat").open())
+        except (OSError, ValueError):  # no such group, or no limit: "max"
+            continue
+        yield limit - used + int(figures.get("inactive_file", 0))

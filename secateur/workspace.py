@@ -157,6 +157,7 @@ class Workspace:
                 f"output {str(self.out)!r} appeared while the run was working. Move it away and "
                 f"repeat the command, which then goes on."
             )
+        on_disk(self.result)
         if self.out.exists():
             self.out.rename(self._old)
         try:
@@ -165,6 +166,18 @@ class Workspace:
             if self._old.exists():
                 self._old.rename(self.out)
             raise
+
+
+def on_disk(folder: Path) -> None:
+    """Wait until the disk has all files of a folder, so that none is found empty after a power cut.
+
+    Raises:
+        OSError: it has no room for them after all.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("r+b") as file:
+                os.fsync(file.fileno())
 
 
 def taken(folder: Path, out: Path, what: str) -> filelock.BaseFileLock:

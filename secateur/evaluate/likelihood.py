@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from secateur.errors import InputError
-from secateur.evaluate.passes import LOGITS_PER_BATCH, TOKENS_PER_BATCH
+from secateur.evaluate.passes import batches
 from secateur.model import Model
+from secateur.text import Tokens
 
 FALLBACK_POSITIONS = 2048  # where neither config nor tokenizer says how long an input may be
+LIKE = 0.75  # of the longest that a row is run with
 BOUNDLESS = 10**9  # tokenizers say 10³⁰ where they mean that nothing is known
 
 
@@ -79,13 +81,13 @@ def likelihoods(
 ) -> list[Likelihood]:
     """One for each pair, in their order; they are run longest first, those of like length together.
 
-    What is too long loses tokens at its start. ``advance`` is told how many are done.
+    A model that is read block by block is gone through once for each of these. What is too long
+    loses tokens at its start. ``advance`` is told how many are done.
 
     Raises:
         InputError: a continuation alone is too long, or an output is not finite.
     """
-    module: Any = model.module
-    room, vocabulary = longest_input(model), module.get_input_embeddings().weight.shape[0]
+    room = longest_input(model)
     if (most := max((len(pair.continuation) for pair in pairs), default=0)) > room:
         raise InputError(
             f"a continuation has {most} tokens, more than the {room} that the model reads; make it "
@@ -94,24 +96,28 @@ def likelihoods(
     rows = [[*pair.context, *pair.continuation][-room - 1 : -1] for pair in pairs]
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i]))
     found: dict[int, Likelihood] = {}
-    most = min(TOKENS_PER_BATCH, LOGITS_PER_BATCH // vocabulary)
-    with torch.inference_mode():
-        while len(found) < len(order):
-            first = len(found)
-            longest = len(rows[order[first]])
-            batch = order[first : first + max(1, most // longest)]
-            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-            for place, i in enumerate(batch):  # what is behind a row's end, no token in it sees
-                ids[place, : len(rows[i])] = torch.tensor(rows[i])
-            logits = module(input_ids=ids.to(model.device), use_cache=False).logits
-            for place, i in enumerate(batch):
+    while len(found) < len(order):
+        left = order[len(found) :]
+        together = [i for i in left if len(rows[i]) >= LIKE * len(rows[left[0]])]
+        waiting = iter(together)
+        for _, several in batches(model, padded([rows[i] for i in together]), advance):
+            for logits, i in zip(several, waiting, strict=False):
                 wanted = torch.tensor(pairs[i].continuation, device=logits.device)
-                own = logits[place, len(rows[i]) - len(wanted) : len(rows[i])].float()
+                own = logits[len(rows[i]) - len(wanted) : len(rows[i])].float()
                 said = own.log_softmax(-1)[torch.arange(len(wanted)), wanted]
                 greedy = bool((own.argmax(-1) == wanted).all())
                 found[i] = Likelihood(_finite(float(said.double().sum())), greedy)
-            advance(len(batch))
     return [found[i] for i in range(len(rows))]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tokens:
+    """Rows as long as the first, the longest; what is behind a row's end, no token in it sees."""
+    ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(row)
+        mask[place, : len(row)] = True
+    return Tokens(ids, mask)
 
 
 def _finite(total: float) -> float:

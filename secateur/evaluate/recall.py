@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.evaluate.passes import batches
 from secateur.evaluate.standing import Figures, standard_error
 from secateur.model import Model
+from secateur.text import Tokens
 
 SENTENCE, WORD = "\nThe secret word is", " {}"
 WORDS = (
@@ -77,12 +79,10 @@ def recall(
     said: dict[tuple[int, float], Tensor] = {}
     for length, depth in product(lengths, DEPTHS):
         start = len(said) * (len(filler) - length) // (len(lengths) * len(DEPTHS))
-        text, own = filler[start : start + length].tolist(), []
-        for ids in keys.values():
-            row = planted(text, [*asked, *ids, *stop], asked, depth, length)
-            own.append(_last(model, row).log_softmax(-1)[firsts])
-            advance(1)
-        said[length, depth] = torch.stack(own)
+        text = filler[start : start + length].tolist()
+        rows = [planted(text, [*asked, *k, *stop], asked, depth, length) for k in keys.values()]
+        own = _last(model, torch.tensor(rows), advance)
+        said[length, depth] = own.log_softmax(-1)[:, firsts]
     return {
         **contrast([*said.values()]),
         "keys": len(keys),
@@ -118,12 +118,18 @@ def steps() -> int:
     return len(SHARES) * len(DEPTHS) * KEYS
 
 
-def _last(model: Model, row: Sequence[int]) -> Tensor:
-    """Logits of what comes behind a row."""
+def _last(model: Model, rows: Tensor, advance: Callable[[int], None]) -> Tensor:
+    """Logits of what comes behind each row."""
+    if model.residence is not None:  # read once for all of them
+        tokens = Tokens(rows, torch.ones_like(rows, dtype=torch.bool))
+        found = [logits[:, -1].double().cpu() for _, logits in batches(model, tokens, advance)]
+        return torch.cat(found)
     module: Any = model.module
     keep = "logits_to_keep" in inspect.signature(module.forward).parameters
-    ids = torch.tensor([row], device=model.device)
-    with torch.inference_mode():
-        out = module(input_ids=ids, use_cache=False, **({"logits_to_keep": 1} if keep else {}))
-    logits: Tensor = out.logits[0, -1]
-    return logits.double().cpu()
+    options, found = {"logits_to_keep": 1} if keep else {}, []
+    for row in rows.to(model.device).split(1):
+        with torch.inference_mode():
+            out = module(input_ids=row, use_cache=False, **options)
+        found.append(out.logits[:, -1].double().cpu())
+        advance(1)
+    return torch.cat(found)

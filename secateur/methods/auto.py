@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from secateur.allocate.base import Allocator
 from secateur.allocate.knapsack import Knapsack
 from secateur.block import Block
@@ -14,6 +12,7 @@ from secateur.methods.gauss_newton import GaussNewton
 from secateur.methods.joint_obs import JointOBS
 from secateur.methods.mixed_svd import MixedSVD
 from secateur.options import option
+from secateur.rows import Rows
 from secateur.statistics import BlockStatistics, Need, Needs
 from secateur.units import MLP, QueryKey, Unit
 
@@ -60,7 +59,7 @@ class Auto(SequentialMethod):
             local = MixedSVD(self.ridge)
         return local.solve(unit, block, statistics)
 
-    def refine(self, block: Block, inputs: Tensor, targets: Tensor) -> None:
+    def refine(self, block: Block, rows: Rows) -> None:
         """A Gauss-Newton step on the MLP."""
         if self.iterations:
-            GaussNewton(self.iterations, 1e-3, self.ridge).refine(block, inputs, targets)
+            GaussNewton(self.iterations, 1e-3, self.ridge).refine(block, rows)

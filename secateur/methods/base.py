@@ -13,6 +13,7 @@ from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.options import checked, option
 from secateur.prices import Target
+from secateur.rows import Rows
 from secateur.statistics import BlockStatistics, Need
 from secateur.units import WIDTHS, Unit
 
@@ -144,9 +145,9 @@ class SequentialMethod(Method):
     """
 
     @abstractmethod
-    def refine(self, block: Block, inputs: Tensor, targets: Tensor) -> None:
+    def refine(self, block: Block, rows: Rows) -> None:
         """Adjust a narrowed MLP, in place, after its consumer was refitted.
 
-        ``inputs`` (tokens, hidden) are what its producers read, ``targets`` (tokens, outputs) what
-        its consumer should give, without bias.
+        ``rows`` are what its producers read and what its consumer should give, without bias. On
+        several ranks all call this, and what the first one makes of the weights is for all.
         """

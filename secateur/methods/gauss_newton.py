@@ -1,6 +1,5 @@
 """The linears before an activation, refitted to what the MLP's output should be."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +7,12 @@ from torch import Tensor
 
 from secateur.block import Block
 from secateur.linalg import conjugate_gradients, damped_cholesky, least_squares
-from secateur.statistics import Cross, Gram
+from secateur.room import free_bytes
+from secateur.rows import Rows
+from secateur.statistics import Cross, Gram, Needs
 
-TOKENS = 4096  # at a time
-REMEMBERED = 4 * 2**30  # bytes of slopes that are kept between iterations
+REMEMBERED = 4 * 2**30  # bytes of slopes that are kept between iterations, at most
+SHARE = 4  # and no more than this part of the memory that is free
 Parts = list[Tensor]
 
 
@@ -44,56 +45,52 @@ class GaussNewton:
     ridge: float
     refit_ridge: float
 
-    def refine(self, block: Block, inputs: Tensor, targets: Tensor) -> None:
-        """Change the producers of ``block`` and then its consumer, in place.
+    def refine(self, block: Block, rows: Rows) -> None:
+        """Change the producers of ``block`` and then its consumer, in place; targets have no bias.
 
-        ``inputs`` (tokens, hidden) and ``targets`` (tokens, outputs), the latter without bias.
+        On several ranks each works on its own rows, and all come to the same weights.
         """
-        # Every seventh run of 32 tokens judges: at all positions of windows of powers of two.
-        rows = torch.arange(len(inputs), device=inputs.device) // 32 % 7
-        fit, judge = rows != 6, rows == 6
-        step = self._step(block, inputs[fit], targets[fit])
-        before, weights = self._error(block, inputs[judge], targets[judge]), block.producer_weights
+        judge, fit = rows.where(_judges), rows.where(lambda at: ~_judges(at))
+        step = self._step(block, fit)
+        before, weights = self._error(block, judge), block.producer_weights
         originals = [weight.clone() for weight in weights]
         for scale in (1.0, 0.5, 0.25):
             for weight, original, change in zip(weights, originals, step, strict=True):
                 weight.data.copy_(original + scale * change)
-            if self._error(block, inputs[judge], targets[judge]) < before:
-                self._refit(block, inputs, targets)
+            if self._error(block, judge) < before:
+                self._refit(block, rows)
                 return
         for weight, original in zip(weights, originals, strict=True):
             weight.data.copy_(original)
 
-    def _step(self, block: Block, inputs: Tensor, targets: Tensor) -> Parts:
+    def _step(self, block: Block, rows: Rows) -> Parts:
         """The change of every part, (inputs, channels), float32."""
         consumer = block.consumer_weight.float()
-        count = len(inputs)
+        room = min(REMEMBERED, free_bytes(consumer.device) // SHARE)
         cached: dict[int, Parts] = {}
-        room = REMEMBERED // (4 * consumer.shape[0] * len(block.producer_weights) * TOKENS)
-
-        def pieces() -> Iterator[tuple[Tensor, Parts]]:
-            for start in range(0, count, TOKENS):
-                piece = inputs[start : start + TOKENS]
-                yield piece.float(), cached.get(start) or self._linearised(block, piece)[1]
 
         def back(errors: Tensor, piece: Tensor, slopes: Parts) -> Parts:
             """The gradient of ½‖errors‖² by every part."""
             hidden = errors @ consumer.t()
-            return [piece.t() @ (slope * hidden) / count for slope in slopes]
+            return [piece.t() @ (slope * hidden) for slope in slopes]
 
         gram = Gram()
-        residual: Parts = []
-        energy: Parts = []
-        for start in range(0, count, TOKENS):
-            piece = inputs[start : start + TOKENS]
-            hidden, slopes = self._linearised(block, piece)
-            if len(cached) < room:
-                cached[start] = slopes
-            errors = targets[start : start + TOKENS].float() - hidden @ consumer
-            piece = piece.float()
-            residual = _sum(residual, back(errors, piece, slopes))
-            energy = _sum(energy, [slope.square().sum(0) / count for slope in slopes])
-            gram.update(piece, mask=torch.ones(len(piece), dtype=torch.bool, device=piece.device))
+        residual = [torch.zeros_like(w, dtype=torch.float32) for w in block.producer_weights]
+        energy = [r[0].clone() for r in residual]
+        for number, (inputs, targets) in enumerate(rows):
+            hidden, slopes = self._linearised(block, inputs)
+            room -= sum(slope.nbytes for slope in slopes)
+            if room > 0:
+                cached[number] = slopes
+            errors, piece = targets.float() - hidden @ consumer, inputs.float()
+            _add(residual, back(errors, piece, slopes))
+            _add(energy, [slope.square().sum(0) for slope in slopes])
+            gram.update(piece, mask=_all(piece))
+        rows.ranks.add_up({Needs.MLP_INPUT_GRAM: gram})
+        rows.ranks.sum([*residual, *energy])
+        count = gram.tokens
+        for total in (*residual, *energy):
+            total /= count
         channel = consumer.square().sum(1)
         scale = [channel * e for e in energy]
         scale = [s.clamp_min(1e-12 * float(s.max()) + 1e-30) for s in scale]  # silent channels
@@ -103,13 +100,17 @@ class GaussNewton:
 
         def curved(change: Parts) -> Parts:
             """The Hessian of the linearised error times a change."""
-            total: Parts = [
-                self.ridge * (metric @ c) * s for c, s in zip(change, scale, strict=True)
-            ]
-            for piece, slopes in pieces():
+            total = [torch.zeros_like(c) for c in change]
+            for number, (inputs, _) in enumerate(rows):
+                slopes = cached.get(number) or self._linearised(block, inputs)[1]
+                piece = inputs.float()
                 moved = [slope * (piece @ c) for slope, c in zip(slopes, change, strict=True)]
-                total = _sum(total, back(sum(moved[1:], moved[0]) @ consumer, piece, slopes))
-            return total
+                _add(total, back(sum(moved[1:], moved[0]) @ consumer, piece, slopes))
+            rows.ranks.sum(total)
+            return [
+                t / count + self.ridge * (metric @ c) * s
+                for t, c, s in zip(total, change, scale, strict=True)
+            ]
 
         def preconditioned(gradient: Parts) -> Parts:
             return [inverse @ (g / s) for g, s in zip(gradient, scale, strict=True)]
@@ -124,24 +125,35 @@ class GaussNewton:
             slopes = torch.autograd.grad(hidden.sum(), produced)
         return hidden.detach().float(), [slope.float() for slope in slopes]
 
-    def _error(self, block: Block, inputs: Tensor, targets: Tensor) -> float:
-        consumer, total = block.consumer_weight.to(inputs.dtype), 0.0
-        for piece, target in zip(inputs.split(TOKENS), targets.split(TOKENS), strict=True):
-            found = block.channels(block.produced(piece)) @ consumer
-            total += float((target - found).double().square().sum())
-        return total
+    def _error(self, block: Block, rows: Rows) -> float:
+        total = block.consumer_weight.new_zeros(1, dtype=torch.float64)
+        for inputs, targets in rows:
+            found = block.channels(block.produced(inputs)) @ block.consumer_weight.to(inputs.dtype)
+            total += (targets - found).double().square().sum()
+        rows.ranks.sum([total])
+        return float(total)
 
-    def _refit(self, block: Block, inputs: Tensor, targets: Tensor) -> None:
+    def _refit(self, block: Block, rows: Rows) -> None:
         gram, cross = Gram(), Cross()
-        for piece, target in zip(inputs.split(TOKENS), targets.split(TOKENS), strict=True):
-            hidden = block.channels(block.produced(piece))
-            mask = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-            gram.update(hidden, mask=mask)
-            cross.update(hidden, target, mask=mask)
+        for inputs, targets in rows:
+            hidden = block.channels(block.produced(inputs))
+            gram.update(hidden, mask=_all(hidden))
+            cross.update(hidden, targets, mask=_all(hidden))
+        rows.ranks.add_up({Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross})
         what = f"block {block.index}: consumer after the step"
         found = least_squares(gram.mean, cross.mean, block.consumer_weight, self.refit_ridge, what)
         block.set_consumer_weight(found)
 
 
-def _sum(total: Parts, added: Parts) -> Parts:
-    return [t + a for t, a in zip(total, added, strict=True)] if total else added
+def _add(total: Parts, added: Parts) -> None:
+    for own, more in zip(total, added, strict=True):
+        own += more
+
+
+def _judges(at: Tensor) -> Tensor:
+    """Every seventh run of 32 tokens: at all positions of windows of powers of two."""
+    return at // 32 % 7 == 6
+
+
+def _all(rows: Tensor) -> Tensor:
+    return torch.ones(len(rows), dtype=torch.bool, device=rows.device)

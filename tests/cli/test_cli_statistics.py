@@ -1,6 +1,9 @@
 """Statistics that outlast a run: used again, and refused where they are of something else."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -48,3 +51,15 @@ def test_a_damaged_identity_is_refused(plan):
     plan("first").succeeded()
     (plan.folder / "identity.json").write_text("{")
     plan("second").refused("identity.json")
+
+
+def test_what_a_killed_run_was_writing_goes(plan):
+    """And what a running one is writing stays. The mistake: to remove both, or neither."""
+    plan("first").succeeded()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    rests = [plan.folder / f"block-00001.{number}.partial" for number in (gone.pid, os.getpid())]
+    for rest in rests:
+        rest.touch()
+    plan("second").succeeded()
+    assert [rest.exists() for rest in rests] == [False, True]

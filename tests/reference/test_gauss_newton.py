@@ -10,6 +10,7 @@ from secateur.linalg import conjugate_gradients
 from secateur.methods import gauss_newton
 from secateur.methods.base import Narrowing
 from secateur.methods.gauss_newton import GaussNewton
+from secateur.rows import Rows
 from tests.contract.conftest import logits
 from tests.families import FAMILIES, HIDDEN, WIDTH, read, seen_by
 
@@ -28,6 +29,11 @@ def judging(tokens):
 def made(block, inputs):
     """What the MLP gives, without the consumer's bias."""
     return block.channels(block.produced(inputs)) @ block.consumer_weight
+
+
+def pieces(inputs, targets, size=4096):
+    """In pieces of so many tokens."""
+    return Rows(lambda: zip(inputs.split(size), targets.split(size), strict=True))
 
 
 def error(block, inputs, targets):
@@ -180,7 +186,7 @@ def test_the_step_solves_the_linearised_least_squares(opened, name, ridge):
     penalty = torch.block_diag(*(torch.kron(gram, c.diag()) for c in slopes))
     hessian = jacobian.t() @ jacobian / 50 + ridge * penalty
     expected = torch.linalg.lstsq(hessian, jacobian.t() @ residual / 50, driver="gelsd").solution
-    found = GaussNewton(600, ridge, 1e-6)._step(block, inputs, targets)
+    found = GaussNewton(600, ridge, 1e-6)._step(block, pieces(inputs, targets))
     found = torch.cat([part.flatten() for part in found]).double()
 
     def objective(change):
@@ -209,7 +215,7 @@ def test_gate_and_up_move_together(opened):
     jacobian = linearised(block, inputs)
     parts = jacobian.chunk(2, 1)
     alone = torch.cat([torch.linalg.lstsq(part, residual[:, None]).solution for part in parts])
-    step = GaussNewton(100, 1e-7, 1e-6)._step(block, inputs, targets)
+    step = GaussNewton(100, 1e-7, 1e-6)._step(block, pieces(inputs, targets))
     together = torch.cat([part.flatten() for part in step]).double()[:, None]
     errors = [float((residual[:, None] - jacobian @ x).norm()) for x in (together, alone)]
     assert errors[0] < 0.1 * errors[1]
@@ -220,10 +226,43 @@ def test_pieces_of_the_text_give_the_step_of_the_whole(monkeypatch, opened, reme
     block = thinned(opened("llama", "float64").blocks[0], 6)
     inputs, targets = normal(0, 70, HIDDEN), normal(1, 70, HIDDEN)
     method = GaussNewton(6, 1e-2, 1e-6)
-    whole = method._step(block, inputs, targets)
-    monkeypatch.setattr(gauss_newton, "TOKENS", 30)
+    whole = method._step(block, pieces(inputs, targets))
     monkeypatch.setattr(gauss_newton, "REMEMBERED", remembered)
-    torch.testing.assert_close(method._step(block, inputs, targets), whole, rtol=1e-3, atol=1e-5)
+    parts = method._step(block, pieces(inputs, targets, 30))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [7, 30, 64])
+def test_the_same_tokens_judge_whatever_the_pieces(size):
+    """Also where other ranks have the tokens before them. The mistake: to count in each piece."""
+    at = torch.arange(700).double().unsqueeze(1)
+    all_rows = pieces(at[90:], -at[90:], size)
+    for ahead in (90, 0):
+        chosen = Rows(lambda: iter(all_rows), ahead).where(lambda n: n // 32 % 7 == 6)
+        inputs, targets = map(torch.cat, zip(*chosen, strict=True))
+        expected = at[90:][judging(700)[ahead : ahead + 610]]
+        assert torch.equal(inputs, expected)
+        assert torch.equal(targets, -expected)
+
+
+def test_slopes_are_forgotten_where_memory_is_short(monkeypatch, opened):
+    block = thinned(opened("llama", "float64").blocks[0], 6)
+    inputs, targets = normal(0, 70, HIDDEN), normal(1, 70, HIDDEN)
+    method, made_of = GaussNewton(2, 1e-2, 1e-6), []
+    own = GaussNewton._linearised
+
+    def counted(self, block, inputs):
+        made_of.append(len(inputs))
+        return own(self, block, inputs)
+
+    monkeypatch.setattr(GaussNewton, "_linearised", counted)
+    bytes_each = 2 * 10 * 6 * 4  # gate and up, ten tokens, six channels
+    for kept in (0, 3, 7):
+        free = gauss_newton.SHARE * (kept * bytes_each + 1)
+        monkeypatch.setattr(gauss_newton, "free_bytes", lambda _, free=free: free)
+        made_of.clear()
+        method._step(block, pieces(inputs, targets, 10))
+        assert len(made_of) == 7 + 2 * (7 - kept)
 
 
 @MLPS
@@ -237,7 +276,7 @@ def test_a_narrowed_mlp_gets_better_and_not_on_the_seen_tokens_only(opened, name
     judge, before = judging(2048), weights(block)
     refitted = [error(block, inputs[m], targets[m]) for m in (judge, ~judge)]
     with torch.no_grad():  # as where blocks are narrowed
-        GaussNewton(4, 1e-3, 1e-6).refine(block, inputs, targets)
+        GaussNewton(4, 1e-3, 1e-6).refine(block, pieces(inputs, targets))
     assert not same(block, before)
     found = [error(block, inputs[m], targets[m]) for m in (judge, ~judge)]
     assert found[0] < 0.97 * refitted[0]
@@ -254,7 +293,7 @@ def test_biases_and_the_activation_stay(opened):
     targets = made(block, inputs)
     thinned(block, 20, inputs, targets)
     biases = [m.bias.clone() for m in (block.producers[0][0], block.consumer)]
-    GaussNewton(4, 1e-3, 1e-6).refine(block, inputs, targets)
+    GaussNewton(4, 1e-3, 1e-6).refine(block, pieces(inputs, targets))
     for module, bias in zip((block.producers[0][0], block.consumer), biases, strict=True):
         assert torch.equal(module.bias, bias)
 
@@ -267,10 +306,10 @@ def test_a_step_that_only_fits_its_own_tokens_is_dropped(opened, name):
     targets = made(block, inputs)
     targets[~judge] += normal(1, 224, HIDDEN)
     before, method = weights(block), GaussNewton(8, 1e-4, 1e-6)
-    method.refine(block, inputs, targets)
+    method.refine(block, pieces(inputs, targets))
     assert same(block, before)
     fitted = error(block, inputs[~judge], targets[~judge])
-    step = method._step(block, inputs[~judge], targets[~judge])
+    step = method._step(block, pieces(inputs[~judge], targets[~judge]))
     for weight, change in zip(block.producer_weights, step, strict=True):
         weight.data.add_(0.25 * change)
     assert error(block, inputs[~judge], targets[~judge]) < 0.97 * fitted
@@ -294,7 +333,7 @@ def test_no_error_rises_whatever_the_noise(monkeypatch, opened, name, noise):
             with monkeypatch.context() as patch:
                 if not refitted:
                     patch.setattr(GaussNewton, "_refit", lambda *_: None)
-                GaussNewton(4, 1e-3, 1e-6).refine(block, inputs, targets)
+                GaussNewton(4, 1e-3, 1e-6).refine(block, pieces(inputs, targets))
             taken.append(not same(block, old))
             after = error(block, inputs[counted], targets[counted])
             assert after < before if taken[-1] else after == before
@@ -305,7 +344,7 @@ def test_no_error_rises_whatever_the_noise(monkeypatch, opened, name, noise):
 def test_nothing_changes_where_nothing_is_missing(opened, name):
     block, inputs = opened(name, "float64").blocks[0], normal(0, 512, HIDDEN)
     before, targets = weights(block), made(block, inputs)
-    GaussNewton(4, 1e-3, 1e-6).refine(block, inputs, targets)
+    GaussNewton(4, 1e-3, 1e-6).refine(block, pieces(inputs, targets))
     torch.testing.assert_close(weights(block), before, rtol=1e-6, atol=1e-6)
     assert error(block, inputs, targets) < 1e-10
 
@@ -314,7 +353,7 @@ def test_with_no_token_to_judge_by_nothing_changes(opened):
     """Six runs of 32, and none of them is set aside."""
     block, inputs = thinned(opened("llama", "float64").blocks[0], 20), normal(0, 192, HIDDEN)
     before = weights(block)
-    GaussNewton(4, 1e-3, 1e-6).refine(block, inputs, normal(1, 192, HIDDEN))
+    GaussNewton(4, 1e-3, 1e-6).refine(block, pieces(inputs, normal(1, 192, HIDDEN)))
     assert same(block, before)
 
 
@@ -328,7 +367,7 @@ def test_shaken_producers_are_brought_back(opened, name):
     hidden = block.channels(block.produced(inputs))
     refit = hidden @ torch.linalg.lstsq(hidden, targets).solution
     refitted = float((targets - refit).square().sum() / len(inputs))
-    GaussNewton(30, 1e-6, 1e-8).refine(block, inputs, targets)
+    GaussNewton(30, 1e-6, 1e-8).refine(block, pieces(inputs, targets))
     after = error(block, inputs, targets)
     assert refitted > 0.3 * before
     assert after < 0.02 * before
@@ -343,9 +382,9 @@ def test_too_long_a_step_is_halved_or_dropped(monkeypatch, opened, stretch, take
     before, method = weights(block), GaussNewton(30, 1e-6, 1e-8)
     step = GaussNewton._step
     fit = ~judging(2048)
-    full = method._step(block, inputs[fit], targets[fit])
+    full = method._step(block, pieces(inputs[fit], targets[fit]))
     monkeypatch.setattr(GaussNewton, "_step", lambda *a: [stretch * x for x in step(*a)])
-    method.refine(block, inputs, targets)
+    method.refine(block, pieces(inputs, targets))
     for weight, old, change in zip(block.producer_weights, before, full, strict=False):
         expected = taken * stretch * change
         torch.testing.assert_close(weight - old, expected, rtol=1e-3, atol=1e-6, check_dtype=False)

@@ -1,6 +1,7 @@
 """A run that goes on behind its finished blocks writes what an undisturbed one writes."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from secateur.scores import score
 from secateur.shelf import Shelf
 from secateur.stopwatch import Stopwatch
 from secateur.streaming import open_streamed
+from secateur.workspace import Workspace
 from secateur.writer import Writer
 from tests import families
 
@@ -126,6 +128,25 @@ def test_killed_between_the_last_renames(tmp_path):
     again.settle()
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     assert not list(tmp_path.glob("shard*"))
+
+
+def test_a_result_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """The mistake: a rename that outlives a power cut, and files that don't."""
+    workspace, done, there = Workspace(tmp_path / "out", overwrite=False), [], []
+
+    def noted(descriptor):
+        done.append(os.fstat(descriptor).st_ino)
+        there.append((tmp_path / "out").exists())
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with workspace.opened({"a": 1}):
+        for name in ("config.json", "secateur/report.json"):
+            (workspace.result / name).parent.mkdir(exist_ok=True)
+            (workspace.result / name).write_text("{}")
+        workspace.publish()
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sorted(done) == sorted(path.stat().st_ino for path in files)
+    assert not any(there)
 
 
 @pytest.mark.parametrize("lost", ["data", "states", "journal", "sizes"])

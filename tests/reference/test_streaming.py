@@ -4,11 +4,16 @@ import pytest
 import torch
 
 from secateur import Settings, Store, calibrate, open_model
+from secateur.bundled import model_path
+from secateur.evaluate import passes
+from secateur.evaluate.likelihood import Pair, likelihoods
 from secateur.evaluate.passes import batches
 from secateur.evaluate.perplexity import answered
+from secateur.evaluate.recall import recall
 from secateur.methods.auto import Auto
 from secateur.model import fingerprint
 from secateur.opening import skeleton
+from secateur.residence import Residence
 from secateur.scores import score
 from secateur.stream import Stream
 from secateur.streaming import obstacle, open_streamed
@@ -73,18 +78,46 @@ def test_statistics_and_scores_are_the_same(dense, name):
     assert set(on_disk(model)) == {"meta"}
 
 
-def test_only_what_is_needed_is_read(dense, monkeypatch):
+@pytest.fixture
+def fetched(monkeypatch):
+    """Blocks in the order in which they are read."""
+    read, own = [], Residence._fetch
+    monkeypatch.setattr(
+        Residence, "_fetch", lambda home, block: (read.append(block.index), own(home, block))
+    )
+    return read
+
+
+def test_answers_to_tasks_are_the_same_and_read_the_model_once(dense, fetched, monkeypatch):
+    """Once for inputs of like length. The mistake: once for every batch of them."""
+    whole, model = open_model(dense("llama"), CPU), streamed(dense("llama"))
+    monkeypatch.setattr(passes, "TOKENS_PER_BATCH", 24)
+    ids = families.read("llama", 12, 16).ids.tolist()
+    pairs = [Pair(tuple(row[: 9 + i % 3]), tuple(row[12:])) for i, row in enumerate(ids)]
+    found, expected = likelihoods(model, pairs), likelihoods(whole, pairs)
+    assert [one.greedy for one in found] == [one.greedy for one in expected]
+    assert [x.total for x in found] == pytest.approx([x.total for x in expected], rel=1e-6)
+    assert fetched == [block.index for block in model.blocks]
+
+
+def test_planted_keys_are_found_the_same(fetched):
+    folder = model_path()
+    whole, model = open_model(folder, CPU), open_streamed(str(folder), CPU)
+    filler = torch.arange(3, 3 + 128)
+    said = []
+    found, expected = recall(model, filler, said.append), recall(whole, filler)
+    assert found["nats"] == pytest.approx(expected["nats"], abs=1e-6)
+    assert found["found"] == expected["found"]
+    texts = len(expected["by_length"]) * len(expected["by_depth"])
+    assert sum(said) == texts * expected["keys"]
+    assert len(fetched) == texts * len(model.blocks)
+
+
+def test_only_what_is_needed_is_read(dense, fetched):
     """The mistake: a block read again for every batch of a pass."""
     model = streamed(dense("llama"))
-    read = []
-    own = type(model.residence)._fetch
-    monkeypatch.setattr(
-        type(model.residence),
-        "_fetch",
-        lambda home, block: (read.append(block.index), own(home, block)),
-    )
     with torch.no_grad():
         stream = Stream(model, families.read("llama", 6, 16), rows=1)
         for block in model.in_turn():
             stream.advance(block)
-    assert read == [block.index for block in model.blocks]
+    assert fetched == [block.index for block in model.blocks]
