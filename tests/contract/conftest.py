@@ -339,6 +339,9 @@ def run_reader(route: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+ROUNDING = 5e-5  # of float32 logits, in units of their spread
+
+
 def spread(found: Tensor, expected: Tensor) -> float:
     """Largest difference, in units of the expected numbers' spread."""
     return float((found.double() - expected.double()).abs().max() / expected.double().std())

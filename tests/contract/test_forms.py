@@ -19,7 +19,7 @@ from secateur.progress import Progress
 from secateur.sequence import stored_bytes
 from secateur.stopwatch import Stopwatch
 from secateur.units import MATRICES
-from tests.contract.conftest import ALWAYS, asked_with, run_reader, spread
+from tests.contract.conftest import ALWAYS, ROUNDING, asked_with, run_reader, spread
 from tests.contract.variants import VARIANTS
 from tests.families import AUTO, FAMILIES
 
@@ -81,7 +81,7 @@ def test_a_reloaded_model_says_what_memory_said(opened, reshaped, method, name):
     assert model.narrowed == (plan.tier != "plain")
     with torch.inference_mode():
         found = model.module(**model.use.inputs(tokens)).logits[0]
-    assert spread(found, memory["logits.float32.eager"]) < 2e-5
+    assert spread(found, memory["logits.float32.eager"]) < ROUNDING
 
 
 @every_name
@@ -227,7 +227,7 @@ def test_strangers_read_every_form(reshaped, opened, tmp_path):
         assert facts[job]["missing"] == facts[job]["unexpected"] == []
         assert facts[job]["without_gradient"] == []
         for kind in ("eager", "sdpa", "again"):
-            assert spread(said[f"{job}:logits.{kind}"], expected) < 2e-5, (job, kind)
+            assert spread(said[f"{job}:logits.{kind}"], expected) < ROUNDING, (job, kind)
         assert torch.equal(said[f"{job}:cached.sdpa"], said[f"{job}:uncached.sdpa"])
         assert torch.equal(said[f"{job}:padded.sdpa"], said[f"{job}:alone"])
 

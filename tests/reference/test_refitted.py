@@ -71,7 +71,7 @@ def test_curve_is_the_error_that_a_narrowed_module_makes(measured, method, name,
     for size in sorted({unit.size // 4, unit.size // 2, unit.size - 1} - {0}):
         with narrowed(block, unit, solution.at(size)):
             share = float((output() - dense).square().sum() / energy)
-        assert 0 < share < 1
+        assert 0 <= share < 1  # a ReLU may be silent on so little text
         if size % -(-unit.size // 16) == 0:  # where i-SpaSP's curve is no guess
             assert solution.curve.at(size) == pytest.approx(share, rel=1e-5)
     assert torch.equal(output(), dense)
