@@ -5,7 +5,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 from pydantic import Field
 
 from secateur.allocate import allocator_class
@@ -16,9 +15,9 @@ from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.options import built
 from secateur.prepare import chosen_allocator
-from secateur.records import Record, said
+from secateur.records import Record, reading
 from secateur.units import MATRICES
-from secateur.untrusted import HostileError, parse_yaml, read_bytes
+from secateur.untrusted import parse_yaml, read_bytes
 
 MAX_BYTES = 2**17
 Options = dict[str, int | float | str]
@@ -188,14 +187,7 @@ def read_recipe(path: Path, keep: float | None = None) -> Recipe:
     Raises:
         InputError: the file is missing, too large, no YAML, or no recipe.
     """
-    what = f"recipe {str(path)!r}"
-    try:
+    with reading(path, "recipe", " docs/recipes.md shows one."):
         found = RecipeRecord.model_validate(parse_yaml(read_bytes(path, MAX_BYTES, "recipe")))
-    except OSError as error:
-        raise InputError(f"{what}: {error.strerror}.") from error
-    except HostileError as error:
-        raise InputError(f"{what}: {error}.") from error
-    except pydantic.ValidationError as error:
-        raise InputError(f"{what}: {said(error)}. docs/recipes.md shows one.") from error
     steps = tuple(step.step() for step in found.steps)
     return Recipe(steps, found.keep if keep is None else keep)

@@ -1,5 +1,7 @@
 """Records on disk: plain data with a schema, read without trust."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,14 +27,8 @@ def read_record(kind: type[R], path: Path, what: str, most_bytes: int, advice: s
     Raises:
         InputError: the file is missing, too large, no JSON, or not of this kind and version.
     """
-    try:
+    with reading(path, what, advice):
         return kind.model_validate(parse_json(read_bytes(path, most_bytes, what), MAX_NODES))
-    except HostileError as error:
-        raise InputError(f"{what} {str(path)!r}: {error}.{advice}") from error
-    except OSError as error:
-        raise InputError(f"{what} {str(path)!r}: {error.strerror}.") from error
-    except pydantic.ValidationError as error:
-        raise InputError(f"{what} {str(path)!r}: {said(error)}.{advice}") from error
 
 
 def read_object(path: Path, what: str, most_bytes: int, advice: str = "") -> dict[str, Any]:
@@ -41,15 +37,28 @@ def read_object(path: Path, what: str, most_bytes: int, advice: str = "") -> dic
     Raises:
         InputError: the file is missing, too large, or no such object.
     """
-    try:
+    with reading(path, what, advice):
         found = parse_json(read_bytes(path, most_bytes, what), MAX_NODES, finite=False)
         if not isinstance(found, dict):
             raise HostileError("it is no JSON object")
+    return found
+
+
+@contextmanager
+def reading(path: Path, what: str, advice: str = "") -> Iterator[None]:
+    """Say of a file that can't be read, or is no record, which it is and what is wrong with it.
+
+    Raises:
+        InputError: in place of what was raised inside.
+    """
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{what} {str(path)!r}: {error.strerror}.{advice}") from error
     except HostileError as error:
         raise InputError(f"{what} {str(path)!r}: {error}.{advice}") from error
-    return found
+    except pydantic.ValidationError as error:
+        raise InputError(f"{what} {str(path)!r}: {said(error)}.{advice}") from error
 
 
 def said(error: pydantic.ValidationError) -> str:

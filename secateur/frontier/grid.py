@@ -13,8 +13,8 @@ from secateur.errors import InputError
 from secateur.frontier.names import Asked, named
 from secateur.methods import method_class
 from secateur.recipe import MAX_BYTES, Recipe, Step, StepRecord, read_recipe
-from secateur.records import Record, said
-from secateur.untrusted import HostileError, parse_yaml, read_bytes
+from secateur.records import Record, reading, said
+from secateur.untrusted import parse_yaml, read_bytes
 
 MOST = 1000  # runs
 
@@ -206,21 +206,14 @@ def read_sweep(path: Path) -> SweepRecord:
     Raises:
         InputError: the file is missing, too large, no YAML, or no sweep.
     """
-    what = f"sweep {str(path)!r}"
-    try:
+    with reading(path, "sweep", " docs/sweeps.md shows one."):
         content = parse_yaml(read_bytes(path, MAX_BYTES, "sweep"))
         if isinstance(content, dict) and "steps" in content and "runs" not in content:
             raise InputError(
-                f"{what}: this is a recipe. secateur sweep MODEL OUT --recipe {path} follows it at "
-                f"every --keep."
+                f"sweep {str(path)!r}: this is a recipe. secateur sweep MODEL OUT --recipe {path} "
+                f"follows it at every --keep."
             )
         return SweepRecord.model_validate(content)
-    except OSError as error:
-        raise InputError(f"{what}: {error.strerror}.") from error
-    except HostileError as error:
-        raise InputError(f"{what}: {error}.") from error
-    except pydantic.ValidationError as error:
-        raise InputError(f"{what}: {said(error)}. docs/sweeps.md shows one.") from error
 
 
 def _each(value: Any) -> tuple[Any, ...]:

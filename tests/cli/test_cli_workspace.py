@@ -1,5 +1,6 @@
 """Runs that stop half-way: what they leave, and how they go on."""
 
+import itertools
 import json
 import os
 import signal
@@ -87,6 +88,20 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     assert made(room / "out") == undisturbed
     assert files(room) == ["out"]
     assert len(near) == (2 if owner == "task" else 1)
+
+
+def test_a_clock_that_jumps_changes_nothing(undisturbed, stopped, compress, room, monkeypatch):
+    """Between any two looks at it, and between a run and its second part, in both directions."""
+    now, jumps = time.time, itertools.cycle([0, 10**9, -(10**9)])
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    stopped("narrow_block", resolve_name("secateur.propagate:Propagation"), after=1)
+    for path, moment in zip(
+        (room / ".out.partial").rglob("*"), itertools.cycle([9, 4 * 10**9]), strict=False
+    ):
+        os.utime(path, (moment, moment))
+    compress().succeeded()
+    assert made(room / "out") == undisturbed
+    assert files(room) == ["out"]
 
 
 def test_an_interrupted_run_of_a_method_in_one_pass_gives_the_same_bytes(
