@@ -16,6 +16,8 @@ from secateur.errors import InputError
 from secateur.layers.factored_secateur import Factored
 from secateur.shelf import Shelf
 
+CHECKED = 2**22  # numbers at once
+
 
 class Residence:
     """Where the weights of a model are: in its files, and a few blocks of them in memory.
@@ -175,11 +177,11 @@ class Residence:
 
     def _one(self, name: str, computes: bool = True) -> Tensor:
         """A tensor in memory, in the format that is computed in or, if it is not, as stored."""
-        tensor = self._shelf.read(self._names[name]).to(self.device)
+        kept = self._shelf.read(self._names[name], self.dtype if computes else None)
+        tensor = kept.to(self.device)
         if not tensor.is_floating_point():
             return tensor
-        tensor = tensor.to(self.dtype) if computes else tensor
-        if not bool(torch.isfinite(tensor).all()):
+        if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(CHECKED)):
             raise InputError(
                 f"model {self.source!r}: {name} holds NaN or infinite numbers; the file is "
                 f"damaged, or the training that wrote it had diverged."

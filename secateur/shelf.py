@@ -1,5 +1,8 @@
 """Tensors that stay in their weight files; each is read by itself when it is asked for."""
 
+import io
+import math
+import mmap
 import os
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from secateur.errors import HaltedError, InputError
 from secateur.header import NAMES, Entry, places
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+PIECE = 2**24  # bytes that are read at once where numbers get another format
+OWN = 2**20  # bytes from which a tensor has memory of its own
 
 
 class Shelf:
@@ -37,8 +42,8 @@ class Shelf:
         """Of one tensor."""
         return self._places[name][1].shape
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored, in memory of its own.
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor in memory of its own: as stored, or floating point in ``dtype``, if given.
 
         Raises:
             HaltedError: its file has gone, has changed or cannot be read.
@@ -50,7 +55,9 @@ class Shelf:
                 f"tensor by tensor; add --stream off."
             )
         try:
-            return read_tensor(path, entry)
+            return read_tensor(
+                path, entry, dtype if DTYPES[entry.dtype].is_floating_point else None
+            )
         except OSError as error:
             raise HaltedError(
                 f"model {self.source!r}: {path.name} cannot be read any more "
@@ -72,19 +79,42 @@ class Shelf:
                 return
 
 
-def read_tensor(path: Path, entry: Entry) -> Tensor:
-    """A tensor of a file, in memory of its own.
+def read_tensor(path: Path, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of a file, in memory of its own; in ``dtype``, if given.
 
     Raises:
         OSError: it can't be read, or the file ends before it.
     """
-    found = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-    room, at = found.numpy().data, 0
+    stored = DTYPES[entry.dtype]
+    found = own_memory(math.prod(entry.shape), dtype or stored)
     with path.open("rb", buffering=0) as file:
         file.seek(entry.start)
-        while at < len(room):
-            count = file.readinto(room[at:])
-            if not count:
-                raise OSError("it has become shorter")
-            at += count
-    return found.view(DTYPES[entry.dtype]).view(entry.shape)
+        if found.dtype == stored:
+            _fill(file, found)
+        else:
+            for piece in found.split(PIECE // stored.itemsize):
+                read = torch.empty(len(piece), dtype=stored)
+                _fill(file, read)
+                piece.copy_(read)
+    return found.view(entry.shape)
+
+
+def _fill(file: io.FileIO, tensor: Tensor) -> None:
+    room, at = tensor.view(torch.uint8).numpy().data, 0
+    while at < len(room):
+        count = file.readinto(room[at:])
+        if not count:
+            raise OSError("it has become shorter")
+        at += count
+
+
+def own_memory(count: int, dtype: torch.dtype) -> Tensor:
+    """So many numbers, whose memory the system has back as soon as they are gone.
+
+    What comes from the allocator may stay with it: of blocks that come and go, more with each.
+    """
+    size = count * dtype.itemsize
+    if size < OWN or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(count, dtype=dtype)
+    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(mapped, dtype=dtype)
