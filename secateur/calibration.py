@@ -173,6 +173,7 @@ def calibrate(
                 found = collect(stream, block, needs | {Needs.INFLUENCE})
                 if ranks.leads:
                     store.put(block.index, {**found, **gradients[block.index]})
+                found = {}  # gone before those of the next are summed
             else:  # an interrupted run has them
                 stream.advance(block)
             advance(1)

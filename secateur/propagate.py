@@ -82,6 +82,7 @@ def narrow_blocks(
             line.narrow_block(block, own, sizes, statistics)
         behind = takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :])
         found = [_constant(model, method, units, later, store) for later in behind]
+        statistics = {}  # gone before those of the next are read
         if constants := [constant.double() for constant in found if constant is not None]:
             block.add_constant(torch.stack(constants).sum(0))  # all at once, to round only once
         if stream is not None:

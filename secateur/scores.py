@@ -196,6 +196,7 @@ def score(
                     "reading": allocator.read(block, statistics),
                     "places": {name: [c.errors for c in own] for name, own in there.items()},
                 }
+            statistics, solutions = {}, {}  # gone before those of the next are read
             if len(pending) == ranks.world:  # of so many blocks each has as much as the others
                 found |= _together(ranks.gathered(pending), stage)
                 pending = {}
