@@ -65,8 +65,13 @@ def main() -> None:
             parameters = write_model(model, shape)
             print(row(blocks, parameters, model, out, arguments), flush=True)
         finally:
-            shutil.rmtree(model, ignore_errors=True)
-            shutil.rmtree(out, ignore_errors=True)
+            for rest in (model, out, out.with_name(f".{out.name}.partial"), cache(arguments)):
+                shutil.rmtree(rest, ignore_errors=True)
+
+
+def cache(arguments: argparse.Namespace) -> Path:
+    """Where scores are kept, so that no row finds any from before."""
+    return Path(arguments.folder, "cache")
 
 
 def row(blocks: int, parameters: int, model: Path, out: Path, arguments: argparse.Namespace) -> str:
@@ -85,7 +90,7 @@ def row(blocks: int, parameters: int, model: Path, out: Path, arguments: argpars
     done = subprocess.run(
         command,
         preexec_fn=limited,
-        env={**os.environ, "XDG_CACHE_HOME": str(arguments.folder / "cache")},
+        env={**os.environ, "XDG_CACHE_HOME": str(cache(arguments))},
         capture_output=True,
         text=True,
     )

@@ -1,7 +1,7 @@
 """What narrowing one unit costs the whole model: divergence of its output, measured."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,7 @@ from secateur.apply import narrowed
 from secateur.block import Block
 from secateur.curve import Curve
 from secateur.errors import InputError
+from secateur.evaluate.passes import rows_at_once
 from secateur.methods.base import Solution
 from secateur.model import Model
 from secateur.stream import Stream
@@ -37,9 +38,9 @@ class Divergence:
         self.stream = Stream(model, tokens)
         self._dense = []
         for batch in self.stream.batches:
-            scores = self._logits(batch, self.stream.at(batch), model.blocks).log_softmax(-1)
-            dense = scores.exp()
-            self._dense.append((dense.cpu(), torch.linalg.vecdot(dense, scores)))
+            for logits in self._logits(batch, model.blocks):
+                dense, negentropy = probabilities(logits)
+                self._dense.append((dense.cpu(), negentropy))
 
     def of(self, block: Block) -> float:
         """Divergence of the model as it stands, if nothing before ``block`` has changed.
@@ -48,8 +49,8 @@ class Divergence:
             InputError: it is not finite.
         """
         total, count, behind = 0.0, 0, self.model.blocks[block.index :]
-        for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
-            found = self._logits(batch, self.stream.at(batch), behind)
+        logits = (part for batch in self.stream.batches for part in self._logits(batch, behind))
+        for (dense, negentropy), found in zip(self._dense, logits, strict=True):
             total += divergence_sum(dense, negentropy, found)
             count += len(found)
         return mean_divergence(total, count, f"block {block.index}")
@@ -58,10 +59,12 @@ class Divergence:
         """Go on to behind ``block``."""
         self.stream.advance(block)
 
-    def _logits(self, batch: slice, states: Tensor, blocks: Sequence[Block]) -> Tensor:
+    def _logits(self, batch: slice, blocks: Sequence[Block]) -> Iterator[Tensor]:
+        states = self.stream.at(batch)
         for block in blocks:
             states = self.stream.through(block, states)
-        return said(self.stream, batch, states)
+        for part in parts(self.stream, batch):
+            yield said(self.stream, part, states[part.start - batch.start :][: _length(part)])
 
 
 class Trials:
@@ -109,15 +112,12 @@ class Trials:
         """The loss of every unit at every size, behind the last block."""
         found: dict[str, dict[int, float]] = {unit.name: {unit.size: 0.0} for unit in units}
         totals, count = dict.fromkeys(self._first, 0.0), 0
-        for batch in self._dense.batches:
-            scores = said(self._dense, batch, self._dense.at(batch)).log_softmax(-1)
-            dense = scores.exp()
-            negentropy = torch.linalg.vecdot(dense, scores)
-            count += len(scores)
+        for part in (p for batch in self._dense.batches for p in parts(self._dense, batch)):
+            dense, negentropy = probabilities(said(self._dense, part, self._dense.at(part)))
+            count += len(dense)
             for key, first in self._first.items():
-                states = self._held[self._rows(first, batch)].to(dense.device)
-                logits = said(self._dense, batch, states)
-                totals[key] += divergence_sum(dense, negentropy, logits)
+                states = self._held[self._rows(first, part)].to(dense.device)
+                totals[key] += divergence_sum(dense, negentropy, said(self._dense, part, states))
         for (name, size), total in totals.items():
             found[name][size] = mean_divergence(total, count, name)
         return {u.name: interpolated(u)(found[u.name], self._curves[u.name]) for u in units}
@@ -125,6 +125,24 @@ class Trials:
     def _rows(self, first: int, batch: slice) -> slice:
         """Where a batch of the trial is whose states begin there."""
         return slice(first + batch.start, first + min(batch.stop, len(self._dense.held)))
+
+
+def parts(stream: Stream, batch: slice) -> list[slice]:
+    """Windows of a batch, as many at a time as their logits have room for."""
+    rows = rows_at_once(stream.model.module, stream.model.use, stream.tokens)
+    last = min(batch.stop, len(stream.tokens))
+    return [slice(i, min(i + rows, last)) for i in range(batch.start, last, rows)]
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the dense model, and Σ p log p of each output."""
+    scores = logits.log_softmax(-1)
+    dense = scores.exp()
+    return dense, torch.linalg.vecdot(dense, scores)
 
 
 def said(stream: Stream, batch: slice, states: Tensor) -> Tensor:

@@ -235,6 +235,7 @@ def check_streams(method: Method, goal: Goal, allocator: Allocator) -> None:
         "gradients take a backward pass of the whole model": any(map(needs_gradients, needed)),
         f"allocator {allocator.name} tries whole plans out": allocator.searches,
         "--target latency times the whole model": goal.target == "latency",
+        f"{method.name} packs integers, which its result unpacks all at once": method.final,
     }
     for reason, holds in reasons.items():
         if holds:
