@@ -5,8 +5,8 @@
 Writes a Llama of random weights to FOLDER block by block (by default about two billion parameters,
 4 GB in bfloat16), compresses it in processes that may hold no more than so many GB each, prints a
 row of figures and removes both. Several numbers of blocks, as "4,8,16", give a row each. What a
-process holds is limited by RLIMIT_DATA, in the process that judges, too. Printed are the greatest
-resident size of the first, the mapped code of libraries included, and what judging takes beside them.
+process holds is limited by RLIMIT_DATA, also of the one that judges. Printed are the greatest
+resident size of the first, mapped code of libraries included, and what judging takes beside them.
 "Times forward" is the compression by the calibration's forward pass, which is short here.
 """
 
