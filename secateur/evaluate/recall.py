@@ -122,7 +122,7 @@ def _last(model: Model, rows: Tensor, advance: Callable[[int], None]) -> Tensor:
     """Logits of what comes behind each row."""
     if model.residence is not None:  # read once for all of them
         tokens = Tokens(rows, torch.ones_like(rows, dtype=torch.bool))
-        found = [logits[:, -1].double().cpu() for _, logits in batches(model, tokens, advance)]
+        found = [logits[:, -1].cpu().double() for _, logits in batches(model, tokens, advance)]
         return torch.cat(found)
     module: Any = model.module
     keep = "logits_to_keep" in inspect.signature(module.forward).parameters
@@ -130,6 +130,6 @@ def _last(model: Model, rows: Tensor, advance: Callable[[int], None]) -> Tensor:
     for row in rows.to(model.device).split(1):
         with torch.inference_mode():
             out = module(input_ids=row, use_cache=False, **options)
-        found.append(out.logits[:, -1].double().cpu())
+        found.append(out.logits[:, -1].cpu().double())
         advance(1)
     return torch.cat(found)
