@@ -37,7 +37,7 @@ class Settings:
     """How a checkpoint is opened.
 
     Attributes:
-        device: "auto", or a torch device.
+        device: "auto", which is a CUDA GPU or the CPU, or a torch device.
         dtype: number format to compute in; "auto" is float32 on a CPU, the stored one elsewhere.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run the code that a checkpoint brings along.
@@ -61,7 +61,8 @@ class Settings:
         try:
             device = torch.zeros(1, device=self.device).device
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {self.device}: {first_line(error)}. Try cpu.") from error
+            reason = first_line(error).partition(". ")[0].removesuffix(".")
+            raise InputError(f"--device {self.device}: {reason}. Try cpu.") from error
         if device.type == "meta":
             raise InputError(f"--device {self.device} holds no numbers. Try cpu.")
         return device

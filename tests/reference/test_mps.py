@@ -44,6 +44,7 @@ CASES = [
     ("llm-pruner", "llama", False),
     ("replace", "gpt2", False),
     ("slicegpt", "llama", False),
+    ("ziplm", "gpt2", False),
 ]
 
 
@@ -200,13 +201,10 @@ def test_what_is_not_served_there_is_refused_by_name(dense, tmp_path):
     method = method_class("modegpt")(keep=0.7)
     text = tmp_path / "text.txt"
     text.write_text(families.words(2000))
-    asked = Calibration(str(text), 8, 32)
+    asked, timed = Calibration(str(text), 8, 32), Goal("latency", length=32)
     with apple():
         for refused, told in (
-            (
-                lambda: compress(folder, out, method, asked, None, MPS, Goal("latency", length=32)),
-                "latency",
-            ),
+            (lambda: compress(folder, out, method, asked, None, MPS, timed), "latency"),
             (lambda: export_dense(folder, out, MPS), "export"),
             (lambda: Crew(Ranks(object())).open(str(folder), MPS, tmp_path), "processes"),
             (lambda: open_model(folder, replace(MPS, dtype="float64")), "float64"),
