@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError
+from secateur.exact import exact
 
 
 class DampingWarning(UserWarning):
@@ -209,4 +210,4 @@ def conjugate_gradients(
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    return sum(float((exact(x) * exact(y)).sum()) for x, y in zip(a, b, strict=True))

@@ -12,7 +12,8 @@ from secateur.block import Block
 from secateur.curve import Curve
 from secateur.errors import InputError
 from secateur.evaluate.passes import rows_at_once
-from secateur.methods.base import Solution
+from secateur.exact import exact
+from secateur.methods.base import Narrowing, Solution
 from secateur.model import Model
 from secateur.stream import Stream
 from secateur.text import Tokens
@@ -101,7 +102,7 @@ class Trials:
             for size in measured_sizes(unit, solution.curve):
                 first = len(self._first) * len(self._dense.held)
                 self._first[unit.name, size] = first
-                with narrowed(block, unit, solution.at(size)):
+                with narrowed(block, unit, solved(block, solution, size)):
                     for batch in self._dense.batches:
                         states = self._dense.through(block, self._dense.at(batch))
                         self._held[self._rows(first, batch)] = states
@@ -155,7 +156,7 @@ def said(stream: Stream, batch: slice, states: Tensor) -> Tensor:
 def divergence_sum(dense: Tensor, negentropy: Tensor, found: Tensor) -> float:
     """Σ KL over outputs, of the dense model's probabilities from these logits."""
     expected = torch.linalg.vecdot(dense.to(found.device), found)
-    return float((negentropy - expected + found.logsumexp(-1)).double().sum())
+    return float(exact(negentropy - expected + found.logsumexp(-1)).sum())
 
 
 def mean_divergence(total: float, count: int, where: str) -> float:
@@ -199,12 +200,18 @@ def measure_losses(
     for unit in units:
         solution, found = solutions[unit.name], {unit.size: 0.0}
         for size in measured_sizes(unit, solution.curve):
-            with narrowed(block, unit, solution.at(size)):
+            with narrowed(block, unit, solved(block, solution, size)):
                 found[size] = divergence.of(block)
         losses[unit.name] = interpolated(unit)(found, solution.curve)
         advance(1)
     divergence.advance(block)
     return losses
+
+
+def solved(block: Block, solution: Solution, size: int) -> Narrowing:
+    """What replaces a unit of the block at a size."""
+    with block.solving():
+        return solution.at(size)
 
 
 def measured_sizes(unit: Unit, curve: Curve) -> list[int]:

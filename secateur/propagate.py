@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from secateur.apply import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.block import Block
 from secateur.calibration import Store, collect
+from secateur.exact import exact
 from secateur.journal import States
 from secateur.methods.base import Method, Narrowing, SequentialMethod
 from secateur.model import Model
@@ -73,7 +74,7 @@ def narrow_blocks(
             with torch.no_grad():
                 statistics = collect(stream, block, method.needs, move=False)
         elif line is None or ranks.leads:
-            statistics = store.get(block.index, method.needs, model.device)
+            statistics = store.get(block.index, method.needs, model.exact_device)
         else:
             statistics = {}  # what is solved there comes from the first one
         if line is None:
@@ -83,7 +84,7 @@ def narrow_blocks(
         behind = takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :])
         found = [_constant(model, method, units, later, store) for later in behind]
         statistics = {}  # gone before those of the next are read
-        if constants := [constant.double() for constant in found if constant is not None]:
+        if constants := [exact(constant) for constant in found if constant is not None]:
             block.add_constant(torch.stack(constants).sum(0))  # all at once, to round only once
         if stream is not None:
             stream.advance(block)
@@ -95,8 +96,8 @@ def _constant(
 ) -> Tensor | None:
     """What stands for a block that goes."""
     (unit,) = (u for u in units if u.block == gone.index and u.kind == "block")
-    statistics = store.get(gone.index, method.needs, model.device)
-    with model.resident(gone):
+    statistics = store.get(gone.index, method.needs, model.exact_device)
+    with model.resident(gone), gone.solving():
         return method.solve(unit, gone, statistics).at(0).bias
 
 
@@ -183,7 +184,8 @@ class Propagation:
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
     ) -> None:
         def solved() -> Narrowing:
-            return self.method.solve(unit, block, statistics).at(sizes[unit.name])
+            with block.solving():
+                return self.method.solve(unit, block, statistics).at(sizes[unit.name])
 
         narrow_unit(block, unit, self.ranks.told(solved))
 

@@ -177,8 +177,10 @@ def score(
                 continue
             own = [unit for unit in every if unit.name in mine]
             advance(len(every) - len(own))
-            statistics = store.get(block.index, needs, model.device)
-            solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+            statistics = store.get(block.index, needs, model.exact_device)
+            with block.solving():
+                solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+                curves = {name: solution.curve for name, solution in solutions.items()}
             measured: dict[str, Curve] = {}
             if trials is not None:
                 trials.of_block(block, own, solutions, advance)
@@ -187,13 +189,15 @@ def score(
             else:
                 advance(len(own))
             pending[block.index] = {
-                "curves": {name: s.curve.errors for name, s in solutions.items()},
+                "curves": {name: curve.errors for name, curve in curves.items()},
                 "losses": {name: curve.errors for name, curve in measured.items()},
             }
             if ranks.mine(block.index):
-                there = {u.name: place_curves(method, u, block, statistics) for u in through}
+                with block.solving():
+                    reading = allocator.read(block, statistics)
+                    there = {u.name: place_curves(method, u, block, statistics) for u in through}
                 pending[block.index] |= {
-                    "reading": allocator.read(block, statistics),
+                    "reading": reading,
                     "places": {name: [c.errors for c in own] for name, own in there.items()},
                 }
             statistics, solutions = {}, {}  # gone before those of the next are read

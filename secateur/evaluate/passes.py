@@ -55,7 +55,7 @@ def last_logits(
     model: Model, tokens: Tokens, advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
     """What comes behind each row, in float64 on the CPU, of a model that is read block by block."""
-    found = [logits[:, 0].double().cpu() for _, logits in _streamed(model, tokens, advance, -1)]
+    found = [logits[:, 0].cpu().double() for _, logits in _streamed(model, tokens, advance, -1)]
     return torch.cat(found)
 
 

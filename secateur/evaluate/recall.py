@@ -128,6 +128,6 @@ def _last(model: Model, rows: Tensor, advance: Callable[[int], None]) -> Tensor:
     for row in rows.to(model.device).split(1):
         with torch.inference_mode():
             out = module(input_ids=row, use_cache=False, **options)
-        found.append(out.logits[:, -1].double().cpu())
+        found.append(out.logits[:, -1].cpu().double())
         advance(1)
     return torch.cat(found)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from secateur.block import Block
+from secateur.exact import exact, exact_device
 from secateur.linalg import conjugate_gradients, damped_cholesky, least_squares
+from secateur.linears import inputs_by_outputs
 from secateur.room import free_bytes
 from secateur.rows import Rows
 from secateur.statistics import Cross, Gram, Needs
@@ -65,7 +67,7 @@ class GaussNewton:
 
     def _step(self, block: Block, rows: Rows) -> Parts:
         """The change of every part, (inputs, channels), float32."""
-        consumer = block.consumer_weight.float()
+        consumer = inputs_by_outputs(block.consumer).float()
         room = min(REMEMBERED, free_bytes(consumer.device) // SHARE)
         cached: dict[int, Parts] = {}
 
@@ -96,7 +98,9 @@ class GaussNewton:
         scale = [s.clamp_min(1e-12 * float(s.max()) + 1e-30) for s in scale]  # silent channels
         what = f"block {block.index}: inputs of the MLP"
         factor, _ = damped_cholesky(gram.mean, self.ridge, what)
-        inverse, metric = torch.cholesky_inverse(factor).float(), (factor @ factor.t()).float()
+        inverse, metric = (
+            found.to(consumer) for found in (torch.cholesky_inverse(factor), factor @ factor.t())
+        )
 
         def curved(change: Parts) -> Parts:
             """The Hessian of the linearised error times a change."""
@@ -126,10 +130,11 @@ class GaussNewton:
         return hidden.detach().float(), [slope.float() for slope in slopes]
 
     def _error(self, block: Block, rows: Rows) -> float:
-        total = block.consumer_weight.new_zeros(1, dtype=torch.float64)
+        consumer = inputs_by_outputs(block.consumer)
+        total = torch.zeros(1, dtype=torch.float64, device=exact_device(consumer.device))
         for inputs, targets in rows:
-            found = block.channels(block.produced(inputs)) @ block.consumer_weight.to(inputs.dtype)
-            total += (targets - found).double().square().sum()
+            found = block.channels(block.produced(inputs)) @ consumer.to(inputs.dtype)
+            total += exact(targets - found).square().sum()
         rows.ranks.sum([total])
         return float(total)
 
