@@ -161,7 +161,7 @@ def test_steps_that_are_done_again_are_forgotten_from_the_last_on(tmp_path, monk
 
     monkeypatch.setattr(sequence.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        sequence._forget(tmp_path, Recipe(steps, 0.5))
+        sequence._forget(tmp_path, Recipe(steps, 0.5), 1)
     assert not (tmp_path / "step-2").exists()
     assert (tmp_path / "step-1" / "plan.json").exists()
     monkeypatch.setattr(sequence.shutil, "rmtree", rmtree)
