@@ -137,9 +137,8 @@ class Task:
         """
         named = f"stage {str(self.dense)!r}"
         try:
-            verdict = TypeAdapter(Verdict).validate_json(
-                json.dumps(found.get("verdict")), strict=True
-            )
+            text = json.dumps(found.get("verdict"))
+            verdict = TypeAdapter(Verdict).validate_json(text, strict=True)
             Side.model_validate(found["verdict"])
             doubts({"dense": verdict.task_scores}, {})
         except ValidationError as error:

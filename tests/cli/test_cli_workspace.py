@@ -345,7 +345,7 @@ DAMAGED = {
     "said.safetensors": [
         cut,
         lambda path: path.unlink(),
-        tensors_changed(lambda tensors: tensors.update(bogus=tensors["ids"])),
+        tensors_changed(lambda tensors: tensors.update(bogus=tensors["ids"] + 1)),
         tensors_changed(lambda tensors: tensors.update(ids=tensors["ids"].float())),
         tensors_changed(one_dimension),
         tensors_changed(large),
