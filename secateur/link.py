@@ -88,15 +88,17 @@ class Link:
     """The connection of a process with the others of its run."""
 
     def __init__(
-        self, rank: int, world: int, store: Any, first_keeps: bool, neighbours: int
+        self, rank: int, world: int, stores: list[Any], first_keeps: bool, neighbours: int
     ) -> None:
         self.rank, self.world, self.neighbours = rank, world, neighbours
-        self._store, self._first_keeps = store, first_keeps  # the store
+        # Two connections with one store, as whoever waits for a key keeps all others from its own.
+        self._store, self._waiting = stores
+        self._first_keeps = first_keeps  # the store
         self._rounds = 0
         self.device = torch.device("cpu")
         self._fast: dist.ProcessGroup | None = None
         self._trouble: BaseException | None = None
-        self._ended = False
+        self._joined = self._ended = False
         self._severed = False  # the store is gone
         self._closed, self._ending = threading.Event(), threading.Lock()
         self._looks = 0
@@ -118,8 +120,9 @@ class Link:
         for rank in range(self.world):  # while it can be asked for
             self._peers[rank] = Place(**json.loads(self._store.get(f"place/{rank}")))
         self.meet()  # nobody ends before all know each other
-        given = {"store": self._store, "rank": self.rank, "world_size": self.world}
+        given = {"store": self._waiting, "rank": self.rank, "world_size": self.world}
         dist.init_process_group("gloo", **given, timeout=PASSING)
+        self._joined = True
 
     @classmethod
     def from_environment(cls) -> "Link | None":
@@ -137,9 +140,12 @@ class Link:
             neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             first_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             hosting, address = first_keeps and not rank, given["MASTER_ADDR"]
-            store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-                address, port, None, hosting, JOINING, wait_for_workers=False
-            )
+            stores = [
+                dist.TCPStore(  # type: ignore[attr-defined]
+                    address, port, None, keeps, JOINING, wait_for_workers=False
+                )
+                for keeps in (hosting, False)
+            ]
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 f"rank {given['RANK']} of {world} does not reach the others at "
@@ -147,7 +153,7 @@ class Link:
                 f"torchrun."
             ) from error
         run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own: Any = dist.PrefixStore(f"secateur-{run}", store)  # type: ignore[attr-defined]
+        own = [dist.PrefixStore(f"secateur-{run}", s) for s in stores]  # type: ignore[attr-defined]
         return cls(rank, count, own, first_keeps, neighbours)
 
     def meet(self, until: float = math.inf) -> None:
@@ -307,7 +313,8 @@ class Link:
         self._trouble = trouble
         os.kill(os.getpid(), signal.SIGTERM)
         if not self._closed.wait(GRACE):
-            if str(trouble):
+            told = isinstance(trouble, RankFailedError) and (self.rank or not self._joined)
+            if str(trouble) and not told:
                 print(f"error: {trouble}", file=sys.stderr, flush=True)
             os._exit(1)
 
