@@ -3,17 +3,19 @@
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 
-from secateur import Settings, Store, calibrate, open_model, stream
+from secateur import Settings, Store, calibrate, linalg, link, open_model, propagate, stream
 from secateur.apply import narrow_block
 from secateur.gradients import CURVED_LOSS, needs_gradients
-from secateur.methods import METHODS, method_class
+from secateur.methods import METHODS, gauss_newton, method_class
 from secateur.plan import make_plan
-from secateur.propagate import narrow_blocks
+from secateur.propagate import Propagation, narrow_blocks
 from secateur.ranks import ALONE, Ranks
+from secateur.rows import Rows
 from secateur.scores import score
 from secateur.statistics import PairScores
 from secateur.streaming import open_streamed
@@ -229,6 +231,81 @@ def test_states_are_kept_by_any_number_and_read_by_another(known, tmp_path):
     line.held[:] = torch.zeros_like(expected)
     line.load(path)
     assert torch.equal(line.states, expected)
+
+
+@pytest.mark.parametrize("additive", [True, False])
+def test_all_targets_are_of_the_kind_that_the_first_one_sees(known, tmp_path, additive):
+    """The mistake: each process decides by its own windows."""
+    folder, tokens = known("llama"), families.read("llama", WINDOWS, LENGTH)
+
+    def targets(ranks, first):
+        given = open_model(folder, CPU)
+        propagate._adds_up = lambda *_: first if ranks.leads else not first
+        line = Propagation(given, tokens, method_class("auto")(keep=0.6), ranks)
+        with torch.no_grad():
+            assert line._run_dense(given.blocks[0]) is first
+        return line.targets[:]
+
+    (expected,) = together(1, lambda _: targets(ALONE, additive), tmp_path)
+    found = together(2, lambda ranks: targets(ranks, additive), tmp_path)
+    assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("way", ["told", "gathered"])
+def test_none_waits_within_a_limit_for_bytes_to_be_made(tmp_path, monkeypatch, way):
+    """The mistake: it is written while the others are in a call that has a limit."""
+    monkeypatch.setattr(link, "PASSING", timedelta(seconds=6))
+
+    def passed(ranks):
+        own = torch.save
+
+        def slowly(*given):
+            if ranks.leads:
+                time.sleep(9)
+            own(*given)
+
+        torch.save = slowly
+        found = ranks.told(lambda: {"some": 1}) if way == "told" else ranks.gathered({"some": 1})
+        torch.save = own
+        return found
+
+    expected = {"some": 1} if way == "told" else [{"some": 1}] * 2
+    assert together(2, passed, tmp_path) == [expected] * 2
+
+
+def test_ranks_that_round_differently_stop_together(known, tmp_path):
+    """The mistake: one that finds nothing left to gain leaves the others in a sum."""
+    inputs = torch.randn(512, families.HIDDEN, generator=torch.Generator().manual_seed(0)).double()
+    folder = known("llama")
+
+    def stepped(ranks):
+        block = open_model(folder, CPU).blocks[0]
+        with torch.no_grad():
+            target = block.channels(block.produced(inputs)) @ block.consumer_weight
+            for weight in block.producer_weights:
+                weight.data.mul_(1.1)
+        exact = linalg._dot
+        if not ranks.leads:
+            linalg._dot = lambda a, b: -exact(a, b)
+        share = slice(256 * ranks.rank, 256 * ranks.rank + 256 if ranks.world == 2 else None)
+        rows = Rows(lambda: [(inputs[share], target[share])], 256 * ranks.rank, ranks)
+        with torch.no_grad():
+            gauss_newton.GaussNewton(4, 1e-3, 1e-6).refine(block, rows)
+        return [weight.clone() for weight in (*block.producer_weights, block.consumer_weight)]
+
+    expected = stepped(ALONE)
+    for own in together(2, stepped, tmp_path):
+        assert not isinstance(own, str), own
+        for found, weight in zip(own, expected, strict=True):
+            assert float((found - weight).norm()) <= 1e-5 * float(weight.norm())
+
+
+@pytest.mark.parametrize("neighbours", [1, 2, 8])
+def test_slopes_of_all_processes_of_a_machine_have_their_share(monkeypatch, neighbours):
+    monkeypatch.setattr(gauss_newton, "free_bytes", lambda _: 2**30)
+    taken = neighbours * gauss_newton._room(torch.device("cpu"), neighbours)
+    assert taken == 2**30 // gauss_newton.SHARE
+    assert gauss_newton._room(torch.device("cuda"), neighbours) == 2**30 // gauss_newton.SHARE
 
 
 def test_one_that_dies_ends_the_others(tmp_path):
