@@ -43,6 +43,7 @@ def _number(rank: int, world: int, port: int) -> None:
 
 def _be(rank: int, world: int, port: int, folder: Path, job: Callable[[Ranks], Any]) -> None:
     _number(rank, world, port)
+    link: Link | None = None
     try:
         link = Link.from_environment()
         torch.save(job(Ranks(link)), folder / f"{rank}.pt")
@@ -51,6 +52,9 @@ def _be(rank: int, world: int, port: int, folder: Path, job: Callable[[Ranks], A
     except BaseException as error:
         traceback.print_exc()
         (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        if link is not None and not rank:  # as the first one ends, who keeps the store
+            link.quiet()
+            link.fail("", False)
     os._exit(0)
 
 
