@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -200,14 +201,14 @@ class Propagation:
             attention = wide(seen.attention)  # differences of large streams need the digits
             if additive is None:
                 added = seen.before_mlp + wide(seen.mlp)
-                additive = block.sums and _adds_up(before[:, part], added, after[:, part])
+                own = block.sums and _adds_up(before[:, part], added, after[:, part])
+                additive = self.ranks.told(partial(bool, own))  # all targets are of one kind
             target = wide(before[:, part]) + attention if additive else attention
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.mlp)  # until the narrowed model's inputs are known
             self.dense.put(batch, after)
         assert additive is not None
-        found = additive
-        return self.ranks.told(lambda: found)
+        return additive
 
     def _mixed(self, block: Block, additive: bool, whole: bool) -> BlockStatistics:
         """What the output projection reads in the narrowed model, and what it should make of it.

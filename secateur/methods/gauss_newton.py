@@ -68,7 +68,7 @@ class GaussNewton:
     def _step(self, block: Block, rows: Rows) -> Parts:
         """The change of every part, (inputs, channels), float32."""
         consumer = inputs_by_outputs(block.consumer).float()
-        room = min(REMEMBERED, free_bytes(consumer.device) // SHARE)
+        room = _room(consumer.device, rows.ranks.neighbours)
         cached: dict[int, Parts] = {}
 
         def back(errors: Tensor, piece: Tensor, slopes: Parts) -> Parts:
@@ -119,7 +119,10 @@ class GaussNewton:
         def preconditioned(gradient: Parts) -> Parts:
             return [inverse @ (g / s) for g, s in zip(gradient, scale, strict=True)]
 
-        return conjugate_gradients(curved, preconditioned, residual, self.iterations)
+        def agreed(number: float) -> float:
+            return rows.ranks.told(lambda: number)
+
+        return conjugate_gradients(curved, preconditioned, residual, self.iterations, agreed)
 
     def _linearised(self, block: Block, inputs: Tensor) -> tuple[Tensor, Parts]:
         """The channels, and their slopes by every part."""
@@ -153,6 +156,12 @@ class GaussNewton:
 def _add(total: Parts, added: Parts) -> None:
     for own, more in zip(total, added, strict=True):
         own += more
+
+
+def _room(device: torch.device, neighbours: int) -> int:
+    """Bytes for slopes, where so many processes on this machine take as much."""
+    sharing = neighbours if device.type == "cpu" else 1
+    return min(REMEMBERED, free_bytes(device) // (SHARE * sharing))
 
 
 def _judges(at: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.reference.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,16 +30,13 @@ ASKED = [
 
 
 def started(ranks, *arguments, cache):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     run = [
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
         str(ranks),
         "--master-port",
-        str(port),
+        str(free_port()),
     ]
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
     return subprocess.Popen(
@@ -69,6 +67,17 @@ def sizes(out):
     return {row["unit"]: row["after"] for row in plan["units"]}
 
 
+def same_but_for_roundings(found, expected, name):
+    """Stored in bfloat16, numbers that differ by 1e-5 are now and then rounded to two neighbours.
+
+    A rounding is 400 times as large as that, so that of 200 numbers one may differ.
+    """
+    there, here = found.double(), expected.double()
+    neighbours = torch.finfo(expected.dtype).eps * here.abs() + 1e-5 * here.abs().max()
+    assert bool(((there - here).abs() <= neighbours).all()), name
+    assert int((found != expected).sum()) <= 0.005 * expected.numel() + 1, name
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks are found in /proc")
 def test_a_rank_is_killed_and_the_command_typed_again(tmp_path):
@@ -97,8 +106,7 @@ def test_a_rank_is_killed_and_the_command_typed_again(tmp_path):
     expected, found = (load_file(out / "model.safetensors") for out in (alone, shared))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        rest = float((found[name].double() - tensor.double()).norm())
-        assert rest <= 1e-5 * float(tensor.double().norm()), name
+        same_but_for_roundings(found[name], tensor, name)
 
 
 @pytest.mark.slow
@@ -113,4 +121,19 @@ def test_what_is_wrong_is_said_once(tmp_path):
     assert run.returncode
     assert said.count("error: ") == 1
     assert "without torchrun" in said
-    assert torch.distributed.is_available()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks are found in /proc")
+def test_torchrun_and_the_first_rank_are_killed(tmp_path):
+    run = started(3, "compress", "demo", tmp_path / "out", *ASKED, cache=tmp_path / "cache")
+    while not (tmp_path / ".out.partial").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    first = rank_of(run)[0]
+    run.kill()
+    os.kill(first, signal.SIGKILL)
+    _, said = run.communicate(timeout=60)  # of those that are left, too
+    assert said.count("error: ") == 1
+    assert "error: rank 0 of 3 is gone" in said
+    assert "frame #" not in said  # of the connection that broke
