@@ -67,11 +67,16 @@ def main() -> None:
         if not (folder / name).exists():
             code = run(folder, name, options, None)
         seconds = time.perf_counter() - start
-        same = code == 0 and digests(folder / name) == expected
+        found = digests(folder / name) if code == 0 else {}
+        differing = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+        same = not differing
         left = [p.name for p in folder.iterdir() if p.name.startswith(f".{name}")]
         wrong += not same or bool(left)
         told = " ".join(f"{moment / whole:.2f}" for moment in moments)
-        print(f"| {number} | {told} | {died} | {seconds:.0f} s | {same} | {left} |", flush=True)
+        print(
+            f"| {number} | {told} | {died} | {seconds:.0f} s | {same or differing} | {left} |",
+            flush=True,
+        )
         clear(folder, name)
     sys.exit(wrong > 0)
 
