@@ -76,23 +76,24 @@ class GaussNewton:
             hidden = errors @ consumer.t()
             return [piece.t() @ (slope * hidden) for slope in slopes]
 
-        gram = Gram()
-        residual = [torch.zeros_like(w, dtype=torch.float32) for w in block.producer_weights]
-        energy = [r[0].clone() for r in residual]
+        shapes = [weight.shape for weight in block.producer_weights]
+        gram, errors_back = Gram(), _zeros(shapes, consumer.device)
+        squares = _zeros([shape[1:] for shape in shapes], consumer.device)
         for number, (inputs, targets) in enumerate(rows):
             hidden, slopes = self._linearised(block, inputs)
             room -= sum(slope.nbytes for slope in slopes)
             if room > 0:
                 cached[number] = slopes
             errors, piece = targets.float() - hidden @ consumer, inputs.float()
-            _add(residual, back(errors, piece, slopes))
-            _add(energy, [slope.square().sum(0) for slope in slopes])
+            _add(errors_back, back(errors, piece, slopes))
+            _add(squares, [slope.square().sum(0) for slope in slopes])
             gram.update(piece, mask=_all(piece))
         rows.ranks.add_up({Needs.MLP_INPUT_GRAM: gram})
-        rows.ranks.sum([*residual, *energy])
+        rows.ranks.sum([*errors_back, *squares])
         count = gram.tokens
-        for total in (*residual, *energy):
-            total /= count
+        residual, energy = (
+            [(total / count).to(consumer) for total in sums] for sums in (errors_back, squares)
+        )
         channel = consumer.square().sum(1)
         scale = [channel * e for e in energy]
         scale = [s.clamp_min(1e-12 * float(s.max()) + 1e-30) for s in scale]  # silent channels
@@ -104,7 +105,7 @@ class GaussNewton:
 
         def curved(change: Parts) -> Parts:
             """The Hessian of the linearised error times a change."""
-            total = [torch.zeros_like(c) for c in change]
+            total = _zeros(shapes, consumer.device)
             for number, (inputs, _) in enumerate(rows):
                 slopes = cached.get(number) or self._linearised(block, inputs)[1]
                 piece = inputs.float()
@@ -112,7 +113,7 @@ class GaussNewton:
                 _add(total, back(sum(moved[1:], moved[0]) @ consumer, piece, slopes))
             rows.ranks.sum(total)
             return [
-                t / count + self.ridge * (metric @ c) * s
+                (t / count).to(c) + self.ridge * (metric @ c) * s
                 for t, c, s in zip(total, change, scale, strict=True)
             ]
 
@@ -153,9 +154,15 @@ class GaussNewton:
         block.set_consumer_weight(found)
 
 
+def _zeros(shapes: list[torch.Size], device: torch.device) -> Parts:
+    """Sums in float64: in float32 they would depend on how many processes share them."""
+    home = exact_device(device)
+    return [torch.zeros(shape, dtype=torch.float64, device=home) for shape in shapes]
+
+
 def _add(total: Parts, added: Parts) -> None:
     for own, more in zip(total, added, strict=True):
-        own += more
+        own += more.to(own.device)
 
 
 def _room(device: torch.device, neighbours: int) -> int:
