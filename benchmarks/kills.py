@@ -26,7 +26,7 @@ from secateur.model import Settings
 from secateur.opening import open_model
 
 SHOWN = ("report.json", "report.html", "README.md")  # have seconds in them
-TIMES = ("seconds", "peak_memory_bytes")
+TIMES = ("seconds", "peak_memory_bytes", "command")  # of a run and of no other
 GIVEN = ["--keep", "0.7", "--samples", "8", "--length", "64", "--eval-windows", "4"]
 GIVEN += ["--eval-length", "64", "--no-speed", "--new-tokens", "4"]
 
