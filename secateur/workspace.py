@@ -12,6 +12,7 @@ import filelock
 
 from secateur.errors import HaltedError, InputError, RunError
 from secateur.records import read_object
+from secateur.untrusted import refuse_links
 
 MAX_BYTES = 2**28
 AGAIN = " Repeat the command, which then starts afresh."
@@ -64,11 +65,7 @@ class Workspace:
                 f"output {str(self.out)!r} exists and is no checkpoint; --overwrite replaces "
                 f"checkpoints only. Choose another folder."
             )
-        for path in (self.folder, *self.folder.rglob("*")):
-            if path.is_symlink():
-                raise InputError(
-                    f"{str(path)!r} is a link, and nothing is written through it; remove it."
-                )
+        refuse_links(self.folder)
         missing = [parent for parent in self.folder.parents if not parent.exists()]
         lock = taken(self.folder, self.out, "run")
         keep = True

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import InputError
+from secateur.leftovers import remove_partials
 from secateur.records import read_object
 from secateur.runs import read_run
+from secateur.untrusted import refuse_links
 from secateur.workspace import MAX_BYTES, difference, taken, write_whole
 
 SHARED = ".shared"
@@ -32,6 +34,8 @@ class Folder:
     def check(self, asked: dict[str, Any]) -> None:
         """Refuse a place that is something else, or holds runs that had not ``asked`` in common.
 
+        Nothing is written, here or later, through a link in what they share.
+
         Raises:
             InputError: it does.
         """
@@ -43,6 +47,7 @@ class Folder:
                 f"output {str(out)!r} exists and is no sweep's; choose another folder, or an empty "
                 f"one."
             )
+        refuse_links(self.shared)
         now = json.loads(json.dumps(asked))
         before = now
         if self._asked.exists():
@@ -66,6 +71,7 @@ class Folder:
         self.check(asked)
         lock = taken(self.shared, self.out, "sweep")
         try:
+            remove_partials(self.shared, "dense-*", host=False)  # of a sweep that was killed
             write_whole(self._asked, json.dumps(asked, indent=1))
             yield
         finally:
@@ -86,11 +92,12 @@ class Folder:
         folder = self.out / name
         if not folder.exists():
             return False
-        found = read_run(folder).recipe
-        if found == asked:
+        lines = zip_longest(
+            read_run(folder).recipe.splitlines(), asked.splitlines(), fillvalue="nothing"
+        )
+        was, new = next((pair for pair in lines if pair[0] != pair[1]), (None, None))
+        if was is None or new is None:
             return True
-        lines = zip_longest(found.splitlines(), asked.splitlines(), fillvalue="nothing")
-        was, new = next(pair for pair in lines if pair[0] != pair[1])
         raise InputError(
             f"run {name!r} in {str(self.out)!r} was made otherwise: {was.strip()!r}, now "
             f"{new.strip()!r}. Remove that folder, rename the run, or choose another OUT."

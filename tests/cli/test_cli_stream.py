@@ -39,24 +39,3 @@ def test_what_needs_the_whole_model_is_refused(compress, room, given, words):
     stream = () if "--stream" in given else ("--stream", "on")
     compress("--keep", 0.8, *given, *stream).refused(*words)
     assert list(room.iterdir()) == []
-
-
-def test_little_memory_is_noticed(monkeypatch):
-    """The mistake: a limit on the process that is not looked at."""
-    import resource
-
-    import torch
-
-    from secateur.room import free_bytes
-
-    cpu = torch.device("cpu")
-    real = resource.getrlimit
-    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                resource,
-                "getrlimit",
-                lambda asked, kind=kind: (1000, 1000) if asked == kind else real(asked),
-            )
-            assert free_bytes(cpu) == 0
-    assert free_bytes(cpu) > 2**20

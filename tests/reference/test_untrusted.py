@@ -95,10 +95,10 @@ def test_what_a_journal_says_of_unfinished_shards_must_be_possible(change):
 @pytest.mark.parametrize(
     ("tensors", "counts", "said"),
     [
-        ({"hidden.Gram": torch.ones(2, 2)}, {"hidden.Gram": "9"}, "no sum"),
+        ({"hidden.Gram.0": torch.ones(2, 2)}, {"hidden.Gram": "9"}, "no sum"),
         ({"x": torch.ones(2)}, {"hidden.Gram": "9"}, "missing"),
-        ({"hidden.Gram": torch.ones(2, 2).double()}, {"hidden.Gram": "9" * 5000}, "tokens"),
-        ({"hidden.Gram": torch.ones(2, 2).double()}, {"hidden.Gram": "-1"}, "tokens"),
+        ({"hidden.Gram.0": torch.ones(2, 2).double()}, {"hidden.Gram": "9" * 5000}, "tokens"),
+        ({"hidden.Gram.0": torch.ones(2, 2).double()}, {"hidden.Gram": "-1"}, "tokens"),
     ],
 )
 def test_statistics_that_are_none_are_refused(tmp_path, tensors, counts, said):
