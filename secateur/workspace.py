@@ -10,7 +10,7 @@ from typing import Any
 
 import filelock
 
-from secateur.errors import HaltedError, InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError, shown, words
 from secateur.records import read_object
 from secateur.untrusted import refuse_links
 
@@ -121,8 +121,8 @@ class Workspace:
         if differing and not self.overwrite:
             name, was, new = difference(differing[0], before, now)
             raise UnfinishedRunError(
-                f"an unfinished run for {str(self.out)!r} had another {name} ({was!r}, now "
-                f"{new!r}). Repeat its command to finish it, or add --overwrite to start afresh."
+                f"an unfinished run for {str(self.out)!r} had another {words(name)} "
+                f"({shown(was)}, now {shown(new)}). Repeat its command to finish it, or add --overwrite to start afresh."
             )
         if differing:
             self._forget()

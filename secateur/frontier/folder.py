@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import InputError
+from secateur.errors import InputError, shown, words
 from secateur.leftovers import remove_partials
 from secateur.records import read_object
 from secateur.runs import read_run
@@ -55,8 +55,8 @@ class Folder:
         for name in sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
             where, was, new = difference(name, before, now)
             raise InputError(
-                f"the runs in {str(out)!r} had another {where} ({was!r}, now {new!r}), and would "
-                f"not be comparable. Choose another folder, or remove this one."
+                f"the runs in {str(out)!r} had another {words(where)} ({shown(was)}, now "
+                f"{shown(new)}), and would not be comparable. Choose another folder, or remove this one."
             )
 
     @contextmanager
@@ -99,8 +99,8 @@ class Folder:
         if was is None or new is None:
             return True
         raise InputError(
-            f"run {name!r} in {str(self.out)!r} was made otherwise: {was.strip()!r}, now "
-            f"{new.strip()!r}. Remove that folder, rename the run, or choose another OUT."
+            f"run {name!r} in {str(self.out)!r} was made otherwise: {shown(was.strip())}, "
+            f"now {shown(new.strip())}. Remove that folder, rename the run, or choose another OUT."
         )
 
     def clear(self) -> None:
