@@ -122,7 +122,8 @@ class Workspace:
             name, was, new = difference(differing[0], before, now)
             raise UnfinishedRunError(
                 f"an unfinished run for {str(self.out)!r} had another {words(name)} "
-                f"({shown(was)}, now {shown(new)}). Repeat its command to finish it, or add --overwrite to start afresh."
+                f"({shown(was)}, now {shown(new)}). Repeat its command to finish it, or add "
+                f"--overwrite to start afresh."
             )
         if differing:
             self._forget()

@@ -56,7 +56,8 @@ class Folder:
             where, was, new = difference(name, before, now)
             raise InputError(
                 f"the runs in {str(out)!r} had another {words(where)} ({shown(was)}, now "
-                f"{shown(new)}), and would not be comparable. Choose another folder, or remove this one."
+                f"{shown(new)}), and would not be comparable. Choose another folder, or remove "
+                f"this one."
             )
 
     @contextmanager
