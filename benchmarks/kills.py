@@ -4,12 +4,13 @@
 
 Runs ``secateur compress demo`` undisturbed, then as often as asked with SIGKILL at a random moment
 (and, every third time, at two more on the way), types it again until it ends, and holds every file
-but the report, which has times, against the undisturbed ones. Between, OUT must not exist or be
+against the undisturbed ones, the report but for its times. Between, OUT must not exist or be
 whole. Exits with 1 if anything differs.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -18,12 +19,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import secateur.cli
 from secateur.model import Settings
 from secateur.opening import open_model
 
-TIMES = ("report.json", "report.html", "README.md")  # have seconds in them
+SHOWN = ("report.json", "report.html", "README.md")  # have seconds in them
+TIMES = ("seconds", "peak_memory_bytes")
 GIVEN = ["--keep", "0.7", "--samples", "8", "--length", "64", "--eval-windows", "4"]
 GIVEN += ["--eval-length", "64", "--no-speed", "--new-tokens", "4"]
 
@@ -57,19 +60,24 @@ def main() -> None:
                 break
         if not any(died):  # it was over before its moment: the machine is quicker by now
             whole = min(whole, time.perf_counter() - start)
-            shutil.rmtree(folder / name, ignore_errors=True)
+            clear(folder, name)
             continue
         number += 1
         start, code = time.perf_counter(), 0
         if not (folder / name).exists():
             code = run(folder, name, options, None)
         seconds = time.perf_counter() - start
-        same = code == 0 and digests(folder / name) == expected
+        found = digests(folder / name) if code == 0 else {}
+        differing = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+        same = not differing
         left = [p.name for p in folder.iterdir() if p.name.startswith(f".{name}")]
         wrong += not same or bool(left)
         told = " ".join(f"{moment / whole:.2f}" for moment in moments)
-        print(f"| {number} | {told} | {died} | {seconds:.0f} s | {same} | {left} |", flush=True)
-        shutil.rmtree(folder / name, ignore_errors=True)
+        print(
+            f"| {number} | {told} | {died} | {seconds:.0f} s | {same or differing} | {left} |",
+            flush=True,
+        )
+        clear(folder, name)
     sys.exit(wrong > 0)
 
 
@@ -95,14 +103,32 @@ def run(folder: Path, name: str, options: list[str], moment: float | None) -> in
     return os.waitstatus_to_exitcode(status)
 
 
+def clear(folder: Path, name: str) -> None:
+    """Remove a run, and what it has kept for others."""
+    for path in (folder / name, folder / f"{name}.cache"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def digests(folder: Path) -> dict[str, str]:
-    """Of all files but those with times in them."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
+    """Of all files but those that show times, and of the report without them."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.name not in TIMES
+        if path.name not in SHOWN
     }
+    for path in files:
+        if path.name == "report.json":
+            report = json.dumps(timeless(json.loads(path.read_text())), sort_keys=True)
+            found[path.name] = hashlib.sha256(report.encode()).hexdigest()
+    return found
+
+
+def timeless(content: Any) -> Any:
+    """Without what no two runs share."""
+    if isinstance(content, dict):
+        return {key: timeless(value) for key, value in content.items() if key not in TIMES}
+    return content
 
 
 if __name__ == "__main__":

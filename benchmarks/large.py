@@ -5,8 +5,9 @@
 Writes a Llama of random weights to FOLDER block by block (by default about two billion parameters,
 4 GB in bfloat16), compresses it in processes that may hold no more than so many GB each, prints a
 row of figures and removes both. Several numbers of blocks, as "4,8,16", give a row each. What a
-process holds is limited by RLIMIT_DATA; the greatest resident size, the mapped code of libraries
-included, is printed.
+process holds is limited by RLIMIT_DATA, also of the one that judges. Printed are the greatest
+resident size of the first, mapped code of libraries included, and what judging takes beside them.
+"Times forward" is the compression by the calibration's forward pass, which is short here.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--method", default="modegpt")
     parser.add_argument("--keep", type=float, default=0.8)
     arguments = parser.parse_args()
-    print("| blocks | parameters | GB | peak, GB | of judging | seconds | times forward |")
+    print("| blocks | parameters | GB | peak, GB | judging, GB | seconds | times forward |")
     print("|---|---|---|---|---|---|---|")
     for blocks in map(int, arguments.blocks.split(",")):
         model, out = arguments.folder / f"dense-{blocks}", arguments.folder / f"small-{blocks}"
@@ -65,8 +66,13 @@ def main() -> None:
             parameters = write_model(model, shape)
             print(row(blocks, parameters, model, out, arguments), flush=True)
         finally:
-            shutil.rmtree(model, ignore_errors=True)
-            shutil.rmtree(out, ignore_errors=True)
+            for rest in (model, out, out.with_name(f".{out.name}.partial"), cache(arguments)):
+                shutil.rmtree(rest, ignore_errors=True)
+
+
+def cache(arguments: argparse.Namespace) -> Path:
+    """Where scores are kept, so that no row finds any from before."""
+    return Path(arguments.folder, "cache")
 
 
 def row(blocks: int, parameters: int, model: Path, out: Path, arguments: argparse.Namespace) -> str:
@@ -85,7 +91,7 @@ def row(blocks: int, parameters: int, model: Path, out: Path, arguments: argpars
     done = subprocess.run(
         command,
         preexec_fn=limited,
-        env={**os.environ, "XDG_CACHE_HOME": str(arguments.folder / "cache")},
+        env={**os.environ, "XDG_CACHE_HOME": str(cache(arguments))},
         capture_output=True,
         text=True,
     )

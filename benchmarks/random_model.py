@@ -57,6 +57,7 @@ def write_model(folder: Path, shape: Shape, device: str = "cpu") -> int:
     add("model.norm", hidden)
     add("lm_head", shape.vocabulary, hidden)
     writer.finish()
+    writer.settle()
     config.save_pretrained(folder)
     for file in bundled.model_path().glob("tokenizer*"):
         shutil.copy(file, folder)

@@ -56,6 +56,16 @@ section() { # name, then the command line of a benchmark, whose output is kept u
   printf '![sparsity](sparsity-reference-7m.png)\n'
   printf '\n## Speed\n'
   section speed speed.py
+  printf '\n## Scale\n'
+  cpu=(--threads 1 --clock cpu --rows "$kept/scale.jsonl")
+  drawn scale.py --method modegpt "${cpu[@]}"
+  drawn scale.py --method auto --blocks 2 --widths 4096 --samples 128 "${cpu[@]}"
+  passing=$(mktemp -d)
+  section large large.py "$passing" --samples 4 | sed "s|$passing|FOLDER|"
+  wide=(--hidden 1024 --mlp 4096 --heads 16 --vocabulary 8000)
+  section large-blocks large.py "$passing" --blocks 4,8,16 "${wide[@]}" --samples 8 |
+    sed "s|$passing|FOLDER|"
+  rmdir "$passing" 2>/dev/null || true
   printf '\n## Ingredients\n'
   section ablation-stories260K ablation.py "${stories[@]}" --multiple-of 4
   section ablation-reference-7m ablation.py "${reference[@]}"

@@ -35,7 +35,7 @@ SEVEN = {"blocks": 32, "hidden": 4096, "mlp": 11008, "heads": 32, "kv_heads": 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--method", default="modegpt")
+    parser.add_argument("--method", default="modegpt", choices=("modegpt", "auto"))
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--vocabulary", type=int, default=2048)
@@ -77,6 +77,8 @@ def wanted(arguments: argparse.Namespace) -> list[Row]:
         "device": arguments.device,
         "stream": arguments.stream,
         "clock": arguments.clock,
+        "threads": arguments.threads,
+        "keep": arguments.keep,
     }
     if arguments.gpu:
         return [{**SEVEN, **more, "vocabulary": 32000, "length": 2048, "samples": 128}]
@@ -127,7 +129,7 @@ def measured(arguments: argparse.Namespace, job: Row) -> Row:
         report = secateur.compress(
             folder,
             Path(place, "out"),
-            method_class(job["method"])(keep=arguments.keep),
+            method_class(job["method"])(keep=job["keep"]),
             secateur.Calibration(str(text), samples=shape.samples, length=shape.length),
             Questions((), speed=False),
             secateur.Settings(device=job["device"], stream=job["stream"]),
@@ -143,7 +145,6 @@ def measured(arguments: argparse.Namespace, job: Row) -> Row:
         "peak": peak,
         "peak_gpu": on_gpu,
         "peak_reload": children,
-        "threads": arguments.threads,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "shape": asdict(shape),
     }

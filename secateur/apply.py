@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.block import Block, mixed_bias
 from secateur.errors import InputError
+from secateur.exact import exact
 from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
 from secateur.linears import inputs_by_outputs, set_linear, with_constant
 from secateur.methods.base import Method, Narrowing
@@ -32,11 +34,12 @@ def narrow_block(
     Several ``ranks`` solve a unit each, and all narrow all.
     """
     changing = [unit for unit in units if sizes[unit.name] < unit.size]
-    own = {
-        unit.name: method.solve(unit, block, statistics).at(sizes[unit.name])
-        for place, unit in enumerate(changing)
-        if ranks.mine(block.index + place)
-    }
+    with block.solving():
+        own = {
+            unit.name: method.solve(unit, block, statistics).at(sizes[unit.name])
+            for place, unit in enumerate(changing)
+            if ranks.mine(block.index + place)
+        }
     found = {name: narrowing for part in ranks.gathered(own) for name, narrowing in part.items()}
     for unit in changing:
         narrow_unit(block, unit, found[unit.name])
@@ -70,11 +73,13 @@ def narrowed(block: Block, unit: Unit, narrowing: Narrowing) -> Iterator[None]:
 
 
 def narrow_unit(block: Block, unit: Unit, narrowing: Narrowing) -> None:
-    """Bring one unit of a block to another size, in place."""
+    """Bring one unit of a block to another size, in place; it may come from another device."""
     if isinstance(unit, Matrix):
         for path, layer in narrowing.layers.items():
-            block.module.set_submodule(path, layer)
+            block.module.set_submodule(path, layer.to(block.device))
         return
+    if narrowing.keep is not None:
+        narrowing = replace(narrowing, keep=narrowing.keep.to(block.device))
     narrow = {
         "mlp": narrow_mlp,
         "heads": narrow_heads,
@@ -115,8 +120,10 @@ def narrow_mlp(block: Block, narrowing: Narrowing) -> None:
         bias = producer.bias
         kept_bias = bias[rows] if isinstance(bias, Tensor) else None
         set_linear(producer, weight[:, rows].t().contiguous(), kept_bias)
-    rows = block.consumer_weight[keep] if narrowing.consumer is None else narrowing.consumer
-    block.set_consumer_weight(rows, narrowing.bias)
+    kept = narrowing.consumer
+    if kept is None:
+        kept = inputs_by_outputs(block.consumer)[keep]
+    block.set_consumer_weight(kept, narrowing.bias)
 
 
 def narrow_heads(block: Block, narrowing: Narrowing) -> None:
@@ -127,9 +134,9 @@ def narrow_heads(block: Block, narrowing: Narrowing) -> None:
     kept = [_whole_heads(part, keep, old.kv_heads) for part in (q, k, v)]
     rows = narrowing.consumer
     if rows is None:
-        rows = block.read("heads")[keep].flatten(0, 1)
-    weight = rows.t().to(o[0].dtype).contiguous()
-    output = (weight, with_constant(o[1], narrowing.bias, o[0].dtype))
+        rows, _ = _whole_heads((o[0].t(), None), keep, old.kv_heads)
+    weight = rows.t().to(o[0]).contiguous()
+    output = (weight, with_constant(o[1], narrowing.bias, o[0]))
     shape = dict(old.shape)
     if len(keep):
         shape |= {"heads": len(keep) * old.num_key_value_groups, "kv_heads": len(keep)}
@@ -168,7 +175,7 @@ def narrow_value_output(block: Block, narrowing: Narrowing) -> None:
     """Replace the block's attention by one with narrower values, or change its output alone."""
     old, encode, consumer = block.attention, narrowing.encode, narrowing.consumer
     assert consumer is not None
-    rows = consumer.t().to(old.o_proj.weight.dtype)
+    rows = consumer.t().to(old.o_proj.weight)
     if encode is None:  # in place, as the stock attention shares the weight and may be written
         old.o_proj.weight.data.copy_(rows)
         return
@@ -213,12 +220,12 @@ def _head_rows(part: Part, keep: Tensor, group: int) -> Part:
 def _head_maps(part: Part, encode: Tensor) -> Part:
     """Multiply ``encode`` (heads, n, k) into the rows of every head."""
     weight, bias = part
-    rows = weight.double().unflatten(0, (len(encode), -1))
-    mapped = torch.einsum("hnk,hni->hki", encode, rows).flatten(0, 1).to(weight.dtype)
+    rows = exact(weight).unflatten(0, (len(encode), -1))
+    mapped = torch.einsum("hnk,hni->hki", encode, rows).flatten(0, 1).to(weight)
     if bias is None:
         return mapped, None
-    heads = bias.double().view(len(encode), -1, 1)
-    return mapped, (encode.mT @ heads).flatten().to(bias.dtype)
+    heads = exact(bias).view(len(encode), -1, 1)
+    return mapped, (encode.mT @ heads).flatten().to(bias)
 
 
 def folded_bias(attention: NarrowAttention) -> Tensor | None:
@@ -226,7 +233,7 @@ def folded_bias(attention: NarrowAttention) -> Tensor | None:
     mixed, output = mixed_bias(attention), attention.o_proj
     if mixed is None:
         return output.bias
-    constant = output.weight.double() @ mixed.double()
+    constant = exact(output.weight) @ exact(mixed)
     if output.bias is not None:
-        constant = constant + output.bias.double()
-    return constant.to(output.weight.dtype)
+        constant = constant + exact(output.bias)
+    return constant.to(output.weight)

@@ -1,6 +1,7 @@
 """One transformer block, with weights that mean the same in every family."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.anatomy import Anatomy, HeadLayout
 from secateur.attention import uniform_attention
 from secateur.errors import InputError
+from secateur.exact import exact, exact_device
 from secateur.layers.factored_secateur import LowRank
 from secateur.layers.modeling_secateur import NarrowAttention
 from secateur.linears import (
@@ -95,6 +97,38 @@ class Block:
             del self.module.forward
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are, if they are in memory."""
+        return self.attention.o_proj.weight.device
+
+    @contextmanager
+    def solving(self) -> Iterator[None]:
+        """While this lasts, its weights are where float64 is, for methods to read.
+
+        Where that is another device they are copies: nothing may change them.
+        """
+        home = exact_device(self.device)
+        if home == self.device:
+            yield
+            return
+        own: list[tuple[dict[str, Any], str, Tensor]] = [
+            (entries, name, tensor)
+            for module in self.module.modules()
+            for entries in (module._parameters, module._buffers)
+            for name, tensor in entries.items()
+            if tensor is not None
+        ]
+        try:
+            for entries, name, tensor in own:
+                copy = tensor.detach().to(home)
+                computes = isinstance(tensor, nn.Parameter)
+                entries[name] = nn.Parameter(copy, requires_grad=False) if computes else copy
+            yield
+        finally:
+            for entries, name, tensor in own:
+                entries[name] = tensor
+
+    @property
     def linears(self) -> dict[str, dict[str, Any]]:
         """Path of each of the MLP's linears to its sizes, as a checkpoint has them."""
         paths = [path for path, _ in self.anatomy.producers] + [self.anatomy.consumer]
@@ -165,14 +199,14 @@ class Block:
     @property
     def consumer_weight(self) -> Tensor:
         """The consumer's weight as (hidden channels, outputs), float64."""
-        return inputs_by_outputs(self.consumer).double()
+        return exact(inputs_by_outputs(self.consumer))
 
     def set_consumer_weight(self, rows: Tensor, bias: Tensor | None = None) -> None:
         """Give the consumer another weight, (channels, outputs), and add to its bias."""
         consumer: Any = self.consumer
-        dtype = inputs_by_outputs(consumer).dtype
-        rows = rows.t().to(dtype).contiguous()
-        set_linear(consumer, rows, with_constant(consumer.bias, bias, dtype))
+        like = inputs_by_outputs(consumer)
+        rows = rows.t().to(like).contiguous()
+        set_linear(consumer, rows, with_constant(consumer.bias, bias, like))
 
     def add_constant(self, constant: Tensor) -> None:
         """Add to the consumer's bias, which is new where there was none.
@@ -220,7 +254,7 @@ class Block:
     def output_rows(self) -> Tensor:
         """The output projection's weight as (heads, value width, hidden), float64."""
         attention = self.attention
-        weight = attention.o_proj.weight.double().t()
+        weight = exact(attention.o_proj.weight).t()
         rows: Tensor = weight.unflatten(0, (attention.heads, attention.value))
         return rows
 

@@ -9,6 +9,7 @@ from secateur.allocate.base import Allocator, Evidence
 from secateur.block import Block
 from secateur.calibration import Store, calibrate
 from secateur.errors import InputError
+from secateur.exact import check_exact
 from secateur.journal import States
 from secateur.methods.base import Method
 from secateur.model import Model, Settings
@@ -126,7 +127,7 @@ class Crew:
         """Open a model, here and where the others are.
 
         Raises:
-            InputError: see :func:`~secateur.streaming.open_fitting`.
+            InputError: see :func:`~secateur.streaming.open_fitting`, or a device for one process.
         """
         if self.ranks.link is None:
             return open_fitting(source, settings, folder)
@@ -136,6 +137,7 @@ class Crew:
                 f"--device {settings.device}: every rank takes the GPU of its own number. Say "
                 f"{settings.device.partition(':')[0]}."
             )
+        check_exact(settings.torch_device(), "a run of several processes")
         kind = settings.torch_device().type
         self._order(lambda: Settle(kind))
         settings = replace(settings, device=str(self.ranks.settle(kind)))

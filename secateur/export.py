@@ -19,6 +19,7 @@ from secateur.checkpoint import (
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, judge_apart
 from secateur.evaluate.reload import Testimony, testimony
+from secateur.exact import check_exact
 from secateur.goal import Written
 from secateur.inputs import check_out
 from secateur.layers.factored_secateur import Factored
@@ -57,6 +58,7 @@ def export_dense(
     """
     settings, progress = settings or Settings(), progress or Progress()
     source, out = str(source), expanded(out)
+    check_exact(settings.torch_device(), "an export")
     check_out(out, [source])
     workspace = Workspace(out, overwrite)
     shapes = skeleton(source, settings)
@@ -125,6 +127,7 @@ def export_plain(
     """
     settings, progress = settings or Settings(), progress or Progress()
     source, out = str(source), expanded(out)
+    check_exact(settings.torch_device(), "an export")
     check_out(out, [source])
     workspace = Workspace(out, overwrite)
     if not skeleton(source, settings).narrowed:

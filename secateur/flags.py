@@ -114,7 +114,9 @@ def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 model_argument = click.argument("model")
 
 open_options = stacked(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
+    click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
+    ),
     click.option(
         "--dtype",
         default="auto",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import InputError
+from secateur.exact import exact
 from secateur.model import Model
 from secateur.ranks import ALONE, Ranks
 from secateur.statistics import Need, Statistic, wide
@@ -40,7 +41,7 @@ class FirstOrder(Statistic):
         return total[0]
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        weights, gradient = (value.double() for value in values[:2])
+        weights, gradient = map(exact, values[:2])
         products = weights * gradient
         return torch.stack((products.abs().sum(1), products.sum(1)))
 
@@ -61,7 +62,7 @@ class SecondOrder(FirstOrder):
         return total[[0, 2, 3]]
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        weights, gradient, squares = (value.double() for value in values)
+        weights, gradient, squares = map(exact, values)
         curved = 0.5 * weights.square() * squares * int(mask.sum())
         both = torch.stack((curved.sum(1), (weights * gradient - curved).abs().sum(1)))
         return torch.cat((super().summed(weights, gradient, mask=mask), both))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import FiniteFloat
+from pydantic import FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -18,7 +18,6 @@ from secateur.checkpoint import attention_changed, block_prefix
 from secateur.depth import place
 from secateur.errors import InputError, RunError, first_line, words
 from secateur.evaluate.reload import Testimony
-from secateur.header import read_header
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers
 from secateur.layers.modeling_secateur import factored, narrow_attention, resized
@@ -27,8 +26,9 @@ from secateur.plan import Plan
 from secateur.ranks import ALONE, Ranks
 from secateur.records import Record, read_record
 from secateur.residence import entries, set_entry
+from secateur.runs import Amount, Observed
 from secateur.stream import Stream
-from secateur.workspace import AGAIN, WRITTEN, write_whole
+from secateur.workspace import AGAIN, WRITTEN, digest, write_whole
 from secateur.writer import Writer, WriterState
 
 MAX_BYTES = 2**30
@@ -63,11 +63,16 @@ class Entries(Record):
 
 
 class Ending(Record):
-    """What a run keeps of its work on weights, once that is done."""
+    """What a run keeps of its work on weights, once that is done.
+
+    Attributes:
+        said: digest of the file in which it is what the result says.
+    """
 
     plan: Plan
     observed: dict[str, Any]
-    seconds: dict[str, float]
+    seconds: dict[str, Amount]
+    said: str
 
 
 @dataclass
@@ -82,21 +87,29 @@ class Finished:
     def keep(self, folder: Path) -> None:
         """Note it in the run's folder."""
         self.said.save(folder / SAID)
-        ending = Ending(plan=self.plan, observed=self.observed, seconds=self.seconds)
+        ending = Ending(
+            plan=self.plan,
+            observed=self.observed,
+            seconds=self.seconds,
+            said=digest(folder / SAID),
+        )
         write_whole(folder / WRITTEN, ending.model_dump_json())
 
 
 def read_finished(folder: Path) -> Finished | None:
-    """What an earlier run of the same command has noted, or None."""
+    """What an earlier run of the same command has noted, or None; what is damaged is forgotten."""
     if not (folder / WRITTEN).exists():
         return None
-    found = read_record(Ending, folder / WRITTEN, "journal", MAX_BYTES)
     try:
-        read_header(folder / SAID)
-        said = Testimony.load(folder / SAID)
-    except (SafetensorError, LookupError, OSError) as error:
-        raise InputError(f"journal {str(folder / SAID)!r} is damaged.{AGAIN}") from error
-    return Finished(found.plan, found.observed, found.seconds, said)
+        found = read_record(Ending, folder / WRITTEN, "journal", MAX_BYTES)
+        Observed.model_validate(found.observed)
+        if digest(folder / SAID) == found.said:
+            said = Testimony.load(folder / SAID)
+            return Finished(found.plan, found.observed, found.seconds, said)
+    except (InputError, ValidationError, SafetensorError, OSError):
+        pass
+    (folder / WRITTEN).unlink()
+    return None
 
 
 class States:
@@ -224,6 +237,7 @@ class Journal(States):
         except (*FAULTS_OF_CONFIG, StopIteration) as error:
             if isinstance(error, RunError) or "memory" in str(error):
                 raise  # what was written can't be read, or is too large for now
+            self._path.unlink()
             raise InputError(
                 f"journal {str(self._path)!r}: what it says of block {block.index} can't be "
                 f"({words(first_line(error))}).{AGAIN}"

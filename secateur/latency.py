@@ -16,6 +16,7 @@ from secateur.apply import narrowed
 from secateur.block import Block
 from secateur.cache import cached_file, keep
 from secateur.errors import InputError
+from secateur.exact import check_exact
 from secateur.goal import Goal
 from secateur.methods.base import Narrowing
 from secateur.model import Model
@@ -46,8 +47,9 @@ def measured(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
     shape and number format.
 
     Raises:
-        InputError: the model can't read that many tokens.
+        InputError: the model can't read that many tokens, or its device is not timed.
     """
+    check_exact(model.device, "--target latency")
     check_timed(units)
     check_length(model, goal)
     own = _identity(model, goal)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError
+from secateur.exact import exact
 
 
 class DampingWarning(UserWarning):
@@ -189,24 +190,29 @@ def conjugate_gradients(
     preconditioned: Callable[[list[Tensor]], list[Tensor]],
     residual: list[Tensor],
     iterations: int,
+    agreed: Callable[[float], float] = float,
 ) -> list[Tensor]:
-    """An approximate solution of ``curved(x) = residual``; stops early where it is exact."""
+    """An approximate solution of ``curved(x) = residual``; stops early where it is exact.
+
+    Processes that solve it together pass what makes one's number that of all as ``agreed``: they
+    round differently where machines are unlike, and one that stopped alone would leave the others.
+    """
     found = [torch.zeros_like(r) for r in residual]
     direction = toward = preconditioned(residual)
-    size = _dot(residual, toward)
+    size = agreed(_dot(residual, toward))
     for _ in range(iterations):
         bent = curved(direction)
-        curvature = _dot(direction, bent)
+        curvature = agreed(_dot(direction, bent))
         if not (size > 0 and curvature > 0):
             break
         length = size / curvature
         found = [x + length * d for x, d in zip(found, direction, strict=True)]
         residual = [r - length * b for r, b in zip(residual, bent, strict=True)]
         toward, before = preconditioned(residual), size
-        size = _dot(residual, toward)
+        size = agreed(_dot(residual, toward))
         direction = [t + size / before * d for t, d in zip(toward, direction, strict=True)]
     return found
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
+    return sum(float((exact(x) * exact(y)).sum()) for x, y in zip(a, b, strict=True))

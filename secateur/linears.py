@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur.exact import exact
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.modeling_secateur import AnyConv1D
 
@@ -52,10 +53,8 @@ def set_linear(module: Any, weight: Tensor, bias: Tensor | None) -> None:
     module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
 
-def with_constant(
-    bias: Tensor | None, constant: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """A bias, which may be missing, and a constant, which may be, too."""
+def with_constant(bias: Tensor | None, constant: Tensor | None, like: Tensor) -> Tensor | None:
+    """A bias, which may be missing, and a constant, which may be, too; of the kind of a weight."""
     if constant is None or bias is None:
-        return bias if constant is None else constant.to(dtype)
-    return (bias.double() + constant).to(dtype)
+        return bias if constant is None else constant.to(like)
+    return (exact(bias) + constant).to(like)

@@ -1,10 +1,12 @@
 """What holds the processes of one run together: where they meet, and who is still there.
 
-Processes meet before anything passes between them, and wait for each other without a limit, as
-one may be at work for hours. A thread in each looks after the others meanwhile.
+Processes meet before anything passes between them, and once all have started they wait for each
+other without a limit, as one may be at work for hours. A thread in each looks after the others
+meanwhile, by way of the store that one machine keeps; another one sees that the store answers.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -27,10 +29,13 @@ from secateur.errors import InputError, first_line
 
 CHUNK = 2**26  # bytes that pass at a time
 PASSING = timedelta(seconds=40)  # most that a chunk may take
-JOINING = timedelta(minutes=10)  # most that all may take to start
+JOINING = timedelta(minutes=5)  # most that all may take to start
 BEAT = 1.0  # seconds between two looks at the others
 SILENCE = 40.0  # of a process on another machine, which then counts as gone
+STALL = 30  # beats without an answer of the store, which then counts as gone
+NOTICE = 2.5  # beats in which the others notice what this one has
 GRACE = 15.0  # seconds for what is running to end, when another is gone
+ENDING = 25.0  # seconds that a process may take to end by itself
 ADVICE = "Type the command again; compress then goes on."
 
 
@@ -82,30 +87,49 @@ class Place:
 class Link:
     """The connection of a process with the others of its run."""
 
-    def __init__(self, rank: int, world: int, store: Any, first_keeps: bool) -> None:
-        self.rank, self.world = rank, world
-        self._store, self._first_keeps = store, first_keeps  # the store
+    def __init__(
+        self, rank: int, world: int, stores: list[Any], first_keeps: bool, neighbours: int
+    ) -> None:
+        self.rank, self.world, self.neighbours = rank, world, neighbours
+        # Two connections with one store, as whoever waits for a key keeps all others from its own.
+        self._store, self._waiting = stores
+        self._first_keeps = first_keeps  # the store
         self._rounds = 0
         self.device = torch.device("cpu")
-        self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         self._fast: dist.ProcessGroup | None = None
         self._trouble: BaseException | None = None
-        self._ended = False
-        self._closed = threading.Event()
+        self._joined = self._ended = False
+        self._severed = False  # the store is gone
+        self._closed, self._ending = threading.Event(), threading.Lock()
+        self._looks = 0
         self._heard: dict[int, tuple[bytes, float]] = {}
-        store.set(f"place/{rank}", json.dumps(asdict(Place.here())))
         self._peers: dict[int, Place] = {}
         signal.signal(signal.SIGTERM, self._told_to_end)
-        threading.Thread(target=self._look_after, daemon=True).start()
-        self.meet()
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=PASSING)
+        try:
+            self._join()
+        except RuntimeError as error:
+            message = f"rank {rank} of {world} can't join the others ({first_line(error)})."
+            raise self.reason(10.0) or self._refusal(message) from error
+
+    def _join(self) -> None:
+        """Let the others know of this one, and wait until all have come."""
+        self._store.set(f"place/{self.rank}", json.dumps(asdict(Place.here())))
+        for work in (self._look_after, self._keep_time):
+            threading.Thread(target=work, daemon=True).start()
+        self.meet(time.monotonic() + JOINING.total_seconds())
+        for rank in range(self.world):  # while it can be asked for
+            self._peers[rank] = Place(**json.loads(self._store.get(f"place/{rank}")))
+        self.meet()  # nobody ends before all know each other
+        given = {"store": self._waiting, "rank": self.rank, "world_size": self.world}
+        dist.init_process_group("gloo", **given, timeout=PASSING)
+        self._joined = True
 
     @classmethod
     def from_environment(cls) -> "Link | None":
         """As torchrun says; None in a process that is alone.
 
         Raises:
-            InputError: what it says is incomplete, or the others can't be reached.
+            InputError: what it says is incomplete, or the others can't be reached, or don't come.
         """
         given = {n: os.environ.get(n, "") for n in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
         world = os.environ.get("WORLD_SIZE", "1")
@@ -113,11 +137,15 @@ class Link:
             return None
         try:
             rank, count, port = int(given["RANK"]), int(world), int(given["MASTER_PORT"])
+            neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             first_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             hosting, address = first_keeps and not rank, given["MASTER_ADDR"]
-            store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-                address, port, None, hosting, JOINING, wait_for_workers=False
-            )
+            stores = [
+                dist.TCPStore(  # type: ignore[attr-defined]
+                    address, port, None, keeps, JOINING, wait_for_workers=False
+                )
+                for keeps in (hosting, False)
+            ]
         except (ValueError, RuntimeError) as error:
             raise InputError(
                 f"rank {given['RANK']} of {world} does not reach the others at "
@@ -125,26 +153,57 @@ class Link:
                 f"torchrun."
             ) from error
         run = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own: Any = dist.PrefixStore(f"secateur-{run}", store)  # type: ignore[attr-defined]
-        return cls(rank, count, own, first_keeps)
+        own = [dist.PrefixStore(f"secateur-{run}", s) for s in stores]  # type: ignore[attr-defined]
+        return cls(rank, count, own, first_keeps, neighbours)
 
-    def meet(self) -> None:
+    def meet(self, until: float = math.inf) -> None:
         """Wait for all others to come here."""
         self._rounds += 1
         key, pause = f"round/{self._rounds}", 0.0002
         with self._lasting():
             self._store.add(key, 1)
             while self._store.add(key, 0) < self.world:
+                if time.monotonic() > until:
+                    self._refuse_absence()
                 time.sleep(pause)
                 pause = min(1.3 * pause, 0.05)
             if not self.rank and self._rounds > 2:  # all have left that one
                 self._store.delete_key(f"round/{self._rounds - 2}")
 
+    def _refuse_absence(self) -> None:
+        """Say who has not started."""
+        absent = [r for r in range(self.world) if not self._store.check([f"place/{r}"])]
+        if not absent:  # the last has come by now
+            return
+        raise self._refusal(
+            f"{_named(absent)} of {self.world} {'has' if len(absent) == 1 else 'have'} not started "
+            f"within {JOINING.total_seconds() / 60:.3g} minutes. Let every machine start its "
+            f"ranks, by torchrun."
+        )
+
+    def _refusal(self, message: str) -> InputError:
+        """Tell the others why there is no run; where one of them was first, that one says it."""
+        self.quiet()
+        with suppress(RuntimeError):
+            if self._store.add("refusals", 1) > 1:
+                return RankFailedError(message)
+        self.fail(message, True)
+        return InputError(message)
+
     def settle(self, kind: str) -> torch.device:
-        """Take a device; tensors pass by NCCL where every process has a GPU of its own."""
+        """Take a device; tensors pass by NCCL where every process has a GPU of its own.
+
+        Raises:
+            InputError: there is none here.
+        """
         if kind != "cuda":
             self.device = torch.device(kind)
         elif self._fast is None:
+            if not torch.cuda.device_count():
+                raise InputError(
+                    f"rank {self.rank} finds no GPU on {socket.gethostname()}, and rank 0 has one. "
+                    f"Say --device cpu, or leave this machine out."
+                )
             local = int(os.environ.get("LOCAL_RANK", "0"))
             self.device = torch.device("cuda", local % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
@@ -203,13 +262,12 @@ class Link:
         if not gone:
             return None
         speaks = min({*range(self.world)} - {*gone}) == self.rank
-        which = f"rank {gone[0]}" if len(gone) == 1 else f"ranks {', '.join(map(str, gone))}"
         where = f"on {self._peers[gone[0]].host}"
         if not speaks:
             return RankGoneError("")
         return RankGoneError(
-            f"{which} of {self.world} ({where}) {'is' if len(gone) == 1 else 'are'} gone: killed, "
-            f"perhaps for want of memory. {ADVICE}"
+            f"{_named(gone)} of {self.world} ({where}) {'is' if len(gone) == 1 else 'are'} gone: "
+            f"killed, perhaps for want of memory. {ADVICE}"
         )
 
     def _beats(self, rank: int) -> bool:
@@ -224,26 +282,63 @@ class Link:
 
     def _look_after(self) -> None:
         """In a thread: say that this one lives, and look whether the others do."""
-        beat = 0
         while not self._closed.wait(BEAT):
-            beat += 1
+            self._looks += 1
             try:
-                self._store.set(f"beat/{self.rank}", str(beat))
-                self._trouble = self.lost()
+                self._store.set(f"beat/{self.rank}", str(self._looks))
+                trouble = self.lost()
             except RuntimeError:  # whoever kept it is gone
-                self._trouble = self.severed()
-            if self._trouble is not None:
-                os.kill(os.getpid(), signal.SIGTERM)
-                if not self._closed.wait(GRACE):
-                    print(f"error: {self._trouble}", file=sys.stderr, flush=True)
-                    os._exit(1)
+                trouble = self.severed()
+            if trouble is not None:
+                self._end(trouble)
                 return
 
+    def _keep_time(self) -> None:
+        """In a thread: see that the other one gets on; a store that is cut off never answers.
+
+        Beats are counted, not seconds: a process that was stopped for a while goes on.
+        """
+        last, silent = -1, 0
+        while not self._closed.wait(BEAT):
+            silent = silent + 1 if self._looks == last else 0
+            last = self._looks
+            if silent >= STALL:
+                self._end(self.severed())
+                return
+
+    def _end(self, trouble: BaseException) -> None:
+        """Let this process end as when it is interrupted, and by force where it does not."""
+        if not self._ending.acquire(blocking=False):
+            return
+        self._trouble = trouble
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not self._closed.wait(GRACE):
+            told = isinstance(trouble, RankFailedError) and (self.rank or not self._joined)
+            if str(trouble) and not told:
+                print(f"error: {trouble}", file=sys.stderr, flush=True)
+            os._exit(1)
+
     def severed(self) -> RankGoneError:
-        """What to say where the connection itself is gone."""
-        what = "rank 0" if self._first_keeps else "what started the ranks"
-        speaks = self.rank == int(self._first_keeps)
-        return RankGoneError(f"{what} is gone. {ADVICE}" if speaks else "")
+        """What to say where the store is gone; the first one that lives on each machine says it.
+
+        This one stays for a moment, so that the others here see it alive and leave the word to it.
+        """
+        self._severed = True
+        here = Place.here()
+        known = {**self._peers, self.rank: here}
+        alive = {r: p.alive for r, p in sorted(known.items()) if here.beside(p)}
+        dead = [rank for rank, lives in alive.items() if not lives]
+        first = next(rank for rank, lives in alive.items() if lives)
+        time.sleep(NOTICE * BEAT)
+        if first != self.rank:
+            return RankGoneError("")
+        if 0 in known and 0 not in alive:
+            what = f"rank 0's machine ({known[0].host}) is gone, or can't be reached"
+        elif dead:
+            what = f"{_named(dead)} of {self.world} {'is' if len(dead) == 1 else 'are'} gone"
+        else:
+            what = "what started the ranks is gone"
+        return RankGoneError(f"{what}. {ADVICE}")
 
     def _told_to_end(self, number: int, frame: FrameType | None) -> None:
         """At a SIGTERM, of torchrun or of the thread: end as when a person interrupts."""
@@ -251,7 +346,8 @@ class Link:
             return
         self._ended = True
         reason = self.reason()
-        if reason is not None:  # whoever looks for what went first must not find this one
+        if reason is not None and not self._severed:
+            # whoever looks for what went first must not find this one
             with suppress(RuntimeError):
                 self._store.set(f"bye/{self.rank}", "")
         raise reason or KeyboardInterrupt
@@ -272,8 +368,11 @@ class Link:
     def fail(self, message: str, input_error: bool, patience: float = 0.0) -> None:
         """Tell the others that this one can't go on, and why.
 
-        Waits so many seconds for the first one to say so by itself, and for it to end.
+        Waits so many seconds for the first one to say so by itself, and for it to end; the first
+        one itself waits until they have noticed, as it may keep the store.
         """
+        if self._severed:
+            return
         with suppress(RuntimeError):
             if patience and self._waited(patience):
                 return
@@ -282,6 +381,11 @@ class Link:
             self._store.add("failures", 1)
             if patience:
                 self._waited(GRACE)
+                return
+            others = [f"bye/{rank}" for rank in range(self.world) if rank != self.rank]
+            until = time.monotonic() + NOTICE * BEAT
+            while not self._store.check(others) and time.monotonic() < until:
+                time.sleep(0.1)
 
     def _waited(self, patience: float) -> bool:
         """Whether the first one ended within some seconds, or is about to."""
@@ -295,7 +399,8 @@ class Link:
     def leave(self) -> None:
         """Part from the others when all is done."""
         self._ended = True
-        self._store.set(f"bye/{self.rank}", "")
+        with suppress(RuntimeError):
+            self._store.set(f"bye/{self.rank}", "")
         self._closed.set()
         with suppress(RuntimeError):
             self._store.add("byes", 1)
@@ -310,6 +415,13 @@ class Link:
         """The process is about to end by itself, and needs no reason for it any more."""
         self._ended = True
         self._closed.set()
+        last = threading.Timer(ENDING, os._exit, (1,))  # whatever the store does
+        last.daemon = True
+        last.start()
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
 def passing(

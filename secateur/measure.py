@@ -1,7 +1,7 @@
 """What narrowing one unit costs the whole model: divergence of its output, measured."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -11,7 +11,9 @@ from secateur.apply import narrowed
 from secateur.block import Block
 from secateur.curve import Curve
 from secateur.errors import InputError
-from secateur.methods.base import Solution
+from secateur.evaluate.passes import rows_at_once
+from secateur.exact import exact
+from secateur.methods.base import Narrowing, Solution
 from secateur.model import Model
 from secateur.stream import Stream
 from secateur.text import Tokens
@@ -37,9 +39,9 @@ class Divergence:
         self.stream = Stream(model, tokens)
         self._dense = []
         for batch in self.stream.batches:
-            scores = self._logits(batch, self.stream.at(batch), model.blocks).log_softmax(-1)
-            dense = scores.exp()
-            self._dense.append((dense.cpu(), torch.linalg.vecdot(dense, scores)))
+            for logits in self._logits(batch, model.blocks):
+                dense, negentropy = probabilities(logits)
+                self._dense.append((dense.cpu(), negentropy))
 
     def of(self, block: Block) -> float:
         """Divergence of the model as it stands, if nothing before ``block`` has changed.
@@ -48,8 +50,8 @@ class Divergence:
             InputError: it is not finite.
         """
         total, count, behind = 0.0, 0, self.model.blocks[block.index :]
-        for batch, (dense, negentropy) in zip(self.stream.batches, self._dense, strict=True):
-            found = self._logits(batch, self.stream.at(batch), behind)
+        logits = (part for batch in self.stream.batches for part in self._logits(batch, behind))
+        for (dense, negentropy), found in zip(self._dense, logits, strict=True):
             total += divergence_sum(dense, negentropy, found)
             count += len(found)
         return mean_divergence(total, count, f"block {block.index}")
@@ -58,10 +60,12 @@ class Divergence:
         """Go on to behind ``block``."""
         self.stream.advance(block)
 
-    def _logits(self, batch: slice, states: Tensor, blocks: Sequence[Block]) -> Tensor:
+    def _logits(self, batch: slice, blocks: Sequence[Block]) -> Iterator[Tensor]:
+        states = self.stream.at(batch)
         for block in blocks:
             states = self.stream.through(block, states)
-        return said(self.stream, batch, states)
+        for part in parts(self.stream, batch):
+            yield said(self.stream, part, states[part.start - batch.start :][: _length(part)])
 
 
 class Trials:
@@ -98,7 +102,7 @@ class Trials:
             for size in measured_sizes(unit, solution.curve):
                 first = len(self._first) * len(self._dense.held)
                 self._first[unit.name, size] = first
-                with narrowed(block, unit, solution.at(size)):
+                with narrowed(block, unit, solved(block, solution, size)):
                     for batch in self._dense.batches:
                         states = self._dense.through(block, self._dense.at(batch))
                         self._held[self._rows(first, batch)] = states
@@ -109,15 +113,12 @@ class Trials:
         """The loss of every unit at every size, behind the last block."""
         found: dict[str, dict[int, float]] = {unit.name: {unit.size: 0.0} for unit in units}
         totals, count = dict.fromkeys(self._first, 0.0), 0
-        for batch in self._dense.batches:
-            scores = said(self._dense, batch, self._dense.at(batch)).log_softmax(-1)
-            dense = scores.exp()
-            negentropy = torch.linalg.vecdot(dense, scores)
-            count += len(scores)
+        for part in (p for batch in self._dense.batches for p in parts(self._dense, batch)):
+            dense, negentropy = probabilities(said(self._dense, part, self._dense.at(part)))
+            count += len(dense)
             for key, first in self._first.items():
-                states = self._held[self._rows(first, batch)].to(dense.device)
-                logits = said(self._dense, batch, states)
-                totals[key] += divergence_sum(dense, negentropy, logits)
+                states = self._held[self._rows(first, part)].to(dense.device)
+                totals[key] += divergence_sum(dense, negentropy, said(self._dense, part, states))
         for (name, size), total in totals.items():
             found[name][size] = mean_divergence(total, count, name)
         return {u.name: interpolated(u)(found[u.name], self._curves[u.name]) for u in units}
@@ -125,6 +126,24 @@ class Trials:
     def _rows(self, first: int, batch: slice) -> slice:
         """Where a batch of the trial is whose states begin there."""
         return slice(first + batch.start, first + min(batch.stop, len(self._dense.held)))
+
+
+def parts(stream: Stream, batch: slice) -> list[slice]:
+    """Windows of a batch, as many at a time as their logits have room for."""
+    rows = rows_at_once(stream.model.module, stream.model.use, stream.tokens)
+    last = min(batch.stop, len(stream.tokens))
+    return [slice(i, min(i + rows, last)) for i in range(batch.start, last, rows)]
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the dense model, and Σ p log p of each output."""
+    scores = logits.log_softmax(-1)
+    dense = scores.exp()
+    return dense, torch.linalg.vecdot(dense, scores)
 
 
 def said(stream: Stream, batch: slice, states: Tensor) -> Tensor:
@@ -137,7 +156,7 @@ def said(stream: Stream, batch: slice, states: Tensor) -> Tensor:
 def divergence_sum(dense: Tensor, negentropy: Tensor, found: Tensor) -> float:
     """Σ KL over outputs, of the dense model's probabilities from these logits."""
     expected = torch.linalg.vecdot(dense.to(found.device), found)
-    return float((negentropy - expected + found.logsumexp(-1)).double().sum())
+    return float(exact(negentropy - expected + found.logsumexp(-1)).sum())
 
 
 def mean_divergence(total: float, count: int, where: str) -> float:
@@ -181,12 +200,18 @@ def measure_losses(
     for unit in units:
         solution, found = solutions[unit.name], {unit.size: 0.0}
         for size in measured_sizes(unit, solution.curve):
-            with narrowed(block, unit, solution.at(size)):
+            with narrowed(block, unit, solved(block, solution, size)):
                 found[size] = divergence.of(block)
         losses[unit.name] = interpolated(unit)(found, solution.curve)
         advance(1)
     divergence.advance(block)
     return losses
+
+
+def solved(block: Block, solution: Solution, size: int) -> Narrowing:
+    """What replaces a unit of the block at a size."""
+    with block.solving():
+        return solution.at(size)
 
 
 def measured_sizes(unit: Unit, curve: Curve) -> list[int]:

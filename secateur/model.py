@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from secateur.anatomy import FAMILIES, Anatomy, find
 from secateur.block import Block
 from secateur.errors import InputError, first_line, nearest, words
+from secateur.exact import exact_device
 from secateur.residence import Residence
 from secateur.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
 from secateur.uses import PREFIX, Use, use_of
@@ -36,7 +37,7 @@ class Settings:
     """How a checkpoint is opened.
 
     Attributes:
-        device: "auto", or a torch device.
+        device: "auto", which is a CUDA GPU or the CPU, or a torch device.
         dtype: number format to compute in; "auto" is float32 on a CPU, the stored one elsewhere.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run the code that a checkpoint brings along.
@@ -60,18 +61,29 @@ class Settings:
         try:
             device = torch.zeros(1, device=self.device).device
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {self.device}: {first_line(error)}. Try cpu.") from error
-        if device.type in ("meta", "mps"):
-            raise InputError(f"--device {self.device} cannot hold float64 numbers. Try cpu.")
+            reason = first_line(error).partition(". ")[0].removesuffix(".")
+            raise InputError(f"--device {self.device}: {reason}. Try cpu.") from error
+        if device.type == "meta":
+            raise InputError(f"--device {self.device} holds no numbers. Try cpu.")
         return device
 
     def torch_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The compute dtype for weights stored as ``stored``."""
-        if self.dtype == "auto":
-            return torch.float32 if self.torch_device().type == "cpu" else stored
-        if self.dtype not in DTYPES:
+        """The compute dtype for weights stored as ``stored``.
+
+        Raises:
+            InputError: no such format, or it or ``stored`` is one that the device has not.
+        """
+        device = self.torch_device()
+        if self.dtype not in ("auto", *DTYPES):
             raise InputError(f"unknown --dtype {self.dtype!r}. {nearest(self.dtype, DTYPES)}")
-        return DTYPES[self.dtype]
+        auto = torch.float32 if device.type == "cpu" else stored
+        dtype = DTYPES.get(self.dtype, auto)
+        if torch.float64 in (stored, dtype) and exact_device(device) != device:
+            raise InputError(
+                f"--device {self.device} has no float64, in which the model is stored or --dtype "
+                f"computes. Try --device cpu."
+            )
+        return dtype
 
 
 @dataclass
@@ -120,6 +132,11 @@ class Model:
     def device(self) -> torch.device:
         """Where its weights are."""
         return self.module.device
+
+    @property
+    def exact_device(self) -> torch.device:
+        """Where float64 numbers about it are, and what is worked out in them."""
+        return exact_device(self.device)
 
     @cached_property
     def blocks(self) -> list[Block]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.block import Block, mixed_bias
+from secateur.exact import exact
 from secateur.layers.modeling_secateur import RelativeAttention
 from secateur.statistics import Need, Statistic
 
@@ -102,7 +103,7 @@ def _scores(block: Block, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
     states = args[0] if args else kwargs["hidden_states"]
     query, key, value = attention.project(states, kwargs.get("position_embeddings"))
     # u = v W_O has the inner products of v L with W_O W_Oᵀ = L Lᵀ, which is no wider than a head.
-    weight = attention.o_proj.weight.double().view(-1, attention.heads, attention.value)
+    weight = exact(attention.o_proj.weight).view(-1, attention.heads, attention.value)
     metric = torch.einsum("dhi,dhj->hij", weight, weight)
     eye = torch.eye(attention.value, dtype=metric.dtype, device=metric.device)
     tiny = 1e-9 * metric.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-200)
@@ -111,7 +112,7 @@ def _scores(block: Block, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
     turning = torch.arange(attention.query_key // 2, device=query.device) < block.heads.rotary // 2
     reach = (attention.sliding_window or query.shape[2]) if attention.is_causal else 0
     window = torch.tensor(reach, device=query.device)
-    given = query * attention.scaling, key, value @ root.to(value.dtype), turning, window
+    given = query * attention.scaling, key, value @ root.to(value), turning, window
     if isinstance(attention, RelativeAttention):
         bias = kwargs["position_bias"]
         bias = attention.bias_of(query.shape[2]) if bias is None else bias

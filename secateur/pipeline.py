@@ -21,6 +21,7 @@ from secateur.evaluate.domains import domains
 from secateur.evaluate.judge import Questions, Verdict, judge_apart
 from secateur.evaluate.reload import Passage, Testimony, testimony
 from secateur.evaluate.standing import doubts
+from secateur.exact import check_exact
 from secateur.goal import Goal
 from secateur.journal import Finished, Journal, read_finished
 from secateur.methods import check_served
@@ -119,6 +120,8 @@ def compress(
         check_served(method, shapes)
     if settings.stream == "on":
         check_streams(method, goal, allocator)
+    if goal.target == "latency":
+        check_exact(settings.torch_device(), "--target latency")
     inputs = task.fingerprint(
         method={"name": method.name, **asdict(method)},
         plan=None if plan is None else plan.sizes,

@@ -37,7 +37,7 @@ from secateur.stopwatch import Stopwatch
 from secateur.stream import TOKENS_PER_BATCH, Stream
 from secateur.text import Calibration, Tokens
 from secateur.units import DEPTH, MATRICES, STREAM, Matrix, Unit
-from secateur.workspace import Stage, at_once
+from secateur.workspace import Stage, at_once, for_good
 
 
 def chosen_allocator(method: Method, goal: Goal, asked: Allocator | None) -> Allocator:
@@ -165,7 +165,8 @@ def prepare(
         for note in text_notes(calibration, tokens, units, model.use):
             progress.say(f"note: {note}")
     if isinstance(method, Plan):
-        check_sizes(method, model, chosen)
+        with for_good():
+            check_sizes(method, model, chosen)
     if model.residence is not None:
         progress.say("the model stays on disk and is read block by block (--stream)")
         check_streams(chosen, goal, allocator)
@@ -174,7 +175,8 @@ def prepare(
             progress.say("timing the units on this machine, unless that was done before")
         prices = prices_of(model, units, goal)
         if not isinstance(method, Plan):
-            check_keep(allocator, units, prices, chosen)
+            with for_good():
+                check_keep(allocator, units, prices, chosen)
     if calibration.select != "none" and not calibration.windows:
         with (
             watch.measure("select"),
@@ -235,6 +237,7 @@ def check_streams(method: Method, goal: Goal, allocator: Allocator) -> None:
         "gradients take a backward pass of the whole model": any(map(needs_gradients, needed)),
         f"allocator {allocator.name} tries whole plans out": allocator.searches,
         "--target latency times the whole model": goal.target == "latency",
+        f"{method.name} packs integers, which its result unpacks all at once": method.final,
     }
     for reason, holds in reasons.items():
         if holds:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from secateur.apply import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.block import Block
 from secateur.calibration import Store, collect
+from secateur.exact import exact
 from secateur.journal import States
 from secateur.methods.base import Method, Narrowing, SequentialMethod
 from secateur.model import Model
@@ -73,7 +75,7 @@ def narrow_blocks(
             with torch.no_grad():
                 statistics = collect(stream, block, method.needs, move=False)
         elif line is None or ranks.leads:
-            statistics = store.get(block.index, method.needs, model.device)
+            statistics = store.get(block.index, method.needs, model.exact_device)
         else:
             statistics = {}  # what is solved there comes from the first one
         if line is None:
@@ -83,7 +85,7 @@ def narrow_blocks(
         behind = takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :])
         found = [_constant(model, method, units, later, store) for later in behind]
         statistics = {}  # gone before those of the next are read
-        if constants := [constant.double() for constant in found if constant is not None]:
+        if constants := [exact(constant) for constant in found if constant is not None]:
             block.add_constant(torch.stack(constants).sum(0))  # all at once, to round only once
         if stream is not None:
             stream.advance(block)
@@ -95,8 +97,8 @@ def _constant(
 ) -> Tensor | None:
     """What stands for a block that goes."""
     (unit,) = (u for u in units if u.block == gone.index and u.kind == "block")
-    statistics = store.get(gone.index, method.needs, model.device)
-    with model.resident(gone):
+    statistics = store.get(gone.index, method.needs, model.exact_device)
+    with model.resident(gone), gone.solving():
         return method.solve(unit, gone, statistics).at(0).bias
 
 
@@ -183,7 +185,8 @@ class Propagation:
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
     ) -> None:
         def solved() -> Narrowing:
-            return self.method.solve(unit, block, statistics).at(sizes[unit.name])
+            with block.solving():
+                return self.method.solve(unit, block, statistics).at(sizes[unit.name])
 
         narrow_unit(block, unit, self.ranks.told(solved))
 
@@ -198,14 +201,14 @@ class Propagation:
             attention = wide(seen.attention)  # differences of large streams need the digits
             if additive is None:
                 added = seen.before_mlp + wide(seen.mlp)
-                additive = block.sums and _adds_up(before[:, part], added, after[:, part])
+                own = block.sums and _adds_up(before[:, part], added, after[:, part])
+                additive = self.ranks.told(partial(bool, own))  # all targets are of one kind
             target = wide(before[:, part]) + attention if additive else attention
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.mlp)  # until the narrowed model's inputs are known
             self.dense.put(batch, after)
         assert additive is not None
-        found = additive
-        return self.ranks.told(lambda: found)
+        return additive
 
     def _mixed(self, block: Block, additive: bool, whole: bool) -> BlockStatistics:
         """What the output projection reads in the narrowed model, and what it should make of it.

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,35 +105,39 @@ class Ranks:
         """What one of them makes; the others are told."""
         if self.link is None:
             return make()
-        found = make() if self.rank == by else None
+        if self.rank != by:
+            self.link.meet()
+            heard: T = self._read(self._passed(None, by))
+            return heard
+        found = make()
+        data = _written(found)  # before the others wait for it, which they do with a limit
         self.link.meet()
-        return self._passed(found, by)
+        self._passed(data, by)
+        return found
 
     def gathered(self, own: T) -> list[T]:
         """What each has, by rank."""
         if self.link is None:
             return [own]
+        data = _written(own)
         self.link.meet()
-        return [self._passed(own, by) for by in range(self.world)]
+        every = [self._passed(data, by) for by in range(self.world)]
+        return [own if by == self.rank else self._read(one) for by, one in enumerate(every)]
 
-    def _passed(self, value: T | None, by: int) -> T:
-        """A value by way of bytes, between processes that trust each other; all have met."""
+    def _passed(self, data: Tensor | None, by: int) -> Tensor:
+        """The bytes that one of them has; all have met."""
         assert self.link is not None
-        content = io.BytesIO()
-        if self.rank == by:
-            torch.save(value, content)
-        data = torch.frombuffer(bytearray(content.getvalue() or b"-"), dtype=torch.uint8)
-        size = torch.tensor([len(data)])
+        size = torch.tensor([0 if data is None else len(data)])
         self.link.pass_on(size, by)
-        if self.rank == by:
-            self.link.pass_on(data, by)
-            return value  # type: ignore[return-value]
-        data = torch.empty(int(size), dtype=torch.uint8)
+        if data is None or self.rank != by:
+            data = torch.empty(int(size), dtype=torch.uint8)
         self.link.pass_on(data, by)
-        found: T = torch.load(
-            io.BytesIO(data.numpy().tobytes()), map_location=self.device, weights_only=False
-        )
-        return found
+        return data
+
+    def _read(self, data: Tensor) -> Any:
+        """A value from bytes, between processes that trust each other."""
+        content = io.BytesIO(data.numpy().tobytes())
+        return torch.load(content, map_location=self.device, weights_only=False)
 
     def follow(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the numbers that they have where one leads."""
@@ -141,6 +145,13 @@ class Ranks:
             for tensor in tensors:
                 self.link.meet()
                 self.link.pass_on(tensor, 0)
+
+
+def _written(value: object) -> Tensor:
+    """A value as bytes."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    return torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
 
 
 ALONE = Ranks()

@@ -91,6 +91,8 @@ class Residence:
         self._heads += 1
 
     def _drop_head(self) -> None:
+        if not self._heads:  # it could not be read
+            return
         self._heads -= 1
         if self._head is not None and not self._heads:
             for name, tensor in list(entries(self._head)):

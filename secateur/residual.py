@@ -10,6 +10,7 @@ from secateur.apply import check_finite
 from secateur.block import Block
 from secateur.calibration import check_finite as check_sums
 from secateur.curve import Curve
+from secateur.exact import exact
 from secateur.layers.modeling_secateur import SlicedBlock, shorten, sliced
 from secateur.linears import inputs_by_outputs, set_linear
 from secateur.methods.base import Method
@@ -75,7 +76,7 @@ class Slicing:
         assert basis is not None
         for batch in stream.batches:
             states = wide(stream.at(batch))
-            turn = basis.to(states.dtype)
+            turn = basis.to(states)
             stream.put(batch, states @ turn @ turn.mT)
         return basis
 
@@ -126,16 +127,16 @@ def slice_block(
     _read_from(between, module.get_submodule(found.mlp_norm), (m for m, _ in block.producers))
     _write_into(behind, block.consumer)
     attention.shape["hidden"] = before.shape[1]
-    dtype = attention.o_proj.weight.dtype
-    module.attention_shortcut = _parameter(before.mT @ between, dtype)
-    module.mlp_shortcut = _parameter(between.mT @ behind, dtype)
+    like = attention.o_proj.weight
+    module.attention_shortcut = _parameter(before.mT @ between, like)
+    module.mlp_shortcut = _parameter(between.mT @ behind, like)
 
 
 def slice_embedding(model: Model, basis: Tensor) -> None:
     """Let the embedding give x E; a head that was tied to it keeps the dense weight."""
     embedding: Any = model.module.get_input_embeddings()
     weight = embedding.weight
-    embedding.weight = _parameter(weight.double() @ basis, weight.dtype)
+    embedding.weight = _parameter(exact(weight) @ basis, weight)
     embedding.embedding_dim = basis.shape[1]
     model.config.tie_word_embeddings = False
 
@@ -152,12 +153,12 @@ def slice_head(model: Model, basis: Tensor) -> None:
 def _read_from(basis: Tensor, norm: Any, linears: Iterable[nn.Module]) -> None:
     """Let a norm and what reads it read x E; the norm's weight moves into the linears."""
     hidden, size = basis.shape
-    scale = norm.weight.double() * (hidden / size) ** 0.5  # see `shorten`
+    scale = exact(norm.weight) * (hidden / size) ** 0.5  # see `shorten`
     turn = scale.unsqueeze(1) * basis
     for linear in linears:
         weight = inputs_by_outputs(linear).t()
         bias = linear.bias if isinstance(linear.bias, Tensor) else None
-        set_linear(linear, (weight.double() @ turn).to(weight.dtype), bias)
+        set_linear(linear, (exact(weight) @ turn).to(weight), bias)
     shorten(norm, size)
 
 
@@ -165,9 +166,9 @@ def _write_into(basis: Tensor, linear: nn.Module) -> None:
     """Let a linear add its output times E to the stream."""
     weight = inputs_by_outputs(linear).t()
     bias = linear.bias
-    turned = (bias.double() @ basis).to(bias.dtype) if isinstance(bias, Tensor) else None
-    set_linear(linear, (basis.mT @ weight.double()).to(weight.dtype), turned)
+    turned = (exact(bias) @ basis).to(bias) if isinstance(bias, Tensor) else None
+    set_linear(linear, (basis.mT @ exact(weight)).to(weight), turned)
 
 
-def _parameter(values: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(values.to(dtype), requires_grad=False)
+def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.to(like), requires_grad=False)

@@ -1,13 +1,12 @@
 """Scores: what calibration says about every unit, measured once and kept for every budget."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import FiniteFloat, field_validator
+from pydantic import FiniteFloat, ValidationError, field_validator
 
 from secateur.allocate.base import Allocator, Evidence
 from secateur.cache import cached_file, keep
@@ -19,12 +18,12 @@ from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
 from secateur.ranks import ALONE, Ranks
-from secateur.records import Parts, Record, read_record
+from secateur.records import Parts, Record, read_record, said
 from secateur.residual import place_curves
 from secateur.text import Tokens
 from secateur.units import EVERY_BLOCK, Unit
 from secateur.version import __version__
-from secateur.workspace import Stage, at_once, write_whole
+from secateur.workspace import Content, Stage, at_once, write_whole
 
 MAX_BYTES = 2**27
 MAX_UNITS = 2**16
@@ -65,6 +64,76 @@ class Scores(Record):
         if isinstance(found, dict) and len(found) > MAX_UNITS:
             raise ValueError(f"more than {MAX_UNITS} units")
         return found
+
+
+class Found(Record):
+    """What is found of one block: the part of the evidence that a run keeps as a stage.
+
+    Attributes:
+        places: of each unit that runs through all blocks, its curve at every place in this one.
+    """
+
+    curves: dict[str, Parts[FiniteFloat]]
+    losses: dict[str, Parts[FiniteFloat]]
+    reading: Parts[FiniteFloat]
+    places: dict[str, Parts[Parts[FiniteFloat]]]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is found of the blocks, by way of a run's stages."""
+
+    stage: Stage
+    changing: Sequence[Unit]
+    through: Sequence[Unit]
+    measured: bool
+
+    def before(self, block: int) -> Found | None:
+        """What an earlier run has found of a block, or None."""
+
+        def missing() -> Content:
+            raise _MissingError
+
+        try:
+            return self.stage(f"scores-{block}", missing, lambda kept: self._held(block, kept))
+        except _MissingError:
+            return None
+
+    def together(self, parts: Sequence[Mapping[int, Content]]) -> dict[int, Found]:
+        """What all processes have found of some blocks."""
+        return {block: self._whole(block, [part[block] for part in parts]) for block in parts[0]}
+
+    def _whole(self, block: int, parts: Sequence[Content]) -> Found:
+        whole: Content = {"curves": {}, "losses": {}}
+        for own in parts:
+            whole = {**whole, **own, **{k: whole[k] | own[k] for k in ("curves", "losses")}}
+        return self.stage(f"scores-{block}", lambda: whole, lambda kept: self._held(block, kept))
+
+    def _held(self, block: int, content: Content) -> Found:
+        """Plain data, held against the units of the block."""
+        named = f"scores of block {block}"
+        try:
+            found = Found.model_validate(content)
+        except ValidationError as error:
+            raise InputError(f"{named}: {said(error)}.") from error
+        sizes = {unit.name: unit.size + 1 for unit in self.changing if unit.block == block}
+        places = {unit.name: {unit.size + 1} for unit in self.through}
+        right = (
+            _lengths(found.curves) == sizes
+            and _lengths(found.losses) == (sizes if self.measured else {})
+            and {name: {*map(len, own)} for name, own in found.places.items()} == places
+        )
+        if not right or not found.reading:
+            raise InputError(f"{named}: they don't match its units.")
+        return found
+
+
+class _MissingError(Exception):
+    """No earlier run has it."""
+
+
+def _lengths(curves: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    return {name: len(curve) for name, curve in curves.items()}
 
 
 def identity(model: Model, method: Method, tokens: Tokens, allocator: Allocator) -> dict[str, Any]:
@@ -119,7 +188,7 @@ def _evidence(scores: Scores, own: dict[str, Any], units: Sequence[Unit], path: 
         raise InputError(f"scores {str(path)!r}: readings don't match the blocks of the model.")
     sizes = {unit.name: unit.size + 1 for unit in units}
     for field in ("curves", "losses") if scores.losses is not None else ("curves",):
-        if {name: len(curve) for name, curve in getattr(scores, field).items()} != sizes:
+        if _lengths(getattr(scores, field)) != sizes:
             raise InputError(f"scores {str(path)!r}: {field} don't match the units of the model.")
     return Evidence(
         {name: Curve(errors) for name, errors in scores.curves.items()},
@@ -167,7 +236,7 @@ def score(
     through = [unit for unit in units if unit.block == EVERY_BLOCK]
     changing = [unit for unit in units if not unit.fixed]
     mine = _dealt(changing, ranks)
-    pending: dict[int, dict[str, Any]] = {}
+    pending: dict[int, Content] = {}
     with torch.no_grad():
         divergence, trials = None, None
         if allocator.measured:
@@ -176,8 +245,11 @@ def score(
                 divergence = Divergence(model, few)
             else:
                 trials, stage = Trials(model, few, len(mine)), at_once
-        first = ranks.told(lambda: {b.index: _kept(stage, b.index) for b in model.blocks})
-        found = {block: kept for block, kept in first.items() if kept is not None}
+        kept = _Kept(stage, changing, through, divergence is not None)
+        first = ranks.told(
+            lambda: {block.index: kept.before(block.index) for block in model.blocks}
+        )
+        found = {block: own for block, own in first.items() if own is not None}
         for block in model.in_turn():
             every = [unit for unit in changing if unit.block == block.index]
             if block.index in found:  # an interrupted run has them
@@ -187,8 +259,10 @@ def score(
                 continue
             own = [unit for unit in every if unit.name in mine]
             advance(len(every) - len(own))
-            statistics = store.get(block.index, needs, model.device)
-            solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+            statistics = store.get(block.index, needs, model.exact_device)
+            with block.solving():
+                solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+                curves = {name: solution.curve for name, solution in solutions.items()}
             measured: dict[str, Curve] = {}
             if trials is not None:
                 trials.of_block(block, own, solutions, advance)
@@ -197,21 +271,23 @@ def score(
             else:
                 advance(len(own))
             pending[block.index] = {
-                "curves": {name: s.curve.errors for name, s in solutions.items()},
+                "curves": {name: curve.errors for name, curve in curves.items()},
                 "losses": {name: curve.errors for name, curve in measured.items()},
             }
             if ranks.mine(block.index):
-                there = {u.name: place_curves(method, u, block, statistics) for u in through}
+                with block.solving():
+                    reading = allocator.read(block, statistics)
+                    there = {u.name: place_curves(method, u, block, statistics) for u in through}
                 pending[block.index] |= {
-                    "reading": allocator.read(block, statistics),
+                    "reading": reading,
                     "places": {name: [c.errors for c in own] for name, own in there.items()},
                 }
             statistics, solutions = {}, {}  # gone before those of the next are read
             if len(pending) == ranks.world:  # of so many blocks each has as much as the others
-                found |= _together(ranks.gathered(pending), stage)
+                found |= kept.together(ranks.gathered(pending))
                 pending = {}
         if pending:
-            found |= _together(ranks.gathered(pending), stage)
+            found |= kept.together(ranks.gathered(pending))
         losses: dict[str, Curve] = {}
         if trials is not None:
             tried = [unit for unit in changing if unit.name in mine]
@@ -220,48 +296,20 @@ def score(
             for part in ranks.gathered(measured):
                 losses |= part
     ordered = [found[block.index] for block in model.blocks]
-    curves = {name: Curve(tuple(c)) for own in ordered for name, c in own["curves"].items()}
-    losses |= {name: Curve(tuple(c)) for own in ordered for name, c in own["losses"].items()}
+    curves = {name: Curve(tuple(c)) for own in ordered for name, c in own.curves.items()}
+    losses |= {name: Curve(tuple(c)) for own in ordered for name, c in own.losses.items()}
     for unit in units:
         if unit.fixed:  # it never changes, so it never errs
             curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
     for unit in through:
-        places = [Curve(tuple(c)) for own in ordered for c in own["places"][unit.name]]
+        places = [Curve(c) for own in ordered for c in own.places[unit.name]]
         curves[unit.name] = Curve.mean(places)
     advance(len(units) - sum(unit.block != EVERY_BLOCK for unit in changing))
-    readings = [tuple(own["reading"]) for own in ordered]
+    readings = [own.reading for own in ordered]
     curves = {unit.name: curves[unit.name] for unit in units}  # in whatever order they came
     if not allocator.measured:
         return Evidence(curves, readings)
     return Evidence(curves, readings, {u.name: losses[u.name] for u in units if u.name in losses})
-
-
-class _MissingError(Exception):
-    """No earlier run has it."""
-
-
-def _kept(stage: Stage, block: int) -> dict[str, Any] | None:
-    """What an earlier run has found of a block, or None."""
-
-    def missing() -> dict[str, Any]:
-        raise _MissingError
-
-    try:
-        return stage(f"scores-{block}", missing)
-    except _MissingError:
-        return None
-
-
-def _together(parts: Sequence[Mapping[int, dict[str, Any]]], stage: Stage) -> dict[int, Any]:
-    """What all processes have found of some blocks."""
-    found = {}
-    for block in parts[0]:
-        whole: dict[str, Any] = {"curves": {}, "losses": {}}
-        for part in parts:
-            own = part[block]
-            whole = {**whole, **own, **{k: whole[k] | own[k] for k in ("curves", "losses")}}
-        found[block] = stage(f"scores-{block}", partial(dict, whole))
-    return found
 
 
 def _dealt(units: Sequence[Unit], ranks: Ranks) -> set[str]:

@@ -227,24 +227,28 @@ def divergences(
 class MiddleStates:
     """The hidden states before the middle block, (length, hidden) a window, on the CPU.
 
-    They are computed whenever they are gone through, so that no more than a batch is ever held.
+    They are computed whenever they are gone through, so that no more than a batch is ever held; of
+    a model that is read block by block all are, in memory or on disk, so that it is read once.
     """
 
     model: Model
     tokens: Tokens
 
     def __iter__(self) -> Iterator[Tensor]:
-        rows = max(1, TOKENS_PER_BATCH // self.tokens.ids.shape[1])
-        for first in range(0, len(self.tokens.ids), rows):
-            places = range(len(self.tokens.ids))[first : first + rows]
-            yield from self._of(self.tokens[places])
+        count = len(self.tokens.ids)
+        batch = max(1, TOKENS_PER_BATCH // self.tokens.ids.shape[1])
+        rows = batch if self.model.residence is None else count
+        for first in range(0, count, rows):
+            stream = self._reached(self.tokens[range(count)[first : first + rows]])
+            for part in stream.batches:
+                yield from stream.held[part]
 
     @torch.no_grad()
-    def _of(self, tokens: Tokens) -> Tensor:
+    def _reached(self, tokens: Tokens) -> Stream:
         stream = Stream(self.model, tokens)
         for block in self.model.in_turn(self.model.blocks[: len(self.model.blocks) // 2]):
             stream.advance(block)
-        return stream.states
+        return stream
 
 
 def _real(states: Iterable[Tensor], mask: Tensor) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, FiniteFloat, ValidationError
 from torch import nn
 
 from secateur.calibration import Store
@@ -25,16 +26,29 @@ from secateur.prices import counted
 from secateur.progress import Progress
 from secateur.reach import check_runtime
 from secateur.recipe import Recipe, Step
-from secateur.records import read_object
+from secateur.records import Record, read_object, read_record
 from secateur.report import Report
 from secateur.residence import published_name
+from secateur.runs import Observed
 from secateur.stopwatch import Stopwatch
 from secateur.task import Task
 from secateur.text import Calibration
-from secateur.workspace import AGAIN, MAX_BYTES
+from secateur.workspace import MAX_BYTES, FutileError, for_good, write_whole
 
 ATTEMPTS = 4
-PLAN, OBSERVED, UNFINISHED = "plan.json", "observed.json", "unfinished"
+PLAN, OBSERVED, UNFINISHED, ATTEMPT = "plan.json", "observed.json", "unfinished", "attempt.json"
+
+
+class Attempt(Record):
+    """What the finished steps were made with.
+
+    Attributes:
+        number: of those before it, none of which met the budget.
+        later: see :class:`_Bytes`.
+    """
+
+    number: int = Field(ge=1, lt=ATTEMPTS)
+    later: FiniteFloat = Field(gt=0)
 
 
 def compress_in_steps(
@@ -84,22 +98,28 @@ def compress_in_steps(
     with workspace.opened(inputs):
         with watch.measure("evaluate"):
             dense = task.judge_dense()
-        for _ in range(ATTEMPTS):
+        attempt = _attempt(workspace.folder, recipe)
+        if attempt is not None:
+            budget = replace(budget, later=attempt.later)
+        for number in range(0 if attempt is None else attempt.number, ATTEMPTS):
             plans, observed, said = _run(task, recipe, budget, watch, crew)
             reached = stored_bytes(workspace.result, shapes)
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
                 break
             if recipe.open is None:
-                raise InputError(
+                raise FutileError(
                     f"recipe: the keeps of its steps leave {reached / budget.dense:.3f} of the "
                     f"bytes, more than {recipe.keep}; leave one of them out."
                 )
             # What later steps leave of narrowed shapes is known only when they are done.
             progress.say("a little above the budget: narrowing further")
             budget = replace(budget, later=budget.later * reached / (recipe.keep * budget.dense))
-            _forget(workspace.folder, recipe)
+            if number + 1 < ATTEMPTS:
+                _forget(workspace.folder, recipe, recipe.open + 1)
+                now = Attempt(number=number + 1, later=budget.later)  # only when no step is left
+                write_whole(workspace.folder / ATTEMPT, now.model_dump_json())
         else:
-            raise InputError(
+            raise FutileError(
                 f"keep {recipe.keep}: the steps leave {reached / budget.dense:.3f} of the bytes. "
                 f"Ask for more, or for less in the steps that have a keep."
             )
@@ -129,17 +149,20 @@ def _run(
         last = number == len(recipe.steps)
         folder = workspace.result if last else workspace.folder / f"step-{number}"
         if not last and folder.exists():
-            plans.append(read_plan(folder / PLAN))
-            observed.append(read_object(folder / OBSERVED, "journal", MAX_BYTES, AGAIN))
-            source = str(folder)
-            continue
+            found = _finished(folder, task.settings)
+            if found is not None:
+                plans.append(found[0])
+                observed.append(found[1])
+                source = str(folder)
+                continue
+            _forget(workspace.folder, recipe, number)
         shapes = skeleton(source, task.settings)
-        check_served(step.method, shapes)
-        check_runtime(shapes, step.method, step.goal)
-        keep = step.keep or 0.0
-        if number - 1 == recipe.open:
-            there = budget.dense if number == 1 else stored_bytes(Path(source), shapes)
-            keep = budget.share(shapes, there)
+        there = budget.dense if number == 1 else stored_bytes(Path(source), shapes)
+        with for_good():
+            check_served(step.method, shapes)
+            check_runtime(shapes, step.method, step.goal)
+            opens = number - 1 == recipe.open
+            keep = budget.share(shapes, there) if opens else step.keep or 0.0
         task.progress.say(f"step {number} of {len(recipe.steps)}: {step.method.name}")
         prepared = prepare(
             source,
@@ -169,15 +192,39 @@ def _run(
     return plans, observed, said
 
 
-def _forget(folder: Path, recipe: Recipe) -> None:
-    """Let the open step and those behind it be done again."""
-    assert recipe.open is not None
-    for number in range(len(recipe.steps), recipe.open, -1):  # last first: none outlives its source
+def _attempt(folder: Path, recipe: Recipe) -> Attempt | None:
+    """What the finished steps of an earlier run were made with, if not in the first attempt."""
+    path = folder / ATTEMPT
+    if not path.exists():
+        return None
+    try:
+        return read_record(Attempt, path, "journal", MAX_BYTES)
+    except InputError:  # damaged: nothing says what they are
+        _forget(folder, recipe, (recipe.open or 0) + 1)
+        path.unlink()
+        return None
+
+
+def _finished(folder: Path, settings: Settings) -> tuple[Plan, dict[str, Any]] | None:
+    """Plan and observations of a step that is done; None where it is damaged."""
+    try:
+        observed = read_object(folder / OBSERVED, "journal", MAX_BYTES)
+        Observed.model_validate(observed)
+        skeleton(str(folder), settings)
+        tensors(folder)
+        return read_plan(folder / PLAN), observed
+    except (InputError, ValidationError):
+        return None
+
+
+def _forget(folder: Path, recipe: Recipe, first: int) -> None:
+    """Let a step and those behind it be done again."""
+    for number in range(len(recipe.steps), first - 1, -1):  # last first: none outlives its source
         step = folder / f"step-{number}"
         if step.exists():
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
             step.rename(folder / UNFINISHED)  # at once: half of it would pass for a finished one
-        if number > recipe.open + 1:
+        if number > first:
             shutil.rmtree(folder / f"statistics-{number}", ignore_errors=True)
 
 

@@ -2,7 +2,6 @@
 
 import io
 import math
-import mmap
 import os
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from secateur.header import NAMES, Entry, places
 
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 PIECE = 2**24  # bytes that are read at once where numbers get another format
-OWN = 2**20  # bytes from which a tensor has memory of its own
 
 
 class Shelf:
@@ -86,7 +84,7 @@ def read_tensor(path: Path, entry: Entry, dtype: torch.dtype | None = None) -> T
         OSError: it can't be read, or the file ends before it.
     """
     stored = DTYPES[entry.dtype]
-    found = own_memory(math.prod(entry.shape), dtype or stored)
+    found = torch.empty(math.prod(entry.shape), dtype=dtype or stored)
     with path.open("rb", buffering=0) as file:
         file.seek(entry.start)
         if found.dtype == stored:
@@ -106,15 +104,3 @@ def _fill(file: io.FileIO, tensor: Tensor) -> None:
         if not count:
             raise OSError("it has become shorter")
         at += count
-
-
-def own_memory(count: int, dtype: torch.dtype) -> Tensor:
-    """So many numbers, whose memory the system has back as soon as they are gone.
-
-    What comes from the allocator may stay with it: of blocks that come and go, more with each.
-    """
-    size = count * dtype.itemsize
-    if size < OWN or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(count, dtype=dtype)
-    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(mapped, dtype=dtype)

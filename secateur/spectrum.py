@@ -51,7 +51,8 @@ def spectrum(
         for block in model.in_turn():
             statistics = collect(stream, block, methods.needs)
             for unit in (unit for unit in units if unit.block == block.index):
-                curve = methods.solve(unit, block, statistics).curve
+                with block.solving():
+                    curve = methods.solve(unit, block, statistics).curve
                 whole = unit.cost(unit.size, model.stored.itemsize).bytes
                 for points in found.values():
                     points[unit.name] = []

@@ -2,8 +2,8 @@
 
 A statistic is created empty, fed batches with a mask of the tokens that count, and read once. The
 products of a batch are made in float32 (or float64, if that is what the model computes in) and
-summed over batches in float64. Every reading is a mean over tokens, so that ridges relative to it
-have no unit.
+summed over batches in float64, on the device or where else it has that (exact.py). Every reading is
+a mean over tokens, so that ridges relative to it have no unit.
 """
 
 from abc import ABC, abstractmethod
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError
+from secateur.exact import exact, exact_device
 from secateur.symmetric import add_product, bands, mirrored
 
 
@@ -58,7 +59,7 @@ class Statistic(ABC):
 
     def onto(self, total: Tensor | None, *values: Tensor, mask: Tensor) -> Tensor:
         """``total``, which may be changed, with the sum of a batch."""
-        added = self.summed(*map(wide, values), mask=mask).double()
+        added = exact(self.summed(*map(wide, values), mask=mask))
         return added if total is None else total.add_(added)
 
     def parts(self) -> dict[str, Tensor]:
@@ -130,7 +131,8 @@ class Gram(Additive):
     def onto(self, total: Tensor | None, *values: Tensor, mask: Tensor) -> Tensor:
         rows = real(values[0], mask)
         if total is None:
-            total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            shape, home = (rows.shape[1], rows.shape[1]), exact_device(rows.device)
+            total = torch.zeros(shape, dtype=torch.float64, device=home)
         rows = rows if rows.is_cuda else wide(rows)  # a GPU has products of half precision
         return add_product(total, rows, rows)
 
@@ -214,7 +216,7 @@ class Moments(Additive):
         return total[1]
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        rows = values[0][mask].double()
+        rows = exact(values[0][mask])
         return torch.stack((rows.sum(0), rows.square().sum(0)))
 
     @property
@@ -236,7 +238,7 @@ class Influence(Additive):
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         before, after = values
-        before, after = before[mask].double(), after[mask].double()
+        before, after = exact(before[mask]), exact(after[mask])
         return (1 - torch.cosine_similarity(before, after, -1)).sum()
 
 
@@ -255,7 +257,7 @@ class Change(Additive):
         return total[-2:]
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        before, after = (value[mask].double() for value in values)
+        before, after = (exact(value[mask]) for value in values)
         change = after - before
         energies = torch.stack((change.square().sum(), after.square().sum()))
         return torch.cat((change.sum(0), energies))
@@ -273,7 +275,7 @@ class Angle(Additive):
         return total
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        before, after = (value[mask].double() for value in values)
+        before, after = (exact(value[mask]) for value in values)
         cosine = torch.cosine_similarity(before, after, -1).clamp(-1, 1)
         return cosine.arccos().sum() / torch.pi
 
@@ -335,7 +337,7 @@ class PairScores(Additive):
         tokens = torch.arange(mask.shape[1], device=mask.device)
         back = tokens.unsqueeze(1) - tokens
         unseen = (back < 0) | (back >= window) if int(window) else torch.zeros_like(back).bool()
-        total = query.new_zeros(key.shape[1], query.shape[-1], query.shape[-1]).double()
+        total = exact(query.new_zeros(key.shape[1], query.shape[-1], query.shape[-1]))
         one = value.new_ones(value.shape[2], 1)
         for row in range(len(query)):
             for head in range(query.shape[1]):
@@ -355,7 +357,7 @@ class PairScores(Additive):
                 added = torch.cat((first, second), 1)
                 added = added[..., :-1] - added[..., -1:] * (weights @ u).unsqueeze(1)
                 added = added[mask[row]].transpose(0, 1).flatten(1)
-                total[head // group] += (added @ added.t()).double()
+                total[head // group] += exact(added @ added.t())
         return total
 
 

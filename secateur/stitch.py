@@ -12,7 +12,7 @@ from torch import Tensor
 from secateur.apply import narrowed
 from secateur.block import Block
 from secateur.calibration import Store
-from secateur.measure import Divergence
+from secateur.measure import Divergence, solved
 from secateur.methods.base import Method, Narrowing
 from secateur.model import Model
 from secateur.text import Tokens
@@ -49,14 +49,15 @@ class Stitched:
             self._last: list[tuple[int, ...]] = []  # sizes of the last plan, block by block
             self._at = 0  # the block that the stream stands before
             for block in model.blocks:
-                statistics = store.get(block.index, method.needs, model.device)
+                statistics = store.get(block.index, method.needs, model.exact_device)
                 for unit in self.units:
                     if unit.block != block.index:
                         continue
-                    solution = method.solve(unit, block, statistics)
+                    with block.solving():
+                        solution = method.solve(unit, block, statistics)
                     for size in allowed[unit.name]:
                         if size < unit.size:
-                            piece = _moved(solution.at(size), torch.device("cpu"))
+                            piece = _moved(solved(block, solution, size), torch.device("cpu"))
                             self._pieces[unit.name, size] = _stored(piece, model.module.dtype)
 
     @torch.no_grad()
@@ -69,7 +70,8 @@ class Stitched:
         with ExitStack() as stack:
             for unit in self.units:
                 if sizes[unit.name] < unit.size:
-                    piece = _moved(self._pieces[unit.name, sizes[unit.name]], self.model.device)
+                    kept = self._pieces[unit.name, sizes[unit.name]]
+                    piece = _moved(kept, self.model.exact_device)
                     stack.enter_context(narrowed(self.model.blocks[unit.block], unit, piece))
             return self._divergence.of(self._reached(sizes))
 

@@ -21,7 +21,7 @@ from secateur.opening import (
     skeleton,
 )
 from secateur.residence import Residence
-from secateur.room import free_bytes
+from secateur.room import free_bytes, give_back
 from secateur.shelf import Shelf
 from secateur.uses import use_of
 
@@ -73,7 +73,8 @@ def open_streamed(source: str, settings: Settings, folder: Path | None = None) -
     """Open a model whose blocks stay on disk, each in memory only while it is at work.
 
     Results are those of the whole model, bit by bit. Don't use it for a model that fits: its blocks
-    are read once in every pass. ``folder`` takes hidden states that are too many for memory.
+    are read once in every pass. ``folder`` takes hidden states that are too many for memory. In
+    this process, large tensors that go give their memory back from now on.
 
     Raises:
         InputError: missing or damaged files, or a model whose weights are not in safetensors files
@@ -84,6 +85,7 @@ def open_streamed(source: str, settings: Settings, folder: Path | None = None) -
     if reason is not None:
         raise InputError(f"model {source!r} can't be read block by block: {reason}.")
     assert model.anatomy is not None
+    give_back()
     stored = _folder(source, settings)
     if has_forms(model.config):
         check_layers(source, stored, model.module)

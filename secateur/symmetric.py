@@ -22,14 +22,15 @@ def bands(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
 def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """Add scale · leftᵀ right, which has to be symmetric, to ``total`` in place, in its dtype.
 
-    Products of half precision, which are exact in float32, are summed in float32.
+    Products of half precision, which are exact in float32, are summed in float32. ``total`` may be
+    on another device.
     """
     for start, band in bands(total):
         own, others = left[:, start : start + BAND].t(), right[:, start:]
         if own.dtype == total.dtype:
             band.addmm_(own, others, alpha=scale)
         else:
-            band.add_(product(own, others), alpha=scale)
+            band.add_(product(own, others).to(band.device), alpha=scale)
     return total
 
 

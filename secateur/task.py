@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from secateur.errors import InputError
 from secateur.evaluate.judge import Questions, Verdict, check_tasks, judge_apart
+from secateur.evaluate.standing import doubts
 from secateur.evaluate.tasks import is_file
 from secateur.inputs import (
     check_out,
@@ -25,9 +26,10 @@ from secateur.opening import read_config
 from secateur.progress import Progress
 from secateur.records import said
 from secateur.report import versions
+from secateur.runs import Side
 from secateur.text import Calibration, Tokens, expanded
 from secateur.uses import use_of
-from secateur.workspace import AGAIN, Workspace, once
+from secateur.workspace import Content, Workspace, digest, once
 
 
 @dataclass(frozen=True)
@@ -114,25 +116,38 @@ class Task:
         """What is measured of the dense model, or was before the run was killed, or by another."""
         dense, outputs = self.dense, self.outputs
 
-        def measured() -> dict[str, Any]:
+        def measured() -> Content:
             self.progress.say("measuring the dense model")
             outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
             given = (self.source, self.questions, self.settings, self.progress)
-            return asdict(judge_apart(*given, outputs_of_dense=outputs, scratch=dense.parent))
+            found = judge_apart(*given, outputs_of_dense=outputs, scratch=dense.parent)
+            return {"verdict": asdict(found), "outputs": digest(outputs)}
 
         if self.shared is None:
-            return self._verdict(once(dense, measured))
+            return once(dense, measured, self._verdict)
         self.shared.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(dense.with_suffix(".lock")):
-            if not outputs.exists():
-                dense.unlink(missing_ok=True)
-            return self._verdict(once(dense, measured))
+            return once(dense, measured, self._verdict)
 
-    def _verdict(self, found: dict[str, Any]) -> Verdict:
+    def _verdict(self, found: Content) -> Verdict:
+        """What was kept of the dense model.
+
+        Raises:
+            InputError: it is damaged, or is no answer to the questions.
+        """
+        named = f"stage {str(self.dense)!r}"
         try:
-            TypeAdapter(Verdict).validate_python(found)
+            text = json.dumps(found.get("verdict"))
+            verdict = TypeAdapter(Verdict).validate_json(text, strict=True)
+            Side.model_validate(found["verdict"])
+            doubts({"dense": verdict.task_scores}, {})
         except ValidationError as error:
-            raise InputError(
-                f"stage {str(self.workspace.folder / 'dense.json')!r}: {said(error)}.{AGAIN}"
-            ) from error
-        return Verdict(**found)
+            raise InputError(f"{named}: {said(error)}.") from error
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{named}: a task has no figure {error}.") from error
+        names = {text.name for text in self.questions.texts}
+        if any({*own} != names for own in (verdict.perplexity, verdict.tokens, verdict.texts)):
+            raise InputError(f"{named}: it is of other texts.")
+        if digest(self.outputs) != found.get("outputs"):
+            raise InputError(f"{named}: {self.outputs.name} is damaged.")
+        return verdict

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
 import torch
 
 from secateur.crew import Crew, follow
@@ -22,7 +23,7 @@ def joined() -> Link | None:
     """The connection to the others that torchrun has started, or None.
 
     Raises:
-        InputError: they can't be reached.
+        InputError: they can't be reached, or don't come.
     """
     link = Link.from_environment()
     if link is not None and "OMP_NUM_THREADS" not in os.environ:
@@ -83,9 +84,11 @@ def run_shared(run: Callable[[Crew | None], int]) -> int:
     """
     try:
         link = joined()
+    except RankFailedError:
+        return _leaving(2)  # who failed has said it
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _leaving(2)
     except KeyboardInterrupt as error:
         print(f"error: {error}" if str(error) else "interrupted.", file=sys.stderr)
         return _leaving(1)

@@ -263,7 +263,7 @@ def longrope(model: Model, pairs: Sequence[int]) -> dict[str, Any]:
     """
     table: Any = model.module.base_model.rotary_emb
     base = float(model.config.rope_parameters["rope_theta"])
-    wanted: Tensor = table.inv_freq.double().cpu()[list(pairs)]
+    wanted: Tensor = table.inv_freq.cpu().double()[list(pairs)]
     made = base ** (-torch.arange(len(pairs), dtype=torch.float64) / len(pairs))
     factors = (made / wanted).tolist()
     return {

@@ -1,14 +1,16 @@
 """The folder a run works in: hidden beside its output until everything in it is whole."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import filelock
+from safetensors import SafetensorError
 
 from secateur.errors import HaltedError, InputError, RunError, shown, words
 from secateur.records import read_object
@@ -19,13 +21,24 @@ AGAIN = " Repeat the command, which then starts afresh."
 #: what is in the folder of a run that goes on with its result: blocks that are narrowed, or all
 NARROWING, WRITTEN = "narrowing", "written.json"
 FINGERPRINT = "fingerprint.json"
-#: the result of a named part of a run: from before, or computed by what is given
-Stage = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
+Content = dict[str, Any]
+T = TypeVar("T")
 
 
-def at_once(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+class Stage(Protocol):
+    """A named part of a run: what ``made`` makes of plain data, from before or computed now.
+
+    It is computed again where ``made`` raises ``InputError`` for what was kept.
+    """
+
+    def __call__(
+        self, name: str, compute: Callable[[], Content], made: Callable[[Content], T]
+    ) -> T: ...
+
+
+def at_once(name: str, compute: Callable[[], Content], made: Callable[[Content], T]) -> T:
     """A stage of which nothing is kept."""
-    return compute()
+    return made(compute())
 
 
 class Workspace:
@@ -43,13 +56,15 @@ class Workspace:
         self.folder = out.parent / f".{out.name}.partial"
         self.result = self.folder / "result"
         self._old = self.folder / "replaced"
+        self._ready = self.folder / "ready"  # the result is whole, and next gets its final name
 
     @contextmanager
     def opened(self, fingerprint: dict[str, Any]) -> Iterator[None]:
         """Take the folder for a run described by ``fingerprint``.
 
-        A run that was killed is taken up again if the fingerprint is the same. A run whose input is
-        wrong leaves nothing; one that is stopped, by a full disk for one, leaves what it finished.
+        A run that was killed is taken up again if the fingerprint is the same. A run that is
+        stopped, by a full disk for one, leaves what it finished; one whose input is wrong leaves
+        nothing if it has finished nothing, or if that can be of no use (:func:`for_good`).
 
         Raises:
             InputError: ``out`` exists, another run is working there, or an unfinished one was
@@ -76,8 +91,11 @@ class Workspace:
                 keep = False
             except (UnfinishedRunError, HaltedError):
                 raise
-            except InputError:  # a device or a folder may be away for now only
-                keep = taken_up
+            except FutileError:
+                keep = False
+                raise
+            except InputError:  # a device, a file or a folder may be away for now only
+                keep = taken_up or self._begun()
                 raise
             except RunError:
                 keep = False
@@ -91,6 +109,11 @@ class Workspace:
                 with suppress(OSError):
                     parent.rmdir()
 
+    def _begun(self) -> bool:
+        """Whether something is finished; of the result, nothing is of use by itself."""
+        rest = {"lock", FINGERPRINT, self.result.name}
+        return any(entry.name not in rest for entry in self.folder.iterdir())
+
     def _forget(self) -> None:
         """Remove all but the lock; first of all what it is about, so that no rest passes for it."""
         (self.folder / FINGERPRINT).unlink(missing_ok=True)
@@ -100,7 +123,10 @@ class Workspace:
 
     def _tidy(self) -> None:
         """Remove what is left of a run that was killed when its result had its final name."""
-        if not (self.folder / WRITTEN).exists() or self.result.exists():
+        if self.folder.is_symlink() or not self.folder.is_dir():
+            return
+        published = self._ready.exists() and not self.result.exists()
+        if (self.folder / FINGERPRINT).exists() and not published:
             return
         lock = filelock.FileLock(self.folder / "lock")
         with suppress(filelock.Timeout, OSError), lock.acquire(timeout=0):
@@ -111,6 +137,9 @@ class Workspace:
         """Whether something was there to go on with."""
         if self._old.exists() and not self.out.exists():  # killed between the renames of publish
             self._old.rename(self.out)
+        if self._old.exists():  # killed behind them
+            shutil.rmtree(self._old)
+        self._ready.unlink(missing_ok=True)
         path = self.folder / FINGERPRINT
         now = json.loads(json.dumps(fingerprint))
         there = path.exists()
@@ -144,9 +173,9 @@ class Workspace:
                 return {}
             raise UnfinishedRunError(f"{error} Remove its folder, or add --overwrite.") from error
 
-    def stage(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def stage(self, name: str, compute: Callable[[], Content], made: Callable[[Content], T]) -> T:
         """The result of a stage: from an earlier run of the same command, or computed now."""
-        return once(self.folder / f"{name}.json", compute)
+        return once(self.folder / f"{name}.json", compute, made)
 
     def publish(self) -> None:
         """Let the result appear under its final name; an old one is gone only afterwards."""
@@ -156,6 +185,7 @@ class Workspace:
                 f"repeat the command, which then goes on."
             )
         on_disk(self.result)
+        self._ready.touch()
         if self.out.exists():
             self.out.rename(self._old)
         try:
@@ -167,15 +197,19 @@ class Workspace:
 
 
 def on_disk(folder: Path) -> None:
-    """Wait until the disk has all files of a folder, so that none is found empty after a power cut.
+    """Wait until the disk has a folder and all in it, so that nothing is empty after a power cut.
 
     Raises:
         OSError: it has no room for them after all.
     """
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
+    posix = os.name == "posix"  # elsewhere a folder can't be waited for, nor a file that is read
+    for path in (*sorted(folder.rglob("*")), folder):
+        if posix or path.is_file():
+            descriptor = os.open(path, os.O_RDONLY if posix else os.O_RDWR)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def taken(folder: Path, out: Path, what: str) -> filelock.BaseFileLock:
@@ -201,13 +235,22 @@ def is_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
 
 
-def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Plain data that a file has, computed and written first where there is none."""
+def once(path: Path, compute: Callable[[], Content], made: Callable[[Content], T]) -> T:
+    """What ``made`` makes of the plain data in a file, computed and written first without one."""
     if path.exists():
         with suppress(InputError):  # damaged: it is computed again
-            return read_object(path, "stage of a run", MAX_BYTES)
+            return made(read_object(path, "stage of a run", MAX_BYTES))
     write_whole(path, json.dumps(compute()))
-    return read_object(path, "stage of a run", MAX_BYTES)
+    return made(read_object(path, "stage of a run", MAX_BYTES))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; nothing of one that can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
@@ -215,7 +258,9 @@ def difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
     was, new = before.get(name), now.get(name)
     if isinstance(was, dict) and isinstance(new, dict):
         by_name = sorted({*was, *new}, key=lambda key: (key != "name", key))  # of what it is, first
-        inner = next(key for key in by_name if was.get(key) != new.get(key))
+        inner = next(
+            key for key in by_name if key not in was or key not in new or was[key] != new[key]
+        )
         deeper, was, new = difference(inner, was, new)
         return f"{name}: {deeper}", was, new
     return name, was, new
@@ -225,8 +270,26 @@ class UnfinishedRunError(InputError):
     """What an unfinished run left must stay, as its own command can still finish it."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when it is whole.
+class FutileError(InputError):
+    """The command can't be done, however often it is typed: what its run left is of no use."""
+
+
+@contextmanager
+def for_good() -> Iterator[None]:
+    """Say of input that is refused inside that it will always be.
+
+    Raises:
+        FutileError: in place of an ``InputError``.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise FutileError(str(error)) from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A passing name to write a file under, which gets its own when it is whole.
 
     Raises:
         OSError: it cannot be written; an old file of that name is as it was.
@@ -234,9 +297,15 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
-        with partial.open("x") as file:
-            file.write(text)
+        yield partial
         partial.replace(path)
-    except OSError:
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(f"cannot write {str(path)!r} ({error}); give it more space") from error
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file by :func:`whole`."""
+    with whole(path) as partial, partial.open("x") as file:
+        file.write(text)

@@ -24,7 +24,7 @@ def by_class(model: Model, tokens: Tokens) -> dict[str, Any]:
     labels = tokens.labels
     assert labels is not None
     keep = head.register_forward_pre_hook(
-        lambda _, given: features.append(given[0].detach().double().cpu())
+        lambda _, given: features.append(given[0].detach().cpu().double())
     ) if isinstance(head, nn.Linear) else None  # fmt: skip
     try:
         first = [logits.argmax(-1).cpu() for _, logits in batches(model, tokens)]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from secateur.progress import Progress, for_terminal
 from secateur.streaming import open_fitting
 from secateur.text import Text, Tokens
 from secateur.uses import CausalLM, Use
+from secateur.workspace import whole
 
 USER_ERROR = 2
 PROMPT_TOKENS = 24
@@ -158,15 +158,8 @@ def judge(
             agrees = agreement(dense["outputs"], kept["outputs"])
         changed = {name: changes(name, dense, kept) for name in scores}
     elif outputs_of_dense is not None:
-        partial = outputs_of_dense.with_suffix(f".{os.getpid()}.partial")
-        try:
+        with whole(outputs_of_dense) as partial:
             save_file(kept, partial)
-            partial.replace(outputs_of_dense)
-        except SafetensorError as error:
-            partial.unlink(missing_ok=True)
-            raise HaltedError(
-                f"{str(outputs_of_dense)!r} cannot be written ({error}); give OUT more space."
-            ) from error
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),

@@ -9,6 +9,7 @@ import torch
 
 from secateur.errors import InputError
 from secateur.evaluate.passes import batches
+from secateur.exact import exact
 from secateur.model import Model
 from secateur.text import Tokens
 
@@ -104,9 +105,10 @@ def likelihoods(
             for logits, i in zip(several, waiting, strict=False):
                 wanted = torch.tensor(pairs[i].continuation, device=logits.device)
                 own = logits[len(rows[i]) - len(wanted) : len(rows[i])].float()
-                said = own.log_softmax(-1)[torch.arange(len(wanted)), wanted]
+                every = torch.arange(len(wanted), device=wanted.device)
+                said = own.log_softmax(-1)[every, wanted]
                 greedy = bool((own.argmax(-1) == wanted).all())
-                found[i] = Likelihood(_finite(float(said.double().sum())), greedy)
+                found[i] = Likelihood(_finite(float(exact(said).sum())), greedy)
     return [found[i] for i in range(len(rows))]
 
 

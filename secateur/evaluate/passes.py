@@ -51,7 +51,17 @@ def whole_batches(
         advance(len(given))
 
 
-def _streamed(model: Model, tokens: Tokens, advance: Callable[[int], None]) -> Batches:
+def last_logits(
+    model: Model, tokens: Tokens, advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """What comes behind each row, in float64 on the CPU, of a model that is read block by block."""
+    found = [logits[:, 0].cpu().double() for _, logits in _streamed(model, tokens, advance, -1)]
+    return torch.cat(found)
+
+
+def _streamed(
+    model: Model, tokens: Tokens, advance: Callable[[int], None], first: int = 0
+) -> Batches:
     done, passes = 0, len(model.blocks) + 1
 
     def reach(rows: int) -> None:
@@ -67,6 +77,6 @@ def _streamed(model: Model, tokens: Tokens, advance: Callable[[int], None]) -> B
     with model.headed():
         for batch in stream.batches:
             with torch.no_grad():
-                logits = stream.logits(batch, stream.at(batch))
+                logits = stream.logits(batch, stream.at(batch)[:, first:])
             yield tokens[batch].to(model.device), logits
     reach(len(tokens))

@@ -8,6 +8,7 @@ from torch import nn
 
 from secateur.errors import InputError
 from secateur.evaluate.passes import Batches, batches, whole_batches
+from secateur.exact import exact
 from secateur.model import Model
 from secateur.text import Tokens
 from secateur.uses import CausalLM, Use
@@ -44,7 +45,7 @@ def _summed(use: Use, said: Batches) -> tuple[float, float]:
     for given, logits in said:
         found, wanted = use.answers(logits, given)
         losses = nn.functional.cross_entropy(found.float(), wanted, reduction="none")
-        total += float(losses.double().sum())
+        total += float(exact(losses).sum())
         right += int((found.argmax(-1) == wanted).sum())
         count += len(wanted)
     if not count:

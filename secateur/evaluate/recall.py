@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.evaluate.passes import batches
+from secateur.evaluate.passes import last_logits
 from secateur.evaluate.standing import Figures, standard_error
 from secateur.model import Model
 from secateur.text import Tokens
@@ -121,15 +121,13 @@ def steps() -> int:
 def _last(model: Model, rows: Tensor, advance: Callable[[int], None]) -> Tensor:
     """Logits of what comes behind each row."""
     if model.residence is not None:  # read once for all of them
-        tokens = Tokens(rows, torch.ones_like(rows, dtype=torch.bool))
-        found = [logits[:, -1].double().cpu() for _, logits in batches(model, tokens, advance)]
-        return torch.cat(found)
+        return last_logits(model, Tokens(rows, torch.ones_like(rows, dtype=torch.bool)), advance)
     module: Any = model.module
     keep = "logits_to_keep" in inspect.signature(module.forward).parameters
     options, found = {"logits_to_keep": 1} if keep else {}, []
     for row in rows.to(model.device).split(1):
         with torch.inference_mode():
             out = module(input_ids=row, use_cache=False, **options)
-        found.append(out.logits[:, -1].double().cpu())
+        found.append(out.logits[:, -1].cpu().double())
         advance(1)
     return torch.cat(found)

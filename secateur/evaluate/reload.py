@@ -1,5 +1,6 @@
 """Does a reloaded checkpoint say what the model in memory said?"""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,14 +9,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.block import Block
+from secateur.errors import InputError, shown
 from secateur.model import Model
 from secateur.opening import cast
 from secateur.stream import Stream
 from secateur.text import Tokens
+from secateur.workspace import whole
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 GREEDY_TOKENS = 16
 PASSING = "passing"  #: logits that were taken while blocks passed by
+LOGITS = re.compile(rf"(?:logits|{PASSING})\.(?:float64|float32|float16|bfloat16)\.\w+")
+GREEDY = re.compile(r"greedy\.(?:un)?cached")
 FEW_TOKENS = 3  # where each takes a pass over the weight files
 #: Largest difference of a logit, relative to the spread of all logits, taken for the same model.
 #: Narrowed and stock attention add in different orders; a wrong or missing tensor moves a logit by
@@ -44,14 +49,41 @@ class Testimony(NamedTuple):
         tokens = {"ids": self.tokens.ids, "mask": self.tokens.mask}
         if self.tokens.labels is not None:
             tokens["labels"] = self.tokens.labels
-        save_file(self.said | tokens, path)
+        with whole(path) as partial:
+            save_file(self.said | tokens, partial)
 
     @classmethod
     def load(cls, path: Path) -> "Testimony":
-        """Read what :meth:`save` wrote."""
-        said = load_file(path)
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: something else is in it.
+            SafetensorError: it is damaged.
+        """
+        said, named = load_file(path), f"testimony {str(path)!r}"
+        if not {"ids", "mask"} <= said.keys():
+            raise InputError(f"{named}: it does not say of which tokens it is.")
         tokens = Tokens(said.pop("ids"), said.pop("mask"), said.pop("labels", None))
+        if not _is_row(tokens):
+            raise InputError(f"{named}: it is not of one row of tokens.")
+        if not any(map(LOGITS.fullmatch, said)):
+            raise InputError(f"{named}: no logits are in it.")
+        for name, tensor in said.items():
+            kind = torch.float32 if LOGITS.fullmatch(name) else torch.int64
+            if not (LOGITS.fullmatch(name) or GREEDY.fullmatch(name)) or tensor.dtype != kind:
+                raise InputError(f"{named}: {shown(name)} is nothing that a model says.")
         return cls(said, tokens)
+
+
+def _is_row(tokens: Tokens) -> bool:
+    """Whether it is one window of token ids, or one image."""
+    ids, mask, labels = tokens.ids, tokens.mask, tokens.labels
+    if ids.dtype == torch.int64:
+        known = ids.dim() == 2 and ids.numel() > 0 and int(ids.min()) >= 0
+    else:
+        known = ids.dim() == 4 and ids.dtype == torch.float32
+    whole_row = mask.dim() == 2 and mask.dtype == torch.bool and len(mask) == len(ids) == 1
+    return known and whole_row and (labels is None or labels.dtype == torch.int64)
 
 
 def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
@@ -139,6 +171,8 @@ def disagreement(memory: dict[str, Tensor], reloaded: dict[str, Tensor]) -> str 
 
     Greedy continuations must be the same token by token, each with and without a cache.
     """
+    if not memory:
+        return "nothing was said to compare it with"
     for name, expected in memory.items():
         found = reloaded.get(name)
         if found is None or found.shape != expected.shape:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from secateur.errors import InputError, nearest
+from secateur.exact import check_exact
 from secateur.export import multiply_out
 from secateur.gguf.check import Finding, available, compare, in_llama, reference
 from secateur.gguf.shapes import Layout, check_family, layout_of
@@ -78,6 +79,7 @@ def export_gguf(
         RunError: llama.cpp says something else than the model.
     """
     settings = replace(settings or Settings(), dtype="float32")
+    check_exact(settings.torch_device(), "an export")
     progress, out, source = progress or Progress(), expanded(out), str(source)
     check_request(out, kind, overwrite, checked)
     check_out(out, [source])

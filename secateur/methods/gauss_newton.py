@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from secateur.block import Block
+from secateur.exact import exact, exact_device
 from secateur.linalg import conjugate_gradients, damped_cholesky, least_squares
+from secateur.linears import inputs_by_outputs
 from secateur.room import free_bytes
 from secateur.rows import Rows
 from secateur.statistics import Cross, Gram, Needs
@@ -65,8 +67,8 @@ class GaussNewton:
 
     def _step(self, block: Block, rows: Rows) -> Parts:
         """The change of every part, (inputs, channels), float32."""
-        consumer = block.consumer_weight.float()
-        room = min(REMEMBERED, free_bytes(consumer.device) // SHARE)
+        consumer = inputs_by_outputs(block.consumer).float()
+        room = _room(consumer.device, rows.ranks.neighbours)
         cached: dict[int, Parts] = {}
 
         def back(errors: Tensor, piece: Tensor, slopes: Parts) -> Parts:
@@ -74,33 +76,36 @@ class GaussNewton:
             hidden = errors @ consumer.t()
             return [piece.t() @ (slope * hidden) for slope in slopes]
 
-        gram = Gram()
-        residual = [torch.zeros_like(w, dtype=torch.float32) for w in block.producer_weights]
-        energy = [r[0].clone() for r in residual]
+        shapes = [weight.shape for weight in block.producer_weights]
+        gram, errors_back = Gram(), _zeros(shapes, consumer.device)
+        squares = _zeros([shape[1:] for shape in shapes], consumer.device)
         for number, (inputs, targets) in enumerate(rows):
             hidden, slopes = self._linearised(block, inputs)
             room -= sum(slope.nbytes for slope in slopes)
             if room > 0:
                 cached[number] = slopes
             errors, piece = targets.float() - hidden @ consumer, inputs.float()
-            _add(residual, back(errors, piece, slopes))
-            _add(energy, [slope.square().sum(0) for slope in slopes])
+            _add(errors_back, back(errors, piece, slopes))
+            _add(squares, [slope.square().sum(0) for slope in slopes])
             gram.update(piece, mask=_all(piece))
         rows.ranks.add_up({Needs.MLP_INPUT_GRAM: gram})
-        rows.ranks.sum([*residual, *energy])
+        rows.ranks.sum([*errors_back, *squares])
         count = gram.tokens
-        for total in (*residual, *energy):
-            total /= count
+        residual, energy = (
+            [(total / count).to(consumer) for total in sums] for sums in (errors_back, squares)
+        )
         channel = consumer.square().sum(1)
         scale = [channel * e for e in energy]
         scale = [s.clamp_min(1e-12 * float(s.max()) + 1e-30) for s in scale]  # silent channels
         what = f"block {block.index}: inputs of the MLP"
         factor, _ = damped_cholesky(gram.mean, self.ridge, what)
-        inverse, metric = torch.cholesky_inverse(factor).float(), (factor @ factor.t()).float()
+        inverse, metric = (
+            found.to(consumer) for found in (torch.cholesky_inverse(factor), factor @ factor.t())
+        )
 
         def curved(change: Parts) -> Parts:
             """The Hessian of the linearised error times a change."""
-            total = [torch.zeros_like(c) for c in change]
+            total = _zeros(shapes, consumer.device)
             for number, (inputs, _) in enumerate(rows):
                 slopes = cached.get(number) or self._linearised(block, inputs)[1]
                 piece = inputs.float()
@@ -108,14 +113,17 @@ class GaussNewton:
                 _add(total, back(sum(moved[1:], moved[0]) @ consumer, piece, slopes))
             rows.ranks.sum(total)
             return [
-                t / count + self.ridge * (metric @ c) * s
+                (t / count).to(c) + self.ridge * (metric @ c) * s
                 for t, c, s in zip(total, change, scale, strict=True)
             ]
 
         def preconditioned(gradient: Parts) -> Parts:
             return [inverse @ (g / s) for g, s in zip(gradient, scale, strict=True)]
 
-        return conjugate_gradients(curved, preconditioned, residual, self.iterations)
+        def agreed(number: float) -> float:
+            return rows.ranks.told(lambda: number)
+
+        return conjugate_gradients(curved, preconditioned, residual, self.iterations, agreed)
 
     def _linearised(self, block: Block, inputs: Tensor) -> tuple[Tensor, Parts]:
         """The channels, and their slopes by every part."""
@@ -126,10 +134,11 @@ class GaussNewton:
         return hidden.detach().float(), [slope.float() for slope in slopes]
 
     def _error(self, block: Block, rows: Rows) -> float:
-        total = block.consumer_weight.new_zeros(1, dtype=torch.float64)
+        consumer = inputs_by_outputs(block.consumer)
+        total = torch.zeros(1, dtype=torch.float64, device=exact_device(consumer.device))
         for inputs, targets in rows:
-            found = block.channels(block.produced(inputs)) @ block.consumer_weight.to(inputs.dtype)
-            total += (targets - found).double().square().sum()
+            found = block.channels(block.produced(inputs)) @ consumer.to(inputs.dtype)
+            total += exact(targets - found).square().sum()
         rows.ranks.sum([total])
         return float(total)
 
@@ -145,9 +154,21 @@ class GaussNewton:
         block.set_consumer_weight(found)
 
 
+def _zeros(shapes: list[torch.Size], device: torch.device) -> Parts:
+    """Sums in float64: in float32 they would depend on how many processes share them."""
+    home = exact_device(device)
+    return [torch.zeros(shape, dtype=torch.float64, device=home) for shape in shapes]
+
+
 def _add(total: Parts, added: Parts) -> None:
     for own, more in zip(total, added, strict=True):
-        own += more
+        own += more.to(own.device)
+
+
+def _room(device: torch.device, neighbours: int) -> int:
+    """Bytes for slopes, where so many processes on this machine take as much."""
+    sharing = neighbours if device.type == "cpu" else 1
+    return min(REMEMBERED, free_bytes(device) // (SHARE * sharing))
 
 
 def _judges(at: Tensor) -> Tensor:

@@ -3,15 +3,15 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
+
+from tests.reference.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,16 +29,13 @@ ASKED = [
 
 
 def started(ranks, *arguments, cache):
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     run = [
         "-m",
         "torch.distributed.run",
         "--nproc-per-node",
         str(ranks),
         "--master-port",
-        str(port),
+        str(free_port()),
     ]
     own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)}
     return subprocess.Popen(
@@ -113,4 +110,19 @@ def test_what_is_wrong_is_said_once(tmp_path):
     assert run.returncode
     assert said.count("error: ") == 1
     assert "without torchrun" in said
-    assert torch.distributed.is_available()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks are found in /proc")
+def test_torchrun_and_the_first_rank_are_killed(tmp_path):
+    run = started(3, "compress", "demo", tmp_path / "out", *ASKED, cache=tmp_path / "cache")
+    while not (tmp_path / ".out.partial").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    first = rank_of(run)[0]
+    run.kill()
+    os.kill(first, signal.SIGKILL)
+    _, said = run.communicate(timeout=60)  # of those that are left, too
+    assert said.count("error: ") == 1
+    assert "error: rank 0 of 3 is gone" in said
+    assert "frame #" not in said  # of the connection that broke

@@ -131,6 +131,59 @@ def test_a_killed_run_goes_on_behind_its_last_step(follow, room, monkeypatch):
     assert (room / "out" / "model.safetensors").read_bytes() == interrupted
 
 
+@pytest.fixture
+def attempts(monkeypatch):
+    """Let every result but the third be above the budget; the value lists all keeps."""
+    from secateur import sequence
+
+    keeps, prepare, stored_bytes = [], sequence.prepare, sequence.stored_bytes
+
+    def noted(source, method, *rest, **named):
+        keeps.append((method.name, method.keep))
+        return prepare(source, method, *rest, **named)
+
+    def above(folder, shapes):
+        found = stored_bytes(folder, shapes)
+        firsts = {keep for name, keep in keeps if name == "modegpt"}
+        if folder.name != "result" or len(firsts) == 3:
+            return found
+        return int((1 + len(firsts) / 10) * found)
+
+    monkeypatch.setattr(sequence, "prepare", noted)
+    monkeypatch.setattr(sequence, "stored_bytes", above)
+    return keeps
+
+
+@pytest.mark.parametrize("damaged", [(), ("attempt.json",), ("step-1/plan.json",)])
+def test_a_run_killed_in_its_second_attempt_goes_on_with_that(
+    follow, room, monkeypatch, attempts, damaged
+):
+    """The mistake: the budget of the first attempt beside the steps of the second."""
+    from secateur import sequence
+
+    follow({"keep": 0.6, "steps": STEPS}).succeeded()
+    expected, keeps = (room / "out" / "model.safetensors").read_bytes(), [*attempts]
+    assert len(keeps) == 6
+    attempts.clear()
+    prepare = sequence.prepare
+
+    def killed(*given, **named):
+        if len(attempts) == 3:
+            raise KeyboardInterrupt
+        return prepare(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sequence, "prepare", killed)
+        assert follow({"keep": 0.6, "steps": STEPS}, "--overwrite").code == 130
+    for name in damaged:
+        path = room / ".out.partial" / name
+        path.write_text(path.read_text()[:-9])
+    follow({"keep": 0.6, "steps": STEPS}, "--overwrite").succeeded()
+    assert (room / "out" / "model.safetensors").read_bytes() == expected
+    if not damaged:
+        assert attempts == keeps
+
+
 def test_a_missing_library_is_said_before_the_first_step(follow, room, monkeypatch):
     from secateur import sequence
     from secateur.layers import integers
@@ -161,7 +214,7 @@ def test_steps_that_are_done_again_are_forgotten_from_the_last_on(tmp_path, monk
 
     monkeypatch.setattr(sequence.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        sequence._forget(tmp_path, Recipe(steps, 0.5))
+        sequence._forget(tmp_path, Recipe(steps, 0.5), 1)
     assert not (tmp_path / "step-2").exists()
     assert (tmp_path / "step-1" / "plan.json").exists()
     monkeypatch.setattr(sequence.shutil, "rmtree", rmtree)

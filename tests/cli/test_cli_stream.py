@@ -32,6 +32,7 @@ def test_a_streamed_run_has_the_same_bytes(compress, room):
         (("--method", "llm-pruner"), ("gradients", "--stream off")),
         (("--allocator", "spdy"), ("spdy", "--stream off")),
         (("--target", "latency", "--latency-length", 32), ("latency", "--stream off")),
+        (("--method", "rtn", "--group", 0), ("rtn packs integers", "--stream off")),
         (("--stream", "sometimes"), ("auto", "on", "off")),
     ],
 )

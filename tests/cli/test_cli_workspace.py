@@ -1,5 +1,6 @@
 """Runs that stop half-way: what they leave, and how they go on."""
 
+import errno
 import itertools
 import json
 import os
@@ -90,14 +91,14 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     assert len(near) == (2 if owner == "task" else 1)
 
 
-def test_a_clock_that_jumps_changes_nothing(undisturbed, stopped, compress, room, monkeypatch):
-    """Between any two looks at it, and between a run and its second part, in both directions."""
-    now, jumps = time.time, itertools.cycle([0, 10**9, -(10**9)])
-    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+def test_files_of_other_times_change_nothing(undisturbed, stopped, compress, room):
+    """As a clock that jumps leaves them: the run's own may be of the past and of the future.
+
+    Nothing reads the time of day itself; progress and figures use clocks that only go on.
+    """
     stopped("narrow_block", resolve_name("secateur.propagate:Propagation"), after=1)
-    for path, moment in zip(
-        (room / ".out.partial").rglob("*"), itertools.cycle([9, 4 * 10**9]), strict=False
-    ):
+    times = itertools.cycle([9, 4 * 10**9])
+    for path, moment in zip((room / ".out.partial").rglob("*"), times, strict=False):
         os.utime(path, (moment, moment))
     compress().succeeded()
     assert made(room / "out") == undisturbed
@@ -167,6 +168,230 @@ def test_a_folder_whose_result_has_its_final_name_is_tidied(compress, room):
     compress().refused("exists")
     assert files(room) == ["out"]
     assert made(room / "out") == before
+
+
+def test_an_overwrite_that_was_killed_behind_its_renames_can_be_typed_again(compress, room):
+    """The mistake: the old output, put aside, is in its own way for ever."""
+    from secateur.workspace import Workspace
+
+    compress("--keep", 0.9).succeeded()
+    publish = Workspace.publish
+
+    def killed(workspace):
+        publish(workspace)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workspace, "publish", killed)
+        assert compress("--overwrite").code == 130
+    assert (room / ".out.partial" / "replaced").is_dir()
+    expected = made(room / "out")
+    compress("--overwrite").succeeded()
+    assert made(room / "out") == expected
+    assert files(room) == ["out"]
+
+
+@pytest.mark.parametrize("left", [["statistics"], ["statistics", "result"], []])
+def test_clearing_that_was_killed_is_finished(compress, room, left):
+    """What says what the folder is about goes first, so only that it is gone can be told."""
+    (room / "out").mkdir()
+    for name in left:
+        (room / ".out.partial" / name).mkdir(parents=True)
+    (room / ".out.partial").mkdir(exist_ok=True)
+    (room / ".out.partial" / "lock").touch()
+    compress().refused("exists")
+    assert files(room) == ["out"]
+
+
+def test_clearing_does_not_follow_a_link(compress, room, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    (room / "out").mkdir()
+    (room / ".out.partial").symlink_to(tmp_path / "mine")
+    compress().refused("exists")
+    assert files(tmp_path / "mine") == ["file"]
+
+
+def test_a_read_error_in_a_first_run_leaves_what_it_finished(
+    undisturbed, compress, room, near, monkeypatch
+):
+    """One header of statistics can't be read for once. The mistake: hours of work removed."""
+    from secateur import header, pipeline
+
+    write, opened = pipeline.write, header.opened
+
+    def failing(path):
+        if path.name == "block-00001.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path)
+
+    def bad(*given):
+        monkeypatch.setattr(header, "opened", failing)
+        return write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write", bad)
+        compress().refused("block-00001", os.strerror(errno.EIO))
+    monkeypatch.setattr(header, "opened", opened)
+    assert {"dense.json", "statistics"} <= set(files(room / ".out.partial"))
+    near.clear()
+    compress().succeeded()
+    assert len(near) == 1
+    assert made(room / "out") == undisturbed
+
+
+def test_a_text_that_is_away_at_the_end_leaves_what_was_finished(
+    compress, room, near, held, monkeypatch
+):
+    from secateur import pipeline
+
+    judged, away = pipeline.judge_result, held.with_suffix(".away")
+
+    def gone(*given):
+        held.rename(away)
+        return judged(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "judge_result", gone)
+        compress().refused(held.name)
+    away.rename(held)
+    assert (room / ".out.partial" / "written.json").exists()
+    monkeypatch.setattr(pipeline, "write", lambda *_: pytest.fail("written again"))
+    compress().succeeded()
+
+
+def test_a_read_error_in_the_midst_of_a_shard_halts_a_streamed_run(
+    compress, room, tmp_path, monkeypatch
+):
+    """A weight of the second block, half read. The run goes on when the disk does."""
+    from secateur import pipeline, shelf
+
+    compress("--stream", "on", out=tmp_path / "undisturbed" / "out").succeeded()
+    write, fill, calls = pipeline.write, shelf._fill, []
+
+    class Failing:
+        def __init__(self, file):
+            self.file = file
+
+        def readinto(self, room):
+            calls.append(len(room))
+            if len(calls) < 12:
+                return self.file.readinto(room[: len(room) // 2 or 1])
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def bad(*given):
+        monkeypatch.setattr(shelf, "_fill", lambda file, tensor: fill(Failing(file), tensor))
+        return write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write", bad)
+        found = compress("--stream", "on")
+    monkeypatch.setattr(shelf, "_fill", fill)
+    found.refused("cannot be read any more", os.strerror(errno.EIO), "goes on")
+    assert len(calls) == 12
+    assert files(room) == [".out.partial"]
+    compress("--stream", "on").succeeded()
+    assert made(room / "out") == made(tmp_path / "undisturbed" / "out")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def edited(change):
+    def edit(path):
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def tensors_changed(change):
+    def edit(path):
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+    return edit
+
+
+def one_dimension(tensors):
+    tensors["ids"] = tensors["ids"][0]
+
+
+def large(tensors):
+    tensors["ids"] += 10**6
+
+
+DAMAGED = {
+    "dense.json": [
+        lambda path: path.write_text("{}"),
+        edited(lambda c: c["verdict"].update(perplexity={})),
+        edited(lambda c: c["verdict"].update(bytes=-1)),
+        edited(lambda c: c["verdict"].update(bytes=str(c["verdict"]["bytes"]))),
+        edited(lambda c: c["verdict"].pop("prompt")),
+        edited(lambda c: c["verdict"].update(perplexity={"another": 2.0})),
+    ],
+    "dense.safetensors": [cut, lambda path: path.write_bytes(b""), lambda path: path.unlink()],
+    "written.json": [
+        cut,
+        lambda path: path.write_text("{}"),
+        edited(lambda c: c.update(observed={"errors": 1})),
+        edited(lambda c: c.update(seconds={"apply": -1})),
+    ],
+    "said.safetensors": [
+        cut,
+        lambda path: path.unlink(),
+        tensors_changed(lambda tensors: tensors.update(bogus=tensors["ids"] + 1)),
+        tensors_changed(lambda tensors: tensors.update(ids=tensors["ids"].float())),
+        tensors_changed(one_dimension),
+        tensors_changed(large),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_of_an_unfinished_run_is_made_again(compress, room, near, name):
+    """The mistake: it is refused each time, or believed."""
+    from secateur import pipeline
+
+    for damage in DAMAGED[name]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "judge_result", interrupt)
+            assert compress("--overwrite").code == 130
+        before = (room / ".out.partial" / "dense.json").read_text()
+        damage(room / ".out.partial" / name)
+        near.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "write_record", interrupt)
+            assert compress("--overwrite").code == 130
+        assert len(near) == (2 if name.startswith("dense") else 1)
+        again, dense = (room / ".out.partial" / "dense.json").read_text(), json.loads(before)
+        assert json.loads(again)["verdict"]["perplexity"] == dense["verdict"]["perplexity"]
+        compress("--overwrite").succeeded()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.clear(),
+        lambda content: content.update(curves=1),
+        lambda content: content["curves"].popitem(),
+        lambda content: content.update(curves={name: [] for name in content["curves"]}),
+        lambda content: content.update(losses={}),
+        lambda content: content.update(reading=[]),
+        lambda content: content.update(more=1),
+    ],
+)
+def test_damaged_scores_of_a_block_are_measured_again(undisturbed, stopped, compress, room, change):
+    stopped("keep_evidence", resolve_name("secateur.prepare"))
+    path = room / ".out.partial" / "scores-0.json"
+    edited(change)(path)
+    compress().succeeded()
+    assert made(room / "out") == undisturbed
 
 
 def test_wrong_input_later_leaves_what_was_finished(stopped, compress, room, monkeypatch):

@@ -5,10 +5,11 @@ import os
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from secateur import Calibration, Settings, Store, calibrate, make_plan, open_model, pipeline
-from secateur.errors import HaltedError
+from secateur.errors import HaltedError, InputError
+from secateur.evaluate import reload
 from secateur.journal import Journal
 from secateur.methods import method_class
 from secateur.prepare import Prepared
@@ -17,7 +18,7 @@ from secateur.scores import score
 from secateur.shelf import Shelf
 from secateur.stopwatch import Stopwatch
 from secateur.streaming import open_streamed
-from secateur.workspace import Workspace
+from secateur.workspace import Workspace, on_disk
 from secateur.writer import Writer
 from tests import families
 
@@ -144,9 +145,70 @@ def test_a_result_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
             (workspace.result / name).parent.mkdir(exist_ok=True)
             (workspace.result / name).write_text("{}")
         workspace.publish()
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert sorted(done) == sorted(path.stat().st_ino for path in files)
+    whole = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert sorted(done) == sorted(path.stat().st_ino for path in whole)
     assert not any(there)
+
+
+def test_a_result_with_files_that_may_only_be_read_is_published(tmp_path, monkeypatch):
+    """As copies of a read-only installation are. The mistake: they are opened to be written."""
+    workspace, asked, open_ = Workspace(tmp_path / "out", overwrite=False), [], os.open
+
+    def noted(path, flags, *given, **named):
+        asked.append(flags)
+        return open_(path, flags, *given, **named)
+
+    with workspace.opened({"a": 1}):
+        (workspace.result / "config.json").write_text("{}")
+        (workspace.result / "config.json").chmod(0o444)
+        monkeypatch.setattr(os, "open", noted)  # who runs as root may write all the same
+        on_disk(workspace.result)
+        monkeypatch.undo()
+        workspace.publish()
+    assert len(asked) == 2
+    assert not any(flags & (os.O_WRONLY | os.O_RDWR) for flags in asked)
+
+
+def test_a_block_that_cannot_be_given_back_is_narrowed_again(dense, tmp_path):
+    """As the message says. The mistake: it is refused each time."""
+    folder = tmp_path / "narrowing"
+    journal = Journal(folder, Writer(tmp_path / "out"), {})
+    model = open_model(dense("llama"), CPU)
+    journal.record(model.blocks[0])
+    path = folder / "journal.json"
+    content = json.loads(path.read_text())
+    content["blocks"][0]["linears"] = {"mlp.none": {"out": 1, "in": 1, "bias": False}}
+    path.write_text(json.dumps(content))
+    again = Journal(folder, Writer(tmp_path / "out"), {})
+    assert again.done == 1
+    with pytest.raises(InputError, match=r"block 0.*afresh"):
+        again.restore(model, model.blocks[0])
+    assert Journal(folder, Writer(tmp_path / "out"), {}).done == 0
+
+
+ROW = {"ids": torch.ones(1, 4, dtype=torch.int64), "mask": torch.ones(1, 4, dtype=torch.bool)}
+LOGITS = {"logits.float32.eager": torch.ones(4, 8)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ROW,
+        LOGITS,
+        ROW | LOGITS | {"bogus": torch.ones(1)},
+        ROW | {"logits.load.eager": torch.ones(4, 8)},
+        ROW | LOGITS | {"greedy.cached": torch.ones(3)},
+        ROW | LOGITS | {"ids": torch.ones(1, 4)},
+        ROW | LOGITS | {"ids": torch.ones(4, dtype=torch.int64)},
+        ROW | LOGITS | {"ids": -torch.ones(1, 4, dtype=torch.int64)},
+    ],
+)
+def test_a_testimony_that_says_nothing_is_refused(tmp_path, content):
+    """The mistake: an empty one agrees with every model."""
+    save_file(content, tmp_path / "said.safetensors")
+    with pytest.raises(InputError, match="testimony"):
+        reload.Testimony.load(tmp_path / "said.safetensors")
+    assert reload.disagreement({}, LOGITS) is not None
 
 
 @pytest.mark.parametrize("lost", ["data", "states", "journal", "sizes"])
@@ -198,10 +260,6 @@ def test_a_shard_that_disappears_or_ends_early_halts_the_run(dense, tmp_path):
 
 
 def test_two_files_with_one_tensor_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    from secateur import InputError
-
     for name in ("a", "b"):
         save_file({"w": torch.ones(2), name: torch.ones(2)}, tmp_path / f"{name}.safetensors")
     index = {name: f"{name}.safetensors" for name in ("a", "b")}

@@ -3,17 +3,19 @@
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 
-from secateur import Settings, Store, calibrate, open_model, stream
+from secateur import Settings, Store, calibrate, linalg, link, open_model, propagate, stream
 from secateur.apply import narrow_block
 from secateur.gradients import CURVED_LOSS, needs_gradients
-from secateur.methods import METHODS, method_class
+from secateur.methods import METHODS, gauss_newton, method_class
 from secateur.plan import make_plan
-from secateur.propagate import narrow_blocks
+from secateur.propagate import Propagation, narrow_blocks
 from secateur.ranks import ALONE, Ranks
+from secateur.rows import Rows
 from secateur.scores import score
 from secateur.statistics import PairScores
 from secateur.streaming import open_streamed
@@ -133,6 +135,17 @@ def close(found, expected, rest):
                 assert torch.equal(weight, there[name]), name
 
 
+def determined(block):
+    """Weights of a block; T5's decoder reads too few tokens here to say more of values and outputs
+    than their product, as directions that no token has are all alike."""
+    own = "layer.0.SelfAttention"
+    if f"{own}.v_proj.weight" not in block:
+        return block
+    value, output = (block[f"{own}.{kind}_proj.weight"] for kind in "vo")
+    rest = {n: w for n, w in block.items() if n not in {f"{own}.{k}_proj.weight" for k in "vo"}}
+    return {**rest, own: output @ value}
+
+
 @pytest.mark.parametrize(
     ("method", "world", "name", "streamed"),
     [
@@ -141,14 +154,14 @@ def close(found, expected, rest):
         ("auto", 2, "llama", True),
         *(
             pytest.param(method, 4, name, False, marks=pytest.mark.slow)
-            for method in (*SHARED, "llm-pruner", "sleb", "obspa", "cr", "forms")
+            for method in (*SHARED, "llm-pruner", "sleb", "obspa", "forms")
             for name in ("llama", "gpt2")
         ),
         pytest.param("auto", 4, "t5", False, marks=pytest.mark.slow),
     ],
 )
 def test_plans_and_weights_are_the_same(known, tmp_path, method, world, name, streamed):
-    folder, chosen = known(name), method_class(method)(keep=0.6)
+    folder, chosen = known(name), method_class(method)(keep=0.7 if method == "sleb" else 0.6)
     tokens = families.read(name, WINDOWS, LENGTH)
     expected = compressed(folder, chosen, tokens, ALONE, tmp_path / "alone", streamed)
     found = together(
@@ -164,7 +177,7 @@ def test_plans_and_weights_are_the_same(known, tmp_path, method, world, name, st
         for key, errors in (expected[1][1] or {}).items():
             assert losses[key] == pytest.approx(errors, rel=1e-6, abs=1e-12), key
         assert readings == [pytest.approx(own, rel=1e-9) for own in expected[1][2]]
-        close(weights, expected[2], 1e-6)
+        close(*([*map(determined, own)] for own in (weights, expected[2])), 1e-6)
 
 
 def test_units_are_dealt_out(known, tmp_path):
@@ -231,6 +244,83 @@ def test_states_are_kept_by_any_number_and_read_by_another(known, tmp_path):
     assert torch.equal(line.states, expected)
 
 
+@pytest.mark.parametrize("additive", [True, False])
+def test_all_targets_are_of_the_kind_that_the_first_one_sees(
+    known, tmp_path, monkeypatch, additive
+):
+    """The mistake: each process decides by its own windows."""
+    folder, tokens = known("llama"), families.read("llama", WINDOWS, LENGTH)
+
+    def targets(ranks, first):
+        given = open_model(folder, CPU)
+        monkeypatch.setattr(propagate, "_adds_up", lambda *_: first is ranks.leads)
+        line = Propagation(given, tokens, method_class("auto")(keep=0.6), ranks)
+        with torch.no_grad():
+            assert line._run_dense(given.blocks[0]) is first
+        return line.targets[:]
+
+    expected = targets(ALONE, additive)
+    found = together(2, lambda ranks: targets(ranks, additive), tmp_path)
+    assert torch.equal(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("way", ["told", "gathered"])
+def test_none_waits_within_a_limit_for_bytes_to_be_made(tmp_path, monkeypatch, way):
+    """The mistake: it is written while the others are in a call that has a limit."""
+    monkeypatch.setattr(link, "PASSING", timedelta(seconds=6))
+
+    def passed(ranks):
+        own = torch.save
+
+        def slowly(*given):
+            if ranks.leads:
+                time.sleep(9)
+            own(*given)
+
+        torch.save = slowly
+        found = ranks.told(lambda: {"some": 1}) if way == "told" else ranks.gathered({"some": 1})
+        torch.save = own
+        return found
+
+    expected = {"some": 1} if way == "told" else [{"some": 1}] * 2
+    assert together(2, passed, tmp_path) == [expected] * 2
+
+
+def test_ranks_that_round_differently_stop_together(known, tmp_path):
+    """The mistake: one that finds nothing left to gain leaves the others in a sum."""
+    inputs = torch.randn(512, families.HIDDEN, generator=torch.Generator().manual_seed(0)).double()
+    folder = known("llama")
+
+    def stepped(ranks):
+        block = open_model(folder, CPU).blocks[0]
+        with torch.no_grad():
+            target = block.channels(block.produced(inputs)) @ block.consumer_weight
+            for weight in block.producer_weights:
+                weight.data.mul_(1.1)
+        exact = linalg._dot
+        if not ranks.leads:
+            linalg._dot = lambda a, b: -exact(a, b)
+        share = slice(256 * ranks.rank, 256 * ranks.rank + 256 if ranks.world == 2 else None)
+        rows = Rows(lambda: [(inputs[share], target[share])], 256 * ranks.rank, ranks)
+        with torch.no_grad():
+            gauss_newton.GaussNewton(4, 1e-3, 1e-6).refine(block, rows)
+        return [weight.clone() for weight in (*block.producer_weights, block.consumer_weight)]
+
+    expected = stepped(ALONE)
+    for own in together(2, stepped, tmp_path):
+        assert not isinstance(own, str), own
+        for found, weight in zip(own, expected, strict=True):
+            assert float((found - weight).norm()) <= 1e-5 * float(weight.norm())
+
+
+@pytest.mark.parametrize("neighbours", [1, 2, 8])
+def test_slopes_of_all_processes_of_a_machine_have_their_share(monkeypatch, neighbours):
+    monkeypatch.setattr(gauss_newton, "free_bytes", lambda _: 2**30)
+    taken = neighbours * gauss_newton._room(torch.device("cpu"), neighbours)
+    assert taken == 2**30 // gauss_newton.SHARE
+    assert gauss_newton._room(torch.device("cuda"), neighbours) == 2**30 // gauss_newton.SHARE
+
+
 def test_one_that_dies_ends_the_others(tmp_path):
     def dying(ranks):
         ranks.gathered(ranks.rank)
@@ -259,7 +349,7 @@ def test_one_that_dies_while_another_works(tmp_path):
     start = time.monotonic()
     dead, other = together(2, dying, tmp_path)
     assert dead is None
-    assert "rank 0 is gone" in other
+    assert "rank 0 of 2 is gone" in other
     assert time.monotonic() - start < 30
 
 

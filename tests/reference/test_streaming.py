@@ -1,10 +1,16 @@
 """A model that stays on disk gives what it gives when it is whole in memory."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from secateur import Settings, Store, calibrate, open_model
+from secateur import select as selecting
 from secateur.bundled import model_path
+from secateur.errors import HaltedError
 from secateur.evaluate import passes
 from secateur.evaluate.likelihood import Pair, likelihoods
 from secateur.evaluate.passes import batches
@@ -13,14 +19,16 @@ from secateur.evaluate.recall import recall
 from secateur.methods.auto import Auto
 from secateur.model import fingerprint
 from secateur.opening import skeleton
-from secateur.residence import Residence
+from secateur.residence import Residence, own_head
 from secateur.scores import score
+from secateur.select import MiddleStates, leverage, means
 from secateur.stream import Stream
 from secateur.streaming import obstacle, open_streamed
 from tests import families
-from tests.families import FAMILIES
+from tests.families import FAMILIES, HIDDEN
 
 CPU = Settings(device="cpu", dtype="float32")
+ROOT = Path(__file__).parents[2]
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -98,6 +106,83 @@ def test_answers_to_tasks_are_the_same_and_read_the_model_once(dense, fetched, m
     assert [one.greedy for one in found] == [one.greedy for one in expected]
     assert [x.total for x in found] == pytest.approx([x.total for x in expected], rel=1e-6)
     assert fetched == [block.index for block in model.blocks]
+
+
+def test_a_head_that_could_not_be_read_is_read_again(tmp_path):
+    """The mistake: to take it for one that is there. Its logits are then anything."""
+    folder = families.save(families.random_model("llama"), tmp_path / "model")
+    model, tokens = open_streamed(str(folder), CPU), families.read("llama", 2, 16)
+    assert own_head(model.module) is not None
+    given = model.use.inputs(tokens)
+    with torch.no_grad():
+        expected = model.module(**given).logits
+        (file,) = folder.glob("*.safetensors")
+        file.rename(tmp_path / "away")
+        with pytest.raises(HaltedError):
+            model.module.lm_head(torch.zeros(1, HIDDEN))
+        (tmp_path / "away").rename(file)
+        assert torch.equal(model.module(**given).logits, expected)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_logits_of_a_few_windows_at_a_time_measure_the_same(dense, monkeypatch, streams):
+    """The mistake: those of a whole batch, which are gigabytes with a large vocabulary."""
+    folder, tokens, method = dense("llama"), families.read("llama", 5, 16), Auto()
+    model = streamed(folder) if streams else open_model(folder, CPU)
+    store, seen, own = Store(), [], Stream.logits
+    calibrate(model, tokens, method.needs | method.allocator.needs, store)
+    expected = score(model, method, store, tokens).losses
+    vocabulary = model.module.get_input_embeddings().weight.shape[0]
+    monkeypatch.setattr(passes, "LOGITS_PER_BATCH", 2 * 16 * vocabulary)
+    monkeypatch.setattr(Stream, "logits", lambda s, b, x: (seen.append(len(x)), own(s, b, x))[1])
+    found = score(model, method, store, tokens).losses
+    assert max(seen) == 2
+    for name, curve in expected.items():
+        assert found[name].errors == pytest.approx(curve.errors, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("select", ["leverage", "dpp"])
+def test_a_choice_of_windows_reads_the_model_once_a_look(dense, fetched, select, monkeypatch):
+    """The mistake: once for every batch of windows."""
+    whole, model = open_model(dense("llama"), CPU), streamed(dense("llama"))
+    monkeypatch.setattr(selecting, "TOKENS_PER_BATCH", 32)
+    tokens = families.read("llama", 9, 16)
+    looks = []
+    for given in (whole, model):
+        states = MiddleStates(given, tokens)
+        look = leverage if select == "leverage" else means
+        looks.append(look(states, tokens.mask))
+    torch.testing.assert_close(looks[1], looks[0], rtol=1e-5, atol=1e-7)
+    assert len(fetched) == len(model.blocks) // 2 * (2 if select == "leverage" else 1)
+
+
+ALLOCATES = """
+import sys, torch
+from secateur.evaluate.memory import peak_bytes
+from secateur.room import give_back
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+if sys.argv[1] == "give back":
+    give_back()
+before, kept = resident(), []
+for _ in range(24):
+    many = [torch.ones(2**21) for _ in range(8)]  # 8 MB each
+    kept.append(torch.ones(2**15))
+    many.clear()
+    kept.append(torch.ones(2**17))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's allocator")
+def test_what_goes_gives_its_memory_back():
+    """Between blocks that come and go something always stays."""
+    left = [
+        int(subprocess.check_output([sys.executable, "-c", ALLOCATES, what], cwd=ROOT))
+        for what in ("give back", "keep")
+    ]
+    assert left[0] < 24 * 2**20
+    assert left[0] < left[1] - 2**24
 
 
 def test_planted_keys_are_found_the_same(fetched):

@@ -16,7 +16,7 @@ from secateur.runs import Rows
 from secateur.scores import Scores
 from secateur.statistics import Needs
 from secateur.untrusted import HostileError, parse_json, parse_yaml
-from secateur.workspace import UnfinishedRunError, Workspace, write_whole
+from secateur.workspace import UnfinishedRunError, Workspace, difference, write_whole
 from secateur.writer import Place, WriterState
 
 
@@ -56,10 +56,28 @@ def test_a_damaged_record_of_an_unfinished_run_stays_unless_overwritten(tmp_path
 def test_a_damaged_stage_is_computed_again_and_a_wrecked_model_has_one(workspace):
     workspace.folder.mkdir()
     (workspace.folder / "dense.json").write_text('{"perplexity": ')
-    assert workspace.stage("dense", lambda: {"perplexity": float("inf")}) == {
-        "perplexity": float("inf")
-    }
-    assert workspace.stage("dense", lambda: {})["perplexity"] == float("inf")
+    wrecked = {"perplexity": float("inf")}
+    assert workspace.stage("dense", lambda: wrecked, dict) == wrecked
+    assert workspace.stage("dense", dict, dict) == wrecked
+
+
+def test_a_stage_that_does_not_hold_is_computed_again(workspace):
+    """The mistake: what was kept is used as it is."""
+    workspace.folder.mkdir()
+
+    def held(content):
+        if "a" not in content:
+            raise InputError("a is missing")
+        return content["a"]
+
+    assert workspace.stage("b", lambda: {"a": 1}, held) == 1
+    (workspace.folder / "b.json").write_text('{"c": 1}')
+    assert workspace.stage("b", lambda: {"a": 2}, held) == 2
+    assert workspace.stage("b", dict, held) == 2
+
+
+def test_an_entry_that_is_missing_differs_from_one_that_is_null():
+    assert difference("a", {"a": {"b": None}}, {"a": {}}) == ("a: b", None, None)
 
 
 def test_a_file_is_not_written_through_a_link_of_its_passing_name(tmp_path, monkeypatch):
