@@ -231,6 +231,25 @@ class Block:
             return False
         return not self.anatomy.norms_behind
 
+    def features(self, place: str) -> tuple[int, ...]:
+        """What a token has at a place of a :class:`~secateur.statistics.Need`.
+
+        Of statistics of gradients, how many channels or KV heads there are.
+        """
+        attention = self.attention
+        stream = (attention.o_proj.out_features,)
+        query_key = attention.kv_heads, attention.query_key
+        mixed = (attention.heads * attention.value,)
+        channels = (inputs_by_outputs(self.consumer).shape[0],)
+        found = {
+            **{"hidden": channels, "mlp": channels, "heads": (attention.kv_heads,)},
+            **{"query": (attention.heads, attention.query_key), "key": query_key},
+            **{"value": (attention.kv_heads, attention.value), "scores": query_key},
+            **{"mixed": mixed, "output_inputs": mixed, "block": stream, "between": stream},
+            **{"behind": stream, "attention_inputs": stream, "mlp_inputs": stream},
+        }
+        return found[place.rpartition(":")[2]]
+
     @property
     def output_rows(self) -> Tensor:
         """The output projection's weight as (heads, value width, hidden), float64."""

@@ -1,12 +1,10 @@
 """The calibration pass: windows go through the model once, and leave statistics behind."""
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -15,15 +13,17 @@ from torch import Tensor
 from secateur.block import Block
 from secateur.errors import InputError, refuse_difference, shown
 from secateur.gradients import collect_gradients, needs_gradients
-from secateur.header import read_header, read_metadata
+from secateur.header import Entry, read_whole
+from secateur.leftovers import own_partial, remove_partials
 from secateur.model import Model
 from secateur.observe import observed
 from secateur.ranks import ALONE, Ranks
+from secateur.records import reading
 from secateur.shelf import read_tensor
 from secateur.statistics import INPUTS, BlockStatistics, Need, Needs, Statistic
 from secateur.stream import Stream
 from secateur.text import Tokens
-from secateur.untrusted import HostileError, parse_json, read_bytes
+from secateur.untrusted import parse_json, read_bytes
 from secateur.workspace import write_whole
 
 MAX_BYTES = 2**20
@@ -46,38 +46,72 @@ class Store:
     def __contains__(self, block: int) -> bool:
         if self.folder is None:
             return block in self._memory
-        try:
-            return bool(read_metadata(self._path(block)))
-        except InputError:  # never written, or damaged: it is measured again
-            return False
+        return bool(self._read(block)[1])
 
-    def claim(self, own: dict[str, Any], needs: Iterable[Need]) -> None:
+    def _read(self, block: int) -> tuple[dict[str, Entry], dict[str, str]]:
+        """The header of a block's file; nothing where it was never written, or is damaged."""
+        try:
+            return read_whole(self._path(block))
+        except InputError:
+            return {}, {}
+
+    def claim(
+        self, own: dict[str, Any], needs: Iterable[Need], blocks: Iterable[Block] = ()
+    ) -> None:
         """Note in the folder what its statistics are of, or hold it against what is noted there.
+
+        Whatever the folder has of ``blocks`` is held against their shapes; no number is read.
 
         Raises:
             InputError: they are of something else; the message names the field that differs.
         """
         if self.folder is None:
             return
+        needs = frozenset(needs)
         own = own | {"needs": sorted(map(_key, needs))}
         path = self.folder / "identity.json"
-        try:
+        advice = "Name another folder, or remove this one."
+        with reading(path, "statistics", f" {advice}"):
             found = parse_json(read_bytes(path, MAX_BYTES, path.name)) if path.exists() else own
-        except HostileError as error:
-            raise InputError(f"statistics {str(self.folder)!r}: {path.name}: {error}.") from error
         if not isinstance(found, dict) or (found is own and any(self.folder.glob("block-*"))):
             raise InputError(
-                f"statistics {str(self.folder)!r}: nothing says what they are of. Name another "
-                f"folder, or remove this one."
+                f"statistics {str(self.folder)!r}: nothing says what they are of. {advice}"
             )
-        advice = "Name another folder, or remove this one."
         refuse_difference(f"statistics {str(self.folder)!r}", found, own, advice)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for rest in self.folder.glob("block-*.partial"):  # of a run that was killed
-            number = rest.name.split(".")[1]
-            if number.isdecimal() and not psutil.pid_exists(int(number)):
-                rest.unlink()
+        remove_partials(self.folder, "block-*")
+        for block in blocks:
+            self._check(block, needs | {Needs.INFLUENCE})
         write_whole(path, json.dumps(own, indent=1))
+
+    def _check(self, block: Block, needs: Iterable[Need]) -> None:
+        """Refuse a file of other sums than a block's, or of other shapes.
+
+        Raises:
+            InputError: it is one, or no file.
+        """
+        path = self._path(block.index)
+        named = f"statistics {str(path)!r}"
+        if path.exists() and not path.is_file():
+            raise InputError(f"{named}: it is no file. Remove it.")
+        there, counts = self._read(block.index)
+        if not counts:  # it is measured
+            return
+        needs = [need for need in needs if _seen(block, need)]
+        if differing := sorted({*map(_key, needs)} ^ counts.keys()):
+            fault = "is too much" if differing[0] in counts else "is missing"
+            raise InputError(f"{named}: {shown(differing[0])} {fault}. Remove the file.")
+        for need in needs:
+            shape = need.kind.shape(*block.features(need.place))
+            whole = need.kind(torch.empty(shape, dtype=torch.float64, device="meta"))
+            for name, part in whole.parts().items():
+                entry = there.get(_key(need) + name)
+                if entry is None or entry.dtype != "F64" or entry.shape != tuple(part.shape):
+                    seen = "missing" if entry is None else f"{entry.shape} of {entry.dtype}"
+                    raise InputError(
+                        f"{named}: {_key(need)}{name} is {seen}, and of this model it is "
+                        f"{tuple(part.shape)} of F64. Remove the file."
+                    )
 
     def put(self, block: int, statistics: BlockStatistics) -> None:
         """Keep a block's statistics; on disk they appear under their name only when whole."""
@@ -94,7 +128,7 @@ class Store:
         }
         counts = {_key(need): str(statistic.tokens) for need, statistic in statistics.items()}
         path = self._path(block)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = own_partial(path)
         partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
         try:
             save_file(tensors, partial, metadata=counts)
@@ -118,7 +152,7 @@ class Store:
         if not needs:
             return {}
         path = self._path(block)
-        there, counts = read_header(path), read_metadata(path)
+        there, counts = read_whole(path)
         found: dict[Need, Statistic] = {}
         for need in needs:
             if (key := _key(need)) not in counts:
@@ -131,14 +165,32 @@ class Store:
                 entry = there.get(key + name)
                 if entry is None or entry.dtype != "F64":
                     raise InputError(f"statistics {str(path)!r}: {key} is missing or no sum.")
-                return read_tensor(path, entry).to(device)  # not mapped: see Shelf
+                read = read_tensor(path, entry).to(device)  # not mapped: see Shelf
+                if not bool(torch.isfinite(read).all()):
+                    raise InputError(f"statistics {str(path)!r}: {key} holds NaN or infinity.")
+                return read
 
-            found[need] = need.kind.of_parts(part, int(seen))
+            statistic = need.kind.of_parts(part, int(seen))
+            assert statistic.total is not None
+            if bool((need.kind.squares(statistic.total) < 0).any()):
+                raise InputError(f"statistics {str(path)!r}: {key} has sums of squares below 0.")
+            found[need] = statistic
         return found
 
 
 def _key(need: Need) -> str:
     return f"{need.place}.{need.kind.__name__}"
+
+
+def _seen(block: Block, need: Need) -> bool:
+    """Whether a block has the place of a statistic."""
+    if need.place == "scores":
+        return block.query_key_obstacle is None
+    if need.place == "between":
+        return block.anatomy.pre_norm is not None
+    if need.place in INPUTS:  # what is empty reads nothing
+        return any(linear.place == need.place for linear in block.linear_layers)
+    return True
 
 
 def calibrate(
@@ -189,14 +241,8 @@ def collect(
     Raises:
         InputError: the activations hold NaN or infinite numbers.
     """
-    places = {linear.place for linear in block.linear_layers}  # what is empty reads nothing
     statistics: dict[Need, Statistic] = {
-        need: need.kind()
-        for need in needs
-        if not needs_gradients(need)
-        and (need.place != "scores" or block.query_key_obstacle is None)
-        and (need.place != "between" or block.anatomy.pre_norm is not None)
-        and (need.place not in INPUTS or need.place in places)
+        need: need.kind() for need in needs if not needs_gradients(need) and _seen(block, need)
     }
     part, ahead = stream.part(block), stream.ahead(block)
     for statistic in statistics.values():

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from secateur.anatomy import find
+from secateur.errors import InputError
 from secateur.layers.integers import LIBRARY
 from secateur.names import hub_id, short_name
 from secateur.report import TIERS, Report, lines, summary, task_rows, told_when
 from secateur.runs import RECORD, Run
-from secateur.untrusted import HostileError, parse_yaml
+from secateur.text import expanded
+from secateur.untrusted import HostileError, parse_yaml, read_bytes
 from secateur.workspace import write_whole
 
 CARD = "README.md"
@@ -67,7 +70,10 @@ def front_matter(report: Report, license_name: str | None) -> dict[str, Any]:
 def base_model(report: Report) -> str | None:
     """The hub id of the dense model; of a folder nothing says it."""
     source = report["model"]["source"]
-    return None if Path(source).exists() else hub_id(source)
+    with suppress(OSError):  # no path, but it may be a name
+        if Path(source).exists():
+            return None
+    return hub_id(source)
 
 
 def opener(report: Report) -> tuple[str, str | None]:
@@ -78,21 +84,17 @@ def opener(report: Report) -> tuple[str, str | None]:
 
 def license_of(source: str) -> str | None:
     """The license that the original's own card names, if that is at hand; nothing is fetched."""
-    path = Path(source).expanduser() / CARD
-    if not path.is_file():
-        try:
-            kept = try_to_load_from_cache(source, CARD)
-        except HFValidationError:  # a path that is gone
-            return None
-        if not isinstance(kept, str):
-            return None
-        path = Path(kept)
-    if path.stat().st_size > MAX_BYTES:
-        return None
-    found = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", path.read_text(errors="replace"), re.S)
     try:
+        path = expanded(source) / CARD
+        if not path.is_file():
+            kept = try_to_load_from_cache(source, CARD)
+            if not isinstance(kept, str):
+                return None
+            path = Path(kept)
+        text = read_bytes(path, MAX_BYTES).decode("utf-8", "replace")
+        found = re.match(r"\ufeff?---[ \t\r]*\n(.*?)\n---\s*(\n|$)", text, re.S)
         fields = parse_yaml(found[1].encode()) if found else None
-    except HostileError:
+    except (OSError, HFValidationError, InputError, HostileError):  # no path, or one that is gone
         return None
     name = fields.get("license") if isinstance(fields, dict) else None
     return name if isinstance(name, str) and re.fullmatch(PLAIN, name) else None

@@ -11,7 +11,7 @@ import click
 
 from secateur import asked
 from secateur.commands import COMMANDS
-from secateur.errors import HaltedError, InputError, RunError, out_of_memory, printable
+from secateur.errors import HaltedError, InputError, RunError, out_of_memory, printable, words
 from secateur.flags import (
     MethodCommand,
     calibration_options,
@@ -336,20 +336,20 @@ def _run(crew: "Crew | None" = None) -> int:
         said = str(error.__cause__ or "")  # of another process, where one ended
         code = 1 if said else 130
         interrupted = "interrupted; a compress or sweep command goes on when it is typed again."
-        print(f"error: {said}" if said else interrupted, file=sys.stderr)
+        print(f"error: {printable(said)}" if said else interrupted, file=sys.stderr)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             print(error.ctx.get_usage(), file=sys.stderr)
-        print(f"error: {error.format_message()}", file=sys.stderr)
+        print(f"error: {printable(error.format_message())}", file=sys.stderr)
         code = error.exit_code
     except InputError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = 2 if isinstance(error, HaltedError) else 1
     except OSError as error:
-        print(f"error: {error}. {ON}", file=sys.stderr)
+        print(f"error: {words(str(error))}. {ON}", file=sys.stderr)
         code = 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

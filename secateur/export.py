@@ -29,7 +29,7 @@ from secateur.model import Model, Settings, has_forms
 from secateur.opening import open_model, skeleton
 from secateur.progress import Progress
 from secateur.residence import published_name
-from secateur.text import Tokens
+from secateur.text import Tokens, expanded
 from secateur.uniform import PAIRS, Stock, common_sizes, conform, held, stock_of
 from secateur.uses import PREFIX
 from secateur.workspace import Workspace
@@ -57,7 +57,7 @@ def export_dense(
         RunError: the reloaded checkpoint differs from the model in memory.
     """
     settings, progress = settings or Settings(), progress or Progress()
-    source, out = str(source), Path(out).expanduser()
+    source, out = str(source), expanded(out)
     check_exact(settings.torch_device(), "an export")
     check_out(out, [source])
     workspace = Workspace(out, overwrite)
@@ -126,7 +126,7 @@ def export_plain(
         RunError: the reloaded checkpoint differs from the model in memory.
     """
     settings, progress = settings or Settings(), progress or Progress()
-    source, out = str(source), Path(out).expanduser()
+    source, out = str(source), expanded(out)
     check_exact(settings.torch_device(), "an export")
     check_out(out, [source])
     workspace = Workspace(out, overwrite)

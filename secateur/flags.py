@@ -161,7 +161,13 @@ text_options = stacked(
         type=click.IntRange(2),
         help="Tokens in a window.",
     ),
-    click.option("--seed", default=0, show_default=True, help="Of the choice of samples."),
+    click.option(
+        "--seed",
+        default=0,
+        show_default=True,
+        type=click.IntRange(-(2**63), 2**63 - 1),
+        help="Of the choice of samples.",
+    ),
     click.option(
         "--select-calibration",
         default="none",

@@ -32,6 +32,14 @@ class FirstOrder(Statistic):
 
     what = "gradients"
 
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return 2, *features
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total[0]
+
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         weights, gradient = map(exact, values[:2])
         products = weights * gradient
@@ -44,6 +52,14 @@ class SecondOrder(FirstOrder):
     Below Σ |g∘w| and Σ g∘w stand Σ ½ w² F and Σ |g∘w − ½ w² F| with F = E g², the mean over windows
     of the squared gradient of a window's mean. What removing a parameter does is −g w + ½ w² F.
     """
+
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return 4, *features
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total[[0, 2, 3]]
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         weights, gradient, squares = map(exact, values)

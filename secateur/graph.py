@@ -20,7 +20,7 @@ from secateur.inputs import check_out
 from secateur.model import Model, Settings
 from secateur.opening import open_model, read_config
 from secateur.progress import Progress
-from secateur.text import Tokens
+from secateur.text import Tokens, expanded
 from secateur.uses import use_of
 
 LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
@@ -88,7 +88,7 @@ def export_onnx(
         RunError: torch cannot trace it, or onnxruntime says something else than the model.
     """
     settings = replace(settings or Settings(), dtype="float32", device="cpu")
-    progress, out, source = progress or Progress(), Path(out).expanduser(), str(source)
+    progress, out, source = progress or Progress(), expanded(out), str(source)
     check_request(out, overwrite)
     check_out(out, [source])
     use = use_of(read_config(source, settings))

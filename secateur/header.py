@@ -56,6 +56,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         InputError: it can't be read, or is no such file or not a whole one.
     """
+    return read_whole(path)[0]
+
+
+def read_whole(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The same, and the strings by name that the header has beside it.
+
+    Raises:
+        InputError: likewise.
+    """
     named = f"weight file {str(path)!r}"
     try:
         header, behind, size = _parts(path)
@@ -72,18 +81,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise InputError(f"{named}: {error.strerror}.") from error
     except HostileError as error:
         raise InputError(f"{named} is corrupt or cut short: {error}. Fetch it again.") from error
-    return dict(entries)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The strings by name that :func:`read_header` passes over.
-
-    Raises:
-        InputError: as there.
-    """
-    read_header(path)
-    found: dict[str, str] = _parts(path)[0].get("__metadata__", {})
-    return found
+    return dict(entries), header.get("__metadata__", {})
 
 
 def _parts(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -23,7 +23,7 @@ from secateur.methods.base import Method
 from secateur.model import Model, fingerprint, has_forms
 from secateur.options import built
 from secateur.prices import Prices, Target, counted
-from secateur.records import Record, read_record
+from secateur.records import Parts, Record, read_record
 from secateur.runtime import Runtime
 from secateur.stitch import Stitched
 from secateur.text import Calibration, Tokens
@@ -62,7 +62,7 @@ class CalibrationRecord(Record):
     tokens: int
     fingerprint: str
     select: str = "none"
-    windows: tuple[int, ...] = ()
+    windows: Parts[int] = ()
 
     def choice(self) -> Calibration:
         """The choice of text that led to these tokens."""
@@ -146,7 +146,7 @@ class Plan(Record):
     runtime: Runtime = "transformers"
     budget: Budget
     tier: Written
-    units: tuple[Row, ...]
+    units: Parts[Row]
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -192,7 +192,7 @@ def prepare(
     own, every = identity(model, chosen, tokens, allocator), chosen.units(model, 1)
     needs = chosen.needs | allocator.needs
     known = ("secateur", "model", "calibration", "dtype")
-    store.claim({key: own[key] for key in known}, needs)
+    store.claim({key: own[key] for key in known}, needs, model.blocks)
     evidence = kept_evidence(own, every, scores)
     searches = allocator.searches and not isinstance(method, Plan)
     if evidence is None or not only_plan or searches:

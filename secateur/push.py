@@ -12,6 +12,7 @@ from secateur.errors import InputError
 from secateur.header import SINGLE, read_index
 from secateur.progress import Progress
 from secateur.runs import read_run
+from secateur.text import expanded
 
 #: what the hub's library raises, and the HTTP client below it, whichever that is
 FAILURES: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__mro__[1])
@@ -27,7 +28,7 @@ def push(folder: Path, repo: str, private: bool = False, progress: Progress | No
             hub refuses or can't be reached, or a private upload would become public.
     """
     progress = progress or Progress()
-    folder = folder.expanduser()
+    folder = expanded(folder)
     check_whole(folder)
     try:
         validate_repo_id(repo)

@@ -3,21 +3,28 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FailFast
 
 from secateur.errors import InputError, shown, words
 from secateur.untrusted import HostileError, parse_json, read_bytes
 
 R = TypeVar("R", bound="Record")
-MAX_NODES = 2**25  # of the curves of the largest models
+MAX_VALUES = 2**20
+T = TypeVar("T")
+#: a list that is refused at its first wrong part: a fault of each part would take gigabytes
+Parts: TypeAlias = Annotated[tuple[T, ...], FailFast()]
 
 
 class Record(BaseModel):
-    """Fields that can't be changed, and no others."""
+    """Fields that can't be changed, and no others.
 
+    ``most_values`` is how many a file may have, at all levels.
+    """
+
+    most_values: ClassVar[int] = MAX_VALUES
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -28,7 +35,8 @@ def read_record(kind: type[R], path: Path, what: str, most_bytes: int, advice: s
         InputError: the file is missing, too large, no JSON, or not of this kind and version.
     """
     with reading(path, what, advice):
-        return kind.model_validate(parse_json(read_bytes(path, most_bytes, what), MAX_NODES))
+        raw = read_bytes(path, most_bytes, what)
+        return kind.model_validate(parse_json(raw, kind.most_values))
 
 
 def read_object(path: Path, what: str, most_bytes: int, advice: str = "") -> dict[str, Any]:
@@ -38,7 +46,7 @@ def read_object(path: Path, what: str, most_bytes: int, advice: str = "") -> dic
         InputError: the file is missing, too large, or no such object.
     """
     with reading(path, what, advice):
-        found = parse_json(read_bytes(path, most_bytes, what), MAX_NODES, finite=False)
+        found = parse_json(read_bytes(path, most_bytes, what), MAX_VALUES, finite=False)
         if not isinstance(found, dict):
             raise HostileError("it is no JSON object")
     return found
@@ -63,7 +71,7 @@ def reading(path: Path, what: str, advice: str = "") -> Iterator[None]:
 
 def said(error: pydantic.ValidationError) -> str:
     """Where a record is wrong first, and how."""
-    first: Any = error.errors()[0]
+    first: Any = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(_named(part) for part in first["loc"]) or "the file"
     return f"{where}: {words(first['msg'])}"
 

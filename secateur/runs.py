@@ -2,21 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, FiniteFloat, field_validator
 
 from secateur.errors import InputError
 from secateur.records import said
 from secateur.report import VERSION, Report, lines, task_rows
+from secateur.text import expanded
 from secateur.untrusted import HostileError, parse_json, read_bytes
 
 MAX_BYTES = 2**26
 LARGEST = 1e300  # of what is added, multiplied and drawn
 RECORD = "secateur"
 RATE = "_tokens_per_second"
+MAX_VALUES = 2**20
 Kind = TypeVar("Kind", bound=BaseModel)
+T = TypeVar("T")
+Several: TypeAlias = Annotated[list[T], FailFast()]
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Amount = Annotated[FiniteFloat, Field(ge=0, le=LARGEST)]
 Divisor = Annotated[FiniteFloat, Field(ge=1 / LARGEST, le=1e305)]  # a wrecked model's is exp(700)
@@ -87,17 +91,17 @@ class Spent(Part):
 class Told(Part):
     """Points of a curve."""
 
-    kept: list[Amount]
-    errors: list[Amount]
+    kept: Several[Amount]
+    errors: Several[Amount]
 
 
 class Observed(Part):
     """What :func:`~secateur.witness.observations` says of a step."""
 
-    influence: list[Number] = []
-    errors: list[dict[str, Amount | None]] = []
+    influence: Several[Number] = []
+    errors: Several[dict[str, Amount | None]] = []
     curves: dict[str, Told] = {}
-    directions: list[dict[str, Count]] = []
+    directions: Several[dict[str, Count]] = []
 
 
 class Taken(Part):
@@ -118,16 +122,16 @@ class Content(Part):
     budget: Spent
     tier: str
     densified: Count = 0
-    libraries: list[str] = []
+    libraries: Several[str] = []
     dense: Side
     dense_shared: bool = False
     compressed: Side
     seconds: dict[str, Amount] = {}
     versions: dict[str, str] = {}
     calibration: dict[str, Any] = {}
-    steps: list[Taken] = []
+    steps: Several[Taken] = []
     command: str | None = None
-    observed: list[Observed] = []
+    observed: Several[Observed] = []
 
 
 class UnitRow(BaseModel):
@@ -159,7 +163,7 @@ class UnitRow(BaseModel):
 class Rows(BaseModel):
     """What a page shows of a plan."""
 
-    units: list[UnitRow]
+    units: Several[UnitRow]
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: there is no report, or it is damaged, or of a later version.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
     record, named = folder / RECORD, f"run {str(folder)!r}"
     path = record / "report.json"
     if not folder.is_dir():
@@ -225,7 +229,7 @@ def _text(path: Path, named: str) -> str:
 
 def _read(kind: type[Kind], path: Path, named: str) -> Kind:
     try:
-        return kind.model_validate(parse_json(read_bytes(path, MAX_BYTES, path.name)))
+        return kind.model_validate(parse_json(read_bytes(path, MAX_BYTES, path.name), MAX_VALUES))
     except HostileError as error:
         raise InputError(f"{named}: {path.name}: {error}.") from error
     except OSError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import FiniteFloat, ValidationError
+from pydantic import FiniteFloat, ValidationError, field_validator
 
 from secateur.allocate.base import Allocator, Evidence
 from secateur.cache import cached_file, keep
@@ -18,14 +18,15 @@ from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.model import Model, fingerprint
 from secateur.ranks import ALONE, Ranks
-from secateur.records import Record, read_record, said
+from secateur.records import Parts, Record, read_record, said
 from secateur.residual import place_curves
 from secateur.text import Tokens
 from secateur.units import EVERY_BLOCK, Unit
 from secateur.version import __version__
 from secateur.workspace import Content, Stage, at_once, write_whole
 
-MAX_BYTES = 2**29
+MAX_BYTES = 2**27
+MAX_UNITS = 2**16
 
 
 class Scores(Record):
@@ -42,6 +43,8 @@ class Scores(Record):
         measured: whether losses are in it.
     """
 
+    most_values = 2**22  # a model of 70B parameters has 4.6 million numbers, losses included
+
     version: Literal[2] = 2
     secateur: str
     model: str
@@ -51,9 +54,16 @@ class Scores(Record):
     options: dict[str, int | float | str]
     reading: str
     measured: bool
-    readings: tuple[tuple[FiniteFloat, ...], ...]
-    curves: dict[str, tuple[FiniteFloat, ...]]
-    losses: dict[str, tuple[FiniteFloat, ...]] | None
+    readings: Parts[Parts[FiniteFloat]]
+    curves: dict[str, Parts[FiniteFloat]]
+    losses: dict[str, Parts[FiniteFloat]] | None
+
+    @field_validator("curves", "losses", mode="before")
+    @classmethod
+    def _few(cls, found: Any) -> Any:
+        if isinstance(found, dict) and len(found) > MAX_UNITS:
+            raise ValueError(f"more than {MAX_UNITS} units")
+        return found
 
 
 class Found(Record):
@@ -63,10 +73,10 @@ class Found(Record):
         places: of each unit that runs through all blocks, its curve at every place in this one.
     """
 
-    curves: dict[str, tuple[FiniteFloat, ...]]
-    losses: dict[str, tuple[FiniteFloat, ...]]
-    reading: tuple[FiniteFloat, ...]
-    places: dict[str, tuple[tuple[FiniteFloat, ...], ...]]
+    curves: dict[str, Parts[FiniteFloat]]
+    losses: dict[str, Parts[FiniteFloat]]
+    reading: Parts[FiniteFloat]
+    places: dict[str, Parts[Parts[FiniteFloat]]]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,16 @@ class Statistic(ABC):
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         """The sum over the tokens of one batch where ``mask`` (batch, tokens) is true."""
 
+    @classmethod
+    @abstractmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        """Of the sum, for tokens of so many features, see :meth:`Block.features`."""
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        """Those numbers of a sum that can't be negative."""
+        return total.new_zeros(0)
+
     def update(self, *values: Tensor, mask: Tensor) -> None:
         """Add a batch: ``values`` (batch, tokens, …)."""
         self.total = self.onto(self.total, *values, mask=mask)
@@ -142,6 +152,14 @@ class Gram(Additive):
             band.copy_(part(f".{start}") if start else first)
         return cls(total, tokens)
 
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return *features, *features
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total.diagonal()
+
     def telling(self, total: Tensor) -> Tensor:
         """The diagonal: no product of two numbers is beyond both of their squares."""
         return total.diagonal()
@@ -155,6 +173,14 @@ class Gram(Additive):
 class HeadGram(Additive):
     """Σ xᵀx of each head of (batch, tokens, heads, n) activations: (heads, n, n)."""
 
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return *features, features[-1]
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total.diagonal(dim1=1, dim2=2)
+
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         rows = real(values[0], mask).transpose(0, 1)  # heads, tokens, n
         return rows.transpose(1, 2) @ rows
@@ -162,6 +188,14 @@ class HeadGram(Additive):
 
 class Energy(Additive):
     """Σ x² of every coordinate of (batch, tokens, …) activations: the diagonal of a Gram."""
+
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return features
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         return real(values[0], mask).square().sum(0)
@@ -172,6 +206,14 @@ class Moments(Additive):
 
     Both in float64, as a variance is a small difference of large sums where a mean is large.
     """
+
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return 2, *features
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total[1]
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         rows = exact(values[0][mask])
@@ -190,6 +232,10 @@ class Influence(Additive):
     The mean is the block influence of ShortGPT (arXiv 2403.03853, equation 1).
     """
 
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return ()
+
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         before, after = values
         before, after = exact(before[mask]), exact(after[mask])
@@ -202,6 +248,14 @@ class Change(Additive):
     Σ (y − x), Σ ‖y − x‖² and Σ ‖y‖² behind one another, in float64: (hidden + 2).
     """
 
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return (features[0] + 2,)
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total[-2:]
+
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         before, after = (exact(value[mask]) for value in values)
         change = after - before
@@ -212,6 +266,14 @@ class Change(Additive):
 class Angle(Additive):
     """Σ arccos(cosine) / π between a block's input and output, both (batch, tokens, hidden)."""
 
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return ()
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total
+
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         before, after = (exact(value[mask]) for value in values)
         cosine = torch.cosine_similarity(before, after, -1).clamp(-1, 1)
@@ -220,6 +282,10 @@ class Angle(Additive):
 
 class Cross(Additive):
     """Σ xᵀt of features (batch, tokens, n) and targets (batch, tokens, outputs): (n, outputs)."""
+
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return features
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         features, targets = values
@@ -253,6 +319,14 @@ class PairScores(Additive):
     """
 
     most_tokens = 4096
+
+    @classmethod
+    def shape(cls, *features: int) -> tuple[int, ...]:
+        return *features, features[-1]
+
+    @classmethod
+    def squares(cls, total: Tensor) -> Tensor:
+        return total.diagonal(dim1=1, dim2=2)
 
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         query, key, value, turning, window, *more = values
@@ -296,7 +370,8 @@ class Need(NamedTuple):
     :class:`PairScores`), "block" (input and output of the block), "between" and "behind" (the
     residual stream behind attention, where blocks have it, and behind the block),
     "attention_inputs", "output_inputs" and "mlp_inputs" (what the linears of attention, its output
-    projection and the MLP's producers read, biases and all).
+    projection and the MLP's producers read, biases and all). How many features a token has at each
+    says :meth:`~secateur.block.Block.features`.
     """
 
     place: str

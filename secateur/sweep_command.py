@@ -149,6 +149,7 @@ def sweep(
 def _record(ctx: click.Context, source: str, options: dict[str, Any]) -> "SweepRecord":
     """What is asked for, by a file or by flags, which leave ``options``."""
     from secateur.frontier.grid import SweepRecord, read_sweep
+    from secateur.text import expanded
 
     given = {name: options.pop(name) for name in GRID}
     if source.endswith(SUFFIXES):
@@ -157,7 +158,7 @@ def _record(ctx: click.Context, source: str, options: dict[str, Any]) -> "SweepR
                 raise InputError(
                     f"--{FLAGS.get(name, name)} and a sweep file exclude each other; say it there."
                 )
-        record = read_sweep(Path(source).expanduser())
+        record = read_sweep(expanded(source))
         if record.model is None:
             raise InputError(f"sweep {source!r}: it names no model; add `model: …`.")
         return record

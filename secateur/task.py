@@ -27,7 +27,7 @@ from secateur.progress import Progress
 from secateur.records import said
 from secateur.report import versions
 from secateur.runs import Side
-from secateur.text import Calibration, Tokens
+from secateur.text import Calibration, Tokens, expanded
 from secateur.uses import use_of
 from secateur.workspace import Content, Workspace, digest, once
 
@@ -66,7 +66,7 @@ class Task:
         Raises:
             InputError: anything wrong with it.
         """
-        source, out = str(source), Path(out).expanduser()
+        source, out = str(source), expanded(out)
         calibration = calibration or Calibration()
         use = use_of(read_config(source, settings))
         own = default_texts(calibration, use)

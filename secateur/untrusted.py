@@ -5,6 +5,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, TextIO
 
 import yaml
 
-from secateur.errors import first_line, shown, words
+from secateur.errors import InputError, first_line, shown, words
 
 MAX_DEPTH = 64
 MAX_NODES = 2**22  # values and names of a file; some 60 bytes each in memory
@@ -43,11 +44,25 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except ValueError as error:  # a path with a NUL in it
         raise HostileError(str(error)) from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise HostileError("it is no file")
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise HostileError("it is no file")
         yield file, found.st_size
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder to write to that is a link, or has one in it: it would lead elsewhere.
+
+    Raises:
+        InputError: it is, or has.
+    """
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise InputError(
+                f"{str(path)!r} is a link, and nothing is written through it; remove it."
+            )
 
 
 @contextmanager
@@ -136,7 +151,6 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth: int = getattr(self, "depth", 0) + 1
-        self.nodes: int = getattr(self, "nodes", 0) + 1
         if self.check_event(yaml.AliasEvent):
             raise HostileError("aliases (*) are not read; write out what they stand for")
         if self.depth > MAX_DEPTH:
@@ -150,9 +164,9 @@ class _Loader(yaml.SafeLoader):
             self.flatten_mapping(node)
             names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if len(set(names)) != len(node.value):
-                twice = [name for name in names if names.count(name) > 1]
+                ((name, count),) = Counter(names).most_common(1) or [("", 0)]
                 raise HostileError(
-                    f"{shown(twice[0])} is there twice" if twice else "a name is no word"
+                    f"{shown(name)} is there twice" if count > 1 else "a name is no word"
                 )
         return super().construct_mapping(node, deep)
 

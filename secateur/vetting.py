@@ -22,6 +22,7 @@ from secateur.untrusted import HostileError, parse_json, read_bytes
 MAX_BYTES = 2**24
 MAX_NODES = 2**20
 MAX_PARTS = 1024  # layers, heads or experts where no weight file says that there are more
+MAX_EXPERTS = 2**15  # in all layers, likewise
 MAX_LABELS = 2**20
 MAX_SIZE = 2**53
 MAX_PATTERN = 512
@@ -30,6 +31,7 @@ SLACK = 2**24  # numbers that a model may have beyond 4 for each that its files 
 MAX_BUFFERS = 2**28
 #: what a config has so many of, and what only sounds so
 PARTS = re.compile(r"layer|head|expert|block|depth|group|attention_types", re.IGNORECASE)
+LAYERS, EXPERTS = re.compile(r"layers|block|depth"), re.compile(r"experts")
 SIZES = re.compile(r"(size|dim|ids?|tokens?|positions?|width|length)$", re.IGNORECASE)
 #: keys that lead to other files of the repository, past what is looked at here
 POINTERS = ("configuration_files", "transformers_weights")
@@ -54,6 +56,7 @@ def vet_config(source: str, path: Path, trusted: bool) -> None:
                 raise HostileError(f"{shown(key)} is a method of configs, and no key; remove it")
         for key, number in _numbers("", fields):
             _check_number(key, number, folder)
+        _check_experts(fields, folder)
         if not trusted:
             _check_code(fields)
             _check_kernels(fields)
@@ -90,6 +93,19 @@ def _check_number(key: str, number: int, folder: Path) -> None:
         most = max(MAX_PARTS, len(tensors(folder)))
     if abs(number) > most:
         raise HostileError(f"{shown(key)} is {number}, and more than {most} can't be meant")
+
+
+def _check_experts(fields: dict[str, Any], folder: Path) -> None:
+    """Refuse layers with more experts in all than any model has, or than there are tensors."""
+    numbers = [(key, abs(n)) for key, n in _numbers("", fields) if not SIZES.search(key)]
+    layers, experts = (
+        max((n for key, n in numbers if what.search(key)), default=0) for what in (LAYERS, EXPERTS)
+    )
+    if layers * experts > MAX_EXPERTS and layers * experts > len(tensors(folder)):
+        raise HostileError(
+            f"{layers} layers with {experts} experts each, and more than {MAX_EXPERTS} experts in "
+            f"all can't be meant"
+        )
 
 
 def _check_code(fields: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Protocol, TypeVar
 import filelock
 from safetensors import SafetensorError
 
-from secateur.errors import HaltedError, InputError, RunError
+from secateur.errors import HaltedError, InputError, RunError, shown, words
 from secateur.records import read_object
+from secateur.untrusted import refuse_links
 
 MAX_BYTES = 2**28
 AGAIN = " Repeat the command, which then starts afresh."
@@ -79,11 +80,7 @@ class Workspace:
                 f"output {str(self.out)!r} exists and is no checkpoint; --overwrite replaces "
                 f"checkpoints only. Choose another folder."
             )
-        for path in (self.folder, *self.folder.rglob("*")):
-            if path.is_symlink():
-                raise InputError(
-                    f"{str(path)!r} is a link, and nothing is written through it; remove it."
-                )
+        refuse_links(self.folder)
         missing = [parent for parent in self.folder.parents if not parent.exists()]
         lock = taken(self.folder, self.out, "run")
         keep = True
@@ -153,8 +150,9 @@ class Workspace:
         if differing and not self.overwrite:
             name, was, new = difference(differing[0], before, now)
             raise UnfinishedRunError(
-                f"an unfinished run for {str(self.out)!r} had another {name} ({was!r}, now "
-                f"{new!r}). Repeat its command to finish it, or add --overwrite to start afresh."
+                f"an unfinished run for {str(self.out)!r} had another {words(name)} "
+                f"({shown(was)}, now {shown(new)}). Repeat its command to finish it, or add "
+                f"--overwrite to start afresh."
             )
         if differing:
             self._forget()

@@ -8,9 +8,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import InputError
+from secateur.errors import InputError, shown, words
+from secateur.leftovers import remove_partials
 from secateur.records import read_object
 from secateur.runs import read_run
+from secateur.untrusted import refuse_links
 from secateur.workspace import MAX_BYTES, difference, taken, write_whole
 
 SHARED = ".shared"
@@ -32,6 +34,8 @@ class Folder:
     def check(self, asked: dict[str, Any]) -> None:
         """Refuse a place that is something else, or holds runs that had not ``asked`` in common.
 
+        Nothing is written, here or later, through a link in what they share.
+
         Raises:
             InputError: it does.
         """
@@ -43,6 +47,7 @@ class Folder:
                 f"output {str(out)!r} exists and is no sweep's; choose another folder, or an empty "
                 f"one."
             )
+        refuse_links(self.shared)
         now = json.loads(json.dumps(asked))
         before = now
         if self._asked.exists():
@@ -50,8 +55,9 @@ class Folder:
         for name in sorted(k for k in {*now, *before} if now.get(k) != before.get(k)):
             where, was, new = difference(name, before, now)
             raise InputError(
-                f"the runs in {str(out)!r} had another {where} ({was!r}, now {new!r}), and would "
-                f"not be comparable. Choose another folder, or remove this one."
+                f"the runs in {str(out)!r} had another {words(where)} ({shown(was)}, now "
+                f"{shown(new)}), and would not be comparable. Choose another folder, or remove "
+                f"this one."
             )
 
     @contextmanager
@@ -66,6 +72,7 @@ class Folder:
         self.check(asked)
         lock = taken(self.shared, self.out, "sweep")
         try:
+            remove_partials(self.shared, "dense-*", host=False)  # of a sweep that was killed
             write_whole(self._asked, json.dumps(asked, indent=1))
             yield
         finally:
@@ -86,14 +93,15 @@ class Folder:
         folder = self.out / name
         if not folder.exists():
             return False
-        found = read_run(folder).recipe
-        if found == asked:
+        lines = zip_longest(
+            read_run(folder).recipe.splitlines(), asked.splitlines(), fillvalue="nothing"
+        )
+        was, new = next((pair for pair in lines if pair[0] != pair[1]), (None, None))
+        if was is None or new is None:
             return True
-        lines = zip_longest(found.splitlines(), asked.splitlines(), fillvalue="nothing")
-        was, new = next(pair for pair in lines if pair[0] != pair[1])
         raise InputError(
-            f"run {name!r} in {str(self.out)!r} was made otherwise: {was.strip()!r}, now "
-            f"{new.strip()!r}. Remove that folder, rename the run, or choose another OUT."
+            f"run {name!r} in {str(self.out)!r} was made otherwise: {shown(was.strip())}, "
+            f"now {shown(new.strip())}. Remove that folder, rename the run, or choose another OUT."
         )
 
     def clear(self) -> None:

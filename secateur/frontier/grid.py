@@ -14,6 +14,7 @@ from secateur.frontier.names import Asked, named
 from secateur.methods import method_class
 from secateur.recipe import MAX_BYTES, Recipe, Step, StepRecord, read_recipe
 from secateur.records import Record, reading, said
+from secateur.text import expanded
 from secateur.untrusted import parse_yaml, read_bytes
 
 MOST = 1000  # runs
@@ -92,7 +93,7 @@ class RunsRecord(Record):
         for one in keeps:
             try:
                 if self.recipe is not None:
-                    made = read_recipe(Path(self.recipe).expanduser(), one)
+                    made = read_recipe(expanded(self.recipe), one)
                 else:
                     made = Recipe(tuple(step.step() for step in self.steps or ()), one)
             except InputError as error:
@@ -139,7 +140,7 @@ class TextPart(Record):
     source: Word | None = None
     samples: int | None = Field(default=None, ge=1)
     length: int | None = Field(default=None, ge=2)
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     select: Word | None = None
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur import asked
-from secateur.errors import InputError, RunError, first_line, out_of_memory
+from secateur.errors import InputError, RunError, first_line, out_of_memory, words
 from secateur.evaluate.judge import Questions, quiet
 from secateur.frontier.order import in_steps
 from secateur.model import Settings
@@ -68,7 +68,7 @@ def perform(job: Job, progress: Progress) -> str | None:
     except (InputError, RunError) as error:
         return str(error)
     except OSError as error:
-        return f"{first_line(error)}. What it had finished is kept."
+        return f"{words(first_line(error))}. What it had finished is kept."
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -53,6 +53,7 @@ def side_by_side(
     """Each in a process of its own, whose other words go to a file in ``logs``."""
     context = get_context("spawn")
     processes: dict[Any, tuple[Any, Connection, Path]] = {}
+    answers: dict[Any, Any] = {}  # connection → sentinel
     logs.mkdir(parents=True, exist_ok=True)
 
     def start(job: Job) -> int:
@@ -61,16 +62,22 @@ def side_by_side(
         process.start()
         theirs.close()
         processes[process.sentinel] = process, ours, log
+        answers[ours] = process.sentinel
         progress.say(f"{job.name}: started")
         return process.sentinel
 
     def first_done(running: list[int]) -> tuple[int, str | None]:
-        sentinel = next(handle for handle in wait(running) if isinstance(handle, int))
+        ready: Any = wait([*running, *answers])[0]  # it may have more to say than a pipe holds
+        sentinel = answers.get(ready, ready)
         process, ours, log = processes.pop(sentinel)
-        process.join()
-        if ours.poll():
+        del answers[ours]
+        try:
+            if ready != ours and not ours.poll():
+                raise EOFError
             answer: str | None = ours.recv()
-        else:
+            process.join()
+        except (EOFError, OSError):
+            process.join()
             killed = process.exitcode == -signal.SIGKILL
             reason = "probably for want of memory" if killed else f"see {str(log)!r}"
             answer = f"its process ended without an answer ({process.exitcode}), {reason}."

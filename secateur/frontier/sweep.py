@@ -25,7 +25,7 @@ from secateur.prepare import check_reach
 from secateur.progress import Progress
 from secateur.recipe import Recipe
 from secateur.task import Task
-from secateur.text import Calibration
+from secateur.text import Calibration, expanded
 from secateur.workspace import write_whole
 
 Way = Callable[[Sequence[Job]], Iterable[Outcome]]
@@ -66,7 +66,7 @@ class Sweep:
             InputError: anything wrong with what the runs have in common, or a run lies there that
                 was made otherwise.
         """
-        folder = Folder(out.expanduser())
+        folder = Folder(expanded(out))
         place = folder.out / next(iter(runs))
         task = Task.of(
             source, place, calibration, questions, settings, progress, True, folder.shared
@@ -74,6 +74,7 @@ class Sweep:
         check_out(folder.out, [*task.files])
         folder.check(task.fingerprint())
         shapes = skeleton(task.source, settings)
+        settings.torch_dtype(shapes.stored), settings.torch_device()  # or every run would say so
         given = (task.calibration, task.questions, task.settings)
         finished, failed = [], {}
         with progress.stage("looking at the runs", len(runs)) as advance:

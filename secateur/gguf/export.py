@@ -20,6 +20,7 @@ from secateur.inputs import check_out
 from secateur.model import Model, Settings
 from secateur.opening import open_model, read_config
 from secateur.progress import Progress
+from secateur.text import expanded
 
 AUTO = "auto"
 SUFFIX = ".gguf"
@@ -79,7 +80,7 @@ def export_gguf(
     """
     settings = replace(settings or Settings(), dtype="float32")
     check_exact(settings.torch_device(), "an export")
-    progress, out, source = progress or Progress(), Path(out).expanduser(), str(source)
+    progress, out, source = progress or Progress(), expanded(out), str(source)
     check_request(out, kind, overwrite, checked)
     check_out(out, [source])
     check_family(read_config(source, settings))

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from secateur import crew
+from secateur.leftovers import _host
 
 
 @pytest.fixture
@@ -58,7 +60,8 @@ def test_what_a_killed_run_was_writing_goes(plan):
     plan("first").succeeded()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    rests = [plan.folder / f"block-00001.{number}.partial" for number in (gone.pid, os.getpid())]
+    numbers = (gone.pid, os.getpid())
+    rests = [Path(f"{plan.folder}/block-00001.{_host()}.{n}.partial") for n in numbers]
     for rest in rests:
         rest.touch()
     plan("second").succeeded()

@@ -242,3 +242,98 @@ def test_a_license_of_a_stranger_is_read_as_plain_yaml(tmp_path):
         assert license_of(str(tmp_path)) is None
     (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'license': 'mit'})}---\n")
     assert license_of(str(tmp_path)) == "mit"
+
+
+@pytest.fixture
+def sweep(run, near, model, text, held):
+    """A sweep of one run, looked at only, into a folder."""
+
+    def command(out, *args):
+        given = ["--calibration", text, "--keep", 0.9, "--samples", 4, "--length", 32]
+        return run("sweep", model, out, *given, *judged(held), *args)
+
+    return command
+
+
+@pytest.mark.parametrize("place", ["", "statistics", "logs/deeper"])
+def test_links_in_what_a_sweep_shares_are_not_written_through(sweep, tmp_path, place):
+    """The mistake: a link `.shared` is followed, and folders behind it are removed at the end."""
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    (outside / "statistics").mkdir(parents=True)
+    link = out / ".shared" / place if place else out / ".shared"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    for args in ((), ("--dry-run",)):
+        sweep(out, *args).refused("link", str(link))
+    assert [path.name for path in outside.iterdir()] == ["statistics"]
+
+
+@pytest.mark.parametrize("flags", [("--dtype", "Tensor"), ("--device", "cuda:999")])
+def test_a_sweep_that_cannot_start_is_not_listed(sweep, tmp_path, flags):
+    sweep(tmp_path / "out", "--dry-run", *flags).refused(*flags)
+
+
+def test_seeds_beyond_numbers_are_refused(run, model, text, room, tmp_path):
+    given = ["--calibration", text, "--samples", 4, "--length", 32, "--seed", 10**30]
+    run("plan", model, "--dry-run", *given).refused("--seed")
+    run("compress", model, room / "out", *given).refused("--seed")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"model: {model}\nruns: [{{method: flap}}]\ncalibration: {{seed: {10**30}}}")
+    run("sweep", file, room / "out", "--dry-run").refused("calibration.seed")
+
+
+def test_homes_of_nobody_are_no_traceback(run, tmp_path, room):
+    nobody = "~nobodyx/a"
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"model: demo\nruns: [{{recipe: {nobody}}}]")
+    run("sweep", file, room / "out", "--dry-run").refused(nobody)
+    run("sweep", f"{nobody}.yaml", room / "out", "--dry-run").refused(nobody)
+    run("compare", nobody, nobody).refused(nobody)
+    run("push", nobody, "me/small").refused(nobody)
+
+
+@pytest.mark.parametrize("source", ["~nobodyx/a", "x" * 5000, "a\0b", "/" + "y/" * 5000])
+def test_a_report_of_an_odd_model_is_shown(run, tmp_path, source):
+    folder = made_run(tmp_path / "run")
+    path = folder / "secateur" / "report.json"
+    content = json.loads(path.read_text())
+    content["model"]["source"] = source
+    path.write_text(json.dumps(content))
+    run("report", folder).succeeded()
+
+
+def test_messages_about_long_names_are_short(run, room, tmp_path):
+    found = run("inspect", "x" * 5000)
+    found.refused("too long")
+    assert len(found.err) < 1000
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"model: {'x' * 5000}\nruns: [{{method: flap}}]")
+    found = run("sweep", file, room / "out", "--dry-run")
+    found.refused("too long")
+    assert len(found.err) < 1000
+
+
+def test_what_a_run_says_cannot_steer_the_terminal(run, model, monkeypatch):
+    from secateur import present
+    from secateur.errors import RunError
+
+    def fail(*_):
+        raise RunError("\x1b[2Jgone")
+
+    monkeypatch.setattr(present, "inspection", fail)
+    found = run("inspect", model)
+    assert found.code == 1
+    assert "\x1b" not in found.err
+    assert "\\x1b[2Jgone" in found.err
+
+
+def test_layers_of_many_experts_are_refused_before_anything_is_built(tmp_path):
+    from secateur.vetting import vet_config
+
+    path, jamba = tmp_path / "config.json", {"model_type": "jamba", "num_hidden_layers": 1024}
+    path.write_text(json.dumps(jamba | {"num_experts": 1024}))
+    with pytest.raises(ValueError, match="1024 layers with 1024 experts"):
+        vet_config("it", path, False)
+    real = {"num_hidden_layers": 61, "n_routed_experts": 384, "num_experts_per_tok": 8}
+    path.write_text(json.dumps(real))
+    vet_config("it", path, False)

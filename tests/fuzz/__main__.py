@@ -26,7 +26,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 SHARES = {
     **{"plan": 4, "recipe": 4, "config": 4, "checkpoint config": 3, "weight header": 5},
     **{"weights": 1, "index": 2, "report": 2, "run's plan": 1, "scores": 1, "statistics": 1},
-    **{"journal": 1, "task file": 1, "text lines": 1},
+    **{"journal": 1, "task file": 1, "text lines": 1, "block's statistics": 1, "sweep": 2},
+    **{"unfinished run": 1, "shared by runs": 1},
 }
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import re
+import struct
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -204,3 +206,13 @@ def weight_file(seeds: list[tuple[Any, bytes]], chance: Random) -> bytes:
         data = chance.choice((b"", data[:-1], data + b"\0", data * 2, data[: len(data) // 2]))
     made = max(0, length).to_bytes(8, "little") + raw + data
     return damaged(made, chance) if chance.random() < 0.1 else made
+
+
+def numbers(raw: bytes, chance: Random) -> bytes:
+    """A safetensors file of float64 with some of its numbers changed."""
+    made, behind = bytearray(raw), 8 + int.from_bytes(raw[:8], "little")
+    for _ in range(chance.choice((0, 1, 3, 100))):
+        at = behind + 8 * chance.randrange((len(raw) - behind) // 8)
+        odd = chance.choice((math.nan, math.inf, -1.0, -1e-300, 0.0, 1e-320, 1e150, 1e308, 3.0))
+        made[at : at + 8] = struct.pack("<d", odd)
+    return bytes(made)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -16,8 +17,10 @@ from secateur.allocate.knapsack import Knapsack
 from secateur.card import card
 from secateur.checkpoint import store_block
 from secateur.compare import compare
-from secateur.errors import InputError
+from secateur.errors import HaltedError, InputError
 from secateur.evaluate.tasks import read_task
+from secateur.frontier.folder import Folder
+from secateur.frontier.grid import read_sweep
 from secateur.header import read_header, tensors
 from secateur.journal import Journal
 from secateur.methods import check_served, method_class
@@ -37,11 +40,13 @@ from secateur.push import check_whole
 from secateur.recipe import Recipe, Step, read_recipe
 from secateur.runs import read_run
 from secateur.scores import identity, keep_evidence, kept_evidence
+from secateur.statistics import Needs
 from secateur.stopwatch import Stopwatch
 from secateur.text import read_documents
+from secateur.workspace import FINGERPRINT, Workspace
 from secateur.writer import Writer
 from tests import families
-from tests.fuzz.mutations import as_yaml, mutated, weight_file
+from tests.fuzz.mutations import as_yaml, mutated, numbers, weight_file
 from tests.reference.made_runs import REPORT, UNITS, made_run
 
 CPU = Settings(device="cpu", dtype="float32")
@@ -49,6 +54,10 @@ CPU = Settings(device="cpu", dtype="float32")
 CONFIGS = ("llama", "gpt2", "gemma2", "cohere2", "falcon", "gpt_neox", "t5", "bert", "vit")
 COMPRESSED = ("modegpt", "svd-llm", "flap")
 WEIGHTS = "model.safetensors"
+ASKED = {
+    **{"secateur": "1", "libraries": {"torch": "2"}, "model": "a/b", "files": {"a": [1, 2]}},
+    **{"calibration": {"source": "x", "seed": 0, "windows": []}, "settings": {"device": "cpu"}},
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,10 @@ class Targets:
             "run's plan": self.run_plan,
             "scores": self.scores,
             "statistics": self.statistics,
+            "block's statistics": self.block_statistics,
+            "sweep": self.sweep,
+            "unfinished run": self.unfinished,
+            "shared by runs": self.shared,
             "journal": self.journal,
             "task file": self.task,
             "text lines": self.lines,
@@ -314,6 +327,86 @@ class Targets:
         seeds = [json.loads(file.read_text())]
         return Target(
             file, lambda c: mutated(seeds, c), lambda: Store(folder).claim(own, Auto().needs)
+        )
+
+    def block_statistics(self) -> Target:
+        """The sums of a block: header, shapes and numbers; what is solved from them."""
+        methods = [Auto(), *(method_class(name)() for name in COMPRESSED)]
+        needs = frozenset[Any]().union(*(m.needs | m.allocator.needs for m in methods))
+        folder, own, model = self.room / "sums", {"model": "a" * 16}, open_model(self.dense, CPU)
+        Store(folder).claim(own, needs)
+        block = model.blocks[0]
+        Store(folder).put(0, self.store.get(0, needs | {Needs.INFLUENCE}))
+        file = folder / "block-00000.safetensors"
+        whole, seeds = file.read_bytes(), [self.parts(file)]
+        Store(folder).claim(own, needs, [block])
+
+        def made(chance: Random) -> bytes:
+            return numbers(whole, chance) if chance.random() < 0.5 else weight_file(seeds, chance)
+
+        def read() -> None:
+            store = Store(folder)
+            store.claim(own, needs, [block])
+            if 0 not in store:
+                raise InputError("it is measured again")
+            for method in methods:
+                found = store.get(0, method.needs)
+                for unit in method.units(model, 8):
+                    if unit.block == 0:
+                        method.solve(unit, block, found)
+
+        return Target(file, made, read)
+
+    def sweep(self) -> Target:
+        """What a sweep asks for."""
+        recipe = self.room / "asked for.yaml"
+        recipe.write_text("keep: 0.5\nsteps: [{method: auto}, {method: gptq}]")
+        options = {"iterations": [0, 10], "ridge": 0.01}
+        runs = [
+            {"method": ["auto", "flap"], "tier": ["plain", "per-layer"]},
+            {"method": "auto", "options": options, "allocator": ["knapsack", "uniform"]},
+            {"method": "gptq", "keep": None, "options": {"bits": ["4", "8"]}, "name": "whole"},
+            {"recipe": str(recipe), "keep": [0.3, 0.2]},
+            {"steps": [{"method": "auto", "keep": 0.9}, {"method": "rtn"}], "keep": None},
+        ]
+        beside = {
+            "calibration": {"source": "a.txt", "samples": 4, "length": 32, "seed": 1},
+            "evaluate": {"texts": ["b.txt"], "windows": 2, "speed": False},
+            "settings": {"device": "cpu", "stream": "off"},
+        }
+        few = {"version": 1, "model": "a/b", "keep": [0.9, 0.8]}
+        seeds = [few | {"runs": runs}, few | beside | {"runs": runs[:1]}]
+        file = self.room / "sweep.yaml"
+
+        def read() -> None:
+            record = read_sweep(file)
+            record.asked(), record.options()
+
+        return Target(file, lambda chance: mutated(seeds, chance, as_yaml), read)
+
+    def unfinished(self) -> Target:
+        """What an unfinished run says that it is about."""
+        workspace, own = Workspace(self.room / "run to be", overwrite=False), {**ASKED}
+        file = workspace.folder / FINGERPRINT
+        file.parent.mkdir()
+
+        def read() -> None:
+            with workspace.opened(own):
+                raise HaltedError("it stays")
+
+        def looked_at() -> None:
+            with suppress(HaltedError):
+                read()
+
+        return Target(file, lambda chance: mutated([own], chance), looked_at)
+
+    def shared(self) -> Target:
+        """What the runs of a sweep have in common."""
+        folder = Folder(self.room / "sweep")
+        file = folder.shared / "asked.json"
+        file.parent.mkdir(parents=True)
+        return Target(
+            file, lambda chance: mutated([ASKED], chance), lambda: folder.check({**ASKED})
         )
 
     def journal(self) -> Target:

@@ -20,6 +20,7 @@ COUNTS = {
     **{"plan": 300, "recipe": 120, "config": 120, "checkpoint config": 100, "weight header": 300},
     **{"weights": 50, "index": 120, "report": 80, "run's plan": 50, "scores": 50},
     **{"statistics": 200, "journal": 60, "task file": 120, "text lines": 120},
+    **{"block's statistics": 80, "sweep": 120, "unfinished run": 100, "shared by runs": 100},
 }
 
 

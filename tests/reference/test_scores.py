@@ -176,7 +176,7 @@ def test_what_is_no_file_or_no_text_is_refused(units, own, file, tmp_path):
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"scores\.json"):
         kept_evidence(own, units, file)
-    with pytest.raises(InputError, match="directory"):
+    with pytest.raises(InputError, match="no file"):
         kept_evidence(own, units, tmp_path)
 
 

@@ -1,13 +1,23 @@
 """What a sweep asks for, how its runs are called and ordered, and how they are started."""
 
+import os
+import subprocess
+import sys
+import threading
+from multiprocessing import get_context
+from types import SimpleNamespace
+
 import pytest
 
 from secateur.errors import InputError
+from secateur.frontier import local
+from secateur.frontier.folder import Folder
 from secateur.frontier.grid import SweepRecord, read_sweep
 from secateur.frontier.local import scheduled
 from secateur.frontier.order import placed
 from secateur.progress import Progress
 from secateur.workspace import UnfinishedRunError
+from tests.reference.made_runs import made_run
 
 
 def asked(*runs, **rest):
@@ -231,3 +241,52 @@ def test_a_run_waits_for_those_before_it_and_for_room():
     assert log == ["a", "d", "b", "c", "e"]
     assert max(most) == 2
     assert found == [("a", "bad"), ("d", None), ("b", None), ("c", None), ("e", None)]
+
+
+def test_a_recipe_with_other_ends_of_lines_is_the_same(tmp_path):
+    """As an editor leaves it. The mistake: it differs, and in no line."""
+    folder, asked = Folder(tmp_path), "keep: 0.9\nsteps:\n- auto\n"
+    record = made_run(tmp_path / "run") / "secateur" / "recipe.yaml"
+    for text in (asked, asked.rstrip(), asked.replace("\n", "\r\n")):
+        record.write_bytes(text.encode())
+        assert folder.finished("run", asked)
+    for text in (asked + "more", "keep: 0.9", ""):
+        record.write_text(text)
+        with pytest.raises(InputError, match="was made otherwise"):
+            folder.finished("run", asked)
+
+
+def test_what_a_killed_sweep_was_measuring_goes(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    folder = Folder(tmp_path / "out")
+    with folder.opened({}):
+        rests = [folder.shared / f"dense-a.{n}.partial" for n in (gone.pid, os.getpid())]
+        for rest in (*rests, folder.shared / "dense-a.json"):
+            rest.touch()
+    with folder.opened({}):
+        assert [rest.exists() for rest in rests] == [False, True]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.parametrize("answer", ["x" * 200_000, None])
+def test_an_answer_may_be_larger_than_a_pipe(monkeypatch, tmp_path, answer):
+    """The mistake: to wait for the end of a process that waits for its answer to be read."""
+    monkeypatch.setattr(local, "get_context", lambda _: get_context("fork"))
+    monkeypatch.setattr(local, "perform", lambda job, progress: answer)
+    jobs = [SimpleNamespace(name=name, after=frozenset()) for name in ("a", "b")]
+    found = []
+    given = (jobs, Progress(), 2, tmp_path / "logs")
+    thread = threading.Thread(target=lambda: found.extend(local.side_by_side(*given)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert [told for _, told in found] == [answer, answer]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_a_process_that_ends_without_an_answer_is_said_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(local, "get_context", lambda _: get_context("fork"))
+    monkeypatch.setattr(local, "perform", lambda job, progress: os._exit(3))
+    jobs = [SimpleNamespace(name="a", after=frozenset())]
+    ((_, told),) = local.side_by_side(jobs, Progress(), 2, tmp_path / "logs")
+    assert "without an answer (3)" in told

@@ -1,15 +1,21 @@
 """What is left of a killed run, and statistics: read like files of strangers."""
 
 import json
+import time
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from secateur import Store
 from secateur.errors import InputError, printable, shown, words
 from secateur.methods.auto import Auto
+from secateur.plan import Plan, read_plan
+from secateur.runs import Rows
+from secateur.scores import Scores
 from secateur.statistics import Needs
+from secateur.untrusted import HostileError, parse_json, parse_yaml
 from secateur.workspace import UnfinishedRunError, Workspace, difference, write_whole
 from secateur.writer import Place, WriterState
 
@@ -113,10 +119,10 @@ def test_what_a_journal_says_of_unfinished_shards_must_be_possible(change):
 @pytest.mark.parametrize(
     ("tensors", "counts", "said"),
     [
-        ({"hidden.Gram": torch.ones(2, 2)}, {"hidden.Gram": "9"}, "no sum"),
+        ({"hidden.Gram.0": torch.ones(2, 2)}, {"hidden.Gram": "9"}, "no sum"),
         ({"x": torch.ones(2)}, {"hidden.Gram": "9"}, "missing"),
-        ({"hidden.Gram": torch.ones(2, 2).double()}, {"hidden.Gram": "9" * 5000}, "tokens"),
-        ({"hidden.Gram": torch.ones(2, 2).double()}, {"hidden.Gram": "-1"}, "tokens"),
+        ({"hidden.Gram.0": torch.ones(2, 2).double()}, {"hidden.Gram": "9" * 5000}, "tokens"),
+        ({"hidden.Gram.0": torch.ones(2, 2).double()}, {"hidden.Gram": "-1"}, "tokens"),
     ],
 )
 def test_statistics_that_are_none_are_refused(tmp_path, tensors, counts, said):
@@ -150,3 +156,44 @@ def test_messages_repeat_a_part_of_what_they_are_about():
     assert words("a\n\x1b[2Jb") == "a \\x1b[2Jb"
     assert len(words("x" * 10_000)) < 300
     assert printable("é\n\u202e\x07") == "é\n\\u202e\\x07"
+
+
+def test_names_by_the_thousand_with_one_twice_take_no_time():
+    names = [f"n{number}" for number in range(18_000)]
+    start = time.process_time()
+    with pytest.raises(HostileError, match="'n7' is there twice"):
+        parse_yaml(f"{{{','.join([*names, 'n7'])}}}".encode())
+    assert time.process_time() - start < 15
+
+
+@pytest.mark.parametrize("piece", ["[],", "{},"])
+def test_lists_of_nothing_by_the_million_are_not_made(tmp_path, piece):
+    path = tmp_path / "plan.json"
+    path.write_text('{"units": [' + piece * 800_000 + "1]}")
+    with pytest.raises(InputError, match="more than 1048576 values"):
+        read_plan(path)
+
+
+def test_of_many_faults_the_first_is_enough():
+    """A fault of every part takes gigabytes. The mistake: all are collected, and one is shown."""
+    for kind, content in (
+        (Plan, {"units": [{}] * 1000}),
+        (Scores, {"curves": {"a": [[]] * 1000}}),
+        (Scores, {"curves": {str(n): 1 for n in range(70_000)}}),
+        (Rows, {"units": [{}] * 1000}),
+    ):
+        with pytest.raises(ValidationError) as refused:
+            kind.model_validate(content)
+        assert refused.value.error_count() < 30
+
+
+def test_a_header_is_read_once_for_all_that_is_asked(tmp_path, monkeypatch):
+    sums = {"hidden.Gram.0": torch.ones(2, 2).double(), "query.Energy": torch.ones(2).double()}
+    counts = {"hidden.Gram": "9", "query.Energy": "9"}
+    save_file(sums, tmp_path / "block-00000.safetensors", metadata=counts)
+    parsed = []
+    monkeypatch.setattr(
+        "secateur.header.parse_json", lambda raw: parsed.append(1) or parse_json(raw)
+    )
+    assert len(Store(tmp_path).get(0, [Needs.HIDDEN_GRAM, Needs.QUERY_ENERGY])) == 2
+    assert len(parsed) == 1
