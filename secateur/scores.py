@@ -25,7 +25,7 @@ from secateur.units import EVERY_BLOCK, Unit
 from secateur.version import __version__
 from secateur.workspace import Content, Stage, at_once, write_whole
 
-MAX_BYTES = 2**27
+MAX_BYTES = 2**29
 MAX_UNITS = 2**16
 
 
@@ -43,7 +43,7 @@ class Scores(Record):
         measured: whether losses are in it.
     """
 
-    most_values = 2**22  # a model of 70B parameters has 4.6 million numbers, losses included
+    most_values = 2**24  # with losses, 70B parameters have 4.6 million numbers and 405B 13 million
 
     version: Literal[2] = 2
     secateur: str
