@@ -148,7 +148,10 @@ def prepare(
         InputError: anything wrong with the input.
     """
     if scores is not None and not scores.absolute().parent.is_dir():
-        raise InputError(f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}.")
+        with for_good():
+            raise InputError(
+                f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}."
+            )
     with watch.measure("open"):
         if crew.ranks.world > 1:
             progress.say(f"{crew.ranks.world} processes share the work")
@@ -169,7 +172,8 @@ def prepare(
             check_sizes(method, model, chosen)
     if model.residence is not None:
         progress.say("the model stays on disk and is read block by block (--stream)")
-        check_streams(chosen, goal, allocator)
+        with for_good():
+            check_streams(chosen, goal, allocator)
     with watch.measure("allocate"):
         if goal.target == "latency":
             progress.say("timing the units on this machine, unless that was done before")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from datetime import timedelta
 
 import pytest
@@ -121,6 +122,7 @@ def test_a_store_that_is_gone_when_all_is_done_is_no_error(tmp_path):
 
         ranks.meet()
         ranks.link._closed.set()
+        time.sleep(link.BEAT)  # a look at the others may be under way
         ranks.link._store = Gone()
         ranks.link.leave()
         return "left"
