@@ -16,18 +16,18 @@ from secateur.allocate.influence import EntropicInfluence
 from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.plain import PlainWidth
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block
-from secateur.evaluate.judge import quiet
+from secateur.apply.sequential import narrow_blocks
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.data.tokens import contiguous, read_documents, token_stream
+from secateur.evaluate.evaluator import quiet
 from secateur.evaluate.perplexity import perplexity
 from secateur.methods.base import Method, Solution
 from secateur.methods.cr import CR
 from secateur.methods.head_svd import HeadSVD
 from secateur.methods.nystrom import Nystrom
-from secateur.opening import open_model
-from secateur.propagate import narrow_blocks
-from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.text import contiguous, read_documents, token_stream
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.models.loading import open_model
+from secateur.structure.units import Unit
 
 LENGTH, WINDOWS = 256, 128
 DEFAULT = Auto()

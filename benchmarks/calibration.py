@@ -28,12 +28,19 @@ from secateur import (
     score,
     select_calibration,
 )
-from secateur.evaluate.judge import quiet
+from secateur.apply.sequential import narrow_blocks
+from secateur.data.tokens import (
+    SELECTIONS,
+    SET_ASIDE,
+    Tokens,
+    contiguous,
+    read_documents,
+    token_stream,
+)
+from secateur.evaluate.evaluator import quiet
 from secateur.evaluate.perplexity import perplexity
 from secateur.methods import METHODS, method_class
-from secateur.plan import usual_allocator
-from secateur.propagate import narrow_blocks
-from secateur.text import SELECTIONS, SET_ASIDE, Tokens, contiguous, read_documents, token_stream
+from secateur.planning.plan import usual_allocator
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from statistics import median
 import torch
 
 from secateur import Calibration, Store, calibrate, calibration_tokens, make_plan, open_model, score
-from secateur.evaluate.judge import quiet
+from secateur.apply.sequential import narrow_blocks
+from secateur.calibration.layer_stream import TOKENS_PER_BATCH
+from secateur.evaluate.evaluator import quiet
 from secateur.methods import METHODS, method_class
-from secateur.propagate import narrow_blocks
-from secateur.stream import TOKENS_PER_BATCH
 
 
 def main() -> None:

@@ -31,13 +31,13 @@ from transformers import (
 )
 
 from secateur import Calibration, InputError, Store, Text, calibrate, make_plan, open_model, score
+from secateur.apply.sequential import narrow_blocks
+from secateur.data.tasks import use_of
+from secateur.data.tokens import calibration_stream
 from secateur.evaluate.agreement import agreement, outputs
-from secateur.evaluate.judge import quiet
+from secateur.evaluate.evaluator import quiet
 from secateur.evaluate.perplexity import answered
 from secateur.methods import METHODS, method_class
-from secateur.propagate import narrow_blocks
-from secateur.text import calibration_stream
-from secateur.uses import use_of
 
 CHOSEN = ("auto", "modegpt", "flap", "wanda-sp", "ziplm", "sleb")
 LENGTH = 64

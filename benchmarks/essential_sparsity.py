@@ -78,9 +78,9 @@ def kept(matrices: Sequence[Tensor], sparsity: float, floor: float) -> list[int]
 
 def measured(arguments: argparse.Namespace) -> list[Row]:
     from secateur import open_model
-    from secateur.evaluate.judge import quiet
+    from secateur.data.tokens import contiguous, read_documents, token_stream
+    from secateur.evaluate.evaluator import quiet
     from secateur.evaluate.perplexity import perplexity
-    from secateur.text import contiguous, read_documents, token_stream
 
     quiet()
     model = open_model(arguments.model)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from secateur.measure import PASSES
-from secateur.statistics import PairScores
-from secateur.stream import TOKENS_PER_BATCH
+from secateur.calibration.layer_stream import TOKENS_PER_BATCH
+from secateur.calibration.statistics import PairScores
+from secateur.scoring.divergence import PASSES
 
 ITERATIONS = 3  # of auto's Gauss-Newton step
 

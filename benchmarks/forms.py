@@ -93,7 +93,7 @@ def measured(arguments: argparse.Namespace, name: str) -> Iterator[Row]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from secateur.evaluate.judge import quiet
+    from secateur.evaluate.evaluator import quiet
 
     quiet()
     with tempfile.TemporaryDirectory() as folder:
@@ -119,8 +119,8 @@ def judged(arguments: argparse.Namespace, source: str) -> float:
 
 
 def perplexity_of(arguments: argparse.Namespace, model: Any) -> float:
+    from secateur.data.tokens import contiguous, read_documents, token_stream
     from secateur.evaluate.perplexity import perplexity
-    from secateur.text import contiguous, read_documents, token_stream
 
     ids = token_stream(read_documents(arguments.held), model.tokenizer)
     return perplexity(model.module, contiguous(ids, LENGTH, WINDOWS))
@@ -145,8 +145,8 @@ def reshaped(
         open_model,
         score,
     )
+    from secateur.apply.sequential import narrow_blocks
     from secateur.methods import method_class
-    from secateur.propagate import narrow_blocks
 
     kind, model = method_class(method), open_model(dense)
     calibration = Calibration(arguments.calibration, 128, LENGTH, 0)
@@ -180,8 +180,8 @@ def reshaped(
 def followed(arguments: argparse.Namespace, dense: str, out: Path, name: str, keep: float) -> Row:
     """Widths by the default method, then integers of four bits."""
     from secateur import GPTQ, Auto, Calibration, Goal, Questions
-    from secateur.recipe import Recipe, Step
-    from secateur.sequence import compress_in_steps
+    from secateur.pipeline.multi_step import compress_in_steps
+    from secateur.planning.recipe import Recipe, Step
 
     grain = int(arguments.group.split(",")[-1])
     groups = f"0,16,32,{arguments.group}"

@@ -20,7 +20,7 @@ from typing import Any
 from rows import Row, add_flags, gathered, tell
 
 from secateur.methods import METHODS, method_class
-from secateur.units import MATRICES
+from secateur.structure.units import MATRICES
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 TEMPERATURES = (0.02, 0.05, 0.1, 0.2)
@@ -77,11 +77,11 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Ro
     from secateur.allocate import allocator_class
     from secateur.allocate.base import Allocator
     from secateur.allocate.influence import EntropicInfluence
-    from secateur.evaluate.judge import quiet
+    from secateur.apply.sequential import narrow_blocks
+    from secateur.data.tokens import contiguous, read_documents, token_stream
+    from secateur.evaluate.evaluator import quiet
     from secateur.evaluate.memory import peak_bytes
     from secateur.evaluate.perplexity import perplexity
-    from secateur.propagate import narrow_blocks
-    from secateur.text import contiguous, read_documents, token_stream
 
     quiet()
     model = open_model(arguments.model)

@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import secateur.cli
-from secateur.model import Settings
-from secateur.opening import open_model
+import secateur.cli.main
+from secateur.models.loading import open_model
+from secateur.models.model import Settings
 
 SHOWN = ("report.json", "report.html", "README.md")  # have seconds in them
 TIMES = ("seconds", "peak_memory_bytes", "command")  # of a run and of no other
@@ -91,7 +91,7 @@ def run(folder: Path, name: str, options: list[str], moment: float | None) -> in
         sys.argv = ["secateur", "compress", "demo", str(folder / name), *options]
         code = 1
         try:
-            secateur.cli.main()
+            secateur.cli.main.main()
         except SystemExit as end:
             code = int(end.code or 0)
         finally:

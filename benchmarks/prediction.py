@@ -23,13 +23,13 @@ from scipy.stats import spearmanr
 from secateur import Auto, Calibration, Model, Store, calibrate, calibration_tokens, score
 from secateur.allocate.base import Evidence, fit
 from secateur.allocate.knapsack import Knapsack
-from secateur.curve import Curve
-from secateur.evaluate.judge import quiet
-from secateur.opening import open_model
-from secateur.prices import Prices, counted
-from secateur.propagate import narrow_blocks
-from secateur.text import Tokens, contiguous, read_documents, token_stream
-from secateur.units import Unit
+from secateur.apply.sequential import narrow_blocks
+from secateur.data.tokens import Tokens, contiguous, read_documents, token_stream
+from secateur.evaluate.evaluator import quiet
+from secateur.models.loading import open_model
+from secateur.structure.costs import Prices, counted
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import Unit
 
 LENGTH = 256
 

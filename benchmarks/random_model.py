@@ -7,8 +7,8 @@ import torch
 from floors import Shape
 from transformers import AutoTokenizer, LlamaConfig
 
-from secateur import bundled
-from secateur.writer import Writer
+from secateur.data import bundled
+from secateur.io.safetensors_writer import Writer
 
 
 def write_model(folder: Path, shape: Shape, device: str = "cpu") -> int:

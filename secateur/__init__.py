@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from secateur.errors import InputError
+from secateur.utils.errors import InputError
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from secateur.allocate.spdy import SPDY
     from secateur.allocate.uniform import Uniform
     from secateur.allocate.welore import WeLore
-    from secateur.calibration import Store, calibrate
-    from secateur.evaluate.judge import Questions, judge_apart
-    from secateur.export import export_dense, export_plain
-    from secateur.gguf.export import export_gguf
-    from secateur.goal import Goal
+    from secateur.calibration.collect import Store, calibrate
+    from secateur.data.tokens import Calibration, Text, calibration_tokens
+    from secateur.evaluate.evaluator import Questions, judge_apart
+    from secateur.export.checkpoint import export_dense, export_plain
+    from secateur.export.gguf.export import export_gguf
     from secateur.methods.armor import Armor
     from secateur.methods.auto import Auto
     from secateur.methods.base import Method
@@ -64,15 +64,15 @@ if TYPE_CHECKING:
     from secateur.methods.wanda_sp import WandaSP
     from secateur.methods.welore import LowRankWeLore
     from secateur.methods.ziplm import ZipLM
-    from secateur.model import Model, Settings
-    from secateur.opening import open_model
-    from secateur.pipeline import compress, save
-    from secateur.plan import Plan, make_plan
-    from secateur.recipe import Recipe, Step, read_recipe
-    from secateur.scores import score
-    from secateur.select import select_calibration
-    from secateur.sequence import compress_in_steps
-    from secateur.text import Calibration, Text, calibration_tokens
+    from secateur.models.loading import open_model
+    from secateur.models.model import Model, Settings
+    from secateur.pipeline.compress import compress, save
+    from secateur.pipeline.multi_step import compress_in_steps
+    from secateur.planning.plan import Plan, make_plan
+    from secateur.planning.recipe import Recipe, Step, read_recipe
+    from secateur.scoring.calibration_selection import select_calibration
+    from secateur.scoring.evidence import score
+    from secateur.structure.budget import Goal
 
 _HOMES = {
     "AlphaPruning": "secateur.allocate.alpha",
@@ -83,7 +83,7 @@ _HOMES = {
     "BlockShuffleProjection": "secateur.methods.block_shuffle",
     "CFSP": "secateur.methods.cfsp",
     "COMPOT": "secateur.methods.compot",
-    "Calibration": "secateur.text",
+    "Calibration": "secateur.data.tokens",
     "CoSpaDi": "secateur.methods.cospadi",
     "DSFormer": "secateur.methods.dsformer",
     "EntropicInfluence": "secateur.allocate.influence",
@@ -92,7 +92,7 @@ _HOMES = {
     "Fluctuation": "secateur.allocate.fluctuation",
     "Forms": "secateur.methods.forms",
     "GPTQ": "secateur.methods.gptq",
-    "Goal": "secateur.goal",
+    "Goal": "secateur.structure.budget",
     "Greedy": "secateur.allocate.greedy",
     "ISpaSP": "secateur.methods.ispasp",
     "Knapsack": "secateur.allocate.knapsack",
@@ -103,49 +103,49 @@ _HOMES = {
     "Method": "secateur.methods.base",
     "Middle": "secateur.allocate.middle",
     "MoDeGPT": "secateur.methods.modegpt",
-    "Model": "secateur.model",
+    "Model": "secateur.models.model",
     "MonarchProjection": "secateur.methods.monarch",
     "Nirvana": "secateur.methods.nirvana",
     "OBSPA": "secateur.methods.obspa",
     "PTQTP": "secateur.methods.ptqtp",
     "PlainWidth": "secateur.allocate.plain",
-    "Plan": "secateur.plan",
-    "Questions": "secateur.evaluate.judge",
+    "Plan": "secateur.planning.plan",
+    "Questions": "secateur.evaluate.evaluator",
     "RTN": "secateur.methods.rtn",
-    "Recipe": "secateur.recipe",
+    "Recipe": "secateur.planning.recipe",
     "Replace": "secateur.methods.replace",
     "SLEB": "secateur.methods.sleb",
     "SPDY": "secateur.allocate.spdy",
     "SVD": "secateur.methods.svd",
     "SVDLLM": "secateur.methods.svd_llm",
-    "Settings": "secateur.model",
+    "Settings": "secateur.models.model",
     "ShortGPT": "secateur.methods.shortgpt",
     "SliceGPT": "secateur.methods.slicegpt",
     "SparseGPT": "secateur.methods.sparsegpt",
-    "Step": "secateur.recipe",
-    "Store": "secateur.calibration",
-    "Text": "secateur.text",
+    "Step": "secateur.planning.recipe",
+    "Store": "secateur.calibration.collect",
+    "Text": "secateur.data.tokens",
     "TwoThresholds": "secateur.allocate.nirvana",
     "Uniform": "secateur.allocate.uniform",
     "Wanda": "secateur.methods.wanda",
     "WandaSP": "secateur.methods.wanda_sp",
     "WeLore": "secateur.allocate.welore",
     "ZipLM": "secateur.methods.ziplm",
-    "calibrate": "secateur.calibration",
-    "calibration_tokens": "secateur.text",
-    "compress": "secateur.pipeline",
-    "compress_in_steps": "secateur.sequence",
-    "judge_apart": "secateur.evaluate.judge",
-    "make_plan": "secateur.plan",
-    "open_model": "secateur.opening",
-    "save": "secateur.pipeline",
-    "score": "secateur.scores",
-    "export_dense": "secateur.export",
-    "export_gguf": "secateur.gguf.export",
-    "export_onnx": "secateur.graph",
-    "export_plain": "secateur.export",
-    "read_recipe": "secateur.recipe",
-    "select_calibration": "secateur.select",
+    "calibrate": "secateur.calibration.collect",
+    "calibration_tokens": "secateur.data.tokens",
+    "compress": "secateur.pipeline.compress",
+    "compress_in_steps": "secateur.pipeline.multi_step",
+    "judge_apart": "secateur.evaluate.evaluator",
+    "make_plan": "secateur.planning.plan",
+    "open_model": "secateur.models.loading",
+    "save": "secateur.pipeline.compress",
+    "score": "secateur.scoring.evidence",
+    "export_dense": "secateur.export.checkpoint",
+    "export_gguf": "secateur.export.gguf.export",
+    "export_onnx": "secateur.export.onnx",
+    "export_plain": "secateur.export.checkpoint",
+    "read_recipe": "secateur.planning.recipe",
+    "select_calibration": "secateur.scoring.calibration_selection",
 }
 
 __all__ = [
@@ -232,7 +232,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _register(_: Any) -> None:
-    from secateur.register import register
+    from secateur.models.register import register
 
     register()
 

@@ -1,6 +1,6 @@
 """``python -m secateur``."""
 
-from secateur.cli import main
+from secateur.cli.main import main
 
 if __name__ == "__main__":
     main()

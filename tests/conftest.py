@@ -15,9 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="secateur-tests-")  # not the user's
 
 from secateur import Calibration, Model, Settings, Store, calibrate, open_model
+from secateur.data.tokens import Tokens
 from secateur.methods import METHODS, method_class
-from secateur.text import Tokens
-from tests import families
+from tests.support import families
 
 torch.set_num_threads(1)
 

@@ -13,17 +13,17 @@ import torch
 import transformers
 
 from scripts.docs.markdown import table
-from secateur import anatomy as anatomies
+from secateur import families as anatomies
 from secateur.allocate.base import Allocator
-from secateur.anatomy import Anatomy
-from secateur.errors import InputError
-from secateur.goal import Goal
+from secateur.families import Anatomy
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
-from secateur.model import Model, anatomy_of
-from secateur.prepare import check_reach, chosen_allocator
-from tests.families import FAMILIES, Family
-from tests.reference.test_families import MORE
+from secateur.models.model import Model, anatomy_of
+from secateur.pipeline.prepare import check_reach, chosen_allocator
+from secateur.structure.budget import Goal
+from secateur.utils.errors import InputError
+from tests.families.test_families import MORE
+from tests.support.families import FAMILIES, Family
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 #: sizes of the tiny variants, and how much larger they are made, so that default options fit

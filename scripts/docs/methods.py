@@ -9,7 +9,7 @@ from typing import Any
 
 from scripts.docs.links import ROOT, prose_lines
 from scripts.docs.markdown import docstring, table
-from secateur.flags import shown
+from secateur.cli.options import shown
 from secateur.methods import METHODS, method_class
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"

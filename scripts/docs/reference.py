@@ -11,7 +11,7 @@ import secateur
 from scripts.docs.markdown import docstring, prose, table
 from scripts.docs.methods import page_of
 from secateur.allocate import ALLOCATORS, allocator_class
-from secateur.cli import cli
+from secateur.cli.main import cli
 from secateur.methods import METHODS, method_class
 
 COMMANDS = """\

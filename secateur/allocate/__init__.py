@@ -1,7 +1,7 @@
 """Budgets over units; one strategy, one file. Names serve the command line and plans."""
 
 from secateur.allocate.base import Allocator
-from secateur.named import by_name
+from secateur.utils.registry import by_name
 
 #: name → "module:class". Imported only when asked for.
 ALLOCATORS = {

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.base import BlockAllocator, poured
-from secateur.block import Block
-from secateur.linalg import energies
-from secateur.options import option
-from secateur.statistics import BlockStatistics, Need
+from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.linalg.least_squares import energies
+from secateur.models.block import Block
+from secateur.utils.options import option
 
 AROUND = (0.95, 1.5)  #: where the tail may begin, relative to the histogram's peak
 NO_TAIL = 100.0  #: the exponent of a spectrum that has no tail

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.allocate.base import BlockAllocator
-from secateur.block import Block
-from secateur.options import option
-from secateur.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.models.block import Block
+from secateur.utils.options import option
 
 MARGIN = 1.05  #: how far below 1 the largest share of a contracted allocation stays, as published
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.errors import InputError
-from secateur.options import checked, flags_of
-from secateur.prices import Prices
-from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import EVERY_BLOCK, Unit
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.models.block import Block
+from secateur.structure.costs import Prices
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import EVERY_BLOCK, Unit
+from secateur.utils.errors import InputError
+from secateur.utils.options import checked, flags_of
 
 
 @dataclass(frozen=True)

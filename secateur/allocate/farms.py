@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.alpha import AlphaPruning
-from secateur.linalg import energies
-from secateur.options import option
+from secateur.linalg.least_squares import energies
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.base import Evidence, ShareAllocator
-from secateur.block import Block
-from secateur.errors import InputError
-from secateur.prices import Prices
-from secateur.statistics import MOMENTS, BlockStatistics, Moments, Need
-from secateur.units import Unit
+from secateur.calibration.statistics import MOMENTS, BlockStatistics, Moments, Need
+from secateur.models.block import Block
+from secateur.structure.costs import Prices
+from secateur.structure.units import Unit
+from secateur.utils.errors import InputError
 
 
 def fluctuations(kind: str, block: Block, statistics: BlockStatistics) -> Tensor:

@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import ClassVar
 
 from secateur.allocate.base import Allocator, Evidence
-from secateur.options import option
-from secateur.prices import Prices
-from secateur.units import Unit, places
+from secateur.structure.costs import Prices
+from secateur.structure.units import Unit, places
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.allocate.base import BlockAllocator, poured
-from secateur.errors import InputError
-from secateur.options import option
-from secateur.prices import Prices
-from secateur.units import Unit
+from secateur.structure.costs import Prices
+from secateur.structure.units import Unit
+from secateur.utils.errors import InputError
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

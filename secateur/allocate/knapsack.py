@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.allocate.base import Allocator, Evidence
-from secateur.curve import Curve
-from secateur.errors import InputError
-from secateur.options import option
-from secateur.prices import Prices
-from secateur.units import Unit
+from secateur.structure.costs import Prices
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import Unit
+from secateur.utils.errors import InputError
+from secateur.utils.options import option
 
 
 class Choice(NamedTuple):

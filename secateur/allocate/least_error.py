@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from secateur.allocate.base import Evidence
 from secateur.allocate.knapsack import Knapsack
-from secateur.curve import Curve
+from secateur.structure.error_curve import Curve
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.base import Evidence, ShareAllocator
-from secateur.block import Block
-from secateur.gradients import LOGITS
-from secateur.options import option
-from secateur.prices import Prices
-from secateur.statistics import BlockStatistics, Need
-from secateur.units import Unit
+from secateur.calibration.gradients import LOGITS
+from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.models.block import Block
+from secateur.structure.costs import Prices
+from secateur.structure.units import Unit
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

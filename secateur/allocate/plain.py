@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.allocate.base import Allocator, Evidence
-from secateur.prices import Prices
-from secateur.units import Unit
+from secateur.structure.costs import Prices
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from secateur.allocate.base import Evidence
 from secateur.allocate.knapsack import Knapsack
-from secateur.curve import Curve
-from secateur.options import option
-from secateur.prices import Prices
-from secateur.units import Unit
+from secateur.structure.costs import Prices
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import Unit
+from secateur.utils.options import option
 
 DRAWN = 0.25  #: share of the steps that draw all weights anew
 RESAMPLED = 0.1  #: share of the units whose weight the first of the other steps draw anew

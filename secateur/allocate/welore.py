@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.base import Evidence, ShareAllocator
-from secateur.block import Block
-from secateur.linalg import energies
-from secateur.prices import Prices
-from secateur.statistics import BlockStatistics, Need
-from secateur.units import Matrix, Unit
+from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.linalg.least_squares import energies
+from secateur.models.block import Block
+from secateur.structure.costs import Prices
+from secateur.structure.units import Matrix, Unit
 
 HALVINGS = 60
 Spectrum = tuple[

@@ -5,11 +5,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from secateur.evaluate.domains import domains
-from secateur.evaluate.judge import Questions, judge_apart
-from secateur.evaluate.standing import doubts
-from secateur.model import Settings
-from secateur.progress import Progress
-from secateur.report import Report, versions
+from secateur.evaluate.evaluator import Questions, judge_apart
+from secateur.evaluate.significance import doubts
+from secateur.models.model import Settings
+from secateur.report.report import Report, versions
+from secateur.utils.progress import Progress
 
 
 def judge_against(

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor
 
-from secateur.errors import InputError
-from secateur.evaluate.passes import batches
-from secateur.model import Model
-from secateur.text import Tokens
+from secateur.data.tokens import Tokens
+from secateur.evaluate.batches import batches
+from secateur.models.model import Model
+from secateur.utils.errors import InputError
 
 OUTPUTS = 8192  # compared, where there are as many
 MOST_NUMBERS = 2**26  # of the dense model's output that are kept: 256 MB

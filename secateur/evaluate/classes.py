@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.evaluate.passes import batches
-from secateur.model import Model
-from secateur.text import UNLABELLED, Tokens
+from secateur.data.tokens import UNLABELLED, Tokens
+from secateur.evaluate.batches import batches
+from secateur.models.model import Model
 
 FEWEST = 8  # images of a class that its spectrum is taken of
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from secateur.data.tokens import Tokens
 from secateur.evaluate.agreement import some_rows
-from secateur.evaluate.passes import batches
-from secateur.model import Model
-from secateur.text import Tokens
+from secateur.evaluate.batches import batches
+from secateur.models.model import Model
 
 BINS = 15
 

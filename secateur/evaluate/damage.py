@@ -2,14 +2,14 @@
 
 from typing import Any
 
+from secateur.data.tasks import CausalLM
+from secateur.data.tokens import Tokens
 from secateur.evaluate.classes import by_class
 from secateur.evaluate.confidence import calibration_error, confidences
 from secateur.evaluate.recall import recall, steps
 from secateur.evaluate.repetition import repetition
-from secateur.model import Model
-from secateur.progress import Progress
-from secateur.text import Tokens
-from secateur.uses import CausalLM
+from secateur.models.model import Model
+from secateur.utils.progress import Progress
 
 
 def damage(model: Model, first: Tokens, room: int, progress: Progress) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from secateur.errors import InputError
-from secateur.evaluate.passes import batches
-from secateur.exact import exact
-from secateur.model import Model
-from secateur.text import Tokens
+from secateur.data.tokens import Tokens
+from secateur.evaluate.batches import batches
+from secateur.models.model import Model
+from secateur.utils.errors import InputError
+from secateur.utils.precision import exact
 
 FALLBACK_POSITIONS = 2048  # where neither config nor tokenizer says how long an input may be
 LIKE = 0.75  # of the longest that a row is run with

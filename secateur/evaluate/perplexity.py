@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from secateur.errors import InputError
-from secateur.evaluate.passes import Batches, batches, whole_batches
-from secateur.exact import exact
-from secateur.model import Model
-from secateur.text import Tokens
-from secateur.uses import CausalLM, Use
+from secateur.data.tasks import CausalLM, Use
+from secateur.data.tokens import Tokens
+from secateur.evaluate.batches import Batches, batches, whole_batches
+from secateur.models.model import Model
+from secateur.utils.errors import InputError
+from secateur.utils.precision import exact
 
 
 def perplexity(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.evaluate.passes import last_logits
-from secateur.evaluate.standing import Figures, standard_error
-from secateur.model import Model
-from secateur.text import Tokens
+from secateur.data.tokens import Tokens
+from secateur.evaluate.batches import last_logits
+from secateur.evaluate.significance import Figures, standard_error
+from secateur.models.model import Model
 
 SENTENCE, WORD = "\nThe secret word is", " {}"
 WORDS = (

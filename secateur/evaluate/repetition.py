@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from secateur.data.tokens import Tokens
 from secateur.evaluate.agreement import spread
-from secateur.model import Model
-from secateur.text import Tokens
+from secateur.models.model import Model
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, GRAM = 16, 32, 96, 4
 

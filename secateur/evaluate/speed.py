@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from secateur.model import Model
-from secateur.text import Tokens
+from secateur.data.tokens import Tokens
+from secateur.models.model import Model
 
 REPEATS = 5
 LEAST_SECONDS = 2.0  # a small model is run more often, as its runs are soon disturbed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.units import Form
+from secateur.structure.units import Form
 
 INTEGERS = "integers"  # as the form of a plan's row
 LIBRARY = "compressed-tensors"

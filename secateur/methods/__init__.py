@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from secateur.errors import InputError
 from secateur.methods.base import Method
-from secateur.named import by_name
+from secateur.utils.errors import InputError
+from secateur.utils.registry import by_name
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 #: name → "module:class". Imported only when asked for, as importing a method imports torch.
 METHODS = {

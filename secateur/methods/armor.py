@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from secateur.errors import InputError
-from secateur.forms import form_of, smaller
 from secateur.layers.sparse_secateur import encoded
+from secateur.linalg.block_2_4 import descent, norms
 from secateur.methods.form import FormMethod, Metric
-from secateur.options import option
-from secateur.units import Form, Matrix
-from secateur.wrapping import descent, norms
+from secateur.structure.parametrizations import form_of, smaller
+from secateur.structure.units import Form, Matrix
+from secateur.utils.errors import InputError
+from secateur.utils.options import option
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

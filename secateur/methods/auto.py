@@ -5,16 +5,16 @@ from typing import ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.knapsack import Knapsack
-from secateur.block import Block
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.token_batches import Rows
 from secateur.methods.base import SequentialMethod, Solution
 from secateur.methods.exact_pairs import ExactPairs
 from secateur.methods.gauss_newton import GaussNewton
 from secateur.methods.joint_obs import JointOBS
 from secateur.methods.mixed_svd import MixedSVD
-from secateur.options import option
-from secateur.rows import Rows
-from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import MLP, QueryKey, Unit
+from secateur.models.block import Block
+from secateur.structure.units import MLP, QueryKey, Unit
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.errors import InputError
-from secateur.options import checked, option
-from secateur.prices import Target
-from secateur.rows import Rows
-from secateur.statistics import BlockStatistics, Need
-from secateur.units import WIDTHS, Unit
+from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.calibration.token_batches import Rows
+from secateur.models.block import Block
+from secateur.structure.costs import Target
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import WIDTHS, Unit
+from secateur.utils.errors import InputError
+from secateur.utils.options import checked, option
 
 if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from secateur.layers.structured_secateur import BlockShuffle, Monarch
 from secateur.methods.structured import StructuredMethod
-from secateur.options import option
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

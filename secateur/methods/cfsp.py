@@ -8,11 +8,11 @@ from torch import Tensor
 
 from secateur.allocate.angular import Angular
 from secateur.allocate.base import Allocator
-from secateur.block import Block
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
 from secateur.methods.scored import ScoredMethod
-from secateur.options import option
-from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.units import Unit
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

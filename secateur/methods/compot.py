@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.dictionaries import orthonormal_dictionary
+from secateur.linalg.sparse_coding import orthonormal_dictionary
 from secateur.methods.dictionary import DictionaryMethod
-from secateur.options import option
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

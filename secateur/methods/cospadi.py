@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from secateur.dictionaries import in_turns, updated_atoms
+from secateur.linalg.sparse_coding import in_turns, updated_atoms
 from secateur.methods.dictionary import DictionaryMethod
-from secateur.options import option
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.block import Block, Linear
-from secateur.forms import form_of
 from secateur.layers.factored_secateur import Factored, Spec
 from secateur.layers.forms_secateur import fill
 from secateur.layers.structured_secateur import MOST_ATOMS, Codes, Dictionary
 from secateur.methods.form import FormMethod, Metric, stacked
-from secateur.options import option
-from secateur.units import Form
+from secateur.models.block import Block, Linear
+from secateur.structure.parametrizations import form_of
+from secateur.structure.units import Form
+from secateur.utils.options import option
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 ITEMSIZE = 2  # of a number when sizes are set out; what is paid is counted with the model's own
 

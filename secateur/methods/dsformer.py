@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.dictionaries import fitted_atoms, in_turns
+from secateur.linalg.sparse_coding import fitted_atoms, in_turns
 from secateur.methods.dictionary import DictionaryMethod, stored
 from secateur.methods.form import Metric
 from secateur.methods.structured import undivided
-from secateur.options import option
-from secateur.units import Form
+from secateur.structure.units import Form
+from secateur.utils.options import option
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.linalg import damped_cholesky, least_squares
+from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.linalg.least_squares import damped_cholesky, least_squares
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.cr import per_coordinate
-from secateur.statistics import BlockStatistics, Needs
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ExactPairs:
 
     The scores are a sum over pairs, so to first order the output's error is a quadratic form
     (t − c)ᵀ M (t − c) in the coefficients c of the pairs, with M the
-    :class:`~secateur.statistics.PairScores` and t those of the dense model. A kept pair may be
+    ``PairScores`` and t those of the dense model. A kept pair may be
     rescaled and turned by a constant angle, which commutes with its rotation and goes into the
     query projection,
 

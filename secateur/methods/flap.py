@@ -7,11 +7,11 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.fluctuation import Fluctuation, fluctuations
-from secateur.block import Block, mixed_bias
+from secateur.calibration.statistics import MOMENTS, BlockStatistics, Need
 from secateur.methods.scored import ScoredMethod
-from secateur.options import option
-from secateur.statistics import MOMENTS, BlockStatistics, Need
-from secateur.units import Unit
+from secateur.models.block import Block, mixed_bias
+from secateur.structure.units import Unit
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block, Linear
-from secateur.curve import Curve
-from secateur.errors import InputError
-from secateur.forms import smaller
+from secateur.calibration.statistics import INPUTS, BlockStatistics, Need
 from secateur.layers.forms_secateur import fill
-from secateur.linears import dense_weight, inputs_by_outputs
 from secateur.methods.base import Method, Narrowing, Solution
-from secateur.options import checked, option
-from secateur.prices import Target
-from secateur.statistics import INPUTS, BlockStatistics, Need
-from secateur.units import MATRICES, Form, Matrix, Unit
+from secateur.models.block import Block, Linear
+from secateur.models.linear_ops import dense_weight, inputs_by_outputs
+from secateur.structure.costs import Target
+from secateur.structure.error_curve import Curve
+from secateur.structure.parametrizations import smaller
+from secateur.structure.units import MATRICES, Form, Matrix, Unit
+from secateur.utils.errors import InputError
+from secateur.utils.options import checked, option
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 class Metric:

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.knapsack import Knapsack
-from secateur.block import Linear
-from secateur.errors import InputError, nearest
 from secateur.layers.integers import missing_library
 from secateur.methods.form import FormMethod, Metric
-from secateur.named import by_name
-from secateur.options import option
-from secateur.units import Form
+from secateur.models.block import Linear
+from secateur.structure.units import Form
+from secateur.utils.errors import InputError, nearest
+from secateur.utils.options import option
+from secateur.utils.registry import by_name
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

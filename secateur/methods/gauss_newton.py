@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.block import Block
-from secateur.exact import exact, exact_device
-from secateur.linalg import conjugate_gradients, damped_cholesky, least_squares
-from secateur.linears import inputs_by_outputs
-from secateur.room import free_bytes
-from secateur.rows import Rows
-from secateur.statistics import Cross, Gram, Needs
+from secateur.calibration.statistics import Cross, Gram, Needs
+from secateur.calibration.token_batches import Rows
+from secateur.linalg.least_squares import conjugate_gradients, damped_cholesky, least_squares
+from secateur.models.block import Block
+from secateur.models.linear_ops import inputs_by_outputs
+from secateur.utils.memory import free_bytes
+from secateur.utils.precision import exact, exact_device
 
 REMEMBERED = 4 * 2**30  # bytes of slopes that are kept between iterations, at most
 SHARE = 4  # and no more than this part of the memory that is free

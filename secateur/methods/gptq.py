@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from secateur.linalg.column_updates import Settle, inverse_factor, sweep
+from secateur.linalg.int_rounding import best_scale, codes_of
 from secateur.methods.form import Metric
 from secateur.methods.rtn import RTN, width
-from secateur.options import option
-from secateur.rounding import best_scale, codes_of
-from secateur.sweep import Settle, inverse_factor, sweep
-from secateur.units import Form
+from secateur.structure.units import Form
+from secateur.utils.options import option
 
 COLUMNS = 128  # of a block in which groups play no part
 

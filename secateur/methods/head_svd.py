@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.linalg import low_rank_in_metric, tails
+from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.linalg.least_squares import low_rank_in_metric, tails
 from secateur.methods.base import Narrowing, Solution
-from secateur.statistics import BlockStatistics, Needs
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.errors import InputError
-from secateur.linalg import damped
+from secateur.calibration.statistics import BlockStatistics
+from secateur.linalg.least_squares import damped
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.refitted import RefittedMethod, coordinates, narrowing, problem, refitted
-from secateur.options import option
-from secateur.statistics import BlockStatistics
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import Unit
+from secateur.utils.errors import InputError
+from secateur.utils.options import option
 
 GRID = 16  #: sizes between which the curve of a large unit is linear
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.elimination import backward_elimination, survivors
-from secateur.linalg import least_squares
+from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.linalg.least_squares import least_squares
+from secateur.linalg.obs import backward_elimination, survivors
 from secateur.methods.base import Narrowing, Solution
-from secateur.statistics import BlockStatistics, Needs
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.middle import Middle
-from secateur.block import Block
-from secateur.errors import InputError, nearest, shown
-from secateur.gradients import CURVED_LOSS, LOSS
+from secateur.calibration.gradients import CURVED_LOSS, LOSS
+from secateur.calibration.statistics import BlockStatistics, Need
 from secateur.methods.scored import ScoredMethod
-from secateur.options import option
-from secateur.statistics import BlockStatistics, Need
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.units import Unit
+from secateur.utils.errors import InputError, nearest, shown
+from secateur.utils.options import option
 
 #: the form of the score → the row of the statistic
 FORMS = {"element": 0, "vector": 1, "second": 2, "mix": 3}

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.least_error import LeastError
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.linears import inputs_by_outputs
+from secateur.calibration.statistics import BlockStatistics
 from secateur.methods.base import Solution
 from secateur.methods.form import Metric
 from secateur.methods.sparse import SparseMethod, largest, largest_of_groups
-from secateur.statistics import BlockStatistics
-from secateur.units import Form, Matrix, Unit
+from secateur.models.block import Block
+from secateur.models.linear_ops import inputs_by_outputs
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import Form, Matrix, Unit
 
 
 @dataclass(frozen=True)

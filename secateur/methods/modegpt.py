@@ -5,14 +5,14 @@ from typing import ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.influence import EntropicInfluence
-from secateur.block import Block
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
 from secateur.methods.base import Method, Solution
 from secateur.methods.cr import CR
 from secateur.methods.head_svd import HeadSVD
 from secateur.methods.nystrom import Nystrom
-from secateur.options import option
-from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import MLP, QueryKey, Unit
+from secateur.models.block import Block
+from secateur.structure.units import MLP, QueryKey, Unit
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

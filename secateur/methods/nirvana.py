@@ -7,11 +7,11 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.nirvana import TwoThresholds
-from secateur.block import Block
-from secateur.gradients import LOGITS
+from secateur.calibration.gradients import LOGITS
+from secateur.calibration.statistics import BlockStatistics, Need
 from secateur.methods.scored import ScoredMethod
-from secateur.statistics import BlockStatistics, Need
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)

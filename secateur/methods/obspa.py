@@ -7,12 +7,12 @@ import torch
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block
-from secateur.linalg import damped_cholesky
+from secateur.calibration.statistics import BlockStatistics
+from secateur.linalg.least_squares import damped_cholesky
 from secateur.methods.base import Solution
 from secateur.methods.refitted import RefittedMethod, in_order, problem
-from secateur.statistics import BlockStatistics
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)

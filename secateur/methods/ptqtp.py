@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.forms import form_of, nearest_divisors
 from secateur.layers.factored_secateur import packed_trits
+from secateur.linalg.ternary import Found, best_scales, better_of, errors, nearest_trits
 from secateur.methods.form import FormMethod, Metric
-from secateur.options import option, whole_numbers
-from secateur.trits import Found, best_scales, better_of, errors, nearest_trits
-from secateur.units import Form, Matrix
+from secateur.structure.parametrizations import form_of, nearest_divisors
+from secateur.structure.units import Form, Matrix
+from secateur.utils.options import option, whole_numbers
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

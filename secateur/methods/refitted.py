@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.block import Block, mixed_bias
-from secateur.curve import Curve
-from secateur.linalg import damped, least_squares, refit_errors
+from secateur.calibration.statistics import GRAMS, BlockStatistics, Need
+from secateur.linalg.least_squares import damped, least_squares, refit_errors
 from secateur.methods.base import Method, Narrowing, Solution
-from secateur.options import option
-from secateur.statistics import GRAMS, BlockStatistics, Need
-from secateur.units import WHOLE_HEADS, Heads, Unit
+from secateur.models.block import Block, mixed_bias
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import WHOLE_HEADS, Heads, Unit
+from secateur.utils.options import option
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.least_error import LeastError
-from secateur.block import Block
-from secateur.curve import Curve
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
 from secateur.methods.base import Method, Narrowing, Solution
-from secateur.options import option
-from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import DEPTH, Unit
+from secateur.models.block import Block
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import DEPTH, Unit
+from secateur.utils.options import option
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.block import Linear
-from secateur.forms import nearest_divisors
 from secateur.layers.integers import BITS, Integers, integer_form, missing_library
+from secateur.linalg.int_rounding import best_scale, codes_of
 from secateur.methods.form import FormMethod, Metric
-from secateur.options import option, whole_numbers
-from secateur.rounding import best_scale, codes_of
-from secateur.units import Form
+from secateur.models.block import Linear
+from secateur.structure.parametrizations import nearest_divisors
+from secateur.structure.units import Form
+from secateur.utils.options import option, whole_numbers
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

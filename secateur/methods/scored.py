@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.linalg import tails
+from secateur.calibration.statistics import BlockStatistics
+from secateur.linalg.least_squares import tails
 from secateur.methods.base import Method, Narrowing, Solution
-from secateur.statistics import BlockStatistics
-from secateur.units import WHOLE_HEADS, Unit
+from secateur.models.block import Block
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import WHOLE_HEADS, Unit
 
 
 class ScoredMethod(Method):

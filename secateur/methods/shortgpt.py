@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.least_error import LeastError
-from secateur.block import Block
-from secateur.curve import Curve
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
 from secateur.methods.base import Method, Narrowing, Solution
-from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import DEPTH, Unit
+from secateur.models.block import Block
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import DEPTH, Unit
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block
-from secateur.curve import Curve
-from secateur.errors import InputError, nearest, shown
-from secateur.linalg import tails
+from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.linalg.least_squares import tails
 from secateur.methods.base import Method, Narrowing, Solution
-from secateur.options import option
-from secateur.statistics import BlockStatistics, Need, Needs
-from secateur.units import STREAM, Unit
+from secateur.models.block import Block
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import STREAM, Unit
+from secateur.utils.errors import InputError, nearest, shown
+from secateur.utils.options import option
 
 ORIENTATIONS = ("random", "pca")
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from secateur.errors import InputError
-from secateur.forms import form_of
 from secateur.layers.factored_secateur import Spec
 from secateur.layers.sparse_secateur import MOST, encoded, packed
 from secateur.methods.form import FormMethod, Metric
-from secateur.options import option
-from secateur.units import Form, Matrix
+from secateur.structure.parametrizations import form_of
+from secateur.structure.units import Form, Matrix
+from secateur.utils.errors import InputError
+from secateur.utils.options import option
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from secateur.linalg.column_updates import Settle, inverse_factor, sweep
 from secateur.methods.form import Metric
 from secateur.methods.sparse import SparseMethod, largest, largest_of_groups
-from secateur.options import option
-from secateur.sweep import Settle, inverse_factor, sweep
-from secateur.units import Form
+from secateur.structure.units import Form
+from secateur.utils.options import option
 
 COLUMNS = 128  #: chosen among, and updated, together
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.forms import form_of
 from secateur.layers.factored_secateur import Spec
 from secateur.layers.forms_secateur import fill
 from secateur.layers.structured_secateur import Monarch
-from secateur.linalg import least_squares
+from secateur.linalg.least_squares import least_squares
 from secateur.methods.form import FormMethod, Metric
-from secateur.options import option
-from secateur.units import Form, Matrix, Unit
+from secateur.structure.parametrizations import form_of
+from secateur.structure.units import Form, Matrix, Unit
+from secateur.utils.options import option
 
 if TYPE_CHECKING:
-    from secateur.model import Model
+    from secateur.models.model import Model
 
 MOST_RANKS = 32
 Slices = tuple[Tensor, Tensor, Tensor]

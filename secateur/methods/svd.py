@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.forms import form_of
 from secateur.methods.form import FormMethod, Metric
-from secateur.options import option
-from secateur.units import Form
+from secateur.structure.parametrizations import form_of
+from secateur.structure.units import Form
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.methods.svd import SVD
-from secateur.options import option
+from secateur.utils.options import option
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.methods.form import Metric
 from secateur.methods.sparse import SparseMethod, largest, largest_of_groups
-from secateur.units import Form
+from secateur.structure.units import Form
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.block import Block, mixed_bias
+from secateur.calibration.statistics import MOMENTS, BlockStatistics, Need
 from secateur.methods.scored import ScoredMethod
-from secateur.statistics import MOMENTS, BlockStatistics, Need
-from secateur.units import Unit
+from secateur.models.block import Block, mixed_bias
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)

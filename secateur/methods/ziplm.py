@@ -5,13 +5,13 @@ from typing import ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.spdy import SPDY
-from secateur.block import Block
-from secateur.elimination import backward_elimination
-from secateur.linalg import damped
+from secateur.calibration.statistics import BlockStatistics
+from secateur.linalg.least_squares import damped
+from secateur.linalg.obs import backward_elimination
 from secateur.methods.base import Solution
 from secateur.methods.refitted import RefittedMethod, in_order, problem
-from secateur.statistics import BlockStatistics
-from secateur.units import Unit
+from secateur.models.block import Block
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def forget(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """``run("ls", "--json")`` does what ``secateur ls --json`` does, in this process."""
-    from secateur.cli import main
+    from secateur.cli.main import main
 
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # main() changes it
     monkeypatch.setenv("COLUMNS", "100")
@@ -216,7 +216,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
 @pytest.fixture
 def near(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Make the measuring process a call, which saves seconds; the value lists what it was asked."""
-    from secateur.evaluate import judge
+    from secateur.evaluate import evaluator
 
     measured: list[str] = []
 
@@ -224,12 +224,14 @@ def near(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         request, result = map(Path, command[-2:])
         measured.append(request.read_text())
         try:
-            return SimpleNamespace(returncode=judge.main(request, result))
+            return SimpleNamespace(returncode=evaluator.main(request, result))
         except Exception:
             traceback.print_exc()
             return SimpleNamespace(returncode=1)
 
-    monkeypatch.setattr(judge, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, run=call))
+    monkeypatch.setattr(
+        evaluator, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, run=call)
+    )
     return measured
 
 
@@ -309,7 +311,7 @@ def replay(run, model, held, room, near):
 @pytest.fixture
 def machine(monkeypatch, forget):
     """A machine of known times and an empty cache; the value lists what was measured on it."""
-    from secateur import latency
+    from secateur.scoring import latency
 
     measured = []
 

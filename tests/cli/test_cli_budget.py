@@ -95,7 +95,7 @@ def test_times_are_measured_once_for_each_kind_of_pass(plan, machine):
     ids=["empty", "cut short", "list", "nothing", "no table"],
 )
 def test_damaged_times_are_measured_again(plan, machine, content):
-    from secateur.cache import cached_file
+    from secateur.io.cache import cached_file
 
     flags = ("--target", "latency", "--latency-length", 16)
     first = plan(*flags)

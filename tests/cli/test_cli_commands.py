@@ -8,7 +8,7 @@ from conftest import SMALL
 
 from secateur.allocate import ALLOCATORS
 from secateur.methods import METHODS, method_class
-from secateur.units import MATRICES
+from secateur.structure.units import MATRICES
 
 CALIBRATION = ["--samples", "4", "--length", "32"]
 JUDGE = ["--no-speed", "--eval-windows", "2", "--new-tokens", "4", "--eval-length", "32"]

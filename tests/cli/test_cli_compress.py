@@ -224,7 +224,7 @@ def test_progress_goes_to_stderr(compress):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals differ")
 def test_bars_show_at_a_terminal(compress, monkeypatch):
-    from secateur import progress
+    from secateur.utils import progress
 
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     compress("--json").succeeded()

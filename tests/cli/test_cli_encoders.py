@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import report_of, sizes
 
-from secateur.evaluate.judge import Verdict
-from secateur.present import show_verdict
-from tests import families
+from secateur.cli.render import show_verdict
+from secateur.evaluate.evaluator import Verdict
+from tests.support import families
 
 KEPT = ["--keep", "0.7", "--method", "modegpt"]
 
@@ -193,7 +193,7 @@ def test_images_without_classes_cannot_be_judged_on(run, near, folder, room):
 
 def test_latency_is_a_target(run, folder, source, forget, monkeypatch, name):
     """On a machine that takes a nanosecond a parameter."""
-    from secateur import latency
+    from secateur.scoring import latency
 
     def counted(timed, device):
         module = timed.args[0].module if timed.args else timed.func

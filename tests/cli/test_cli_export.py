@@ -60,5 +60,5 @@ def test_what_is_asked_for_wrongly(run, model, room):
 
 
 def test_a_missing_extra_is_named(run, model, room, monkeypatch):
-    monkeypatch.setattr("secateur.graph.find_spec", lambda name: None)
+    monkeypatch.setattr("secateur.export.onnx.find_spec", lambda name: None)
     run("export", model, room / "m.onnx", "--to", "onnx").refused("pip install", "secateur[onnx]")

@@ -65,7 +65,7 @@ def test_no_command_shows_the_help(run):
 def test_help_imports_nothing_heavy(args):
     code = (
         f"sys.argv = ['secateur', *{list(args)!r}, '--help']\n"
-        "from secateur.cli import main\n"
+        "from secateur.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n" + HEAVY
     )
     assert python(code).splitlines()[-1] == "[]"

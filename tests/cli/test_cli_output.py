@@ -94,7 +94,7 @@ def full(*_, **__):
 
 def test_a_full_disk_while_weights_are_written(compress, room, monkeypatch):
     """What is finished stays, and nothing under a final name; with room made it goes on."""
-    from secateur import writer
+    from secateur.io import safetensors_writer as writer
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_copy", full)
@@ -128,7 +128,7 @@ def test_a_plan_that_does_not_fit_leaves_what_was_there(run, model, text, room, 
 
 
 def test_a_plan_file_that_cannot_be_written_is_refused_first(run, model, text, room, monkeypatch):
-    from secateur import prepare
+    from secateur.pipeline import prepare
 
     given = ["--calibration", text, "--samples", 4, "--length", 32]
     monkeypatch.setattr(prepare, "prepare", lambda *_, **__: pytest.fail("worked for nothing"))
@@ -158,7 +158,7 @@ def test_a_disk_too_small_for_the_run(compress, small_disk):
 def test_a_wrong_reload_is_no_result(compress, room, monkeypatch):
     from safetensors.torch import load_file, save_file
 
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     judge = pipeline.judge_apart
 
@@ -180,10 +180,10 @@ def test_a_wrong_reload_is_no_result(compress, room, monkeypatch):
 def test_a_crashed_measuring_process_is_reported(compress, room, monkeypatch, near):
     from types import SimpleNamespace
 
-    from secateur.evaluate import judge
+    from secateur.evaluate import evaluator
 
     killed = SimpleNamespace(DEVNULL=None, run=lambda *_, **__: SimpleNamespace(returncode=-9))
-    monkeypatch.setattr(judge, "subprocess", killed)
+    monkeypatch.setattr(evaluator, "subprocess", killed)
     found = compress()
     assert found.code == 2
     assert "killed" in found.err
@@ -192,7 +192,7 @@ def test_a_crashed_measuring_process_is_reported(compress, room, monkeypatch, ne
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(compress, room, monkeypatch):
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     write = pipeline.write
 

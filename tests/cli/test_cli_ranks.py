@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.reference.processes import free_port
+from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -111,7 +111,7 @@ def test_flags_of_a_method_are_refused_beside_a_recipe(follow, room, model):
 
 
 def test_a_killed_run_goes_on_behind_its_last_step(follow, room, monkeypatch):
-    from secateur import sequence
+    from secateur.pipeline import multi_step as sequence
 
     recipe, seen = {"keep": 0.6, "steps": STEPS}, []
     prepare = sequence.prepare
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_behind_its_last_step(follow, room, monkeypatch):
 @pytest.fixture
 def attempts(monkeypatch):
     """Let every result but the third be above the budget; the value lists all keeps."""
-    from secateur import sequence
+    from secateur.pipeline import multi_step as sequence
 
     keeps, prepare, stored_bytes = [], sequence.prepare, sequence.stored_bytes
 
@@ -159,7 +159,7 @@ def test_a_run_killed_in_its_second_attempt_goes_on_with_that(
     follow, room, monkeypatch, attempts, damaged
 ):
     """The mistake: the budget of the first attempt beside the steps of the second."""
-    from secateur import sequence
+    from secateur.pipeline import multi_step as sequence
 
     follow({"keep": 0.6, "steps": STEPS}).succeeded()
     expected, keeps = (room / "out" / "model.safetensors").read_bytes(), [*attempts]
@@ -185,8 +185,8 @@ def test_a_run_killed_in_its_second_attempt_goes_on_with_that(
 
 
 def test_a_missing_library_is_said_before_the_first_step(follow, room, monkeypatch):
-    from secateur import sequence
     from secateur.layers import integers
+    from secateur.pipeline import multi_step as sequence
 
     monkeypatch.setattr(integers, "find_spec", lambda _: None)
     monkeypatch.setattr(sequence, "prepare", None)  # is never reached
@@ -197,9 +197,9 @@ def test_a_missing_library_is_said_before_the_first_step(follow, room, monkeypat
 
 def test_steps_that_are_done_again_are_forgotten_from_the_last_on(tmp_path, monkeypatch):
     """A run killed in the midst leaves no step whose source is another by then, nor half of one."""
-    from secateur import sequence
     from secateur.methods import method_class
-    from secateur.recipe import Recipe, Step
+    from secateur.pipeline import multi_step as sequence
+    from secateur.planning.recipe import Recipe, Step
 
     steps = (Step.of(method_class("modegpt")()), *(Step.of(method_class("svd")()) for _ in "ab"))
     for number in (1, 2):

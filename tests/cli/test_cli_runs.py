@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.reference.made_runs import made_run, report
+from tests.support.made_runs import made_run, report
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_page_that_fails_loses_no_run(compress, room, monkeypatch, error):
     """The mistake: hours of work gone for a picture."""
     from jinja2 import TemplateError
 
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     def fail(*_):
         raise TemplateError("bad") if error == "template" else error
@@ -133,7 +133,7 @@ def test_report_of_what_is_no_run_is_refused(run, model, room):
 
 def test_push_without_a_token_is_refused(run, runs, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("secateur.push.get_token", lambda: None)
+    monkeypatch.setattr("secateur.report.hub.get_token", lambda: None)
     run("report", runs[0]).succeeded()
     run("push", runs[0], "me/small").refused("hf auth login")
     run("push", runs[1], "me/small").refused("no model card", "secateur report")

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture
 def idle(monkeypatch):
     """From the call on, calibrating or measuring fails the test."""
-    from secateur import crew
+    from secateur.pipeline import workers as crew
 
     def forbid():
         for name in ("calibrate", "score"):
@@ -40,7 +40,7 @@ def test_a_budget_after_a_run_measures_nothing(plan, compress, forget, idle, nea
 
 
 def test_a_run_after_a_plan_scores_nothing(plan, compress, forget, monkeypatch, room):
-    from secateur import crew
+    from secateur.pipeline import workers as crew
 
     forget()
     planned = plan("--keep", 0.7)
@@ -51,7 +51,7 @@ def test_a_run_after_a_plan_scores_nothing(plan, compress, forget, monkeypatch, 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null"])
 def test_damaged_scores_of_the_cache_are_measured_again(plan, forget, content):
-    from secateur.cache import cached_file
+    from secateur.io.cache import cached_file
 
     forget()
     first = plan()
@@ -236,7 +236,7 @@ def statistics(plan, forget, tmp_path):
 
 
 def test_statistics_serve_another_option_of_the_method(plan, statistics, monkeypatch):
-    from secateur import crew
+    from secateur.pipeline import workers as crew
 
     monkeypatch.setattr(crew, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     made = plan("--statistics", statistics, "--ridge", 0.5)

@@ -37,7 +37,9 @@ def test_plans_name_the_windows_and_make_the_same_choice_again(planned, forget, 
 def test_a_plan_brings_its_windows(planned, run, near, model, held, room, forget, monkeypatch):
     path, calibration, _ = planned("dpp")
     forget()
-    monkeypatch.setattr("secateur.select.MiddleStates", None)  # nothing is chosen again
+    monkeypatch.setattr(
+        "secateur.scoring.calibration_selection.MiddleStates", None
+    )  # nothing is chosen again
     judged = ("--eval", held, "--eval-windows", 2, "--new-tokens", 4, "--no-speed")
     done = run("compress", model, room / "out", "--plan", path, *judged).succeeded()
     assert "note: this plan was made from other" not in done.err
@@ -56,7 +58,7 @@ def test_compress_chooses_too(compress, room):
 
 
 def test_draws_keep_their_statistics_where_the_run_does(planned, tmp_path, forget, monkeypatch):
-    from secateur import select
+    from secateur.scoring import calibration_selection as select
 
     seen, whole = [], select.calibrate
 

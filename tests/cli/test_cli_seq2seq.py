@@ -7,7 +7,7 @@ import torch
 from conftest import report_of, sizes
 from safetensors.torch import load_file
 
-from tests import families
+from tests.support import families
 
 KEPT = ["--keep", "0.7", "--method", "modegpt"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur import crew
-from secateur.leftovers import _host
+from secateur.io.atomic import _host
+from secateur.pipeline import workers as crew
 
 
 @pytest.fixture

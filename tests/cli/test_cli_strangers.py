@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from tests.reference.made_runs import made_run
+from tests.support.made_runs import made_run
 
 
 class Evil:
@@ -112,7 +112,7 @@ def test_keys_of_a_config_that_lead_elsewhere_or_beyond_memory_are_refused(
 
 
 def test_as_many_layers_as_there_are_tensors_may_be(broken, monkeypatch):
-    from secateur import vetting
+    from secateur.models import config_checks as vetting
 
     monkeypatch.setattr(vetting, "MAX_PARTS", 1)
     vetting.vet_config("broken", broken / "config.json", False)
@@ -122,7 +122,7 @@ def test_as_many_layers_as_there_are_tensors_may_be(broken, monkeypatch):
 
 
 def test_patterns_of_our_own_checkpoints_are_none_of_those():
-    from secateur.vetting import _check_patterns
+    from secateur.models.config_checks import _check_patterns
 
     target = r"re:(model\.)?model\.layers\.0\.mlp\.down_proj$"
     _check_patterns({"config_groups": {"group_0": {"targets": [target, "re:.*lm_head"]}}})
@@ -222,9 +222,9 @@ def test_plans_with_odd_calibrations_are_refused(
 
 def test_rows_of_a_plan_by_the_thousand_take_no_time(model, plan):
     from secateur.methods.auto import Auto
-    from secateur.model import Settings
-    from secateur.opening import skeleton
-    from secateur.plan import Plan, match_units
+    from secateur.models.loading import skeleton
+    from secateur.models.model import Settings
+    from secateur.planning.plan import Plan, match_units
 
     made, shapes = Plan.model_validate(plan()), skeleton(str(model), Settings(device="cpu"))
     many = made.model_copy(update={"units": made.units + made.units[:1] * 60_000})
@@ -235,7 +235,7 @@ def test_rows_of_a_plan_by_the_thousand_take_no_time(model, plan):
 
 
 def test_a_license_of_a_stranger_is_read_as_plain_yaml(tmp_path):
-    from secateur.card import license_of
+    from secateur.report.model_card import license_of
 
     for content in ("license: !!timestamp x", "license: 2001-99-99", "a: &a [x]\nlicense: *a"):
         (tmp_path / "README.md").write_text(f"---\n{content}\n---\n")
@@ -314,8 +314,8 @@ def test_messages_about_long_names_are_short(run, room, tmp_path):
 
 
 def test_what_a_run_says_cannot_steer_the_terminal(run, model, monkeypatch):
-    from secateur import present
-    from secateur.errors import RunError
+    from secateur.cli import render as present
+    from secateur.utils.errors import RunError
 
     def fail(*_):
         raise RunError("\x1b[2Jgone")
@@ -328,7 +328,7 @@ def test_what_a_run_says_cannot_steer_the_terminal(run, model, monkeypatch):
 
 
 def test_layers_of_many_experts_are_refused_before_anything_is_built(tmp_path):
-    from secateur.vetting import vet_config
+    from secateur.models.config_checks import vet_config
 
     path, jamba = tmp_path / "config.json", {"model_type": "jamba", "num_hidden_layers": 1024}
     path.write_text(json.dumps(jamba | {"num_experts": 1024}))

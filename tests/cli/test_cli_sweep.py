@@ -35,7 +35,7 @@ def sweep(run, near, model, text, held, room):
 @pytest.fixture
 def counted(monkeypatch, forget):
     """How often the dear parts of a run are done, in an empty cache."""
-    from secateur import crew
+    from secateur.pipeline import workers as crew
 
     forget()
     calls = []
@@ -101,7 +101,7 @@ def test_a_run_of_a_sweep_is_the_one_that_compress_writes(sweep, compress, room)
 
 
 def test_what_is_finished_is_not_done_again(sweep, room, near, monkeypatch):
-    from secateur.frontier import job
+    from secateur.sweeps import job
 
     given = ["--method", "modegpt", "--keep"]
     sweep(*given, "0.9").succeeded()
@@ -118,7 +118,7 @@ def test_what_is_finished_is_not_done_again(sweep, room, near, monkeypatch):
 
 
 def test_an_interrupted_sweep_goes_on_and_gives_the_same_bytes(sweep, room, monkeypatch, forget):
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     given = ["--method", "modegpt", "--keep", "0.9,0.7"]
     forget()
@@ -145,8 +145,8 @@ def test_an_interrupted_sweep_goes_on_and_gives_the_same_bytes(sweep, room, monk
 
 
 def test_one_run_that_fails_does_not_end_the_others(sweep, room, monkeypatch):
-    from secateur import pipeline
-    from secateur.errors import RunError
+    from secateur.pipeline import compress as pipeline
+    from secateur.utils.errors import RunError
 
     original = pipeline.judge_result
 

@@ -48,7 +48,7 @@ def test_eval_scores_task_files(evaluated, tasks):
 
 
 def test_compress_judges_both_models_on_the_same_items(compress, room, tasks):
-    from secateur.evaluate.tasks import read_task
+    from secateur.evaluate.task_file import read_task
 
     shown = compress("--tasks", tasks / "pick.jsonl", "--keep", 0.5, "--damage").succeeded()
     report = json.loads((room / "out" / "secateur" / "report.json").read_text())

@@ -40,7 +40,7 @@ def undisturbed(compress, tmp_path, forget):
 @pytest.fixture
 def stopped(compress, room, monkeypatch, near):
     """A function that interrupts ``compress`` where a module or class calls one of its names."""
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     def stop(name="write", owner=pipeline, after=0, args=()):
         original, calls = getattr(owner, name), []
@@ -96,7 +96,7 @@ def test_files_of_other_times_change_nothing(undisturbed, stopped, compress, roo
 
     Nothing reads the time of day itself; progress and figures use clocks that only go on.
     """
-    stopped("narrow_block", resolve_name("secateur.propagate:Propagation"), after=1)
+    stopped("narrow_block", resolve_name("secateur.apply.sequential:Propagation"), after=1)
     times = itertools.cycle([9, 4 * 10**9])
     for path, moment in zip((room / ".out.partial").rglob("*"), times, strict=False):
         os.utime(path, (moment, moment))
@@ -108,7 +108,7 @@ def test_files_of_other_times_change_nothing(undisturbed, stopped, compress, roo
 def test_an_interrupted_run_of_a_method_in_one_pass_gives_the_same_bytes(
     stopped, compress, room, tmp_path, forget
 ):
-    from secateur import propagate
+    from secateur.apply import sequential as propagate
 
     compress("--method", "modegpt", out=tmp_path / "undisturbed" / "out").succeeded()
     forget()
@@ -119,7 +119,7 @@ def test_an_interrupted_run_of_a_method_in_one_pass_gives_the_same_bytes(
 
 
 def test_finished_stages_are_not_repeated(stopped, compress, room, monkeypatch, near, forget):
-    from secateur import crew
+    from secateur.pipeline import workers as crew
 
     forget()
     stopped("write")
@@ -133,7 +133,7 @@ def test_finished_stages_are_not_repeated(stopped, compress, room, monkeypatch, 
 
 
 def test_a_calibration_cut_short_starts_again(undisturbed, stopped, compress, room):
-    from secateur.calibration import Store
+    from secateur.calibration.collect import Store
 
     stopped("put", owner=Store, after=1)
     (block,) = (room / ".out.partial" / "statistics").glob("*.safetensors")
@@ -152,7 +152,7 @@ def test_a_rest_that_nothing_speaks_for_is_not_used(undisturbed, stopped, compre
 
 def test_a_folder_whose_result_has_its_final_name_is_tidied(compress, room):
     """Killed between the last rename and the end of clearing."""
-    from secateur.workspace import Workspace
+    from secateur.io.run_directory import Workspace
 
     publish = Workspace.publish
 
@@ -172,7 +172,7 @@ def test_a_folder_whose_result_has_its_final_name_is_tidied(compress, room):
 
 def test_an_overwrite_that_was_killed_behind_its_renames_can_be_typed_again(compress, room):
     """The mistake: the old output, put aside, is in its own way for ever."""
-    from secateur.workspace import Workspace
+    from secateur.io.run_directory import Workspace
 
     compress("--keep", 0.9).succeeded()
     publish = Workspace.publish
@@ -216,7 +216,8 @@ def test_a_read_error_in_a_first_run_leaves_what_it_finished(
     undisturbed, compress, room, near, monkeypatch
 ):
     """One header of statistics can't be read for once. The mistake: hours of work removed."""
-    from secateur import header, pipeline
+    from secateur.io import safetensors_header as header
+    from secateur.pipeline import compress as pipeline
 
     write, opened = pipeline.write, header.opened
 
@@ -243,7 +244,7 @@ def test_a_read_error_in_a_first_run_leaves_what_it_finished(
 def test_a_text_that_is_away_at_the_end_leaves_what_was_finished(
     compress, room, near, held, monkeypatch
 ):
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     judged, away = pipeline.judge_result, held.with_suffix(".away")
 
@@ -264,7 +265,8 @@ def test_a_read_error_in_the_midst_of_a_shard_halts_a_streamed_run(
     compress, room, tmp_path, monkeypatch
 ):
     """A weight of the second block, half read. The run goes on when the disk does."""
-    from secateur import pipeline, shelf
+    from secateur.io import safetensors_reader as shelf
+    from secateur.pipeline import compress as pipeline
 
     compress("--stream", "on", out=tmp_path / "undisturbed" / "out").succeeded()
     write, fill, calls = pipeline.write, shelf._fill, []
@@ -356,7 +358,7 @@ DAMAGED = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_what_is_damaged_of_an_unfinished_run_is_made_again(compress, room, near, name):
     """The mistake: it is refused each time, or believed."""
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     for damage in DAMAGED[name]:
         with pytest.MonkeyPatch.context() as patch:
@@ -387,7 +389,7 @@ def test_what_is_damaged_of_an_unfinished_run_is_made_again(compress, room, near
     ],
 )
 def test_damaged_scores_of_a_block_are_measured_again(undisturbed, stopped, compress, room, change):
-    stopped("keep_evidence", resolve_name("secateur.prepare"))
+    stopped("keep_evidence", resolve_name("secateur.pipeline.prepare"))
     path = room / ".out.partial" / "scores-0.json"
     edited(change)(path)
     compress().succeeded()
@@ -396,7 +398,8 @@ def test_damaged_scores_of_a_block_are_measured_again(undisturbed, stopped, comp
 
 def test_wrong_input_later_leaves_what_was_finished(stopped, compress, room, monkeypatch):
     """A device that is away for now. The mistake: hours of work removed."""
-    from secateur import InputError, pipeline
+    from secateur import InputError
+    from secateur.pipeline import compress as pipeline
 
     def away(*_, **__):
         raise InputError("no such device")
@@ -411,7 +414,7 @@ def test_wrong_input_later_leaves_what_was_finished(stopped, compress, room, mon
 
 
 def test_an_interrupted_overwrite_leaves_the_old_output(compress, room, monkeypatch):
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     compress("--keep", 0.9).succeeded()
     before = (room / "out" / WEIGHTS).read_bytes()
@@ -480,7 +483,7 @@ def test_a_changed_model_is_not_answered_from_before(
 ):
     from conftest import save_checkpoint
 
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write", interrupt)
@@ -501,7 +504,7 @@ def test_a_changed_model_is_not_answered_from_before(
 
 def test_a_run_into_its_own_model_folder_goes_on(compress, broken, room, monkeypatch, near):
     """The unfinished folder lies among the model's files then, and is none of them."""
-    from secateur import pipeline
+    from secateur.pipeline import compress as pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write", interrupt)
@@ -523,7 +526,7 @@ def test_damaged_statistics_are_refused_or_made_again(undisturbed, stopped, comp
 
 
 def test_a_second_run_is_refused_while_the_first_works(compress, room, near):
-    from secateur.workspace import Workspace
+    from secateur.io.run_directory import Workspace
 
     first = Workspace(room / "out", overwrite=False)
     with first.opened({"mine": 1}):
@@ -535,7 +538,7 @@ def test_a_second_run_is_refused_while_the_first_works(compress, room, near):
 
 
 def test_a_second_run_beside_it_is_welcome(compress, room):
-    from secateur.workspace import Workspace
+    from secateur.io.run_directory import Workspace
 
     with Workspace(room / "other", overwrite=False).opened({}):
         compress().succeeded()
@@ -551,15 +554,15 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-from secateur import pipeline
-from secateur.evaluate import judge
+from secateur.pipeline import compress as pipeline
+from secateur.evaluate import evaluator
 
 def call(command, **_):
-    return SimpleNamespace(returncode=judge.main(Path(command[-2]), Path(command[-1])))
+    return SimpleNamespace(returncode=evaluator.main(Path(command[-2]), Path(command[-1])))
 
-judge.subprocess = SimpleNamespace(DEVNULL=None, run=call)
+evaluator.subprocess = SimpleNamespace(DEVNULL=None, run=call)
 pipeline.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-from secateur.cli import main
+from secateur.cli.main import main
 main()
 """
 

@@ -18,19 +18,19 @@ from torch import Tensor
 
 from secateur import Goal, Model, Plan, make_plan, score
 from secateur.allocate.base import Evidence
+from secateur.data.tasks import use_of
+from secateur.data.tokens import Tokens
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
-from secateur.model import anatomy_of
-from secateur.pipeline import write
-from secateur.plan import revise
-from secateur.prepare import Prepared
-from secateur.progress import Progress
-from secateur.stopwatch import Stopwatch
-from secateur.text import Tokens
-from secateur.units import DEPTH, MATRICES, STREAM, Unit
-from secateur.uses import use_of
+from secateur.models.model import anatomy_of
+from secateur.pipeline.compress import write
+from secateur.pipeline.prepare import Prepared
+from secateur.planning.plan import revise
+from secateur.structure.units import DEPTH, MATRICES, STREAM, Unit
+from secateur.utils.progress import Progress
+from secateur.utils.stopwatch import Stopwatch
 from tests.conftest import Calibrated
-from tests.families import AUTO, FAMILIES
+from tests.support.families import AUTO, FAMILIES
 
 READER = Path(__file__).with_name("reader.py")
 KINDS = ("full", "plain", "layered", "mixed", "gone")

@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from secateur import checkpoint, pipeline
-from secateur.prepare import Prepared
-from secateur.progress import Progress
-from secateur.stopwatch import Stopwatch
-from secateur.units import DEPTH
-from secateur.writer import Writer
+from secateur.apply import save as checkpoint
+from secateur.io.safetensors_writer import Writer
+from secateur.pipeline import compress as pipeline
+from secateur.pipeline.prepare import Prepared
+from secateur.structure.units import DEPTH
+from secateur.utils.progress import Progress
+from secateur.utils.stopwatch import Stopwatch
 from tests.contract.conftest import ROUNDING, logits, narrowing, open_config, spread
-from tests.families import (
+from tests.support.families import (
     AUTO,
     FAMILIES,
     HIDDEN,

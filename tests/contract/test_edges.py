@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from secateur import InputError, Method, MoDeGPT, Model, Store, calibrate, open_model
-from secateur.apply import narrow_block
-from secateur.checkpoint import store_block, store_rest
-from secateur.linalg import decoder, roots
-from secateur.model import Settings
-from secateur.text import sample
-from secateur.writer import Writer
-from tests import families
+from secateur.apply.save import store_block, store_rest
+from secateur.apply.surgery import narrow_block
+from secateur.data.tokens import sample
+from secateur.io.safetensors_writer import Writer
+from secateur.linalg.least_squares import decoder, roots
+from secateur.models.model import Settings
+from tests.support import families
 
 
 def narrowed(model: Model, method: Method, keep: float) -> None:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from secateur.apply import narrow_block
+from secateur.apply.surgery import narrow_block
 from tests.contract import virtual
 from tests.contract.conftest import by_blocks, logits, narrowing, spread
-from tests.families import FAMILIES, NORMED, PARTIAL, ROTARY, read
+from tests.support.families import FAMILIES, NORMED, PARTIAL, ROTARY, read
 
 
 def narrowings(model, calibrated, name, kind, share, method):
@@ -135,7 +135,7 @@ def test_value_bias_is_folded_into_the_output_bias(opened, calibrated, method, n
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "mistral"])
 def test_gated_gram_is_that_of_the_product(stock, calibrated, name):
     """The mistake: a Gram of act(gate) alone, so that up takes no part in the choice."""
-    from secateur.statistics import Needs
+    from secateur.calibration.statistics import Needs
 
     model, data = stock(name), calibrated(name)
     mlp = model.base_model.layers[0].mlp

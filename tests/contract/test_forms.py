@@ -10,18 +10,18 @@ from transformers import AutoModel
 
 from secateur import Goal, Settings, make_plan, open_model, score
 from secateur.allocate.uniform import Uniform
-from secateur.apply import narrowed
-from secateur.linears import dense_weight, inputs_by_outputs
+from secateur.apply.surgery import narrowed
 from secateur.methods import METHODS, method_class
-from secateur.pipeline import write
-from secateur.prepare import Prepared
-from secateur.progress import Progress
-from secateur.sequence import stored_bytes
-from secateur.stopwatch import Stopwatch
-from secateur.units import MATRICES
+from secateur.models.linear_ops import dense_weight, inputs_by_outputs
+from secateur.pipeline.compress import write
+from secateur.pipeline.multi_step import stored_bytes
+from secateur.pipeline.prepare import Prepared
+from secateur.structure.units import MATRICES
+from secateur.utils.progress import Progress
+from secateur.utils.stopwatch import Stopwatch
 from tests.contract.conftest import ALWAYS, ROUNDING, asked_with, run_reader, spread
 from tests.contract.variants import VARIANTS
-from tests.families import AUTO, FAMILIES
+from tests.support.families import AUTO, FAMILIES
 
 RESHAPING = [name for name in METHODS if method_class(name).kinds == MATRICES]
 RESHAPING += [name for name in VARIANTS if " " in name]  # with other options

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from secateur.evaluate.reload import attend_by
+from secateur.evaluate.verify import attend_by
 from tests.contract.conftest import logits, spread
-from tests.families import FAMILIES, attentions, read
+from tests.support.families import FAMILIES, attentions, read
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from secateur import Calibration, InputError, Questions, Text, compress, save
-from secateur.units import DEPTH
+from secateur.structure.units import DEPTH
 from tests.contract.conftest import spread
-from tests.families import WIDTH, words
+from tests.support.families import WIDTH, words
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from secateur.apply import narrow_block
-from secateur.errors import InputError
+from secateur.apply.surgery import narrow_block
+from secateur.calibration.statistics import Needs
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.scored import ScoredMethod
-from secateur.prices import counted
-from secateur.statistics import Needs
-from secateur.units import DEPTH
+from secateur.structure.costs import counted
+from secateur.structure.units import DEPTH
+from secateur.utils.errors import InputError
 from tests.contract.conftest import by_blocks, by_widths, logits, methods, states
-from tests.families import FAMILIES, read
+from tests.support.families import FAMILIES, read
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

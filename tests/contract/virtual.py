@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.methods.base import Narrowing
-from tests.families import FAMILIES, interleaved
+from tests.support.families import FAMILIES, interleaved
 
 Narrowings = Mapping[int, Mapping[str, Narrowing]]  # block, kind of unit
 

@@ -6,11 +6,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from secateur.errors import InputError
+from secateur.utils.errors import InputError
 from tests.fuzz import watch
 from tests.fuzz.targets import Target
 
-MODULES = ("secateur.untrusted", "secateur.header", "secateur.records", "secateur.plan", "json")
+MODULES = (
+    "secateur.io.safe_parse",
+    "secateur.io.safetensors_header",
+    "secateur.io.schema",
+    "secateur.planning.plan",
+    "json",
+)
 SEEDS = 200
 
 

@@ -14,40 +14,40 @@ from typing import Any
 
 from secateur import Calibration, Goal, Settings, Store, calibrate, make_plan, open_model, score
 from secateur.allocate.knapsack import Knapsack
-from secateur.card import card
-from secateur.checkpoint import store_block
-from secateur.compare import compare
-from secateur.errors import HaltedError, InputError
-from secateur.evaluate.tasks import read_task
-from secateur.frontier.folder import Folder
-from secateur.frontier.grid import read_sweep
-from secateur.header import read_header, tensors
-from secateur.journal import Journal
+from secateur.apply.block_journal import Journal
+from secateur.apply.save import store_block
+from secateur.apply.sequential import narrow_blocks
+from secateur.calibration.statistics import Needs
+from secateur.cli.render import inspection
+from secateur.data.tokens import read_documents
+from secateur.evaluate.task_file import read_task
+from secateur.io.run_directory import FINGERPRINT, Workspace
+from secateur.io.safetensors_header import read_header, tensors
+from secateur.io.safetensors_writer import Writer
 from secateur.methods import check_served, method_class
 from secateur.methods.auto import Auto
-from secateur.model import Model
-from secateur.opening import skeleton
-from secateur.page import rendered
-from secateur.page.content import content
-from secateur.pipeline import write
-from secateur.plan import match_units, read_plan
-from secateur.prepare import Prepared, check_reach
-from secateur.present import inspection
-from secateur.prices import counted
-from secateur.progress import Progress
-from secateur.propagate import narrow_blocks
-from secateur.push import check_whole
-from secateur.recipe import Recipe, Step, read_recipe
-from secateur.runs import read_run
-from secateur.scores import identity, keep_evidence, kept_evidence
-from secateur.statistics import Needs
-from secateur.stopwatch import Stopwatch
-from secateur.text import read_documents
-from secateur.workspace import FINGERPRINT, Workspace
-from secateur.writer import Writer
-from tests import families
+from secateur.models.loading import skeleton
+from secateur.models.model import Model
+from secateur.pipeline.compress import write
+from secateur.pipeline.prepare import Prepared, check_reach
+from secateur.planning.plan import match_units, read_plan
+from secateur.planning.recipe import Recipe, Step, read_recipe
+from secateur.report.frontier_table import compare
+from secateur.report.html import rendered
+from secateur.report.html.content import content
+from secateur.report.hub import check_whole
+from secateur.report.model_card import card
+from secateur.report.run_records import read_run
+from secateur.scoring.evidence import identity, keep_evidence, kept_evidence
+from secateur.structure.costs import counted
+from secateur.sweeps.folder import Folder
+from secateur.sweeps.grid import read_sweep
+from secateur.utils.errors import HaltedError, InputError
+from secateur.utils.progress import Progress
+from secateur.utils.stopwatch import Stopwatch
 from tests.fuzz.mutations import as_yaml, mutated, numbers, weight_file
-from tests.reference.made_runs import REPORT, UNITS, made_run
+from tests.support import families
+from tests.support.made_runs import REPORT, UNITS, made_run
 
 CPU = Settings(device="cpu", dtype="float32")
 #: families whose configs are mutated; one of each kind of layout

@@ -13,7 +13,7 @@ from random import Random
 from types import FrameType
 from typing import Any
 
-from secateur.errors import InputError
+from secateur.utils.errors import InputError
 from tests.fuzz.targets import Target
 
 SECONDS = 20.0  # that one case may take

@@ -1,0 +1,308 @@
+"""Which blocks of a run are narrowed and written, so that a run that was killed goes on there."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import FiniteFloat, ValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from secateur.apply.renumbering import place
+from secateur.apply.save import attention_changed, block_prefix
+from secateur.calibration.layer_stream import Stream
+from secateur.distributed.collectives import ALONE, Ranks
+from secateur.evaluate.verify import Testimony
+from secateur.io.run_directory import AGAIN, WRITTEN, digest, write_whole
+from secateur.io.safetensors_writer import Writer, WriterState
+from secateur.io.schema import Record, read_record
+from secateur.layers.factored_secateur import Factored
+from secateur.layers.integers import Integers
+from secateur.layers.modeling_secateur import factored, narrow_attention, resized
+from secateur.models.block import Block
+from secateur.models.canonical_attention import uniform_attention
+from secateur.models.model import FAULTS_OF_CONFIG, Model
+from secateur.models.offload import entries, set_entry
+from secateur.planning.plan import Plan
+from secateur.report.run_records import Amount, Observed
+from secateur.utils.errors import InputError, RunError, first_line, words
+
+MAX_BYTES = 2**30
+SAID = "said.safetensors"
+
+
+class Shape(Record):
+    """What a finished block looks like.
+
+    Attributes:
+        gone: whether nothing is left of it.
+        linears: sizes of the MLP's linears.
+        attention: shape of an attention that is not the stock one.
+        forms: specs of the layers of other forms.
+    """
+
+    gone: bool
+    linears: dict[str, dict[str, int | bool]]
+    attention: dict[str, Any] | None
+    forms: dict[str, dict[str, Any]]
+
+
+class Entries(Record):
+    """The journal's file."""
+
+    sizes: dict[str, int]
+    blocks: list[Shape]
+    errors: list[dict[str, FiniteFloat | None]]
+    streams: dict[str, int]  # bytes of the states of each
+    streamed: bool
+    writer: WriterState
+
+
+class Ending(Record):
+    """What a run keeps of its work on weights, once that is done.
+
+    Attributes:
+        said: digest of the file in which it is what the result says.
+    """
+
+    plan: Plan
+    observed: dict[str, Any]
+    seconds: dict[str, Amount]
+    said: str
+
+
+@dataclass
+class Finished:
+    """A result that is written and not yet judged: its plan, what was seen, and what it says."""
+
+    plan: Plan
+    observed: dict[str, Any]
+    seconds: dict[str, float]
+    said: Testimony
+
+    def keep(self, folder: Path) -> None:
+        """Note it in the run's folder."""
+        self.said.save(folder / SAID)
+        ending = Ending(
+            plan=self.plan,
+            observed=self.observed,
+            seconds=self.seconds,
+            said=digest(folder / SAID),
+        )
+        write_whole(folder / WRITTEN, ending.model_dump_json())
+
+
+def read_finished(folder: Path) -> Finished | None:
+    """What an earlier run of the same command has noted, or None; what is damaged is forgotten."""
+    if not (folder / WRITTEN).exists():
+        return None
+    try:
+        found = read_record(Ending, folder / WRITTEN, "journal", MAX_BYTES)
+        Observed.model_validate(found.observed)
+        if digest(folder / SAID) == found.said:
+            said = Testimony.load(folder / SAID)
+            return Finished(found.plan, found.observed, found.seconds, said)
+    except (InputError, ValidationError, SafetensorError, OSError):
+        pass
+    (folder / WRITTEN).unlink()
+    return None
+
+
+class States:
+    """The states of what runs through the blocks, as a process keeps its share of them.
+
+    Attributes:
+        folder: where they are, which is the same for all processes.
+        done: how many blocks are finished.
+    """
+
+    def __init__(self, folder: Path, done: int, ranks: Ranks = ALONE) -> None:
+        self.folder, self.ranks, self._done = folder, ranks, done
+        self._streams: dict[str, Stream] = {}
+
+    @property
+    def done(self) -> int:
+        """How many blocks are finished."""
+        return self._done
+
+    def path(self, name: str, done: int) -> Path:
+        """Where the states of a stream are kept."""
+        return self.folder / f"{name}-{done}.states"
+
+    def attach(self, name: str, stream: Stream) -> None:
+        """Keep the states of a stream, or bring it to where it was."""
+        self._streams[name] = stream
+        if self.done:
+            stream.load(self.path(name, self.done))
+
+    def restore(self, model: Model, block: Block) -> None:
+        """Nothing behind a finished block asks for its weights."""
+
+    def record(self, block: Block) -> None:
+        """A block is finished, and all streams are behind it."""
+        if journalled(block) and block.index == self._done:
+            self._done += 1
+            self.save()
+
+    def save(self) -> None:
+        """Write the states; those of all processes are whole when this returns."""
+        for name, stream in self._streams.items():
+            stream.save(self.path(name, self.done))
+        self.ranks.meet()
+
+
+class Journal(States):
+    """The blocks that are done, the states of what runs through them, and what is written.
+
+    After each block the states of all attached streams are written beside the journal, then the
+    journal, then the states before are dropped. So there is always one whole state to go on from.
+    Weights are those that the ``writer`` has on disk already.
+
+    Don't use it where layers are packed integers or the stream is sliced: such runs start their
+    narrowing again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        writer: Writer,
+        sizes: Mapping[str, int],
+        streamed: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        super().__init__(folder, 0, ranks)
+        self._writer, self._streamed = writer, streamed
+        self._sizes = dict(sizes)
+        self._path = folder / "journal.json"
+        self._blocks: list[Shape] = []
+        self.errors: list[dict[str, float | None]] = []
+        found = self._read()
+        if found is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(writer.folder, ignore_errors=True)
+            writer.folder.mkdir(parents=True)
+            folder.mkdir()
+        else:
+            self._blocks, self.errors = found.blocks, found.errors
+
+    @property
+    def done(self) -> int:
+        """How many blocks are finished."""
+        return len(self._blocks)
+
+    def _read(self) -> Entries | None:
+        """What an earlier run has left, if it can be gone on with."""
+        if not self._path.exists():
+            return None
+        try:
+            found = read_record(Entries, self._path, "journal", MAX_BYTES)
+        except InputError:  # damaged, or of another version: the narrowing starts again
+            return None
+        if found.sizes != self._sizes or found.streamed != self._streamed:
+            return None  # of a model that was read in the other way, other states are kept
+        for name, size in found.streams.items():
+            path = self.path(name, len(found.blocks))
+            if not path.exists() or path.stat().st_size != size:
+                return None
+        return found if self._writer.go_on(found.writer) else None
+
+    def record(self, block: Block) -> None:
+        """A block is finished and written, and all streams are behind it."""
+        if not journalled(block) or block.index != self.done:
+            return  # what is behind a block that is not noted can't be gone on from
+        before = self.done
+        self._blocks.append(shape_of(block))
+        self.save()
+        content = Entries(
+            sizes=self._sizes,
+            blocks=self._blocks,
+            errors=self.errors,
+            streams={n: self.path(n, self.done).stat().st_size for n in self._streams},
+            streamed=self._streamed,
+            writer=self._writer.state(),
+        )
+        write_whole(self._path, content.model_dump_json())
+        self._writer.settle()
+        for name in self._streams:
+            self.path(name, before).unlink(missing_ok=True)
+
+    def restore(self, model: Model, block: Block) -> None:
+        """Give a block the shape that it was finished in and, in a whole model, its weights."""
+        try:
+            self._restore(model, block, self._blocks[block.index])
+        except (*FAULTS_OF_CONFIG, StopIteration) as error:
+            if isinstance(error, RunError) or "memory" in str(error):
+                raise  # what was written can't be read, or is too large for now
+            self._path.unlink()
+            raise InputError(
+                f"journal {str(self._path)!r}: what it says of block {block.index} can't be "
+                f"({words(first_line(error))}).{AGAIN}"
+            ) from error
+
+    def _restore(self, model: Model, block: Block, shape: Shape) -> None:
+        if shape.gone:
+            block.remove()
+            return
+        with torch.device("meta"):
+            for path, size in shape.linears.items():
+                old = block.module.get_submodule(path)
+                new = resized(old, int(size["out"]), int(size["in"]), bool(size["bias"]))
+                block.module.set_submodule(path, new)
+            if shape.attention is not None:
+                attention = narrow_attention(block.stock_attention, dict(shape.attention))
+                block.replace_attention(attention)
+            made = {path: factored(block.module, path, s) for path, s in shape.forms.items()}
+            for path, form in made.items():
+                form.follow(made)
+                block.module.set_submodule(path, form)
+        number = place(model, block)
+        for root in (block.module, block.stock_attention):
+            for module in root.modules():
+                if getattr(module, "layer_idx", None) is not None:
+                    numbered: Any = module
+                    numbered.layer_idx = number
+        if model.residence is not None:
+            model.residence.leave(block)
+            return
+        self._fill(model, block, shape.attention is not None)
+
+    def _fill(self, model: Model, block: Block, changed: bool) -> None:
+        prefix, inside = block_prefix(model, block), f"{block.anatomy.attention}."
+        parts: list[tuple[nn.Module, str, str]] = [
+            (block.module, prefix, "" if changed else inside)
+        ]
+        if not changed:
+            parts.append((block.stock_attention, prefix + inside, ""))
+        for root, before, left_out in parts:
+            for name, old in list(entries(root)):
+                if left_out and name.startswith(left_out):
+                    continue
+                tensor = self._writer.read(before + name, old)
+                dtype = model.module.dtype if tensor.is_floating_point() else tensor.dtype
+                path, _, own = name.rpartition(".")
+                set_entry(root.get_submodule(path), own, tensor.to(model.device, dtype))
+        if not changed:
+            stock = block.stock_attention
+            block.replace_attention(uniform_attention(stock, block.anatomy, block.heads))
+        block.module.eval()
+
+
+def journalled(block: Block) -> bool:
+    """Whether a block can be given back from its shape and its written weights."""
+    packed = any(isinstance(module, Integers) for module in block.module.modules())
+    config: Any = getattr(block.stock_attention, "config", None)
+    return not packed and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
+
+
+def shape_of(block: Block) -> Shape:
+    """What :meth:`Journal.restore` makes a block of."""
+    if block.gone:
+        return Shape(gone=True, linears={}, attention=None, forms={})
+    forms = {p: dict(m.spec) for p, m in block.module.named_modules() if isinstance(m, Factored)}
+    changed = attention_changed(block)
+    attention = json.loads(json.dumps(block.attention.shape)) if changed else None
+    return Shape(gone=False, linears=block.linears, attention=attention, forms=forms)

@@ -1,0 +1,173 @@
+"""Commands on what there is already. Nothing heavy is imported before a command needs it."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from secateur.cli import parse as asked
+from secateur.cli.options import model_argument, open_options
+from secateur.utils.errors import InputError, nearest
+
+EXPORTS = ("gguf", "onnx", "plain")
+
+folder = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=folder, metavar="RUN...")
+@click.option("--plot", type=folder, metavar="FILE.svg", help="Draw the frontier on bytes.")
+@click.option("--overwrite", is_flag=True, help="Replace the picture.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def compare(runs: tuple[Path, ...], plot: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Show RUNs, folders that `compress` wrote, in one table, and which are dominated.
+
+    They must be of one dense model and have been judged on a common text. `report --siblings`
+    draws their frontiers, `--plot` writes the first as a picture.
+    """
+    from secateur.io.run_directory import write_whole
+    from secateur.report import frontier_table as comparing
+
+    sheets = {run for run in runs if run.name in comparing.SHEETS and run.is_file()}  # of a sweep
+    content = comparing.compare([run for run in runs if run not in sheets] or runs)
+    if plot is not None:
+        from secateur.report.html.content import standalone
+
+        if plot.suffix.lower() != ".svg":
+            raise InputError(f"--plot {str(plot)!r}: it is an SVG picture; name it so.")
+        if not plot.absolute().parent.is_dir():
+            raise InputError(f"--plot {str(plot)!r}: there is no folder {str(plot.parent)!r}.")
+        if plot.exists() and not overwrite:
+            raise InputError(f"--plot {str(plot)!r} exists already; --overwrite replaces it.")
+        write_whole(plot, standalone(content))
+    if as_json:
+        asked.print_json(content)
+    else:
+        comparing.show(content)
+
+
+@click.command()
+@click.argument("run", type=folder)
+@click.option(
+    "--siblings",
+    multiple=True,
+    type=folder,
+    metavar="RUN",
+    help="Another run of the same dense model, to be shown beside it; may be repeated.",
+)
+def report(run: Path, siblings: tuple[Path, ...]) -> None:
+    """Write the report page and the model card of RUN, a folder that `compress` wrote, anew."""
+    from secateur.report.html import write_page
+    from secateur.report.model_card import write_card
+    from secateur.report.run_records import read_run
+
+    page = write_page(run, siblings)
+    card = write_card(read_run(run))
+    print(f"{page}\n{card}")
+
+
+@click.command()
+@click.argument("run", type=folder)
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Only you, or your organisation, will see it.")
+def push(run: Path, repo: str, private: bool) -> None:
+    """Upload RUN, a folder that `compress` wrote, to REPO (USER/NAME) on the hub.
+
+    Its record goes along: paths in recipe.yaml and report.json are as you typed them.
+    """
+    from secateur.report import hub as pushing
+    from secateur.utils.progress import for_terminal
+
+    print(pushing.push(run, repo, private, for_terminal()))
+
+
+@click.command()
+@model_argument
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dense", is_flag=True, help="Multiply out every matrix of another form.")
+@click.option(
+    "--to",
+    help="gguf: one file for llama.cpp, where it is run and compared; plain: classes of "
+    "transformers itself, if all layers have the same shapes; onnx: a graph for onnxruntime.",
+)
+@click.option(
+    "--type",
+    "kind",
+    default="auto",
+    show_default=True,
+    help="Of the matrices in a GGUF file: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k; auto "
+    "is the stored format.",
+)
+@click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out of a GGUF file.")
+@click.option("--unchecked", is_flag=True, help="Don't run a GGUF file in llama.cpp.")
+@open_options
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    model: str,
+    out: Path,
+    dense: bool,
+    to: str | None,
+    kind: str,
+    no_tokenizer: bool,
+    unchecked: bool,
+    as_json: bool,
+    overwrite: bool,
+    **rest: Any,
+) -> None:
+    """Write MODEL, a compressed checkpoint, to OUT for readers that know less."""
+    from dataclasses import asdict
+
+    from secateur.cli import render as present
+    from secateur.evaluate.evaluator import quiet
+    from secateur.export.checkpoint import export_dense, export_plain
+    from secateur.utils.progress import for_terminal
+
+    if dense == (to is not None):
+        raise InputError(
+            "say what for: --dense multiplies out every matrix of another form, --to gguf writes a "
+            "file for llama.cpp, --to plain a checkpoint for stock classes, --to onnx a graph."
+        )
+    if to not in (None, *EXPORTS):
+        raise InputError(f"unknown --to {to!r}. {nearest(to, EXPORTS)}")
+    for name in ("kind", "no_tokenizer", "unchecked"):
+        if to != "gguf" and asked.typed(ctx, name):
+            flag = {"kind": "type"}.get(name, name.replace("_", "-"))
+            raise InputError(f"--{flag} is for --to gguf; leave it out.")
+    quiet()
+    if to == "gguf":
+        from secateur.export.gguf.export import export_gguf
+
+        given = (asked.settings(rest), overwrite, not no_tokenizer, not unchecked, for_terminal())
+        made = export_gguf(model, out, kind, *given)
+        if as_json:
+            asked.print_json({"out": str(out), **asdict(made)})
+        else:
+            present.show_gguf(out, made)
+        return
+    if to == "plain":
+        plain = export_plain(model, out, asked.settings(rest), overwrite, for_terminal())
+        if as_json:
+            asked.print_json({"out": str(out), **asdict(plain)})
+        else:
+            present.show_plain(out, plain.model_type)
+        return
+    if to == "onnx":
+        from secateur.export.onnx import export_onnx
+
+        graph = export_onnx(model, out, asked.settings(rest), overwrite, for_terminal())
+        if as_json:
+            asked.print_json({"out": str(out), **asdict(graph)})
+        else:
+            present.show_graph(out, graph)
+        return
+    tier = export_dense(model, out, asked.settings(rest), overwrite, for_terminal())
+    if as_json:
+        asked.print_json({"out": str(out), "tier": tier})
+    else:
+        present.show_export(out, tier)
+
+
+COMMANDS = (export, compare, report, push)

@@ -1,0 +1,364 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from secateur.cli import parse as asked
+from secateur.cli.commands import COMMANDS
+from secateur.cli.options import (
+    MethodCommand,
+    calibration_options,
+    judge_options,
+    model_argument,
+    open_options,
+    stream_option,
+    text_options,
+)
+from secateur.cli.sweep import sweep
+from secateur.utils.errors import HaltedError, InputError, RunError, out_of_memory, printable, words
+from secateur.version import __version__
+
+if TYPE_CHECKING:
+    from secateur.methods.base import Method
+    from secateur.pipeline.workers import Crew
+    from secateur.planning.plan import Plan
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="secateur")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Make a trained transformer smaller and faster, and see what it costs.
+
+    \b
+    secateur compress Qwen/Qwen2.5-0.5B out --keep 0.8     do it
+    secateur inspect Qwen/Qwen2.5-0.5B                     what could shrink
+    secateur plan Qwen/Qwen2.5-0.5B --keep 0.8 --dry-run   what would shrink
+    secateur eval out                                      measure any model
+    secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   draw the frontier
+    """
+    if ctx.obj is not None:
+        from secateur.cli.launch import check_command
+
+        check_command(ctx.invoked_subcommand, ctx.obj)
+
+
+@cli.command(name="ls")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def list_all(as_json: bool) -> None:
+    """List the methods with their options, and the model families they serve."""
+    from secateur.cli import render as present
+
+    content = present.catalogue()
+    asked.print_json(content) if as_json else present.show_catalogue(content)
+
+
+@cli.command()
+@model_argument
+@open_options
+@click.option("--multiple-of", default=8, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--forms",
+    is_flag=False,
+    flag_value="all",
+    metavar="[METHODS]",
+    help="Error against bytes of the forms of these methods, by commas, or of all: needs weights.",
+)
+@text_options
+def inspect(model: str, as_json: bool, multiple_of: int, forms: str | None, **rest: Any) -> None:
+    """Show what can shrink in MODEL, and what calibration would need; reads no weights."""
+    from secateur.cli import render as present
+
+    if forms is None:
+        content = present.inspection(model, asked.settings(rest), multiple_of)
+        asked.print_json(content) if as_json else present.show_inspection(content)
+        return
+    from secateur.evaluate.evaluator import quiet
+    from secateur.methods.forms import Forms, reshaping
+    from secateur.pipeline.form_spectrum import spectrum
+    from secateur.utils.progress import for_terminal
+
+    quiet()
+    methods = Forms(of=",".join(reshaping()) if forms == "all" else forms)
+    given = (asked.calibration(rest), asked.settings(rest), for_terminal())
+    content = spectrum(model, methods, *given)
+    asked.print_json(content) if as_json else present.show_spectrum(content)
+
+
+@cli.command(cls=MethodCommand)
+@model_argument
+@calibration_options
+@open_options
+@stream_option
+@click.option("--output", "-o", default="plan.json", show_default=True, help="File to write.")
+@click.option("--dry-run", is_flag=True, help="Show the plan without writing it.")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    /,
+    model: str,
+    as_json: bool,
+    output: str,
+    dry_run: bool,
+    overwrite: bool,
+    scores: Path | None,
+    statistics: Path | None,
+    **rest: Any,
+) -> None:
+    """Decide the size of every unit of MODEL; no weight is touched.
+
+    The plan is JSON: read it, edit the sizes, apply it with `secateur compress --plan`. What
+    calibration measured is kept, so a second budget takes seconds.
+    """
+    from tempfile import TemporaryDirectory
+
+    from secateur.calibration.collect import Store
+    from secateur.cli import render as present
+    from secateur.evaluate.evaluator import quiet
+    from secateur.io.run_directory import write_whole
+    from secateur.models.loading import skeleton
+    from secateur.pipeline import input_checks as inputs
+    from secateur.pipeline.prepare import check_reach, chosen_allocator, prepare
+    from secateur.utils.progress import for_terminal
+    from secateur.utils.stopwatch import Stopwatch
+
+    path = Path(output)
+    if not dry_run and path.exists() and not overwrite:
+        raise InputError(f"{output!r} exists; choose another --output or add --overwrite.")
+    if not dry_run and not path.parent.is_dir():
+        raise InputError(f"--output {output!r}: there is no folder {str(path.parent)!r}.")
+    quiet()
+    method, goal = asked.method(ctx, rest), asked.goal(ctx, rest)
+    calibration, settings = asked.calibration(rest), asked.settings(rest)
+    allocator = chosen_allocator(method, goal, asked.allocator(ctx, rest))
+    shapes = skeleton(model, settings)
+    asked.refuse_lengths(ctx, shapes.use)
+    check_reach(shapes, method, goal, allocator)
+    with TemporaryDirectory() as passing:
+        made = prepare(
+            model,
+            method,
+            calibration,
+            inputs.read_calibration(model, calibration, settings),
+            settings,
+            goal,
+            allocator,
+            Store(statistics or Path(passing)),
+            scores,
+            Stopwatch(),
+            for_terminal(),
+            only_plan=True,
+            **asked.crew(ctx),
+        ).plan
+    if not dry_run:
+        write_whole(path, made.to_json())
+    if as_json:
+        print(made.to_json(), end="")
+    else:
+        present.show_plan(made, None if dry_run else path)
+
+
+@cli.command(cls=MethodCommand)
+@model_argument
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Apply this plan.")
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="Follow the steps in this YAML file; --keep is then a share of the bytes of all blocks.",
+)
+@calibration_options
+@judge_options
+@open_options
+@stream_option
+@click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
+@click.pass_context
+def compress(
+    ctx: click.Context,
+    /,
+    model: str,
+    out: Path,
+    plan_file: Path | None,
+    recipe: Path | None,
+    as_json: bool,
+    overwrite: bool,
+    scores: Path | None,
+    statistics: Path | None,
+    **rest: Any,
+) -> None:
+    """Write a smaller checkpoint of MODEL (a folder or hub id) to the new folder OUT.
+
+    The dense model is measured first, the result is reloaded in a fresh process, compared with
+    memory and measured the same way. A run that was killed goes on when it is typed again.
+    """
+    from secateur.cli import render as present
+    from secateur.data.tasks import use_of
+    from secateur.evaluate.evaluator import quiet
+    from secateur.models.loading import read_config
+    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import input_checks as inputs
+    from secateur.planning.plan import read_plan
+    from secateur.utils.progress import for_terminal
+
+    quiet()
+    if recipe is not None:
+        _follow(ctx, model, out, recipe, as_json, overwrite, rest)
+        return
+    if plan_file is not None:
+        asked.refuse_beside(ctx, "plan", {"keep", "calibration", "samples", "length", "seed"})
+        made: Method | Plan = (replay := read_plan(plan_file))
+        calibration, goal, allocator = replay.calibration.choice(), None, None
+    else:
+        made, calibration = asked.method(ctx, rest), asked.calibration(rest)
+        goal, allocator = asked.goal(ctx, rest), asked.allocator(ctx, rest)
+    use = use_of(read_config(model, asked.settings(rest)))
+    asked.refuse_lengths(ctx, use)
+    questions = asked.questions(rest, inputs.default_texts(calibration, use), calibration.length)
+    report = pipeline.compress(
+        model,
+        out,
+        made,
+        calibration,
+        questions,
+        asked.settings(rest),
+        goal,
+        allocator,
+        scores,
+        statistics,
+        overwrite,
+        for_terminal(),
+        **asked.crew(ctx),
+    )
+    if as_json:
+        asked.print_json(report.content)
+    else:
+        present.show_report(report, out)
+
+
+@cli.command(name="eval")
+@model_argument
+@judge_options
+@click.option("--against", metavar="DENSE", help="Measure this model too, and compare with it.")
+@open_options
+@stream_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context, /, model: str, as_json: bool, against: str | None, **rest: Any
+) -> None:
+    """Measure MODEL: perplexity, speed, memory and a sample, as `compress` does."""
+    from dataclasses import asdict
+
+    from secateur.cli import render as present
+    from secateur.data.tasks import use_of
+    from secateur.data.tokens import BUNDLED, Text
+    from secateur.evaluate.against import judge_against
+    from secateur.evaluate.evaluator import check_tasks, judge_apart
+    from secateur.models.loading import read_config
+    from secateur.utils.progress import for_terminal
+
+    asked.refuse_lengths(ctx, use := use_of(read_config(model, asked.settings(rest))))
+    questions = asked.questions(rest, (Text("Python docs (bundled)", BUNDLED),), None)
+    check_tasks(use, questions.tasks)
+    if against is not None:
+        report = judge_against(model, against, questions, asked.settings(rest), for_terminal())
+        asked.print_json(report.content) if as_json else present.show_comparison(report)
+        return
+    verdict = judge_apart(model, questions, asked.settings(rest), for_terminal())
+    asked.print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
+
+
+for command in (sweep, *COMMANDS):
+    cli.add_command(command)
+
+
+def _follow(
+    ctx: click.Context,
+    model: str,
+    out: Path,
+    file: Path,
+    as_json: bool,
+    overwrite: bool,
+    options: dict[str, Any],
+) -> None:
+    """Compress in the steps of a recipe."""
+    from secateur.cli import render as present
+    from secateur.data.tasks import use_of
+    from secateur.models.loading import read_config
+    from secateur.pipeline import input_checks as inputs
+    from secateur.pipeline.multi_step import compress_in_steps
+    from secateur.planning.recipe import read_recipe
+    from secateur.utils.progress import for_terminal
+
+    asked.refuse_beside(ctx, "recipe", {"plan_file", "scores", "statistics"})
+    calibration, settings = asked.calibration(options), asked.settings(options)
+    use = use_of(read_config(model, settings))
+    asked.refuse_lengths(ctx, use)
+    report = compress_in_steps(
+        model,
+        out,
+        read_recipe(file, options["keep"]),
+        calibration,
+        asked.questions(options, inputs.default_texts(calibration, use), calibration.length),
+        settings,
+        overwrite,
+        for_terminal(),
+        **asked.crew(ctx),
+    )
+    asked.print_json(report.content) if as_json else present.show_report(report, out)
+
+
+#: where a run stopped that can go on
+ON = (
+    "Nothing half-written has a final name; a compress or sweep command goes on when it is typed "
+    "again."
+)
+
+
+def main() -> None:
+    """Entry point: one message and exit code 2 for anything the user can put right."""
+    asked.COMMAND.set(shlex.join(["secateur", *sys.argv[1:]]))
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    if "WORLD_SIZE" in os.environ:  # as torchrun says, or something like it
+        from secateur.cli.launch import run_shared
+
+        sys.exit(run_shared(_run))
+    sys.exit(_run())
+
+
+def _run(crew: "Crew | None" = None) -> int:
+    """Follow the command line, maybe with a crew; the exit code."""
+    try:
+        code: int = cli.main(standalone_mode=False, obj=crew)
+    except click.exceptions.Abort as error:
+        said = str(error.__cause__ or "")  # of another process, where one ended
+        code = 1 if said else 130
+        interrupted = "interrupted; a compress or sweep command goes on when it is typed again."
+        print(f"error: {printable(said)}" if said else interrupted, file=sys.stderr)
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            print(error.ctx.get_usage(), file=sys.stderr)
+        print(f"error: {printable(error.format_message())}", file=sys.stderr)
+        code = error.exit_code
+    except InputError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        code = 2
+    except RunError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        code = 2 if isinstance(error, HaltedError) else 1
+    except OSError as error:
+        print(f"error: {words(str(error))}. {ON}", file=sys.stderr)
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "--stream on reads a model block by block, and fewer --samples take less."
+        print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
+        code = 2
+    return code

@@ -1,0 +1,158 @@
+"""What was typed, as the objects that the library takes."""
+
+import contextlib
+import json
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from secateur.cli.options import ALLOCATOR_KEY, METHOD_KEY, field_options
+from secateur.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from secateur.allocate.base import Allocator
+    from secateur.data.tasks import Use
+    from secateur.data.tokens import Calibration
+    from secateur.evaluate.evaluator import Questions
+    from secateur.methods.base import Method
+    from secateur.models.model import Settings
+    from secateur.structure.budget import Goal
+
+#: the command line that is being followed, as it was typed; None where Python called
+COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)
+
+
+def settings(options: dict[str, Any]) -> "Settings":
+    """How to open a model."""
+    from secateur.models.model import Settings
+
+    names = ("device", "dtype", "revision", "trust_remote_code", "stream")
+    return Settings(**{name: options[name] for name in names if name in options})
+
+
+def method(ctx: click.Context, options: dict[str, Any]) -> "Method":
+    """The method with the options that were given."""
+    kind: type[Method] = ctx.meta[METHOD_KEY]
+    return kind(**_given(kind, options))
+
+
+def allocator(ctx: click.Context, options: dict[str, Any]) -> "Allocator | None":
+    """What was asked for by name or by one of its fields."""
+    kind: type[Allocator] = ctx.meta[ALLOCATOR_KEY]
+    given = _given(kind, options)
+    return kind(**given) if given or options["allocator"] else None
+
+
+def _given(kind: type, options: dict[str, Any]) -> dict[str, Any]:
+    from dataclasses import fields
+
+    return {f.name: options[f.name] for f in fields(kind) if options.get(f.name) is not None}
+
+
+def goal(ctx: click.Context, options: dict[str, Any]) -> "Goal":
+    """What to spend; a runtime that is named as the target is what will read the result."""
+    from typing import get_args
+
+    from secateur.structure.budget import Goal
+    from secateur.structure.runtime_limits import Runtime
+
+    target, runtime = options["target"], options["runtime"]
+    if target in get_args(Runtime):  # a runtime is a target, too, in another sense
+        if typed(ctx, "runtime") and runtime != target:
+            raise InputError(f"--target {target} and --for {runtime}: one of them, not both.")
+        target, runtime = None, target
+    return Goal(
+        target or ctx.meta[METHOD_KEY].target,
+        options["tier"],
+        options["multiple_of"],
+        options["latency_batch"],
+        options["latency_length"],
+        runtime,
+    )
+
+
+def calibration(options: dict[str, Any]) -> "Calibration":
+    """The text that decides."""
+    from secateur.data.tokens import Calibration
+
+    return Calibration(
+        options["calibration"],
+        options["samples"],
+        options["length"],
+        options["seed"],
+        options["select_calibration"],
+    )
+
+
+def questions(options: dict[str, Any], default: Any, length: int | None) -> "Questions":
+    """What to measure; ``default`` are the texts where none is given."""
+    from secateur.data.tokens import Text
+    from secateur.evaluate.evaluator import Questions
+
+    sources = list(dict.fromkeys(options["texts"]))
+    names = [Path(source).name for source in sources]
+    texts = tuple(
+        Text(name if names.count(name) == 1 else source, source)
+        for name, source in zip(names, sources, strict=True)
+    )
+    return Questions(
+        texts=texts or default,
+        length=options["eval_length"] or length,
+        windows=options["eval_windows"],
+        prompt=options["prompt"],
+        new_tokens=options["new_tokens"],
+        speed=not options["no_speed"],
+        tasks=tuple(dict.fromkeys(t for given in options["tasks"] for t in _tasks(given))),
+        task_limit=options["task_limit"],
+        damage=options["damage"],
+    )
+
+
+def _tasks(given: str) -> list[str]:
+    """Names and files by commas, or one file, whose path may have some."""
+    from secateur.data.tokens import expanded
+
+    with contextlib.suppress(OSError):  # many names together are too long for a path
+        if expanded(given).is_file():
+            return [given]
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def refuse_beside(ctx: click.Context, what: str, also: set[str]) -> None:
+    """A plan, or a recipe, has its own method and budget; a flag for them would be ignored."""
+    kinds = (ctx.meta[METHOD_KEY], ctx.meta[ALLOCATOR_KEY])
+    own = {option.name for kind in kinds for option in field_options(kind)}
+    own |= {"method", "multiple_of", "target", "tier", "allocator", "runtime"}
+    own |= {"latency_batch", "latency_length"} | also
+    own |= {"select_calibration"} if what == "plan" else set()
+    for name in sorted(str(n) for n in own):
+        if typed(ctx, name):
+            flag = {"runtime": "for"}.get(name, name.removesuffix("_file").replace("_", "-"))
+            raise InputError(f"--{flag} and --{what} exclude each other.")
+
+
+def refuse_lengths(ctx: click.Context, use: "Use") -> None:
+    """An image has as many tokens as it has; a flag for their number would be ignored."""
+    for name in ("length", "eval_length", "latency_length"):
+        if not use.reads_text and typed(ctx, name):
+            raise InputError(
+                f"--{name.replace('_', '-')}: this {use.what} reads images, whose number of tokens "
+                f"the model sets; leave it out."
+            )
+
+
+def typed(ctx: click.Context, name: str) -> bool:
+    """Whether an option was given on the command line."""
+    return ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def print_json(content: Any) -> None:
+    """Print for machines."""
+    print(json.dumps(content, indent=1))
+
+
+def crew(ctx: click.Context) -> dict[str, Any]:
+    """The processes that share the work, as an argument, where there are several."""
+    return {} if ctx.obj is None else {"crew": ctx.obj}

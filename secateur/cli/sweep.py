@@ -1,0 +1,201 @@
+"""The command for sweeps. Nothing heavy is imported before it needs it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from secateur.cli import parse as asked
+from secateur.cli.options import judge_options, open_options, owners_of, stream_option, text_options
+from secateur.utils.errors import InputError
+
+if TYPE_CHECKING:
+    from secateur.sweeps.grid import SweepRecord
+
+#: what a sweep file says by itself
+GRID = ("keep", "method", "recipe", "allocator", "target", "tier", "runtime", "multiple_of")
+FLAGS = {"runtime": "for", "multiple_of": "multiple-of"}
+SUFFIXES = (".yaml", ".yml")
+
+
+class SweepCommand(click.Command):
+    """A command that says where the options of methods go."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As usual."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if not (owners := owners_of(error.option_name)):
+                raise
+            message = f"{error.option_name} belongs to {owners}; options of those go into a sweep "
+            message += "file (docs/sweeps.md)."
+            raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
+
+
+@click.command(cls=SweepCommand)
+@click.argument("source", metavar="MODEL|SWEEP.yaml")
+@click.argument("out", required=False, type=click.Path(path_type=Path))
+@click.option("--keep", metavar="K,K,…", help="Shares of the target that stay, by commas.")
+@click.option("--method", "-m", metavar="M,M,…", help="Methods, by commas  [default: auto]")
+@click.option(
+    "--recipe",
+    multiple=True,
+    metavar="FILE",
+    help="A recipe, which is followed at every --keep; may be repeated.",
+)
+@click.option("--allocator", metavar="A,A,…", help="Allocators  [default: each method's own]")
+@click.option("--target", metavar="T,T,…", help="What --keep is a share of, see `compress`.")
+@click.option("--tier", metavar="T,T", help="per-layer or plain, see `compress`.")
+@click.option("--for", "runtime", metavar="R,R,…", help="What will read the results.")
+@click.option("--multiple-of", metavar="N,N,…", help="Grain of MLP widths  [default: 8]")
+@text_options
+@judge_options
+@open_options
+@stream_option
+@click.option(
+    "--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs side by side."
+)
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Run as tasks of Ray (extra `ray`): on this machine, or on a cluster that shares the "
+    "folders. Give it last, or with an address.",
+)
+@click.option(
+    "--cpus", default=1, show_default=True, type=click.IntRange(1), help="Of a run, under Ray."
+)
+@click.option(
+    "--gpus", type=click.FloatRange(0), help="Of a run, under Ray  [default: 1 if there are any]"
+)
+@click.option("--dry-run", is_flag=True, help="List the runs, and start none.")
+@click.pass_context
+def sweep(
+    ctx: click.Context,
+    /,
+    source: str,
+    out: Path | None,
+    as_json: bool,
+    jobs: int,
+    ray: str | None,
+    cpus: int,
+    gpus: float | None,
+    dry_run: bool,
+    **rest: Any,
+) -> None:
+    """Compress MODEL in many ways, a folder each in OUT, and show their frontier.
+
+    \b
+    secateur sweep MODEL OUT --keep 0.9,0.8,0.7 --method auto,modegpt,flap
+    secateur sweep SWEEP.yaml
+
+    Every run is one that `compress` would write; the dense model is measured once, statistics and
+    scores serve all runs that need the same. Typed again, what is finished stays, and what is not
+    goes on. OUT is by default named after the sweep file.
+    """
+    from secateur.data.tasks import use_of
+    from secateur.evaluate.evaluator import quiet
+    from secateur.models.loading import read_config
+    from secateur.pipeline import input_checks as inputs
+    from secateur.sweeps.on_ray import Cluster
+    from secateur.sweeps.show import show_list, show_outcome
+    from secateur.sweeps.sweep import Sweep, by_ray, locally
+    from secateur.utils.progress import for_terminal
+
+    for name in ("cpus", "gpus"):
+        if ray is None and asked.typed(ctx, name):
+            raise InputError(f"--{name} is what Ray sets aside for a run; add --ray.")
+    if ray is not None and jobs > 1:
+        raise InputError(
+            "--jobs and --ray exclude each other; Ray runs what --cpus leaves room for."
+        )
+    quiet()
+    record = _record(ctx, source, rest)
+    model = record.model or source
+    if out is None:
+        if record.model is None:
+            raise InputError("name the folder that the runs go to: secateur sweep MODEL OUT …")
+        out = Path(Path(source).stem)
+    rest |= {k: v for k, v in record.options().items() if not asked.typed(ctx, k)}
+    calibration, settings = asked.calibration(rest), asked.settings(rest)
+    asked.refuse_lengths(ctx, use := use_of(read_config(model, settings)))
+    questions = asked.questions(rest, inputs.default_texts(calibration, use), calibration.length)
+    progress = for_terminal()
+    runs = record.asked()
+    planned = Sweep.of(model, out, runs, calibration, questions, settings, progress)
+    if dry_run:
+        content = planned.listed()
+        asked.print_json(content) if as_json else show_list(content)
+        return
+    if ray is not None:
+        way = by_ray(progress, Cluster(ray, cpus, gpus))
+    else:
+        way = locally(progress, planned.folder, jobs)
+    if questions.speed and (jobs > 1 or ray is not None):
+        progress.say(
+            "note: runs side by side disturb each other's times; --no-speed leaves them out"
+        )
+    content = planned.do(way)
+    asked.print_json(content) if as_json else show_outcome(content)
+    if failed := content["failed"]:
+        raise InputError(
+            f"{len(failed)} of {len(runs)} runs could not be done: {', '.join(failed)}. The others "
+            f"are in {str(out)!r}."
+        )
+
+
+def _record(ctx: click.Context, source: str, options: dict[str, Any]) -> "SweepRecord":
+    """What is asked for, by a file or by flags, which leave ``options``."""
+    from secateur.data.tokens import expanded
+    from secateur.sweeps.grid import SweepRecord, read_sweep
+
+    given = {name: options.pop(name) for name in GRID}
+    if source.endswith(SUFFIXES):
+        for name in GRID:
+            if asked.typed(ctx, name):
+                raise InputError(
+                    f"--{FLAGS.get(name, name)} and a sweep file exclude each other; say it there."
+                )
+        record = read_sweep(expanded(source))
+        if record.model is None:
+            raise InputError(f"sweep {source!r}: it names no model; add `model: …`.")
+        return record
+    keep = None if given["keep"] is None else _numbers("keep", given["keep"], float)
+    entry = {
+        name: _words(value)
+        for name, value in given.items()
+        if name not in ("keep", "recipe", "multiple_of") and value is not None
+    }
+    if given["multiple_of"] is not None:
+        entry["multiple_of"] = _numbers("multiple-of", given["multiple_of"], int)
+    runs: list[dict[str, Any]] = [{"recipe": file} for file in given["recipe"]]
+    if entry and runs and "method" not in entry:
+        name = FLAGS.get(first := next(iter(entry)), first)
+        raise InputError(f"--{name}: a recipe says that itself; it is for a --method beside it.")
+    if entry or not runs:
+        runs.insert(0, {"method": ("auto",), **entry})
+    return SweepRecord.model_validate({"keep": keep, "runs": runs})
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(flag: str, text: str, kind: Any) -> tuple[Any, ...]:
+    """What is typed between commas.
+
+    Raises:
+        InputError: something is no number, or none is there, or it is no share or grain.
+    """
+    most = 1 if kind is float else 2**30
+    try:
+        found = tuple(kind(word) for word in _words(text))
+    except ValueError:
+        found = ()
+    if not found or not all(0 <= value <= most for value in found):
+        wanted = "shares from 0 to 1" if kind is float else "whole numbers"
+        example = "0.9,0.8" if kind is float else "8,32"
+        raise InputError(f"--{flag} {text!r}: give {wanted} with commas between, e.g. {example}.")
+    return found

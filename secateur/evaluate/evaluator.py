@@ -1,0 +1,384 @@
+"""Measure one checkpoint in a process of its own, so that memory and speed are its own too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.data.tasks import CausalLM, Use
+from secateur.data.tokens import Text, Tokens
+from secateur.evaluate import lm_eval
+from secateur.evaluate.agreement import agreement, outputs
+from secateur.evaluate.damage import damage
+from secateur.evaluate.memory import peak_bytes
+from secateur.evaluate.perplexity import answered
+from secateur.evaluate.significance import Answers, Figures, changes
+from secateur.evaluate.speed import measure_speed
+from secateur.evaluate.task_file import answered_file, is_file, read_task
+from secateur.evaluate.verify import (
+    Testimony,
+    disagreement,
+    forgetful,
+    streamed_testimony,
+    testimony,
+)
+from secateur.io.run_directory import whole
+from secateur.models.loading import locate
+from secateur.models.model import Model, Settings
+from secateur.models.streamed_loading import open_fitting
+from secateur.utils.errors import HaltedError, InputError, RunError, out_of_memory
+from secateur.utils.progress import Progress, for_terminal
+
+USER_ERROR = 2
+PROMPT_TOKENS = 24
+DEFAULT_LENGTH = 256
+NEW_TOKENS = 40
+FEW_NEW_TOKENS = 4  # where each takes a pass over the weight files
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What to measure, the same for every model of a run.
+
+    Attributes:
+        texts: what to judge on.
+        length: tokens in a window; by default 256, or all positions of a shorter model.
+        windows: at most this many windows of each text, from its start.
+        prompt: text that the model continues; by default the beginning of the first text.
+        new_tokens: length of the continuation; by default 40, or what fits.
+        speed: whether to time it.
+        tasks: task files, and names of tasks of lm-evaluation-harness.
+        task_limit: at most this many items of each task, from its start.
+        damage: whether to measure what perplexity does not show.
+    """
+
+    texts: tuple[Text, ...]
+    length: int | None = None
+    windows: int = 256
+    prompt: str | None = None
+    new_tokens: int | None = None
+    speed: bool = True
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    damage: bool = False
+
+
+@dataclass
+class Verdict:
+    """What was measured. ``peak_memory_bytes`` counts from before the weights were loaded.
+
+    ``tokens`` says how many outputs each figure is of, ``counts`` what those are of: tokens, or
+    images; ``texts`` has the fingerprint of each text's tokens. ``tasks`` holds shares of right
+    answers; ``agreement``, of a compressed model, what
+    :func:`~secateur.evaluate.agreement.agreement` says of it on the first text. ``task_scores`` has
+    the figures of each task that was asked for; ``task_changes``, of a compressed model, what
+    :func:`~secateur.evaluate.significance.changes` says of each. ``damage`` is what
+    :func:`~secateur.evaluate.damage.damage` found, if it was asked for.
+    """
+
+    parameters: int
+    bytes: int
+    perplexity: dict[str, float]
+    tokens: dict[str, int]
+    prompt: str
+    sample: str
+    peak_memory_bytes: int
+    speed: dict[str, float] = field(default_factory=dict)
+    counts: str = "tokens"
+    tasks: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    task_scores: dict[str, Figures] = field(default_factory=dict)
+    task_changes: dict[str, Figures] = field(default_factory=dict)
+    damage: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def judge(
+    model: Model,
+    questions: Questions,
+    before: int,
+    progress: Progress,
+    outputs_of_dense: Path | None = None,
+) -> Verdict:
+    """Measure an open model; ``before`` is the process's peak memory before it was opened.
+
+    ``outputs_of_dense`` is where its outputs are kept or, where there are some, compared with them.
+    """
+    room = model.positions or sys.maxsize
+    length = questions.length or min(DEFAULT_LENGTH, room)
+    if length > room:
+        raise InputError(f"--eval-length {length} is more than the model's {room} positions.")
+    use, limit = model.use, questions.windows
+    if not use.writes and (questions.prompt is not None or questions.new_tokens is not None):
+        raise InputError(
+            f"--prompt and --new-tokens: this {use.what} writes nothing; leave them out."
+        )
+    check_tasks(use, questions.tasks)
+    loaded = lm_eval.load([task for task in questions.tasks if not is_file(task)])
+    held = {t.name: use.held(t, model.tokenizer, length, limit) for t in questions.texts}
+    values, tasks = {}, {}
+    for name, tokens in held.items():
+        with progress.stage(f"perplexity: {name}"[:28], len(tokens)) as advance:
+            values[name], right = answered(model, tokens, advance)
+        if use.share is not None:
+            tasks[f"{use.share}, {name}"] = right
+    first = next(iter(held.values()), None)
+    prompt, sample = _sampled(model, questions, held, room) if use.writes else ("", "")
+    speed: dict[str, float] = {}
+    if questions.speed and model.residence is not None:
+        progress.say("note: it is read from disk block by block, so its speed is not measured")
+    elif questions.speed and first is not None:
+        new = min(32, room // 2) if use.writes else 0
+        with progress.stage("speed", 1) as advance:
+            timed = measure_speed(model, use.beginning(first, min(length, room - new)), new)
+            speed = {k: value for k, value in asdict(timed).items() if value is not None}
+            advance(1)
+    peak = max(0, peak_bytes(model.device) - before)
+    scores, kept = _tasks(model, questions, loaded, progress)
+    if first is not None and outputs_of_dense is not None:
+        kept |= {"outputs": outputs(model, first)} | ({"text": first.ids} if use.reads_text else {})
+    agrees: dict[str, float] = {}
+    changed: dict[str, Figures] = {}
+    if outputs_of_dense is not None and outputs_of_dense.exists():
+        dense = load_file(outputs_of_dense)
+        if first is not None:
+            _check_alike(dense, kept)
+            agrees = agreement(dense["outputs"], kept["outputs"])
+        changed = {name: changes(name, dense, kept) for name in scores}
+    elif outputs_of_dense is not None:
+        with whole(outputs_of_dense) as partial:
+            save_file(kept, partial)
+    found = damage(model, first, room, progress) if questions.damage and first is not None else {}
+    return Verdict(
+        parameters=sum(p.numel() for p in model.module.parameters()),
+        bytes=weight_bytes(model),
+        perplexity=values,
+        tokens={name: use.amount(tokens) for name, tokens in held.items()},
+        prompt=prompt,
+        sample=sample,
+        peak_memory_bytes=peak,
+        speed=speed,
+        counts=use.counts,
+        tasks=tasks,
+        agreement=agrees,
+        task_scores=scores,
+        task_changes=changed,
+        damage=found,
+        texts={name: tokens.fingerprint for name, tokens in held.items()},
+    )
+
+
+def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
+    """Look at tasks before anything is measured; those of the harness only when it is loaded.
+
+    Raises:
+        InputError: a model of that use can't answer them, or a file is no task.
+    """
+    if tasks and not isinstance(use, CausalLM):
+        raise InputError(
+            f"--tasks: this is a {use.what}, and tasks ask a causal language model how likely a "
+            f"text is; leave them out."
+        )
+    for task in filter(is_file, tasks):
+        read_task(task)
+
+
+def _check_alike(dense: dict[str, Tensor], small: dict[str, Tensor]) -> None:
+    """Refuse two models that do not read the text alike.
+
+    Raises:
+        InputError: their tokens differ, or the number of their outputs.
+    """
+    both = (dense["outputs"], small["outputs"])
+    same = [torch.equal(dense[key], small[key]) for key in ("text",) if key in dense]
+    if both[0].shape != both[1].shape or not all(same):
+        raise InputError(
+            f"the two models do not read the text alike ({both[0].shape[1]} classes an output and "
+            f"{both[1].shape[1]}, or other tokens); a model can be held against the one that it "
+            f"was made from."
+        )
+
+
+def _tasks(
+    model: Model, questions: Questions, loaded: dict[str, Any], progress: Progress
+) -> tuple[dict[str, Figures], dict[str, Tensor]]:
+    """Figures of every task, and the answers that two models are compared by."""
+    found: dict[str, tuple[Figures, Answers]] = {}
+    names = [Path(task).stem if is_file(task) else task for task in questions.tasks]
+    for task, name in zip(questions.tasks, names, strict=True):
+        if not is_file(task):
+            found |= lm_eval.judged(model, loaded[task], task, questions.task_limit, progress)
+            continue
+        asked = read_task(task, questions.task_limit)
+        with progress.stage(f"task: {name}"[:28], asked.requests) as advance:
+            answers = answered_file(model, asked, advance)
+        found[name if names.count(name) == 1 else task] = answers.figures(), answers
+    kept = (answers.tensors(name) for name, (_, answers) in found.items())
+    return {n: f for n, (f, _) in found.items()}, {k: v for own in kept for k, v in own.items()}
+
+
+def _sampled(
+    model: Model, questions: Questions, held: dict[str, Tokens], room: int
+) -> tuple[str, str]:
+    """A prompt, and how the model goes on."""
+    prompt = _prompt(model.tokenizer, questions, held)
+    if not 0 < len(prompt) < room:
+        raise InputError(f"--prompt has {len(prompt)} tokens; it needs between 1 and {room - 1}.")
+    usual = NEW_TOKENS if model.residence is None else FEW_NEW_TOKENS
+    new_tokens = questions.new_tokens or min(usual, room - len(prompt))
+    if len(prompt) + new_tokens > room:
+        raise InputError(
+            f"--new-tokens {new_tokens} behind a prompt of {len(prompt)} is more than the model's "
+            f"{room} positions."
+        )
+    hidden = model.use.share is not None  # what stands for it must be seen
+    shown = str(model.tokenizer.decode(prompt, skip_special_tokens=not hidden))
+    return shown, _continued(model, prompt, new_tokens)
+
+
+def _prompt(tokenizer: Any, questions: Questions, held: dict[str, Tokens]) -> Tensor:
+    if questions.prompt is not None:
+        return torch.tensor(tokenizer(questions.prompt)["input_ids"], dtype=torch.int64)
+    if not held:
+        return torch.tensor([tokenizer.bos_token_id or 0])
+    first = next(iter(held.values())).ids[0]
+    return first[: min(PROMPT_TOKENS, max(1, len(first) // 2))]
+
+
+def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
+    ids = prompt.unsqueeze(0).to(model.device)
+    new = model.use.generated(model.module, ids, new_tokens)
+    hidden = model.use.share is not None
+    return str(model.tokenizer.decode(new[0], skip_special_tokens=not hidden))
+
+
+def weight_bytes(model: Model) -> int:
+    """Size of the weight files on disk; of the stored tensors where the folder is not local."""
+    files = list(Path(locate(model.source)).glob("model*.safetensors"))
+    if files:
+        return sum(file.stat().st_size for file in files)
+    return sum(p.numel() for p in model.module.parameters()) * model.stored.itemsize
+
+
+def judge_apart(
+    source: str,
+    questions: Questions,
+    settings: Settings,
+    progress: Progress,
+    said: Testimony | None = None,
+    outputs_of_dense: Path | None = None,
+    scratch: Path | None = None,
+) -> Verdict:
+    """Measure a checkpoint in a fresh process, which may use the folder ``scratch`` meanwhile.
+
+    The checkpoint must testify what was ``said`` by a model in memory when it is reloaded there.
+    For ``outputs_of_dense`` see :func:`judge`.
+
+    Raises:
+        InputError: the checkpoint or a text is unusable; the child's own message.
+        HaltedError: the process died, or a file could not be read or written.
+        RunError: the reloaded checkpoint is not the model in memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        request, result = Path(folder, "request.json"), Path(folder, "result.json")
+        content = {"source": source, "questions": asdict(questions), "settings": asdict(settings)}
+        if outputs_of_dense is not None:
+            content["outputs_of_dense"] = str(outputs_of_dense.absolute())
+        if scratch is not None:
+            content["scratch"] = str(scratch.absolute())
+        if said is not None:
+            said.save(Path(folder, "memory.safetensors"))
+            content["memory"] = str(Path(folder, "memory.safetensors"))
+        request.write_text(json.dumps(content))
+        # The child must find this very package, wherever the parent's came from.
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(
+            [sys.executable, "-m", "secateur.evaluate.evaluator", str(request), str(result)],
+            # and libraries keep their bars off the terminal, where the child has its own
+            env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), "TQDM_DISABLE": "1"},
+            stdout=subprocess.DEVNULL,  # the parent's may be JSON for a machine
+            process_group=0,  # Ctrl-C is for the parent, which ends this process
+            check=False,
+        )
+        answer = json.loads(result.read_text()) if result.exists() else {}
+    if "error" in answer:
+        raise InputError(answer["error"])
+    if "halted" in answer:
+        raise HaltedError(answer["halted"])
+    if "differs" in answer:
+        raise RunError(
+            f"the checkpoint, loaded again, is not the model that was compressed: "
+            f"{answer['differs']}. Nothing was kept; please report this."
+        )
+    if done.returncode != 0 or not answer:
+        killed = done.returncode == -signal.SIGKILL
+        reason = "was killed, probably for want of memory" if killed else "failed"
+        raise HaltedError(f"the process that measured {source!r} {reason} ({done.returncode}).")
+    return Verdict(**answer)
+
+
+def quiet() -> None:
+    """Keep transformers' own bars and advice off the terminal; errors still show."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _watch(parent: int) -> None:
+    """End this process with the one that asked, however that ends."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main(request: Path, result: Path) -> int:
+    """The child's side of :func:`judge_apart`."""
+    quiet()
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    content = json.loads(request.read_text())
+    settings = Settings(**content["settings"])
+    texts = tuple(Text(**text) for text in content["questions"].pop("texts"))
+    tasks = tuple(content["questions"].pop("tasks"))
+    questions = Questions(texts=texts, tasks=tasks, **content["questions"])
+    answer: dict[str, Any]
+    try:
+        before = peak_bytes(settings.torch_device())
+        scratch = Path(content.get("scratch", request.parent))
+        model = open_fitting(content["source"], settings, scratch)
+        kept = content.get("outputs_of_dense")
+        kept = None if kept is None else Path(kept)
+        answer = asdict(judge(model, questions, before, for_terminal(), kept))
+        if "memory" in content:
+            memory, tokens = Testimony.load(Path(content["memory"]))
+            if model.residence is None:
+                differs = disagreement(memory, testimony(model, tokens))
+            else:
+                differs = disagreement(memory, streamed_testimony(model, tokens))
+                differs = differs or (forgetful(model, tokens) if model.use.writes else None)
+            if differs is not None:
+                answer = {"differs": differs}
+    except InputError as error:
+        answer = {"error": str(error)}
+    except (OSError, HaltedError) as error:
+        answer = {"halted": str(error)}
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        answer = {"halted": f"measuring {content['source']!r} takes more memory than there is."}
+    result.write_text(json.dumps(answer))
+    return USER_ERROR if "error" in answer else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,317 @@
+"""Which windows of a text calibrate: chosen among more than are needed, instead of at random.
+
+What is chosen is a list of places in the text, so a plan that holds it is made again from the same
+windows, without choosing. The choice is kept in the user's cache under all that it depends on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocate.base import Allocator, Evidence
+from secateur.allocate.uniform import Uniform
+from secateur.calibration.collect import Store, calibrate
+from secateur.calibration.layer_stream import TOKENS_PER_BATCH, Stream
+from secateur.data.tasks import CausalLM, Use
+from secateur.data.tokens import Calibration, Tokens, calibration_stream, drawn, windows_at
+from secateur.io.cache import cached_file, keep
+from secateur.io.schema import Record, read_record
+from secateur.methods.base import Method
+from secateur.models.model import Model, fingerprint
+from secateur.planning.plan import prices_of, usual_allocator
+from secateur.scoring.evidence import score
+from secateur.scoring.plan_scoring import WINDOWS, Stitched
+from secateur.structure.budget import Goal
+from secateur.utils.errors import InputError
+from secateur.version import __version__
+
+POOL = 4  #: windows to choose from, for each that is chosen
+DRAWS = 4  #: random draws to compare by divergence
+RANK = 1e-12  #: energy below which a direction is none, relative to the largest
+JITTER = 1e-6  #: added to similarities of 1, so that copies of a window can be told apart
+MAX_BYTES = 2**26
+
+
+class Choice(Record):
+    """A choice on disk; what it is of is in the name of its file."""
+
+    windows: tuple[int, ...]
+
+
+def select_calibration(
+    model: Model,
+    calibration: Calibration,
+    method: Method | None = None,
+    goal: Goal | None = None,
+    allocator: Allocator | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    folder: Path | None = None,
+) -> Calibration:
+    """The calibration with its windows chosen as its ``select`` says; the model stays as it was.
+
+    - "leverage": of :data:`POOL` times as many random windows, drawn with chances in proportion to
+      the summed :func:`leverage` of their tokens before the middle block.
+    - "dpp": of as many, those that :func:`most_diverse` finds by the mean state of a window there.
+    - "kl": of :data:`DRAWS` random draws the one with the least divergence of the model that
+      ``method`` narrows by it, on windows that are in none of them; see :func:`divergences`.
+
+    Choosing again gives the same. ``method``, ``goal`` and ``allocator``, by default the method's
+    own, serve "kl" alone. ``advance`` is told how many of :data:`DRAWS` are done. ``folder`` is
+    where the statistics of a draw lie while it is judged, by default the system's temporary one.
+
+    Raises:
+        InputError: the text holds too little to choose from, the method can't be judged so, or the
+            model is no causal language model.
+    """
+    check_choice(calibration, model.use)
+    if calibration.select == "none" or calibration.windows:
+        return calibration
+    stream, wanted = calibration_stream(calibration, model.tokenizer), calibration.samples
+    name, length = f"calibration text {calibration.source!r}", calibration.length
+    order = drawn(len(stream) // length, calibration.seed)
+    by_kl = calibration.select == "kl"
+    judged = min(WINDOWS, max(2, wanted // 4)) if by_kl else 0
+    if len(order) <= wanted + judged:
+        raise InputError(
+            f"{name} is too short to choose from: it has {len(order)} windows of {length} tokens, "
+            f"and {wanted + judged} leave no choice. Give more text, fewer --samples or a smaller "
+            f"--length, or leave --select-calibration out."
+        )
+    pool = order if by_kl else order[: POOL * wanted]
+    tokens = windows_at(stream, pool, length, name)
+    own = _identity(model, calibration, tokens)
+    if by_kl:
+        if method is None:
+            raise InputError("--select-calibration kl compares narrowed models; name a method.")
+        goal = goal or Goal(method.target)
+        allocator = cheap(model, method, goal, allocator or usual_allocator(method, goal))
+        own |= {"method": {"name": method.name, **asdict(method)}, "goal": asdict(goal)}
+        own |= {"allocator": {"name": allocator.name, **asdict(allocator)}}
+    path = cached_file("calibration", own)
+    if (kept := _kept(path, order, wanted)) is not None:
+        return replace(calibration, windows=kept)
+    if by_kl:
+        assert method is not None
+        assert goal is not None
+        assert allocator is not None
+        draws = random_draws(len(order) - judged, wanted, calibration.seed)
+        found = divergences(
+            model,
+            method,
+            goal,
+            allocator,
+            [tokens[draw] for draw in draws],
+            tokens[range(len(order) - judged, len(order))],
+            advance,
+            folder,
+        )
+        chosen = draws[found.index(min(found))]
+    else:
+        states = MiddleStates(model, tokens)
+        if calibration.select == "leverage":
+            generator = torch.Generator().manual_seed(calibration.seed)
+            chances = leverage(states, tokens.mask).sum(1)
+            chosen = torch.multinomial(chances, wanted, generator=generator).tolist()
+        else:
+            chosen, _ = most_diverse(similarity(means(states, tokens.mask)), wanted)
+    windows = tuple(pool[place] for place in chosen)
+    keep(path, Choice(windows=windows).model_dump_json())
+    return replace(calibration, windows=windows)
+
+
+def check_choice(calibration: Calibration, use: Use) -> None:
+    """Refuse to choose among what is more than windows of text.
+
+    Raises:
+        InputError: a choice is asked for, and the model is no causal language model.
+    """
+    if calibration.select != "none" and not isinstance(use, CausalLM):
+        raise InputError(
+            f"--select-calibration {calibration.select} serves {CausalLM.what}s alone; for this "
+            f"{use.what} leave it out, and what calibrates is drawn at random."
+        )
+
+
+def _identity(model: Model, calibration: Calibration, pool: Tokens) -> dict[str, Any]:
+    return {
+        "secateur": __version__,
+        "model": fingerprint(model),
+        "dtype": str(model.module.dtype).removeprefix("torch."),
+        "pool": pool.fingerprint,
+        "calibration": calibration.as_dict(),
+        "sizes": [POOL, DRAWS, WINDOWS],
+    }
+
+
+def _kept(path: Path, order: Sequence[int], wanted: int) -> tuple[int, ...] | None:
+    """A choice that was made before, or None; a damaged one is made again."""
+    try:
+        found = read_record(Choice, path, "choice of windows", MAX_BYTES).windows
+    except InputError:
+        return None
+    return found if len(set(found)) == wanted and set(found) <= set(order) else None
+
+
+def random_draws(count: int, wanted: int, seed: int) -> list[list[int]]:
+    """Draws of ``wanted`` places below ``count``; the first takes the first ones.
+
+    Places are in random order already, so the first draw is the one that is made without a choice.
+    """
+    return [[*range(wanted)]] + [drawn(count, seed + i)[:wanted] for i in range(1, DRAWS)]
+
+
+def cheap(model: Model, method: Method, goal: Goal, allocator: Allocator) -> Allocator:
+    """The allocator, or one share for all units in place of one that measures or compares losses.
+
+    Raises:
+        InputError: the method has units that no share serves, or one that runs through all blocks.
+    """
+    kinds = {unit.kind for unit in goal.units(method, model)}
+    dear, reason = allocator.measured or allocator.searches, None
+    if "residual" in kinds:
+        reason = "it slices the residual stream, and draws are compared by blocks narrowed alone"
+    elif dear and "block" in kinds:
+        reason = (
+            f"draws are compared without the measuring that allocator {allocator.name!r} does, and "
+            f"one share for all units says not which blocks go"
+        )
+    if reason:
+        raise InputError(
+            f"--select-calibration kl can't judge {method.name!r}: {reason}. Choose leverage or "
+            f"dpp."
+        )
+    return Uniform() if dear else allocator
+
+
+def divergences(
+    model: Model,
+    method: Method,
+    goal: Goal,
+    allocator: Allocator,
+    draws: Sequence[Tokens],
+    judged: Tokens,
+    advance: Callable[[int], None] = lambda _: None,
+    folder: Path | None = None,
+) -> list[float]:
+    """For each draw, the divergence on ``judged`` of the model narrowed by what the draw says.
+
+    In nats. Every block is narrowed by statistics of the dense model: nothing is measured
+    again behind narrowed blocks, and nothing propagated. The model is left as it was. A draw's
+    statistics lie in ``folder``, or the system's temporary one, until the next one's take over.
+    """
+    units, found = goal.units(method, model), []
+    prices = prices_of(model, units, goal)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    for tokens in draws:
+        with TemporaryDirectory(prefix="draw-", dir=folder) as passing:
+            store = Store(Path(passing))
+            calibrate(model, tokens, method.needs | allocator.needs, store)
+            evidence = Evidence({})
+            if not isinstance(allocator, Uniform):
+                evidence = score(model, method, store, tokens, allocator)
+            sizes = allocator.allocate(units, evidence, prices, method.keep)
+            one = {name: [size] for name, size in sizes.items()}
+            found.append(Stitched(model, method, units, one, store, judged)(sizes))
+        advance(1)
+    return found
+
+
+@dataclass(frozen=True)
+class MiddleStates:
+    """The hidden states before the middle block, (length, hidden) a window, on the CPU.
+
+    They are computed whenever they are gone through, so that no more than a batch is ever held; of
+    a model that is read block by block all are, in memory or on disk, so that it is read once.
+    """
+
+    model: Model
+    tokens: Tokens
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = len(self.tokens.ids)
+        batch = max(1, TOKENS_PER_BATCH // self.tokens.ids.shape[1])
+        rows = batch if self.model.residence is None else count
+        for first in range(0, count, rows):
+            stream = self._reached(self.tokens[range(count)[first : first + rows]])
+            for part in stream.batches:
+                yield from stream.held[part]
+
+    @torch.no_grad()
+    def _reached(self, tokens: Tokens) -> Stream:
+        stream = Stream(self.model, tokens)
+        for block in self.model.in_turn(self.model.blocks[: len(self.model.blocks) // 2]):
+            stream.advance(block)
+        return stream
+
+
+def _real(states: Iterable[Tensor], mask: Tensor) -> Iterator[Tensor]:
+    """The states of each window's real tokens as rows, in float64."""
+    return (window[real].double() for window, real in zip(states, mask, strict=True))
+
+
+def means(states: Iterable[Tensor], mask: Tensor) -> Tensor:
+    """The mean state of every window's real tokens, (windows, hidden) in float64."""
+    return torch.stack([rows.mean(0) for rows in _real(states, mask)])
+
+
+def leverage(states: Iterable[Tensor], mask: Tensor) -> Tensor:
+    """Statistical leverage of every real token among all of them, 0 for others: (windows, length).
+
+    With X the tokens' states as rows and C = XᵀX = V Λ Vᵀ over the directions that have energy,
+
+        ℓ_i = x_iᵀ C⁺ x_i = ‖x_i V Λ^-½‖²,   Σ ℓ_i = rank X
+
+    A token that no others explain has 1, one of n copies at most 1/n. ``states`` holds a window's
+    at a time, and is gone through twice: for C, and for the leverages.
+    """
+    gram = reduce(torch.add, (rows.t() @ rows for rows in _real(states, mask)))
+    values, vectors = torch.linalg.eigh(gram)
+    there = values > RANK * values[-1]
+    whitening = vectors[:, there] / values[there].sqrt()
+    found = torch.zeros(mask.shape, dtype=torch.float64)
+    for scores, window in zip(found, states, strict=True):
+        scores.copy_((window.double() @ whitening).square().sum(1))
+    return found * mask
+
+
+def similarity(features: Tensor) -> Tensor:
+    """Gaussian kernel of the rows of (windows, features), its width their median distance.
+
+    Of full rank where rows differ, so that more windows than features can be told apart.
+    """
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
+    above = distances[torch.ones_like(distances, dtype=torch.bool).triu(1)]
+    width = above[above > 0].median() if bool((above > 0).any()) else distances.new_ones(())
+    kernel = torch.exp(-0.5 * (distances / width).square())
+    return kernel + JITTER * torch.eye(len(features), dtype=kernel.dtype)
+
+
+def most_diverse(kernel: Tensor, count: int) -> tuple[list[int], list[float]]:
+    """Greedy maximum of log det K_S over sets of ``count`` rows: the order, and what each adds.
+
+    The one that adds most comes next. What i adds to S is log of its Schur complement,
+
+        log det K_S∪i − log det K_S = log (K_ii − K_iS K_SS⁻¹ K_Si)
+
+    which a Cholesky factor that grows by a row a step keeps for all rows. That is the greedy mode
+    of a determinantal point process (Chen et al., arXiv 1709.05135, algorithm 1).
+    """
+    left, factor = kernel.diagonal().clone(), kernel.new_zeros(count, len(kernel))
+    chosen: list[int] = []
+    gains: list[float] = []
+    for step in range(count):
+        best = int(left.argmax())
+        chosen.append(best)
+        gains.append(float(left[best].log()))
+        above = factor[:step]
+        factor[step] = (kernel[best] - above[:, best] @ above) / left[best].sqrt()
+        left -= factor[step].square()
+        left[chosen] = -torch.inf
+    return chosen, gains

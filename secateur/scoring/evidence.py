@@ -1,0 +1,323 @@
+"""Scores: what calibration says about every unit, measured once and kept for every budget."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import FiniteFloat, ValidationError, field_validator
+
+from secateur.allocate.base import Allocator, Evidence
+from secateur.apply.residual_slicing import place_curves
+from secateur.calibration.collect import Store
+from secateur.data.tokens import Tokens
+from secateur.distributed.collectives import ALONE, Ranks
+from secateur.io.cache import cached_file, keep
+from secateur.io.run_directory import Content, Stage, at_once, write_whole
+from secateur.io.schema import Parts, Record, read_record, said
+from secateur.methods import check_served
+from secateur.methods.base import Method
+from secateur.models.model import Model, fingerprint
+from secateur.scoring.divergence import Divergence, Trials, measure_losses, windows_to_measure
+from secateur.structure.error_curve import Curve
+from secateur.structure.units import EVERY_BLOCK, Unit
+from secateur.utils.errors import InputError, refuse_difference
+from secateur.version import __version__
+
+MAX_BYTES = 2**29
+MAX_UNITS = 2**16
+
+
+class Scores(Record):
+    """Evidence on disk, with everything that it depends on.
+
+    Attributes:
+        secateur: version that measured it.
+        model: fingerprint of the weights.
+        calibration: fingerprint of the token windows.
+        dtype: number format that it was computed in.
+        method: name of the method.
+        options: its fields but for ``keep``, which no score depends on.
+        reading: what the allocator read of every block.
+        measured: whether losses are in it.
+    """
+
+    most_values = 2**24  # with losses, 70B parameters have 4.6 million numbers and 405B 13 million
+
+    version: Literal[2] = 2
+    secateur: str
+    model: str
+    calibration: str
+    dtype: str
+    method: str
+    options: dict[str, int | float | str]
+    reading: str
+    measured: bool
+    readings: Parts[Parts[FiniteFloat]]
+    curves: dict[str, Parts[FiniteFloat]]
+    losses: dict[str, Parts[FiniteFloat]] | None
+
+    @field_validator("curves", "losses", mode="before")
+    @classmethod
+    def _few(cls, found: Any) -> Any:
+        if isinstance(found, dict) and len(found) > MAX_UNITS:
+            raise ValueError(f"more than {MAX_UNITS} units")
+        return found
+
+
+class Found(Record):
+    """What is found of one block: the part of the evidence that a run keeps as a stage.
+
+    Attributes:
+        places: of each unit that runs through all blocks, its curve at every place in this one.
+    """
+
+    curves: dict[str, Parts[FiniteFloat]]
+    losses: dict[str, Parts[FiniteFloat]]
+    reading: Parts[FiniteFloat]
+    places: dict[str, Parts[Parts[FiniteFloat]]]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is found of the blocks, by way of a run's stages."""
+
+    stage: Stage
+    changing: Sequence[Unit]
+    through: Sequence[Unit]
+    measured: bool
+
+    def before(self, block: int) -> Found | None:
+        """What an earlier run has found of a block, or None."""
+
+        def missing() -> Content:
+            raise _MissingError
+
+        try:
+            return self.stage(f"scores-{block}", missing, lambda kept: self._held(block, kept))
+        except _MissingError:
+            return None
+
+    def together(self, parts: Sequence[Mapping[int, Content]]) -> dict[int, Found]:
+        """What all processes have found of some blocks."""
+        return {block: self._whole(block, [part[block] for part in parts]) for block in parts[0]}
+
+    def _whole(self, block: int, parts: Sequence[Content]) -> Found:
+        whole: Content = {"curves": {}, "losses": {}}
+        for own in parts:
+            whole = {**whole, **own, **{k: whole[k] | own[k] for k in ("curves", "losses")}}
+        return self.stage(f"scores-{block}", lambda: whole, lambda kept: self._held(block, kept))
+
+    def _held(self, block: int, content: Content) -> Found:
+        """Plain data, held against the units of the block."""
+        named = f"scores of block {block}"
+        try:
+            found = Found.model_validate(content)
+        except ValidationError as error:
+            raise InputError(f"{named}: {said(error)}.") from error
+        sizes = {unit.name: unit.size + 1 for unit in self.changing if unit.block == block}
+        places = {unit.name: {unit.size + 1} for unit in self.through}
+        right = (
+            _lengths(found.curves) == sizes
+            and _lengths(found.losses) == (sizes if self.measured else {})
+            and {name: {*map(len, own)} for name, own in found.places.items()} == places
+        )
+        if not right or not found.reading:
+            raise InputError(f"{named}: they don't match its units.")
+        return found
+
+
+class _MissingError(Exception):
+    """No earlier run has it."""
+
+
+def _lengths(curves: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    return {name: len(curve) for name, curve in curves.items()}
+
+
+def identity(model: Model, method: Method, tokens: Tokens, allocator: Allocator) -> dict[str, Any]:
+    """The fields that say what scores are of."""
+    return {
+        "secateur": __version__,
+        "model": fingerprint(model),
+        "calibration": tokens.fingerprint,
+        "dtype": str(model.module.dtype).removeprefix("torch."),
+        "method": method.name,
+        "options": {name: value for name, value in asdict(method).items() if name != "keep"},
+        "reading": allocator.reading,
+        "measured": allocator.measured,
+    }
+
+
+def kept_evidence(own: dict[str, Any], units: Sequence[Unit], file: Path | None) -> Evidence | None:
+    """Evidence of this identity from ``file``, or from the user's cache, or None.
+
+    Raises:
+        InputError: the file is of something else; the message names the field that differs.
+    """
+    if file is not None:
+        return (
+            _evidence(read_record(Scores, file, "scores", MAX_BYTES), own, units, file)
+            if file.exists()
+            else None
+        )
+    for measured in sorted({own["measured"], True}):  # one with losses serves too
+        wanted = own | {"measured": measured}
+        path = cached_file("scores", wanted)
+        try:
+            if path.exists():
+                return _evidence(
+                    read_record(Scores, path, "scores", MAX_BYTES), wanted, units, path
+                )
+        except InputError:  # a damaged cache is measured again
+            continue
+    return None
+
+
+def _evidence(scores: Scores, own: dict[str, Any], units: Sequence[Unit], path: Path) -> Evidence:
+    there = {name: getattr(scores, name) for name in own}
+    if scores.measured:  # what has losses serves those who need none
+        own = own | {"measured": True}
+    advice = "Name another --scores file, or repeat what they were made with."
+    refuse_difference(f"scores {str(path)!r}", there, own, advice)
+    if scores.measured and scores.losses is None:
+        raise InputError(f"scores {str(path)!r}: losses are missing, though they were measured.")
+    blocks = 1 + max(unit.block for unit in units)  # 0 where one unit runs through all
+    if blocks and len(scores.readings) != blocks:
+        raise InputError(f"scores {str(path)!r}: readings don't match the blocks of the model.")
+    sizes = {unit.name: unit.size + 1 for unit in units}
+    for field in ("curves", "losses") if scores.losses is not None else ("curves",):
+        if _lengths(getattr(scores, field)) != sizes:
+            raise InputError(f"scores {str(path)!r}: {field} don't match the units of the model.")
+    return Evidence(
+        {name: Curve(errors) for name, errors in scores.curves.items()},
+        scores.readings,
+        None if scores.losses is None else {n: Curve(x) for n, x in scores.losses.items()},
+    )
+
+
+def keep_evidence(own: dict[str, Any], evidence: Evidence, file: Path | None) -> None:
+    """Write evidence where :func:`kept_evidence` finds it."""
+    losses = evidence.losses
+    scores = Scores(
+        **own,
+        readings=tuple(evidence.readings),
+        curves={name: curve.errors for name, curve in evidence.curves.items()},
+        losses=None if losses is None else {name: c.errors for name, c in losses.items()},
+    )
+    if file is None:
+        keep(cached_file("scores", own), scores.model_dump_json())
+    else:
+        write_whole(file, scores.model_dump_json())
+
+
+def score(
+    model: Model,
+    method: Method,
+    store: Store,
+    tokens: Tokens,
+    allocator: Allocator | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    stage: Stage = at_once,
+    ranks: Ranks = ALONE,
+) -> Evidence:
+    """Every unit's predicted error at every size, readings of every block, and measured losses.
+
+    Losses only where ``allocator``, by default the method's own, spends by them. One evidence
+    serves every budget, target and multiple. ``advance`` is told how many units are done, and
+    ``stage`` may have what is found of a block from an earlier run. On several ``ranks`` each has
+    its share of the units of every block, and all have all the evidence.
+    """
+    check_served(method, model)
+    allocator = allocator or method.allocator
+    units, needs = method.units(model, 1), method.needs | allocator.needs
+    allocator.check_units(units)
+    through = [unit for unit in units if unit.block == EVERY_BLOCK]
+    changing = [unit for unit in units if not unit.fixed]
+    mine = _dealt(changing, ranks)
+    pending: dict[int, Content] = {}
+    with torch.no_grad():
+        divergence, trials = None, None
+        if allocator.measured:
+            few = windows_to_measure(tokens, len(changing))
+            if model.residence is None:
+                divergence = Divergence(model, few)
+            else:
+                trials, stage = Trials(model, few, len(mine)), at_once
+        kept = _Kept(stage, changing, through, divergence is not None)
+        first = ranks.told(
+            lambda: {block.index: kept.before(block.index) for block in model.blocks}
+        )
+        found = {block: own for block, own in first.items() if own is not None}
+        for block in model.in_turn():
+            every = [unit for unit in changing if unit.block == block.index]
+            if block.index in found:  # an interrupted run has them
+                advance(len(every))
+                if divergence is not None:
+                    divergence.advance(block)
+                continue
+            own = [unit for unit in every if unit.name in mine]
+            advance(len(every) - len(own))
+            statistics = store.get(block.index, needs, model.exact_device)
+            with block.solving():
+                solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+                curves = {name: solution.curve for name, solution in solutions.items()}
+            measured: dict[str, Curve] = {}
+            if trials is not None:
+                trials.of_block(block, own, solutions, advance)
+            elif divergence is not None:
+                measured = measure_losses(divergence, block, own, solutions, advance)
+            else:
+                advance(len(own))
+            pending[block.index] = {
+                "curves": {name: curve.errors for name, curve in curves.items()},
+                "losses": {name: curve.errors for name, curve in measured.items()},
+            }
+            if ranks.mine(block.index):
+                with block.solving():
+                    reading = allocator.read(block, statistics)
+                    there = {u.name: place_curves(method, u, block, statistics) for u in through}
+                pending[block.index] |= {
+                    "reading": reading,
+                    "places": {name: [c.errors for c in own] for name, own in there.items()},
+                }
+            statistics, solutions = {}, {}  # gone before those of the next are read
+            if len(pending) == ranks.world:  # of so many blocks each has as much as the others
+                found |= kept.together(ranks.gathered(pending))
+                pending = {}
+        if pending:
+            found |= kept.together(ranks.gathered(pending))
+        losses: dict[str, Curve] = {}
+        if trials is not None:
+            tried = [unit for unit in changing if unit.name in mine]
+            with model.headed():
+                measured = trials.losses(tried)
+            for part in ranks.gathered(measured):
+                losses |= part
+    ordered = [found[block.index] for block in model.blocks]
+    curves = {name: Curve(tuple(c)) for own in ordered for name, c in own.curves.items()}
+    losses |= {name: Curve(tuple(c)) for own in ordered for name, c in own.losses.items()}
+    for unit in units:
+        if unit.fixed:  # it never changes, so it never errs
+            curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
+    for unit in through:
+        places = [Curve(c) for own in ordered for c in own.places[unit.name]]
+        curves[unit.name] = Curve.mean(places)
+    advance(len(units) - sum(unit.block != EVERY_BLOCK for unit in changing))
+    readings = [own.reading for own in ordered]
+    curves = {unit.name: curves[unit.name] for unit in units}  # in whatever order they came
+    if not allocator.measured:
+        return Evidence(curves, readings)
+    return Evidence(curves, readings, {u.name: losses[u.name] for u in units if u.name in losses})
+
+
+def _dealt(units: Sequence[Unit], ranks: Ranks) -> set[str]:
+    """Names of those that this process solves: of every block some, and of every kind."""
+    seen: dict[int, int] = {}
+    found = set()
+    for unit in units:
+        place = seen[unit.block] = seen.get(unit.block, -1) + 1
+        if ranks.mine(unit.block + place):
+            found.add(unit.name)
+    return found

@@ -1,0 +1,225 @@
+"""What a sweep asks for, in a file: every list makes a run of each of its values."""
+
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+import pydantic
+from pydantic import Field
+
+from secateur.data.tokens import expanded
+from secateur.io.safe_parse import parse_yaml, read_bytes
+from secateur.io.schema import Record, reading, said
+from secateur.methods import method_class
+from secateur.planning.recipe import MAX_BYTES, Recipe, Step, StepRecord, read_recipe
+from secateur.sweeps.names import Asked, named
+from secateur.utils.errors import InputError
+
+MOST = 1000  # runs
+
+T = TypeVar("T")
+Several: TypeAlias = T | Annotated[tuple[T, ...], Field(min_length=1, max_length=MOST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Word = Annotated[str, Field(max_length=200)]
+Value = int | float | Word
+
+#: what runs of a method say beside its options
+ONE_STEP = (
+    *("method", "allocator", "target", "tier", "multiple_of", "runtime"),
+    *("latency_batch", "latency_length"),
+)
+#: where a sweep file keeps what a flag says, by the name of the flag's parameter
+PLACES = {
+    "calibration": ("calibration", "source"),
+    "samples": ("calibration", "samples"),
+    "length": ("calibration", "length"),
+    "seed": ("calibration", "seed"),
+    "select_calibration": ("calibration", "select"),
+    "texts": ("evaluate", "texts"),
+    "eval_length": ("evaluate", "length"),
+    "eval_windows": ("evaluate", "windows"),
+    "prompt": ("evaluate", "prompt"),
+    "new_tokens": ("evaluate", "new_tokens"),
+    "no_speed": ("evaluate", "speed"),
+    "tasks": ("evaluate", "tasks"),
+    "task_limit": ("evaluate", "task_limit"),
+    "damage": ("evaluate", "damage"),
+    "device": ("settings", "device"),
+    "dtype": ("settings", "dtype"),
+    "revision": ("settings", "revision"),
+    "stream": ("settings", "stream"),
+}
+
+
+class RunsRecord(Record):
+    """Runs of one method, or of one recipe."""
+
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,59}$")
+    method: Several[Word] | None = None
+    options: dict[str, Several[Value]] = Field(default_factory=dict)
+    keep: Several[Share] | None = None
+    allocator: Several[Word] | None = None
+    allocator_options: dict[str, Several[Value]] = Field(default_factory=dict)
+    target: Several[Word] | None = None
+    tier: Several[Word] = "per-layer"
+    multiple_of: Several[int] = 8
+    latency_batch: Several[int] = 1
+    latency_length: Several[int] = 256
+    runtime: Several[Word] = "transformers"
+    steps: tuple[StepRecord, ...] | None = None
+    recipe: Word | None = None
+
+    def asked(self, keep: Several[Share] | None) -> Iterator[Asked]:
+        """Every run; ``keep`` is the sweep's, for what has none of its own.
+
+        Raises:
+            InputError: it is not one of a method, steps and a recipe, or none of the kind.
+        """
+        given = [name for name in ("method", "steps", "recipe") if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise InputError(f"sweep: runs have one of method, steps and recipe; here: {found}.")
+        keeps = _each(self.keep if "keep" in self.model_fields_set else keep)
+        if self.method is not None:
+            yield from self._of_methods(keeps)
+            return
+        beside = self.model_fields_set - {"name", "keep", *given}
+        if beside:
+            raise InputError(
+                f"sweep: {min(beside)} stands beside {given[0]}, whose steps say that themselves."
+            )
+        for one in keeps:
+            try:
+                if self.recipe is not None:
+                    made = read_recipe(expanded(self.recipe), one)
+                else:
+                    made = Recipe(tuple(step.step() for step in self.steps or ()), one)
+            except InputError as error:
+                raise InputError(_told(error)) from error
+            steps = "+".join(step.method.name for step in made.steps)
+            usual = steps if self.recipe is None else Path(self.recipe).stem
+            yield Asked(self.name or usual, made, made.keep)
+
+    def _of_methods(self, keeps: tuple[float | None, ...]) -> Iterator[Asked]:
+        axes: dict[tuple[str, ...], tuple[Any, ...]] = {
+            (name,): _each(getattr(self, name)) for name in ONE_STEP
+        }
+        for group in ("options", "allocator_options"):
+            axes |= {(group, name): _each(v) for name, v in getattr(self, group).items()}
+        if prod(map(len, axes.values())) * len(keeps) > MOST:
+            raise InputError(f"sweep: more than {MOST} runs; make it several sweeps.")
+        for values in product(*axes.values()):
+            for keep in keeps:
+                yield self._of_method(dict(zip(axes, values, strict=True)), keep)
+
+    def _of_method(self, values: dict[tuple[str, ...], Any], keep: float | None) -> Asked:
+        """One run, whose keep is in its method, as for ``secateur compress``."""
+        content: dict[str, Any] = {"options": {}, "allocator_options": {}}
+        for (name, *option), value in values.items():
+            if option:
+                content[name][option[0]] = value
+            else:
+                content[name] = value
+        content["target"] = content["target"] or method_class(content["method"]).target
+        try:
+            step = StepRecord.model_validate(content).step()
+            method = step.method if keep is None else step.with_keep(keep)
+            made = Recipe((Step(method, step.goal, step.allocator, method.keep or None),))
+        except pydantic.ValidationError as error:
+            raise InputError(f"sweep: {said(error)}.") from error
+        except InputError as error:
+            raise InputError(_told(error)) from error
+        return Asked(self.name or method.name, made, method.keep or None)
+
+
+class TextPart(Record):
+    """The text that decides."""
+
+    source: Word | None = None
+    samples: int | None = Field(default=None, ge=1)
+    length: int | None = Field(default=None, ge=2)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    select: Word | None = None
+
+
+class JudgePart(Record):
+    """What to measure."""
+
+    texts: tuple[Word, ...] | None = None
+    length: int | None = Field(default=None, ge=2)
+    windows: int | None = Field(default=None, ge=1)
+    prompt: str | None = None
+    new_tokens: int | None = Field(default=None, ge=1)
+    speed: bool | None = None
+    tasks: tuple[Word, ...] | None = None
+    task_limit: int | None = Field(default=None, ge=2)
+    damage: bool | None = None
+
+
+class OpenPart(Record):
+    """How to open the model. Code of strangers is allowed at the command line alone."""
+
+    device: Word | None = None
+    dtype: Word | None = None
+    revision: Word | None = None
+    stream: Literal["auto", "on", "off"] | None = None
+
+
+class SweepRecord(Record):
+    """A sweep in a file."""
+
+    version: Literal[1] = 1
+    model: str | None = None
+    keep: Several[Share] | None = None
+    runs: Annotated[tuple[RunsRecord, ...], Field(min_length=1, max_length=MOST)]
+    calibration: TextPart = TextPart()
+    evaluate: JudgePart = JudgePart()
+    settings: OpenPart = OpenPart()
+
+    def asked(self) -> dict[str, Recipe]:
+        """Every run by its name, each once.
+
+        Raises:
+            InputError: an unknown name or option, too many runs, or two of one name.
+        """
+        found: list[Asked] = []
+        for entry in self.runs:
+            found += entry.asked(self.keep)
+            if len(found) > MOST:
+                raise InputError(f"sweep: more than {MOST} runs; make it several sweeps.")
+        return named(found)
+
+    def options(self) -> dict[str, Any]:
+        """What it says in the place of flags, by the names of their parameters."""
+        found = {}
+        for option, (part, name) in PLACES.items():
+            value = getattr(getattr(self, part), name)
+            if value is not None:
+                found[option] = not value if option == "no_speed" else value
+        return found
+
+
+def read_sweep(path: Path) -> SweepRecord:
+    """Read a YAML file.
+
+    Raises:
+        InputError: the file is missing, too large, no YAML, or no sweep.
+    """
+    with reading(path, "sweep", " docs/sweeps.md shows one."):
+        content = parse_yaml(read_bytes(path, MAX_BYTES, "sweep"))
+        if isinstance(content, dict) and "steps" in content and "runs" not in content:
+            raise InputError(
+                f"sweep {str(path)!r}: this is a recipe. secateur sweep MODEL OUT --recipe {path} "
+                f"follows it at every --keep."
+            )
+        return SweepRecord.model_validate(content)
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _told(error: InputError) -> str:
+    return f"sweep: {str(error).removeprefix('recipe: ')}"

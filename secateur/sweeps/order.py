@@ -1,0 +1,84 @@
+"""In which order runs go, so that what one has measured serves those behind it."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from secateur.planning.recipe import Recipe, Step
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run among the others.
+
+    Attributes:
+        name: the run.
+        statistics: what its statistics are called; None where no other run can use them.
+        reads: the run that fills that folder; None where it is this one.
+        scores: the run whose scores it uses; None where it measures its own.
+    """
+
+    name: str
+    statistics: str | None
+    reads: str | None
+    scores: str | None
+
+    @property
+    def after(self) -> frozenset[str]:
+        """The runs that should be done before it."""
+        return frozenset(name for name in (self.reads, self.scores) if name is not None)
+
+
+def placed(runs: Mapping[str, Recipe], select: str) -> list[Place]:
+    """Runs with the same statistics one behind another, among them those with the same scores.
+
+    Scores with measured losses serve those who need none, so they come first. What text was chosen
+    for one run by ``select`` is not that of another, and nothing is shared.
+    """
+    alone = select != "none"
+    steps = {name: recipe.steps[0] for name, recipe in runs.items()}
+    folder = {n: _statistics(runs[n]) if not alone else None for n in runs}
+    scores = {n: _scores(step) if not alone else n for n, step in steps.items()}
+    at = {name: number for number, name in enumerate(runs)}
+    first: dict[str, int] = {}
+    for name, number in at.items():
+        for what in (folder[name] or name, scores[name]):
+            first.setdefault(what, number)
+
+    def key(name: str) -> tuple[int, int, bool, int]:
+        own = folder[name] or name
+        return first[own], first[scores[name]], not steps[name].allocator.measured, at[name]
+
+    found: list[Place] = []
+    filled: dict[str, str] = {}
+    scored: dict[str, str] = {}
+    for name in sorted(runs, key=key):
+        own = folder[name]
+        reads = None if own is None else filled.get(own)
+        found.append(Place(name, own, reads, scored.get(scores[name])))
+        if own is not None:
+            filled.setdefault(own, name)
+        scored.setdefault(scores[name], name)
+    return found
+
+
+def in_steps(recipe: Recipe) -> bool:
+    """Whether it takes several checkpoints, each with its own statistics, or a budget for all."""
+    return len(recipe.steps) > 1 or recipe.keep is not None
+
+
+def _statistics(recipe: Recipe) -> str | None:
+    """A name for the statistics that a run needs."""
+    if in_steps(recipe):
+        return None
+    step = recipe.steps[0]
+    needs = sorted(
+        f"{need.place}.{need.kind.__name__}" for need in step.method.needs | step.allocator.needs
+    )
+    return hashlib.sha256(" ".join(needs).encode()).hexdigest()[:12]
+
+
+def _scores(step: Step) -> str:
+    """What the scores of a step are of, beside the model and the text."""
+    options = step.as_dict()["options"]
+    return repr((step.method.name, sorted(options.items()), step.allocator.reading))
