@@ -194,4 +194,4 @@ def text(split: Split) -> str:
 
 def model_path() -> Path:
     """The folder of the bundled demo model, in the layout ``from_pretrained`` reads."""
-    return Path(__file__).resolve().parent / "data" / "demo-model"
+    return Path(__file__).resolve().parent / "demo-model"
