@@ -3,21 +3,18 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import FiniteFloat, ValidationError
-from safetensors import SafetensorError
+from pydantic import FiniteFloat
 from torch import nn
 
 from secateur.apply.renumbering import place
 from secateur.apply.save import attention_changed, block_prefix
 from secateur.calibration.layer_stream import Stream
 from secateur.distributed.collectives import ALONE, Ranks
-from secateur.evaluate.verify import Testimony
-from secateur.io.run_directory import AGAIN, WRITTEN, digest, write_whole
+from secateur.io.run_directory import AGAIN, write_whole
 from secateur.io.safetensors_writer import Writer, WriterState
 from secateur.io.schema import Record, read_record
 from secateur.layers.factored_secateur import Factored
@@ -27,12 +24,9 @@ from secateur.models.block import Block
 from secateur.models.canonical_attention import uniform_attention
 from secateur.models.model import FAULTS_OF_CONFIG, Model
 from secateur.models.offload import entries, set_entry
-from secateur.planning.plan import Plan
-from secateur.report.run_records import Amount, Observed
 from secateur.utils.errors import InputError, RunError, first_line, words
 
 MAX_BYTES = 2**30
-SAID = "said.safetensors"
 
 
 class Shape(Record):
@@ -60,56 +54,6 @@ class Entries(Record):
     streams: dict[str, int]  # bytes of the states of each
     streamed: bool
     writer: WriterState
-
-
-class Ending(Record):
-    """What a run keeps of its work on weights, once that is done.
-
-    Attributes:
-        said: digest of the file in which it is what the result says.
-    """
-
-    plan: Plan
-    observed: dict[str, Any]
-    seconds: dict[str, Amount]
-    said: str
-
-
-@dataclass
-class Finished:
-    """A result that is written and not yet judged: its plan, what was seen, and what it says."""
-
-    plan: Plan
-    observed: dict[str, Any]
-    seconds: dict[str, float]
-    said: Testimony
-
-    def keep(self, folder: Path) -> None:
-        """Note it in the run's folder."""
-        self.said.save(folder / SAID)
-        ending = Ending(
-            plan=self.plan,
-            observed=self.observed,
-            seconds=self.seconds,
-            said=digest(folder / SAID),
-        )
-        write_whole(folder / WRITTEN, ending.model_dump_json())
-
-
-def read_finished(folder: Path) -> Finished | None:
-    """What an earlier run of the same command has noted, or None; what is damaged is forgotten."""
-    if not (folder / WRITTEN).exists():
-        return None
-    try:
-        found = read_record(Ending, folder / WRITTEN, "journal", MAX_BYTES)
-        Observed.model_validate(found.observed)
-        if digest(folder / SAID) == found.said:
-            said = Testimony.load(folder / SAID)
-            return Finished(found.plan, found.observed, found.seconds, said)
-    except (InputError, ValidationError, SafetensorError, OSError):
-        pass
-    (folder / WRITTEN).unlink()
-    return None
 
 
 class States:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from secateur.calibration.forward_batches import batches
 from secateur.data.tokens import Tokens
-from secateur.evaluate.batches import batches
 from secateur.models.model import Model
 from secateur.utils.errors import InputError
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.calibration.forward_batches import batches
 from secateur.data.tokens import UNLABELLED, Tokens
-from secateur.evaluate.batches import batches
 from secateur.models.model import Model
 
 FEWEST = 8  # images of a class that its spectrum is taken of

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from secateur.calibration.forward_batches import batches
 from secateur.data.tokens import Tokens
 from secateur.evaluate.agreement import some_rows
-from secateur.evaluate.batches import batches
 from secateur.models.model import Model
 
 BINS = 15

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from secateur.calibration.forward_batches import batches
 from secateur.data.tokens import Tokens
-from secateur.evaluate.batches import batches
 from secateur.models.model import Model
 from secateur.utils.errors import InputError
 from secateur.utils.precision import exact

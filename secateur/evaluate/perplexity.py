@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from secateur.calibration.forward_batches import Batches, batches, whole_batches
 from secateur.data.tasks import CausalLM, Use
 from secateur.data.tokens import Tokens
-from secateur.evaluate.batches import Batches, batches, whole_batches
 from secateur.models.model import Model
 from secateur.utils.errors import InputError
 from secateur.utils.precision import exact

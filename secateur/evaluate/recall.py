@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.forward_batches import last_logits
 from secateur.data.tokens import Tokens
-from secateur.evaluate.batches import last_logits
 from secateur.evaluate.significance import Figures, standard_error
 from secateur.models.model import Model
 

@@ -26,10 +26,9 @@ from secateur.io.safetensors_writer import Writer
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import packed_in
 from secateur.models.linear_ops import set_linear
-from secateur.models.loading import open_model, skeleton
+from secateur.models.loading import check_out, open_model, skeleton
 from secateur.models.model import Model, Settings, has_forms
 from secateur.models.offload import published_name
-from secateur.pipeline.input_checks import check_out
 from secateur.structure.budget import Written
 from secateur.utils.errors import InputError
 from secateur.utils.precision import check_exact

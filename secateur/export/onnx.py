@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from secateur.data.tasks import use_of
 from secateur.data.tokens import Tokens, expanded
 from secateur.evaluate.verify import TOLERANCE, attend_by
-from secateur.models.loading import open_model, read_config
+from secateur.models.loading import check_out, open_model, read_config
 from secateur.models.model import Model, Settings
-from secateur.pipeline.input_checks import check_out
 from secateur.utils.errors import InputError, RunError, first_line
 from secateur.utils.progress import Progress
 

@@ -1,25 +1,30 @@
-"""Model families as data; one short file each.
+"""Model families as data: where blocks, attention and MLP of an architecture are.
 
-Nothing here imports transformers, so that the families are known while it is being imported.
+A family is found by ``model_type``. Nothing here imports transformers, so that the families are
+known while it is being imported. May import ``utils`` and ``layers``.
 """
 
 from secateur.families.base import Anatomy, HeadLayout, Projection, Projections
-from secateur.families.bert import BERT
-from secateur.families.cohere import COHERE, COHERE2
-from secateur.families.falcon import FALCON
-from secateur.families.gemma import GEMMA, GEMMA2, GEMMA3
-from secateur.families.glm import GLM, GLM4
-from secateur.families.gpt2 import GPT2
-from secateur.families.gpt_neox import GPT_NEOX
-from secateur.families.llama import LLAMA
-from secateur.families.olmo import OLMO, OLMO2
-from secateur.families.opt import OPT
-from secateur.families.phi3 import PHI3
-from secateur.families.qwen import QWEN2, QWEN3
-from secateur.families.stablelm import STABLELM
-from secateur.families.starcoder2 import STARCODER2
+from secateur.families.encoders import BERT, VIT
+from secateur.families.gpt import FALCON, GPT2, GPT_NEOX, OPT
+from secateur.families.llama_like import (
+    COHERE,
+    COHERE2,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GLM,
+    GLM4,
+    LLAMA,
+    OLMO,
+    OLMO2,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    STABLELM,
+    STARCODER2,
+)
 from secateur.families.t5 import T5, T5_GATED
-from secateur.families.vit import VIT
 
 FAMILIES: tuple[Anatomy, ...] = (
     LLAMA,

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.structure.units import Form
-
 INTEGERS = "integers"  # as the form of a plan's row
 LIBRARY = "compressed-tensors"
 FORMAT = "pack-quantized"
@@ -96,20 +94,6 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 def words_of(inputs: int, bits: int) -> int:
     """Words that a row takes."""
     return -(-inputs * bits // WORD)
-
-
-def integer_form(outputs: int, inputs: int, bias: bool, bits: int, group: int) -> Form:
-    """A matrix of numbers of so many bits, with its exact price."""
-    spec = {"form": INTEGERS, "outputs": outputs, "inputs": inputs, "bias": bias}
-    return Form(
-        spec={**spec, "bits": bits, "group": group},
-        label=f"int{bits}-g{group}" if group else f"int{bits}",
-        numbers=outputs * (inputs // group if group else 1),
-        packed=4 * outputs * words_of(inputs, bits) + SHAPE_BYTES,
-        multiplications=outputs * inputs,
-        parameters=outputs * inputs,
-        stock=True,
-    )
 
 
 def missing_library() -> str | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.methods.sparse import largest_of_groups
+from secateur.linalg.masks import largest_of_groups
 
 PAIRS = torch.tensor(list(combinations(range(4), 2)))  #: the six supports of a group
 PATIENCE, ENOUGH = 100, 1e-6  #: stops where that many steps gain less than this share

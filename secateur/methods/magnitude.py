@@ -8,9 +8,10 @@ from torch import Tensor
 from secateur.allocate.base import Allocator
 from secateur.allocate.least_error import LeastError
 from secateur.calibration.statistics import BlockStatistics
+from secateur.linalg.masks import largest, largest_of_groups
 from secateur.methods.base import Solution
 from secateur.methods.form import Metric
-from secateur.methods.sparse import SparseMethod, largest, largest_of_groups
+from secateur.methods.sparse import SparseMethod
 from secateur.models.block import Block
 from secateur.models.linear_ops import inputs_by_outputs
 from secateur.structure.error_curve import Curve

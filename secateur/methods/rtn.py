@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.layers.integers import BITS, Integers, integer_form, missing_library
+from secateur.layers.integers import BITS, Integers, missing_library
 from secateur.linalg.int_rounding import best_scale, codes_of
 from secateur.methods.form import FormMethod, Metric
 from secateur.models.block import Linear
-from secateur.structure.parametrizations import nearest_divisors
+from secateur.structure.parametrizations import integer_form, nearest_divisors
 from secateur.structure.units import Form
 from secateur.utils.options import option, whole_numbers
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from secateur.layers.factored_secateur import Spec
@@ -131,14 +130,3 @@ class SparseMethod(FormMethod):
         """Those of the weights, without packing them."""
         by = judged or metric
         return [by.error(weight - self.pruned(weight, metric, form)[0]) for form in forms]
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """A mask of the ``count`` largest of each row; of equal ones the first."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-
-
-def largest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """A mask of the ``n`` largest of every ``m`` neighbours in a row."""
-    return largest(scores.unflatten(1, (-1, m)), n).flatten(1)

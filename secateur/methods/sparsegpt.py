@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from secateur.linalg.column_updates import Settle, inverse_factor, sweep
+from secateur.linalg.masks import largest, largest_of_groups
 from secateur.methods.form import Metric
-from secateur.methods.sparse import SparseMethod, largest, largest_of_groups
+from secateur.methods.sparse import SparseMethod
 from secateur.structure.units import Form
 from secateur.utils.options import option
 

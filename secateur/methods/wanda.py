@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from secateur.linalg.masks import largest, largest_of_groups
 from secateur.methods.form import Metric
-from secateur.methods.sparse import SparseMethod, largest, largest_of_groups
+from secateur.methods.sparse import SparseMethod
 from secateur.structure.units import Form
 
 

@@ -36,6 +36,18 @@ def locate(source: str | Path) -> str:
     return str(bundled.model_path()) if str(source) == DEMO else str(source)
 
 
+def check_out(out: Path, sources: list[str]) -> None:
+    """Refuse an output that would replace what the run reads.
+
+    Raises:
+        InputError: ``out`` is, or holds, the model or a text.
+    """
+    for source in sources:
+        found = Path(locate(source))
+        if found.exists() and found.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"output {str(out)!r} holds {source!r}, which the run reads.")
+
+
 def skeleton(source: str, settings: Settings) -> Model:
     """A model without storage, built from its config: shapes and units, no numbers, no tokenizer.
 

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from secateur.allocate.base import Allocator
 from secateur.apply.block_errors import Witness, observations
-from secateur.apply.block_journal import Finished, Journal, read_finished
+from secateur.apply.block_journal import Journal
 from secateur.apply.save import finish, store_block, writer_for
 from secateur.calibration.collect import Store
 from secateur.cli import parse as asked
@@ -26,6 +26,7 @@ from secateur.methods import check_served
 from secateur.methods.base import Method
 from secateur.models.loading import skeleton
 from secateur.models.model import Model, Settings
+from secateur.pipeline.finished import Finished, read_finished
 from secateur.pipeline.prepare import (
     Prepared,
     check_reach,

@@ -86,18 +86,6 @@ def read_calibration(source: str, calibration: Calibration, settings: Settings) 
     return use.calibration(calibration, open_reader(source, settings, use))
 
 
-def check_out(out: Path, sources: list[str]) -> None:
-    """Refuse an output that would replace what the run reads.
-
-    Raises:
-        InputError: ``out`` is, or holds, the model or a text.
-    """
-    for source in sources:
-        found = Path(locate(source))
-        if found.exists() and found.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"output {str(out)!r} holds {source!r}, which the run reads.")
-
-
 def stamps(sources: list[str], own: tuple[Path, ...]) -> dict[str, list[int]]:
     """Size and time of change of every local file that the sources name or hold.
 

@@ -16,10 +16,9 @@ from secateur.evaluate.significance import doubts
 from secateur.evaluate.task_file import is_file
 from secateur.io.run_directory import Content, Workspace, digest, once
 from secateur.io.schema import said
-from secateur.models.loading import read_config
+from secateur.models.loading import check_out, read_config
 from secateur.models.model import Settings
 from secateur.pipeline.input_checks import (
-    check_out,
     default_texts,
     overlaps,
     read_calibration,

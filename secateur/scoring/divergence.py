@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from secateur.apply.surgery import narrowed
+from secateur.calibration.forward_batches import rows_at_once
 from secateur.calibration.layer_stream import Stream
 from secateur.data.tokens import Tokens
-from secateur.evaluate.batches import rows_at_once
 from secateur.methods.base import Narrowing, Solution
 from secateur.models.block import Block
 from secateur.models.model import Model

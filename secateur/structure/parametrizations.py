@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from secateur.layers.factored_secateur import Spec
 from secateur.layers.forms_secateur import layer_class
+from secateur.layers.integers import INTEGERS, SHAPE_BYTES, words_of
 from secateur.structure.units import Form
 
 
@@ -37,3 +38,17 @@ def nearest_divisors(inputs: Iterable[int], group: int) -> str:
         near = min(divisors, key=lambda size: (abs(size - group), size))
         found.append(f"{near} for {count} inputs")
     return ", ".join(found)
+
+
+def integer_form(outputs: int, inputs: int, bias: bool, bits: int, group: int) -> Form:
+    """A matrix of numbers of so many bits, with its exact price."""
+    spec = {"form": INTEGERS, "outputs": outputs, "inputs": inputs, "bias": bias}
+    return Form(
+        spec={**spec, "bits": bits, "group": group},
+        label=f"int{bits}-g{group}" if group else f"int{bits}",
+        numbers=outputs * (inputs // group if group else 1),
+        packed=4 * outputs * words_of(inputs, bits) + SHAPE_BYTES,
+        multiplications=outputs * inputs,
+        parameters=outputs * inputs,
+        stock=True,
+    )

@@ -10,10 +10,9 @@ from secateur.cli import parse as asked
 from secateur.data.tokens import Calibration, expanded
 from secateur.evaluate.evaluator import Questions
 from secateur.io.run_directory import write_whole
-from secateur.models.loading import skeleton
+from secateur.models.loading import check_out, skeleton
 from secateur.models.model import Model, Settings
 from secateur.pipeline.compress import recorded
-from secateur.pipeline.input_checks import check_out
 from secateur.pipeline.prepare import check_reach
 from secateur.pipeline.run_inputs import Task
 from secateur.planning.recipe import Recipe

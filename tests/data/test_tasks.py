@@ -10,11 +10,11 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from secateur import InputError, Settings, open_model
+from secateur.calibration import forward_batches as batches
 from secateur.calibration.gradients import LOSS, collect_gradients
 from secateur.data.tasks import CausalLM, ImageClassification, MaskedLM
 from secateur.data.tokens import SET_ASIDE, UNLABELLED, Calibration, Text, Tokens
 from secateur.evaluate import agreement as agreements
-from secateur.evaluate import batches
 from secateur.evaluate.agreement import agreement, outputs
 from secateur.evaluate.perplexity import answered
 from secateur.evaluate.verify import attend_by

@@ -10,9 +10,9 @@ from torch import nn
 from secateur.layers import sparse_secateur as layers
 from secateur.layers.forms_secateur import build
 from secateur.linalg.block_2_4 import Factors, descent, norms, regrouped, slid, wrapped
+from secateur.linalg.masks import largest_of_groups
 from secateur.methods.armor import Armor
 from secateur.methods.form import Metric
-from secateur.methods.sparse import largest_of_groups
 from secateur.utils.errors import InputError
 
 

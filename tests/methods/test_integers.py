@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from secateur import GPTQ, RTN, InputError, Settings, open_model
 from secateur.evaluate import verify
 from secateur.layers import integers
-from secateur.layers.integers import Integers, integer_form, packed, weight_of
+from secateur.layers.integers import Integers, packed, weight_of
 from secateur.linalg.column_updates import inverse_factor, sweep
 from secateur.linalg.int_rounding import best_scale, codes_of
 from secateur.linalg.least_squares import DampingWarning
@@ -27,6 +27,7 @@ from secateur.methods.forms import Forms
 from secateur.methods.rtn import width
 from secateur.methods.svd_llm import SVDLLM
 from secateur.planning.recipe import Recipe, Step
+from secateur.structure.parametrizations import integer_form
 from tests.apply.test_depth_checkpoint import write
 from tests.support import families
 from tests.support.raw import activations, gram_of, normal

@@ -174,7 +174,7 @@ def test_groups_of_zeros_stay_zero():
 def test_two_planes_lie_between_integers_of_three_and_four_bits():
     """On normal weights; at as many bits as four take, integers are better."""
     from secateur import RTN
-    from secateur.layers.integers import integer_form
+    from secateur.structure.parametrizations import integer_form
 
     weight = normal(10, 16, 256)
     identity = Metric.identity(256, weight)

@@ -13,9 +13,9 @@ from secateur.layers import sparse_secateur as layers
 from secateur.layers.forms_secateur import FORMS, build, fill, layer_class
 from secateur.layers.sparse_secateur import decoded, encoded, packed, unpacked
 from secateur.linalg.least_squares import DampingWarning
+from secateur.linalg.masks import largest, largest_of_groups
 from secateur.methods.form import Metric
 from secateur.methods.magnitude import Magnitude
-from secateur.methods.sparse import largest, largest_of_groups
 from secateur.methods.sparsegpt import COLUMNS, SparseGPT, inverse_factor, swept
 from secateur.methods.wanda import Wanda
 from secateur.structure.costs import counted

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from secateur import Settings, Store, calibrate, open_model
+from secateur.calibration import forward_batches as batching
+from secateur.calibration.forward_batches import batches
 from secateur.calibration.layer_stream import Stream
 from secateur.data.bundled import model_path
-from secateur.evaluate import batches as batching
-from secateur.evaluate.batches import batches
 from secateur.evaluate.likelihood import Pair, likelihoods
 from secateur.evaluate.perplexity import answered
 from secateur.evaluate.recall import recall

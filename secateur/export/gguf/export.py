@@ -15,9 +15,8 @@ from secateur.export.gguf.check import Finding, available, compare, in_llama, re
 from secateur.export.gguf.shapes import Layout, check_family, layout_of
 from secateur.export.gguf.tokens import Vocabulary, vocabulary
 from secateur.export.gguf.writer import FORMATS, QUANTIZED, Written, write
-from secateur.models.loading import open_model, read_config
+from secateur.models.loading import check_out, open_model, read_config
 from secateur.models.model import Model, Settings
-from secateur.pipeline.input_checks import check_out
 from secateur.utils.errors import InputError, nearest
 from secateur.utils.precision import check_exact
 from secateur.utils.progress import Progress

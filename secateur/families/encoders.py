@@ -1,11 +1,13 @@
-"""BERT: LayerNorm behind every sum, biases everywhere, tokens that see both sides."""
+"""Encoders: BERT reads text, ViT reads patches of images."""
 
 from typing import Any
 
 from secateur.families.base import Anatomy, separate
 
+# BERT: LayerNorm behind every sum, biases everywhere, tokens that see both sides.
 
-def refusal(config: Any) -> str | None:
+
+def bert_refusal(config: Any) -> str | None:
     """A BERT that reads another stack, or writes, has other blocks."""
     if config.is_decoder or config.add_cross_attention:
         return "this BERT is a decoder, whose blocks are not those of the encoder"
@@ -25,5 +27,22 @@ BERT = Anatomy(
     rotary=False,
     norms_behind=True,
     use="masked",
-    refusal=refusal,
+    refusal=bert_refusal,
+)
+
+
+# ViT: an encoder of image patches, LayerNorm ahead of attention and MLP, biases everywhere.
+
+VIT = Anatomy(
+    family="ViT",
+    model_types=("vit",),
+    blocks="layers",
+    attention="attention",
+    project=separate("q_proj", "k_proj", "v_proj", "o_proj"),
+    producers=(("mlp.fc1", 1),),
+    activation="mlp.activation_fn",
+    consumer="mlp.fc2",
+    width_key="intermediate_size",
+    rotary=False,
+    use="images",
 )
