@@ -1,4 +1,8 @@
-"""Budgets over units; one strategy, one file. Names serve the command line and plans."""
+"""How a budget is spent over the units; one strategy, one file.
+
+Names serve the command line and plans; in Python, pass the object. May import the rooms from
+``utils`` to ``calibration``.
+"""
 
 from secateur.allocate.base import Allocator
 from secateur.utils.registry import by_name

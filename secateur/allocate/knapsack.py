@@ -17,7 +17,7 @@ from secateur.utils.errors import InputError
 from secateur.utils.options import option
 
 
-class Choice(NamedTuple):
+class GroupSizes(NamedTuple):
     """Sizes for the units of one group, what they cost and what they lose."""
 
     price: int
@@ -90,7 +90,7 @@ class Knapsack(Allocator):
 
     def _group(
         self, units: list[Unit], prices: Prices, losses: Mapping[str, Curve]
-    ) -> list[Choice]:
+    ) -> list[GroupSizes]:
         """The choices of a group from the cheapest on, none worse than one that is cheaper."""
         choices = []
         for sizes in product(*(self.choices(unit) for unit in units)):
@@ -104,8 +104,8 @@ class Knapsack(Allocator):
                 for u in units
                 if not gone or u.kind == "value_output"
             )
-            choices.append(Choice(price, loss, named))
-        better: list[Choice] = []
+            choices.append(GroupSizes(price, loss, named))
+        better: list[GroupSizes] = []
         for choice in sorted(choices, key=lambda c: (c.price, c.loss)):
             if better and choice.loss > better[-1].loss:
                 continue
@@ -115,7 +115,7 @@ class Knapsack(Allocator):
         return better
 
 
-def least_loss(groups: Sequence[list[Choice]], measure: int, room: int) -> list[Choice]:
+def least_loss(groups: Sequence[list[GroupSizes]], measure: int, room: int) -> list[GroupSizes]:
     """One choice a group with the least sum of losses.
 
     Prices above a group's cheapest are rounded up to whole multiples of ``measure``, of which
@@ -142,7 +142,9 @@ def least_loss(groups: Sequence[list[Choice]], measure: int, room: int) -> list[
     return chosen[::-1]
 
 
-def _spend(groups: Sequence[list[Choice]], chosen: list[Choice], budget: int) -> list[Choice]:
+def _spend(
+    groups: Sequence[list[GroupSizes]], chosen: list[GroupSizes], budget: int
+) -> list[GroupSizes]:
     """What rounding left over, spent step by step on the group that gains most by it."""
     left = budget - sum(choice.price for choice in chosen)
     while True:

@@ -17,9 +17,10 @@ from secateur.distributed.collectives import ALONE, Ranks
 from secateur.io.run_directory import AGAIN, write_whole
 from secateur.io.safetensors_writer import Writer, WriterState
 from secateur.io.schema import Record, read_record
+from secateur.layers.attention_secateur import narrow_attention
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers
-from secateur.layers.modeling_secateur import factored, narrow_attention, resized
+from secateur.layers.modeling_secateur import factored, resized
 from secateur.models.block import Block
 from secateur.models.canonical_attention import uniform_attention
 from secateur.models.model import FAULTS_OF_CONFIG, Model

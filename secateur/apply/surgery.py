@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import BlockStatistics
 from secateur.distributed.collectives import ALONE, Ranks
-from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
+from secateur.layers.attention_secateur import NarrowAttention, narrow_attention
 from secateur.methods.base import Method, Narrowing
 from secateur.models.block import Block, mixed_bias
 from secateur.models.linear_ops import inputs_by_outputs, set_linear, with_constant

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.statistics import Need, Statistic
-from secateur.layers.modeling_secateur import RelativeAttention
+from secateur.layers.attention_secateur import RelativeAttention
 from secateur.models.block import Block, mixed_bias
 from secateur.utils.precision import exact
 

@@ -1,1 +1,4 @@
-"""Judging a model: perplexity, speed, memory, a sample, and whether a reload is faithful."""
+"""Measurements of a model: perplexity, tasks, speed, memory, and whether a reload is faithful.
+
+May import the rooms from ``utils`` to ``planning``.
+"""

@@ -20,7 +20,7 @@ COPIED = 2**24  # bytes at a time
 ALIGNED = 8
 
 
-class Place(NamedTuple):
+class PendingTensor(NamedTuple):
     """A tensor in the data of a shard that is not finished."""
 
     dtype: str
@@ -33,14 +33,14 @@ class Place(NamedTuple):
 class WriterState(Record):
     """What a writer has written so far; ``size`` and ``written`` are bytes."""
 
-    pending: dict[str, Place]
+    pending: dict[str, PendingTensor]
     size: int = Field(ge=0)
     shards: list[list[str]]
     written: int = Field(ge=0)
 
     @field_validator("pending")
     @classmethod
-    def _are_whole(cls, pending: dict[str, Place]) -> dict[str, Place]:
+    def _are_whole(cls, pending: dict[str, PendingTensor]) -> dict[str, PendingTensor]:
         for name, place in pending.items():
             itemsize = BYTES.get(place.dtype, 0)
             length = math.prod(place.shape) * itemsize
@@ -77,7 +77,7 @@ class Writer:
         self.folder = folder
         self.rename = rename
         self.shard_bytes = shard_bytes
-        self._pending: dict[str, Place] = {}
+        self._pending: dict[str, PendingTensor] = {}
         self._size = 0  # of what is pending
         self._shards: list[list[str]] = []
         self._written = 0
@@ -101,7 +101,9 @@ class Writer:
             file.truncate()
             if size:
                 file.write(given.flatten().view(torch.uint8).numpy().data)
-        place = Place(NAMES[given.dtype], tuple(given.shape), self._size, size, given.itemsize)
+        place = PendingTensor(
+            NAMES[given.dtype], tuple(given.shape), self._size, size, given.itemsize
+        )
         self._pending[self.rename(name, tensor)] = place
         self._size += size
         self._written += size

@@ -9,10 +9,21 @@ import torch
 from torch import Tensor
 
 from .factored_secateur import Factored, LowRank, Spec, Trits
-from .sparse_secateur import NM, Armor, Sparse
+from .sparse_secateur import NM, ArmorLinear, Sparse
 from .structured_secateur import BlockDense, BlockShuffle, Codes, Dictionary, Monarch
 
-LAYERS = (LowRank, Trits, Sparse, NM, Armor, Monarch, BlockShuffle, BlockDense, Dictionary, Codes)
+LAYERS = (
+    LowRank,
+    Trits,
+    Sparse,
+    NM,
+    ArmorLinear,
+    Monarch,
+    BlockShuffle,
+    BlockDense,
+    Dictionary,
+    Codes,
+)
 #: form → its layer
 FORMS: dict[str, type[Factored]] = {layer.form: layer for layer in LAYERS}
 

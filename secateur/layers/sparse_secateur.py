@@ -128,7 +128,7 @@ class NM(TwoOfFour):
         return self.dense()
 
 
-class Armor(TwoOfFour):
+class ArmorLinear(TwoOfFour):
     """Ŵ = A S B: a 2:4 core S between block-diagonal A and B, all of whose blocks are square.
 
     ``left`` (outputs / block, block, block) are A's blocks, ``right`` (inputs / block, block,

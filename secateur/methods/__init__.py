@@ -1,4 +1,8 @@
-"""One paper, one file. Names serve the command line; in Python, pass the object."""
+"""Compression methods; one paper, one file.
+
+Names serve the command line; in Python, pass the object. May import the rooms from ``utils`` to
+``allocate``.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.families import Anatomy, HeadLayout
+from secateur.layers.attention_secateur import NarrowAttention
 from secateur.layers.factored_secateur import LowRank
-from secateur.layers.modeling_secateur import NarrowAttention
 from secateur.models.canonical_attention import uniform_attention
 from secateur.models.linear_ops import (
     dense_weight,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.families import Anatomy, HeadLayout, Projection
-from secateur.layers.modeling_secateur import NarrowAttention, narrow_attention
+from secateur.layers.attention_secateur import NarrowAttention, narrow_attention
 from secateur.models.linear_ops import set_linear
 
 

@@ -62,14 +62,14 @@ class Side(Part):
         return speed
 
 
-class Named(Part):
+class NamedOptions(Part):
     """A method or an allocator."""
 
     name: str
     options: dict[str, Any] = {}
 
 
-class Base(Part):
+class DenseModel(Part):
     """The dense model."""
 
     source: str
@@ -107,8 +107,8 @@ class Observed(Part):
 class Taken(Part):
     """One of several steps."""
 
-    method: Named
-    allocator: Named | None = None
+    method: NamedOptions
+    allocator: NamedOptions | None = None
     budget: Spent | None = None
 
 
@@ -116,9 +116,9 @@ class Content(Part):
     """report.json of this version and of those before it."""
 
     version: int = Field(ge=1, le=VERSION)
-    model: Base
-    method: Named
-    allocator: Named | None = None
+    model: DenseModel
+    method: NamedOptions
+    allocator: NamedOptions | None = None
     budget: Spent
     tier: str
     densified: Count = 0
@@ -160,7 +160,7 @@ class UnitRow(BaseModel):
         return self.becomes or f"{self.before} → {self.after or 'gone'}"
 
 
-class Rows(BaseModel):
+class PlanRows(BaseModel):
     """What a page shows of a plan."""
 
     units: Several[UnitRow]
@@ -212,7 +212,7 @@ def read_run(folder: Path) -> Run:
     found = [record / "plan.json"]
     if len(content.steps) > 1:
         found = [record / f"plan-{n}.json" for n in range(1, len(content.steps) + 1)]
-    plans = [tuple(_read(Rows, p, named).units) for p in found if p.is_file()]
+    plans = [tuple(_read(PlanRows, p, named).units) for p in found if p.is_file()]
     recipe = record / "recipe.yaml"
     text = _text(recipe, named) if recipe.is_file() else ""
     return Run(folder, Report(seen), tuple(plans), text)

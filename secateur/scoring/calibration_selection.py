@@ -38,7 +38,7 @@ JITTER = 1e-6  #: added to similarities of 1, so that copies of a window can be 
 MAX_BYTES = 2**26
 
 
-class Choice(Record):
+class ChosenWindows(Record):
     """A choice on disk; what it is of is in the name of its file."""
 
     windows: tuple[int, ...]
@@ -121,7 +121,7 @@ def select_calibration(
         else:
             chosen, _ = most_diverse(similarity(means(states, tokens.mask)), wanted)
     windows = tuple(pool[place] for place in chosen)
-    keep(path, Choice(windows=windows).model_dump_json())
+    keep(path, ChosenWindows(windows=windows).model_dump_json())
     return replace(calibration, windows=windows)
 
 
@@ -152,7 +152,7 @@ def _identity(model: Model, calibration: Calibration, pool: Tokens) -> dict[str,
 def _kept(path: Path, order: Sequence[int], wanted: int) -> tuple[int, ...] | None:
     """A choice that was made before, or None; a damaged one is made again."""
     try:
-        found = read_record(Choice, path, "choice of windows", MAX_BYTES).windows
+        found = read_record(ChosenWindows, path, "choice of windows", MAX_BYTES).windows
     except InputError:
         return None
     return found if len(set(found)) == wanted and set(found) <= set(order) else None

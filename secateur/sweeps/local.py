@@ -115,7 +115,7 @@ def _threads(most: int) -> Iterator[None]:
         del os.environ[name]
 
 
-class Named(Progress):
+class NamedProgress(Progress):
     """Messages that begin with the name of their run."""
 
     def __init__(self, name: str, file: TextIO) -> None:
@@ -133,7 +133,7 @@ def _child(job: Job, answer: Connection, log: Path) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)
         try:
-            answer.send(perform(job, Named(job.name, told)))
+            answer.send(perform(job, NamedProgress(job.name, told)))
         except KeyboardInterrupt:
             sys.exit(130)
 

@@ -8,7 +8,7 @@ from secateur.planning.recipe import Recipe, Step
 
 
 @dataclass(frozen=True)
-class Place:
+class SweepRun:
     """A run among the others.
 
     Attributes:
@@ -29,7 +29,7 @@ class Place:
         return frozenset(name for name in (self.reads, self.scores) if name is not None)
 
 
-def placed(runs: Mapping[str, Recipe], select: str) -> list[Place]:
+def placed(runs: Mapping[str, Recipe], select: str) -> list[SweepRun]:
     """Runs with the same statistics one behind another, among them those with the same scores.
 
     Scores with measured losses serve those who need none, so they come first. What text was chosen
@@ -49,13 +49,13 @@ def placed(runs: Mapping[str, Recipe], select: str) -> list[Place]:
         own = folder[name] or name
         return first[own], first[scores[name]], not steps[name].allocator.measured, at[name]
 
-    found: list[Place] = []
+    found: list[SweepRun] = []
     filled: dict[str, str] = {}
     scored: dict[str, str] = {}
     for name in sorted(runs, key=key):
         own = folder[name]
         reads = None if own is None else filled.get(own)
-        found.append(Place(name, own, reads, scored.get(scores[name])))
+        found.append(SweepRun(name, own, reads, scored.get(scores[name])))
         if own is not None:
             filled.setdefault(own, name)
         scored.setdefault(scores[name], name)

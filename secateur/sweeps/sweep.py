@@ -23,7 +23,7 @@ from secateur.sweeps.folder import Folder
 from secateur.sweeps.job import Job
 from secateur.sweeps.local import Outcome, one_by_one, side_by_side
 from secateur.sweeps.on_ray import Cluster, load, on_ray
-from secateur.sweeps.order import Place, in_steps, placed
+from secateur.sweeps.order import SweepRun, in_steps, placed
 from secateur.utils.errors import InputError
 from secateur.utils.progress import Progress
 
@@ -45,7 +45,7 @@ class Sweep:
     folder: Folder
     runs: Mapping[str, Recipe]
     finished: list[str]
-    places: list[Place]
+    places: list[SweepRun]
     failed: dict[str, str] = field(default_factory=dict)
 
     @classmethod

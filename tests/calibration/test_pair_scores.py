@@ -9,7 +9,7 @@ from secateur.calibration.layer_stream import Stream
 from secateur.calibration.statistics import Needs, PairScores
 from secateur.data.tokens import Tokens
 from secateur.evaluate.verify import attend_by
-from secateur.layers.modeling_secateur import rotate
+from secateur.layers.attention_secateur import rotate
 from tests.support.families import read, stream
 from tests.support.pairs import (
     HALF,

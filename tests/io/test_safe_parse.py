@@ -12,10 +12,10 @@ from secateur import Store
 from secateur.calibration.statistics import Needs
 from secateur.io.run_directory import UnfinishedRunError, Workspace, difference, write_whole
 from secateur.io.safe_parse import HostileError, parse_json, parse_yaml
-from secateur.io.safetensors_writer import Place, WriterState
+from secateur.io.safetensors_writer import PendingTensor, WriterState
 from secateur.methods.auto import Auto
 from secateur.planning.plan import Plan, read_plan
-from secateur.report.run_records import Rows
+from secateur.report.run_records import PlanRows
 from secateur.scoring.evidence import Scores
 from secateur.utils.errors import InputError, printable, shown, words
 
@@ -105,7 +105,7 @@ WHOLE = {"dtype": "F32", "shape": (2, 3), "start": 0, "length": 24, "itemsize": 
     ],
 )
 def test_what_a_journal_says_of_unfinished_shards_must_be_possible(change):
-    place = Place(**WHOLE | change)
+    place = PendingTensor(**WHOLE | change)
     found = {"pending": {"a": place}, "size": 24, "shards": [], "written": 24}
     if change:
         with pytest.raises(ValueError, match=r"a|size"):
@@ -180,7 +180,7 @@ def test_of_many_faults_the_first_is_enough():
         (Plan, {"units": [{}] * 1000}),
         (Scores, {"curves": {"a": [[]] * 1000}}),
         (Scores, {"curves": {str(n): 1 for n in range(70_000)}}),
-        (Rows, {"units": [{}] * 1000}),
+        (PlanRows, {"units": [{}] * 1000}),
     ):
         with pytest.raises(ValidationError) as refused:
             kind.model_validate(content)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from secateur.layers import modeling_secateur
-from secateur.layers.modeling_secateur import eager_attention, one_step
+from secateur.layers import attention_secateur
+from secateur.layers.attention_secateur import eager_attention, one_step
 from tests.support.families import read
 from tests.support.shaped import shaped
 
@@ -48,7 +48,7 @@ def test_it_serves_steps_and_only_those(opened, tmp_path, monkeypatch, name):
         lengths.append((query.shape[2], len(query)))
         return one_step(query, *rest)
 
-    monkeypatch.setattr(modeling_secateur, "one_step", noted)
+    monkeypatch.setattr(attention_secateur, "one_step", noted)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0

@@ -11,7 +11,7 @@ from secateur.apply.surgery import narrowed
 from secateur.calibration.layer_stream import Stream
 from secateur.calibration.statistics import Needs, PairScores
 from secateur.data.tokens import Tokens
-from secateur.layers.modeling_secateur import rotate
+from secateur.layers.attention_secateur import rotate
 from secateur.methods.base import Narrowing
 from secateur.methods.cr import CR
 from secateur.methods.exact_pairs import ExactPairs

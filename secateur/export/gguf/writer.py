@@ -23,7 +23,7 @@ BLOCK = 32  # numbers that share a scale in Q8_0
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredTensor:
     """A tensor as it stands in the file.
 
     Attributes:
@@ -37,7 +37,7 @@ class Part:
     shape: tuple[int, ...]
 
 
-def part_of(name: str, tensor: Tensor, kind: Written) -> Part:
+def part_of(name: str, tensor: Tensor, kind: Written) -> StoredTensor:
     """A tensor in the format asked for, or one that can hold it.
 
     Norms, biases and factors are float32. Rows that are no multiple of 32 have no Q8_0 and become
@@ -58,7 +58,7 @@ def part_of(name: str, tensor: Tensor, kind: Written) -> Part:
             f"{name} holds numbers beyond float16's largest; export with --type bf16 or f32."
         )
     made = gguf.quants.quantize(array, gguf.GGMLQuantizationType[kind.upper()])
-    return Part(kind, made, tuple(tensor.shape))
+    return StoredTensor(kind, made, tuple(tensor.shape))
 
 
 def write(

@@ -30,20 +30,20 @@ class Figure(NamedTuple):
     note: str = ""
 
 
-class Place(NamedTuple):
+class UnitPosition(NamedTuple):
     """Where a unit is: the layer, and what in it."""
 
     layer: str
     group: str
 
 
-def place(unit: str) -> Place:
+def place(unit: str) -> UnitPosition:
     """Of ``layers.3.mlp``, or of ``encoder.layers.3.mlp`` and the like."""
     found = re.fullmatch(r"(.*?)\.?(?:layers|h|block|layer)\.(\d+)\.(.+)", unit)
     if found is None:
-        return Place("", unit)
+        return UnitPosition("", unit)
     before, layer, group = found.groups()
-    return Place(layer, f"{before} {group}".strip())
+    return UnitPosition(layer, f"{before} {group}".strip())
 
 
 def step_figures(name: str, rows: Sequence[UnitRow], seen: dict[str, Any]) -> dict[str, Any]:
