@@ -74,19 +74,8 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def judged(
-    model: Model, loaded: dict[str, Any], name: str, limit: int | None, progress: Progress
-) -> dict[str, tuple[Figures, Answers]]:
-    """What the harness says of a model on the tasks behind a name, and the answers to each item.
-
-    A group whose figures are the means over all items of its tasks is one entry, with the items one
-    after the other; of another group each task is one. The errors are by the harness's formula,
-    over all items.
-
-    Raises:
-        InputError: a task can't be run on such a model.
-    """
-    from lm_eval.evaluator import evaluate
+def _watched(name: str, progress: Progress) -> Any:
+    """The harness's class of models, which shows its progress as a stage of ours."""
     from lm_eval.models.huggingface import HFLM
 
     terminal = sys.stderr
@@ -125,9 +114,26 @@ def judged(
             self.advance(len(inps))
             return out
 
+    return Watched
+
+
+def judged(
+    model: Model, loaded: dict[str, Any], name: str, limit: int | None, progress: Progress
+) -> dict[str, tuple[Figures, Answers]]:
+    """What the harness says of a model on the tasks behind a name, and the answers to each item.
+
+    A group whose figures are the means over all items of its tasks is one entry, with the items one
+    after the other; of another group each task is one. The errors are by the harness's formula,
+    over all items.
+
+    Raises:
+        InputError: a task can't be run on such a model.
+    """
+    from lm_eval.evaluator import evaluate
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with _silence():
-        reader = Watched(
+        reader = _watched(name, progress)(
             pretrained=model.module,
             tokenizer=copy.deepcopy(model.tokenizer),  # which gets a token to pad with
             batch_size=8,

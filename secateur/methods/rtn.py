@@ -121,7 +121,9 @@ class RTN(FormMethod):
     ) -> nn.Module:
         """A linear layer that is stored packed."""
         made, spec = self.reshaped(weight, metric, form), form.spec
-        return Integers(spec["bits"], spec["group"], made["codes"], made["scale"], bias, dtype)
+        return Integers(
+            spec["bits"], spec["group"], made["codes"], made["scale"], bias=bias, dtype=dtype
+        )
 
 
 def width(form: Form) -> int:

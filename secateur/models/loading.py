@@ -123,20 +123,59 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
         shapes = skeleton(source, settings).module
         if has_forms(config):
             check_layers(source, folder, shapes)
-    common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    module, loaded = _read(source, config, settings)
+    _check_whole(source, config, module, loaded)
+    anatomy = anatomy_of(config)
+    check_lost(source, anatomy, loaded["unexpected_keys"])
+    unpack(module)
+    stored = module.dtype
+    check_half(source, module, {stored, settings.torch_dtype(stored)})
+    module = module.to(settings.torch_device()).eval()
+    cast(module, settings.torch_dtype(stored))
+    module.requires_grad_(False)
+    _check_numbers(source, module)
+    reader = open_reader(source, settings, use_of(config))
+    if use_of(config).reads_text:
+        check_vocabulary(source, reader, module)
+    return Model(
+        source,
+        module,
+        reader,
+        stored,
+        anatomy,
+        left_out=tuple(sorted(loaded["unexpected_keys"])),
+    )
+
+
+def _read(source: str, config: Any, settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """The module that transformers loads, and what it says of missing and other keys.
+
+    Raises:
+        InputError: it can't be loaded.
+    """
     try:
         opened: Any = use_of(config).opener.from_pretrained(
             locate(source),
             config=config,
             dtype="auto",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with the shapes
+            ignore_mismatched_sizes=True,  # reported by _check_whole, with the shapes
             use_safetensors=True,  # others are pickles, which run code when they are opened
-            **common,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
         )
     except FAULTS as error:
         raise InputError(f"model {source!r}: {_reason(error)}") from error
     module, loaded = opened
+    return module, loaded
+
+
+def _check_whole(source: str, config: Any, module: Any, loaded: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are others than its config asks for.
+
+    Raises:
+        InputError: a tensor has another shape, or is missing.
+    """
     if loaded["mismatched_keys"]:
         name, found, wanted = sorted(loaded["mismatched_keys"])[0]
         raise InputError(
@@ -154,14 +193,14 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
             f"model {source!r}: {len(missing)} weights are missing from the checkpoint, "
             f"{missing[0]} first. Fetch the model again."
         )
-    anatomy = anatomy_of(config)
-    check_lost(source, anatomy, loaded["unexpected_keys"])
-    unpack(module)
-    stored = module.dtype
-    check_half(source, module, {stored, settings.torch_dtype(stored)})
-    module = module.to(settings.torch_device()).eval()
-    cast(module, settings.torch_dtype(stored))
-    module.requires_grad_(False)
+
+
+def _check_numbers(source: str, module: Any) -> None:
+    """Refuse weights that are not finite, and layers of other forms that are damaged.
+
+    Raises:
+        InputError: a tensor holds NaN or infinity, or a layer's codes are out of range.
+    """
     for name, parameter in module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise InputError(
@@ -176,10 +215,6 @@ def open_model(source: str | Path, settings: Settings | None = None) -> Model:
                 raise InputError(
                     f"model {source!r}: {name} is damaged: {error} Fetch the model again."
                 ) from error
-    reader = open_reader(source, settings, use_of(config))
-    if use_of(config).reads_text:
-        check_vocabulary(source, reader, module)
-    return Model(source, module, reader, stored, anatomy, tuple(sorted(loaded["unexpected_keys"])))
 
 
 def check_lost(source: str, anatomy: Anatomy | None, left_out: Iterable[str]) -> None:

@@ -94,7 +94,7 @@ def open_streamed(source: str, settings: Settings, folder: Path | None = None) -
     check_half(source, model.module, {model.stored, dtype})
     model.module.eval().requires_grad_(False)
     inside = (f"{model.prefix}{model.anatomy.blocks}.",)
-    home = Residence(source, model.module, shelf, inside, device, dtype, folder)
+    home = Residence(source, model.module, shelf, inside, device=device, dtype=dtype, folder=folder)
     blocks = model.blocks
     home.house(blocks, [f"{model.prefix_of(block)}." for block in blocks])
     use = use_of(read_config(source, settings))

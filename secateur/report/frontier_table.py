@@ -211,7 +211,7 @@ def show(content: dict[str, Any]) -> None:
         own = entry is not dense
         beaten = [TOLD[axis] for axis in AXES if entry["frontier"].get(axis) is False]
         everywhere = len(beaten) == len(entry["frontier"]) > 0
-        table.add_row(
+        cells = (
             escape(entry["name"]),
             escape(entry["method"] or ""),
             size(entry["bytes"]),
@@ -220,8 +220,8 @@ def show(content: dict[str, Any]) -> None:
             rise(entry["perplexity"], dense["perplexity"]) if own else "",
             *(_told_ms(entry[axis]) for axis in AXES[1:]),
             "everything" if everywhere and len(beaten) > 1 else ", ".join(beaten),
-            style="dim" if everywhere else None,
         )
+        table.add_row(*cells, style="dim" if everywhere else None)
     console.print(table)
     model = escape(short_name(content["model"]["source"]))
     console.print(

@@ -10,7 +10,7 @@ def task_table(scores: Mapping[str, Figures]) -> Any:
     """One model: every metric of each task with its standard error, and what chance gives."""
     from rich.markup import escape
 
-    table = _table("task", "items", "metric", "score", "± error", "chance")
+    table = _table(*("task", "items", "metric", "score", "± error", "chance"))
     for name, figures in scores.items():
         metrics = [k.removesuffix("_stderr") for k in figures if k.endswith("_stderr")]
         for metric in metrics:

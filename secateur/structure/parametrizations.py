@@ -20,7 +20,14 @@ def form_of(spec: Spec, label: str) -> Form:
             numbers += count
         else:
             packed += count * dtype.itemsize
-    return Form(spec, label, numbers, packed, layer.multiplications(spec), numbers)
+    return Form(
+        spec=spec,
+        label=label,
+        numbers=numbers,
+        packed=packed,
+        multiplications=layer.multiplications(spec),
+        parameters=numbers,
+    )
 
 
 def smaller(forms: Iterable[Form], outputs: int, inputs: int, itemsize: int) -> tuple[Form, ...]:

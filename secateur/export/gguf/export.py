@@ -87,7 +87,8 @@ def export_gguf(
     kind = STORED.get(model.stored, "f32") if kind == AUTO else kind
     layout, words = prepared(model, kind, tokenizer, progress)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        made, finding = make(model, layout, words, kind, checked, Path(folder), progress)
+        given = (model, layout, words, kind)
+        made, finding = make(*given, checked=checked, folder=Path(folder), progress=progress)
         made.replace(out)
     if finding is None:
         progress.say(
@@ -165,6 +166,7 @@ def make(
     layout: Layout,
     words: Vocabulary | None,
     kind: str,
+    *,
     checked: bool,
     folder: Path,
     progress: Progress,
@@ -178,7 +180,7 @@ def make(
     def written(as_kind: Written) -> Path:
         made = folder / f"{as_kind}{SUFFIX}"
         with progress.stage(f"writing {as_kind}", 2 * count(model)) as advance:
-            write(model, layout, words, as_kind, made, advance)
+            write(model, layout, words, as_kind, made, advance=advance)
         return made
 
     if kind != "q8_0" or told is not None:

@@ -71,7 +71,9 @@ def _tokens(vocab: Any, text: str) -> list[int]:
     raw = text.encode()
     room = len(raw) + 8
     found = (llama_cpp.llama_token * room)()
-    count = llama_cpp.llama_tokenize(vocab, raw, len(raw), found, room, False, False)
+    count = llama_cpp.llama_tokenize(
+        vocab, raw, len(raw), found, room, add_special=False, parse_special=False
+    )
     return list(found[:count])
 
 

@@ -117,7 +117,15 @@ def _sentencepiece(content: Mapping[str, Any], tokenizer: Any, rows: int) -> Voc
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
     prefix = _puts_space(content)
     added = _added(tokenizer)
-    return Vocabulary("llama", "default", (*tokens,), (*types,), (*scores,), prefix, added)
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=(*tokens,),
+        types=(*types,),
+        scores=(*scores,),
+        space_prefix=prefix,
+        added=added,
+    )
 
 
 def _byte_level(content: Mapping[str, Any], tokenizer: Any, rows: int) -> Vocabulary:
@@ -135,7 +143,15 @@ def _byte_level(content: Mapping[str, Any], tokenizer: Any, rows: int) -> Vocabu
             f"apply. {NO_TOKENIZER}"
         )
     tokens, types = _tokens(content, tokenizer, rows, lambda _: NORMAL)
-    return Vocabulary("gpt2", pre, (*tokens,), (*types,), None, None, _added(tokenizer))
+    return Vocabulary(
+        model="gpt2",
+        pre=pre,
+        tokens=(*tokens,),
+        types=(*types,),
+        scores=None,
+        space_prefix=None,
+        added=_added(tokenizer),
+    )
 
 
 def _cuts(content: Mapping[str, Any]) -> tuple[str, ...]:
