@@ -258,9 +258,9 @@ def evaluate(
     from secateur.cli import render as present
     from secateur.data.tasks import use_of
     from secateur.data.tokens import BUNDLED, Text
-    from secateur.evaluate.against import judge_against
     from secateur.evaluate.evaluator import check_tasks, judge_apart
     from secateur.models.loading import read_config
+    from secateur.pipeline.against import judge_against
     from secateur.utils.progress import for_terminal
 
     asked.refuse_lengths(ctx, use := use_of(read_config(model, asked.settings(rest))))

@@ -21,7 +21,7 @@ from secateur.data.tasks import CausalLM, Use
 from secateur.data.tokens import Text, Tokens
 from secateur.evaluate import lm_eval
 from secateur.evaluate.agreement import agreement, outputs
-from secateur.evaluate.damage import damage
+from secateur.evaluate.damage.summary import damage
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import answered
 from secateur.evaluate.significance import Answers, Figures, changes
@@ -85,7 +85,7 @@ class Verdict:
     :func:`~secateur.evaluate.agreement.agreement` says of it on the first text. ``task_scores`` has
     the figures of each task that was asked for; ``task_changes``, of a compressed model, what
     :func:`~secateur.evaluate.significance.changes` says of each. ``damage`` is what
-    :func:`~secateur.evaluate.damage.damage` found, if it was asked for.
+    :func:`~secateur.evaluate.damage.summary.damage` found, if it was asked for.
     """
 
     parameters: int

@@ -16,7 +16,7 @@ from secateur.apply.save import finish, store_block, writer_for
 from secateur.calibration.collect import Store
 from secateur.cli import parse as asked
 from secateur.data.tokens import Calibration, Tokens
-from secateur.evaluate.domains import domains
+from secateur.evaluate.damage.domains import domains
 from secateur.evaluate.evaluator import Questions, Verdict, judge_apart
 from secateur.evaluate.significance import doubts
 from secateur.evaluate.verify import Passage, Testimony, testimony

@@ -9,12 +9,12 @@ from secateur import Settings, open_model
 from secateur.data.tasks import ImageClassification
 from secateur.data.tokens import UNLABELLED, Text, Tokens
 from secateur.evaluate.agreement import spread
-from secateur.evaluate.classes import accuracies, by_class, imbalance, participation
-from secateur.evaluate.confidence import calibration_error, confidences
-from secateur.evaluate.damage import damage
-from secateur.evaluate.domains import domains
-from secateur.evaluate.recall import SENTENCE, contrast, keys_of, planted, recall
-from secateur.evaluate.repetition import repeated, repetition, until
+from secateur.evaluate.damage.classes import accuracies, by_class, imbalance, participation
+from secateur.evaluate.damage.confidence import calibration_error, confidences
+from secateur.evaluate.damage.domains import domains
+from secateur.evaluate.damage.recall import SENTENCE, contrast, keys_of, planted, recall
+from secateur.evaluate.damage.repetition import repeated, repetition, until
+from secateur.evaluate.damage.summary import damage
 from secateur.utils.progress import Progress
 
 

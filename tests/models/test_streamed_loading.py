@@ -12,9 +12,9 @@ from secateur.calibration import forward_batches as batching
 from secateur.calibration.forward_batches import batches
 from secateur.calibration.layer_stream import Stream
 from secateur.data.bundled import model_path
+from secateur.evaluate.damage.recall import recall
 from secateur.evaluate.likelihood import Pair, likelihoods
 from secateur.evaluate.perplexity import answered
-from secateur.evaluate.recall import recall
 from secateur.methods.auto import Auto
 from secateur.models.loading import skeleton
 from secateur.models.model import fingerprint

@@ -4,10 +4,10 @@ from typing import Any
 
 from secateur.data.tasks import CausalLM
 from secateur.data.tokens import Tokens
-from secateur.evaluate.classes import by_class
-from secateur.evaluate.confidence import calibration_error, confidences
-from secateur.evaluate.recall import recall, steps
-from secateur.evaluate.repetition import repetition
+from secateur.evaluate.damage.classes import by_class
+from secateur.evaluate.damage.confidence import calibration_error, confidences
+from secateur.evaluate.damage.recall import recall, steps
+from secateur.evaluate.damage.repetition import repetition
 from secateur.models.model import Model
 from secateur.utils.progress import Progress
 

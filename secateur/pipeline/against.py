@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from secateur.evaluate.domains import domains
+from secateur.evaluate.damage.domains import domains
 from secateur.evaluate.evaluator import Questions, judge_apart
 from secateur.evaluate.significance import doubts
 from secateur.models.model import Settings

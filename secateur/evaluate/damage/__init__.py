@@ -1,0 +1,1 @@
+"""What perplexity does not show: confidence, repetition, recall, classes, and other texts."""
