@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur.apply.block_journal import States
+from secateur.apply.narrowing_messages import broadcast_narrowing
 from secateur.apply.residual_slicing import sliced_blocks
 from secateur.apply.surgery import check_finite, folded_bias, narrow_block, narrow_unit
 from secateur.calibration.collect import Store, collect
 from secateur.calibration.hooks import mixed_values
 from secateur.calibration.layer_stream import Stream
 from secateur.calibration.statistics import BlockStatistics, Cross, Gram, Needs, wide
+from secateur.calibration.summation import add_up
 from secateur.calibration.token_batches import Piece, Rows
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
@@ -74,7 +76,7 @@ def narrow_blocks(
         if stream is not None:
             with torch.no_grad():
                 statistics = collect(stream, block, method.needs, move=False)
-        elif line is None or ranks.leads:
+        elif line is None or ranks.leader:
             statistics = store.get(block.index, method.needs, model.exact_device)
         else:
             statistics = {}  # what is solved there comes from the first one
@@ -163,7 +165,7 @@ class Propagation:
         self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
         if sizes[mlp.name] > 0:
             self.method.refine(block, self._rows(block))
-            self.ranks.follow(parameter.data for parameter in block.module.parameters())
+            self.ranks.broadcast_tensors(parameter.data for parameter in block.module.parameters())
         check_finite(block)
         self.narrow.advance(block)
 
@@ -188,7 +190,7 @@ class Propagation:
             with block.solving():
                 return self.method.solve(unit, block, statistics).at(sizes[unit.name])
 
-        narrow_unit(block, unit, self.ranks.told(solved))
+        narrow_unit(block, unit, broadcast_narrowing(solved, self.ranks))
 
     def _run_dense(self, block: Block) -> bool:
         """Move the dense stream on, note the targets, and say whether the block is a plain sum."""
@@ -202,7 +204,7 @@ class Propagation:
             if additive is None:
                 added = seen.before_mlp + wide(seen.mlp)
                 own = block.sums and _adds_up(before[:, part], added, after[:, part])
-                additive = self.ranks.told(partial(bool, own))  # all targets are of one kind
+                additive = self.ranks.broadcast(partial(bool, own))  # all targets are of one kind
             target = wide(before[:, part]) + attention if additive else attention
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.mlp)  # until the narrowed model's inputs are known
@@ -229,7 +231,7 @@ class Propagation:
             gram.update(values, mask=mask)
             cross.update(values, target if bias is None else target - bias, mask=mask)
         found: BlockStatistics = {Needs.MIXED_GRAM: gram, Needs.MIXED_TARGET: cross}
-        self.ranks.add_up(found)
+        add_up(found, self.ranks)
         return found
 
     def _hidden(self, block: Block, additive: bool) -> BlockStatistics:
@@ -252,7 +254,7 @@ class Propagation:
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.inputs)
         found: BlockStatistics = {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
-        self.ranks.add_up(found)
+        add_up(found, self.ranks)
         return found
 
 

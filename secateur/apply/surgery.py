@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.apply.narrowing_messages import gather_narrowings
 from secateur.calibration.statistics import BlockStatistics
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.layers.attention_secateur import NarrowAttention, narrow_attention
@@ -38,9 +39,9 @@ def narrow_block(
         own = {
             unit.name: method.solve(unit, block, statistics).at(sizes[unit.name])
             for place, unit in enumerate(changing)
-            if ranks.mine(block.index + place)
+            if ranks.owns(block.index + place)
         }
-    found = {name: narrowing for part in ranks.gathered(own) for name, narrowing in part.items()}
+    found = gather_narrowings(own, ranks)
     for unit in changing:
         narrow_unit(block, unit, found[unit.name])
     check_finite(block)

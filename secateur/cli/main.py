@@ -20,13 +20,14 @@ from secateur.cli.options import (
     stream_option,
     text_options,
 )
+from secateur.cli.outcome import INTERRUPTED, Outcome
 from secateur.cli.sweep import sweep
-from secateur.utils.errors import HaltedError, InputError, RunError, out_of_memory, printable, words
+from secateur.utils.errors import HaltedError, InputError, RunError, out_of_memory, words
 from secateur.version import __version__
 
 if TYPE_CHECKING:
     from secateur.methods.base import Method
-    from secateur.pipeline.workers import Crew
+    from secateur.distributed.collectives import Ranks
     from secateur.planning.plan import Plan
 
 
@@ -326,39 +327,30 @@ def main() -> None:
     asked.COMMAND.set(shlex.join(["secateur", *sys.argv[1:]]))
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     if "WORLD_SIZE" in os.environ:  # as torchrun says, or something like it
-        from secateur.cli.launch import run_shared
+        from secateur.cli.launch import run_ranks
 
-        sys.exit(run_shared(_run))
-    sys.exit(_run())
+        sys.exit(run_ranks(_run))
+    sys.exit(_run().show())
 
 
-def _run(crew: "Crew | None" = None) -> int:
-    """Follow the command line, maybe with a crew; the exit code."""
+def _run(ranks: "Ranks | None" = None) -> Outcome:
+    """Follow the command line, maybe as one of several ranks."""
     try:
-        code: int = cli.main(standalone_mode=False, obj=crew)
+        return Outcome(cli.main(standalone_mode=False, obj=ranks) or 0)
     except click.exceptions.Abort as error:
-        said = str(error.__cause__ or "")  # of another process, where one ended
-        code = 1 if said else 130
-        interrupted = "interrupted; a compress or sweep command goes on when it is typed again."
-        print(f"error: {printable(said)}" if said else interrupted, file=sys.stderr)
+        said = str(error.__cause__ or "")  # of another rank, where one ended
+        return Outcome(1, said) if said else Outcome(INTERRUPTED)
     except click.ClickException as error:
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            print(error.ctx.get_usage(), file=sys.stderr)
-        print(f"error: {printable(error.format_message())}", file=sys.stderr)
-        code = error.exit_code
+        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
+        return Outcome(error.exit_code, error.format_message(), usage)
     except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        code = 2
+        return Outcome(2, str(error))
     except RunError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        code = 2 if isinstance(error, HaltedError) else 1
+        return Outcome(2 if isinstance(error, HaltedError) else 1, str(error))
     except OSError as error:
-        print(f"error: {words(str(error))}. {ON}", file=sys.stderr)
-        code = 2
+        return Outcome(2, f"{words(str(error))}. {ON}")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         advice = "--stream on reads a model block by block, and fewer --samples take less."
-        print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
-        code = 2
-    return code
+        return Outcome(2, f"there is not enough memory. {advice} {ON}")
