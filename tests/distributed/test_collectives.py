@@ -324,13 +324,13 @@ def test_what_is_no_plain_data_is_refused():
 
 
 def test_no_module_loads_or_sends_pickles():
-    forbidden = ("pickle", "weights_only=False", "_object_list(", "gather_object(", "torch.load(")
+    forbidden = ("import pickle", "pickle.", "weights_only=False", "_object_list(", "gather_object(", "torch.load(")
     root = Path(secateur.__file__).parent
     found = [
         f"{path.relative_to(root)}: {word}"
         for path in root.rglob("*.py")
         for word in forbidden
-        if word in path.read_text().replace("Nothing is pickled", "")
+        if word in path.read_text()
     ]
     assert not found
 
