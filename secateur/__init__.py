@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from secateur.methods.sleb import SLEB
     from secateur.methods.slicegpt import SliceGPT
     from secateur.methods.sparsegpt import SparseGPT
+    from secateur.methods.step import Step
     from secateur.methods.svd import SVD
     from secateur.methods.svd_llm import SVDLLM
     from secateur.methods.wanda import Wanda
@@ -67,12 +68,15 @@ if TYPE_CHECKING:
     from secateur.models.loading import open_model
     from secateur.models.model import Model, Settings
     from secateur.pipeline.compress import compress, save
-    from secateur.pipeline.multi_step import compress_in_steps
-    from secateur.planning.plan import Plan, make_plan
-    from secateur.planning.recipe import Recipe, Step, read_recipe
+    from secateur.pipeline.config import RunConfig
+    from secateur.pipeline.context import RunContext
+    from secateur.planning.plan import Plan
+    from secateur.planning.planner import make_plan
+    from secateur.planning.recipe import Recipe, read_recipe
+    from secateur.planning.stage import Stage, StageResult
     from secateur.scoring.calibration_selection import select_calibration
     from secateur.scoring.evidence import score
-    from secateur.structure.budget import Goal
+    from secateur.structure.budget import Budget
 
 _HOMES = {
     "AlphaPruning": "secateur.allocate.alpha",
@@ -82,6 +86,7 @@ _HOMES = {
     "BlockDenseProjection": "secateur.methods.block_dense",
     "BlockShuffleProjection": "secateur.methods.block_shuffle",
     "CFSP": "secateur.methods.cfsp",
+    "Budget": "secateur.structure.budget",
     "COMPOT": "secateur.methods.compot",
     "Calibration": "secateur.data.tokens",
     "CoSpaDi": "secateur.methods.cospadi",
@@ -92,7 +97,6 @@ _HOMES = {
     "Fluctuation": "secateur.allocate.fluctuation",
     "Forms": "secateur.methods.forms",
     "GPTQ": "secateur.methods.gptq",
-    "Goal": "secateur.structure.budget",
     "Greedy": "secateur.allocate.greedy",
     "ISpaSP": "secateur.methods.ispasp",
     "Knapsack": "secateur.allocate.knapsack",
@@ -113,6 +117,10 @@ _HOMES = {
     "Questions": "secateur.evaluate.evaluator",
     "RTN": "secateur.methods.rtn",
     "Recipe": "secateur.planning.recipe",
+    "RunConfig": "secateur.pipeline.config",
+    "RunContext": "secateur.pipeline.context",
+    "Stage": "secateur.planning.stage",
+    "StageResult": "secateur.planning.stage",
     "Replace": "secateur.methods.replace",
     "SLEB": "secateur.methods.sleb",
     "SPDY": "secateur.allocate.spdy",
@@ -122,7 +130,7 @@ _HOMES = {
     "ShortGPT": "secateur.methods.shortgpt",
     "SliceGPT": "secateur.methods.slicegpt",
     "SparseGPT": "secateur.methods.sparsegpt",
-    "Step": "secateur.planning.recipe",
+    "Step": "secateur.methods.step",
     "Store": "secateur.calibration.collect",
     "Text": "secateur.data.tokens",
     "TwoThresholds": "secateur.allocate.nirvana",
@@ -134,9 +142,8 @@ _HOMES = {
     "calibrate": "secateur.calibration.collect",
     "calibration_tokens": "secateur.data.tokens",
     "compress": "secateur.pipeline.compress",
-    "compress_in_steps": "secateur.pipeline.multi_step",
     "judge_apart": "secateur.evaluate.evaluator",
-    "make_plan": "secateur.planning.plan",
+    "make_plan": "secateur.planning.planner",
     "open_model": "secateur.models.loading",
     "save": "secateur.pipeline.compress",
     "score": "secateur.scoring.evidence",
@@ -167,13 +174,13 @@ __all__ = [
     "Auto",
     "BlockDenseProjection",
     "BlockShuffleProjection",
+    "Budget",
     "Calibration",
     "CoSpaDi",
     "DSFormer",
     "EntropicInfluence",
     "Fluctuation",
     "Forms",
-    "Goal",
     "Greedy",
     "ISpaSP",
     "InputError",
@@ -193,10 +200,14 @@ __all__ = [
     "Questions",
     "Recipe",
     "Replace",
+    "RunConfig",
+    "RunContext",
     "Settings",
     "ShortGPT",
     "SliceGPT",
     "SparseGPT",
+    "Stage",
+    "StageResult",
     "Step",
     "Store",
     "Text",
@@ -210,7 +221,6 @@ __all__ = [
     "calibrate",
     "calibration_tokens",
     "compress",
-    "compress_in_steps",
     "export_dense",
     "export_gguf",
     "export_onnx",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -204,7 +203,7 @@ class Propagation:
             if additive is None:
                 added = seen.before_mlp + wide(seen.mlp)
                 own = block.sums and _adds_up(before[:, part], added, after[:, part])
-                additive = self.ranks.broadcast(partial(bool, own))  # all targets are of one kind
+                additive = self.ranks.agree(bool(own))  # all targets are of one kind
             target = wide(before[:, part]) + attention if additive else attention
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.mlp)  # until the narrowed model's inputs are known

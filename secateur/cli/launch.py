@@ -5,8 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from contextlib import redirect_stdout, suppress
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it when it is imported
 import torch
@@ -53,9 +52,9 @@ def run_ranks(run: Callable[[Ranks], Outcome]) -> int:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     if not ranks.leader:
         warnings.simplefilter("ignore")
-        sys.stdout = Path(os.devnull).open("w")
     try:
-        outcome = run(ranks)
+        with redirect_stdout(sys.stdout if ranks.leader else None):
+            outcome = run(ranks)
         if not outcome.code and not ranks.leader:
             leave(ranks)  # once the leader has come to its end
     except KeyboardInterrupt as error:

@@ -116,6 +116,10 @@ class Ranks:
             return value
         return self._receive(src)
 
+    def agree(self, own: T) -> T:
+        """The leader's value, on every rank: a decision that may differ by rounding or timing."""
+        return self.broadcast(lambda: own)
+
     def all_gather(self, own: T) -> list[T]:
         """The value of each rank, by rank; see :data:`Value` for what it may be."""
         return [self.broadcast(lambda: own, src) for src in range(self.world_size)]

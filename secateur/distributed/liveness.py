@@ -101,9 +101,7 @@ class Liveness:
         speaks: whether this rank says that the leader is gone.
     """
 
-    def __init__(
-        self, rank: int, world_size: int, peers: Mapping[int, Peer], speaks: bool
-    ) -> None:
+    def __init__(self, rank: int, world_size: int, peers: Mapping[int, Peer], speaks: bool) -> None:
         self.rank, self.world_size, self.peers, self.speaks = rank, world_size, peers, speaks
         self.ending = False  # this process is about to end, and needs no reason for it any more
         self._parent = os.getppid()

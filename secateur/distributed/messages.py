@@ -38,7 +38,7 @@ def pack(value: Value) -> tuple[bytes, list[Tensor]]:
 
 
 def unpack(content: bytes, device: torch.device) -> tuple[Value, list[Tensor]]:
-    """A packed value with room for its tensors on a device, and these, which are still to be filled.
+    """A packed value with room for its tensors on a device, and that room, still to be filled.
 
     Raises:
         ValueError: the content is not what :func:`pack` makes.

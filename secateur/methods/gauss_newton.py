@@ -121,10 +121,9 @@ class GaussNewton:
         def preconditioned(gradient: Parts) -> Parts:
             return [inverse @ (g / s) for g, s in zip(gradient, scale, strict=True)]
 
-        def agreed(number: float) -> float:
-            return rows.ranks.broadcast(lambda: number)
-
-        return conjugate_gradients(curved, preconditioned, residual, self.iterations, agreed)
+        return conjugate_gradients(
+            curved, preconditioned, residual, self.iterations, rows.ranks.agree
+        )
 
     def _linearised(self, block: Block, inputs: Tensor) -> tuple[Tensor, Parts]:
         """The channels, and their slopes by every part."""

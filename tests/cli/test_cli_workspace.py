@@ -68,8 +68,8 @@ def stopped(compress, room, monkeypatch, near):
     ("owner", "name", "after"),
     [
         ("task", "judge_apart", 0),
-        ("crew", "calibrate", 0),
-        ("crew", "score", 0),
+        ("prepare", "calibrate", 0),
+        ("prepare", "score", 0),
         ("scores", "measure_losses", 1),
         ("prepare", "keep_evidence", 0),
         ("prepare", "make_plan", 0),
@@ -119,14 +119,14 @@ def test_an_interrupted_run_of_a_method_in_one_pass_gives_the_same_bytes(
 
 
 def test_finished_stages_are_not_repeated(stopped, compress, room, monkeypatch, near, forget):
-    from secateur.pipeline import workers as crew
+    from secateur.pipeline import prepare
 
     forget()
     stopped("write")
     kept = files(room / ".out.partial")
     assert {"dense.json", "statistics", "fingerprint.json"} <= set(kept)
-    monkeypatch.setattr(crew, "calibrate", lambda *_: pytest.fail("calibrated again"))
-    monkeypatch.setattr(crew, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(prepare, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(prepare, "score", lambda *_: pytest.fail("scored again"))
     compress().succeeded()
     assert len(near) == 1
     assert "result" in json.loads(near[0])["source"]

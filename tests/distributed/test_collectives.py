@@ -324,7 +324,14 @@ def test_what_is_no_plain_data_is_refused():
 
 
 def test_no_module_loads_or_sends_pickles():
-    forbidden = ("import pickle", "pickle.", "weights_only=False", "_object_list(", "gather_object(", "torch.load(")
+    forbidden = (
+        "import pickle",
+        "pickle.",
+        "weights_only=False",
+        "_object_list(",
+        "gather_object(",
+        "torch.load(",
+    )
     root = Path(secateur.__file__).parent
     found = [
         f"{path.relative_to(root)}: {word}"

@@ -16,7 +16,6 @@ from secateur.io.cache import cached_file
 from secateur.methods.auto import Auto
 from secateur.methods.modegpt import MoDeGPT
 from secateur.pipeline import prepare
-from secateur.pipeline import workers as crew
 from secateur.scoring import evidence as module
 from secateur.scoring.evidence import identity, keep_evidence, kept_evidence, score
 from secateur.structure.error_curve import Curve
@@ -217,7 +216,7 @@ def test_scores_are_measured_once_for_all_budgets(
         measured.append(method.name)
         return score(model, method, *rest)
 
-    monkeypatch.setattr(crew, "score", counting)
+    monkeypatch.setattr(prepare, "score", counting)
 
     def plan(method, goal=None, scores=None):
         prepared = prepare.prepare(

@@ -27,7 +27,7 @@ from secateur.methods.gauss_newton import GaussNewton
 from secateur.models.streamed_loading import open_streamed
 from secateur.pipeline import compress as pipeline
 from secateur.pipeline.prepare import Prepared
-from secateur.pipeline.workers import Crew
+from secateur.pipeline.shared_model import open_shared
 from secateur.scoring.evidence import score
 from secateur.utils.progress import Progress
 from secateur.utils.stopwatch import Stopwatch
@@ -206,7 +206,7 @@ def test_what_is_not_served_there_is_refused_by_name(dense, tmp_path):
         for refused, told in (
             (lambda: compress(folder, out, method, asked, None, MPS, timed), "latency"),
             (lambda: export_dense(folder, out, MPS), "export"),
-            (lambda: Crew(Ranks(object())).open(str(folder), MPS, tmp_path), "processes"),
+            (lambda: open_shared(str(folder), MPS, tmp_path, Ranks(0, 2)), "processes"),
             (lambda: open_model(folder, replace(MPS, dtype="float64")), "float64"),
         ):
             with pytest.raises(InputError, match=rf"--device mps.*{told}.*cpu"):
