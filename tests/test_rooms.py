@@ -1,6 +1,7 @@
 """The package's structure: what may import what, and how large things may be."""
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
 from graphlib import TopologicalSorter
@@ -47,9 +48,9 @@ def imports(name):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} has a relative import"
-            whole = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {module if module in known else node.module for module in whole}
+            home = name.rpartition(".")[0] + "." if node.level else ""  # run-time layers alone
+            whole = {f"{home}{node.module}.{alias.name}" for alias in node.names}
+            found |= {m if m in known else m.rpartition(".")[0] for m in whole}
         waiting += ast.iter_child_nodes(node)
     return {module for module in found if module.split(".")[0] == "secateur"}
 
@@ -116,3 +117,11 @@ def test_public_classes_have_names_of_their_own():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(name)
     assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
+def test_the_architecture_page_names_every_module_once():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    modules = page[page.index("## The modules") : page.index("## Decisions")]
+    named = re.findall(r"`([a-z0-9_]+(?:/[a-z0-9_]+)+\.py)`", modules)
+    paths = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*/*.py"))
+    assert sorted(named) == sorted(str(path) for path in paths if path.stem != "__init__")

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field, FiniteFloat, ValidationError
 from torch import nn
 
+from secateur.distributed.collectives import ALONE
 from secateur.evaluate.evaluator import Verdict
 from secateur.io.run_directory import MAX_BYTES, FutileError, for_good, write_whole
 from secateur.io.safetensors_header import tensors
@@ -166,7 +167,7 @@ class _Steps:
             self.context.progress.say(f"step {number} of {len(self.recipe.steps)}: {stage.name}")
             if ranks.leader:
                 shutil.rmtree(made, ignore_errors=True)
-            results.append(stage.run(source, made, self.context))
+            results.append(self._run(stage, source, made))
             if not last:
                 if ranks.leader:
                     _keep(made, results[-1])
@@ -174,6 +175,14 @@ class _Steps:
                 source = str(folder)
             ranks.barrier()  # before another rank reads it
         return results
+
+    def _run(self, stage: Stage, source: str, out: Path) -> StageResult:
+        """All ranks compress; any other stage is the leader's alone."""
+        if isinstance(stage, CompressStage):
+            return stage.run(source, out, self.context)
+        if not self.context.ranks.leader:
+            return StageResult()
+        return stage.run(source, out, replace(self.context, ranks=ALONE))
 
     def finished(self, number: int, folder: Path, step: Step | Stage) -> StageResult | None:
         """What a step has come to in an earlier run; None where it has to be done."""

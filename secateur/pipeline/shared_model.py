@@ -21,7 +21,8 @@ def shared_store(store: Store, ranks: Ranks) -> Store:
         return store
 
     def made() -> str:
-        assert store.folder is not None
+        if store.folder is None:
+            raise InputError("several processes need a Store with a folder that all of them see.")
         store.folder.mkdir(parents=True, exist_ok=True)
         return str(store.folder.absolute())
 

@@ -129,7 +129,7 @@ class Budget:
         if keep == LEAST != method.usual_keep:
             raise InputError(
                 f"keep 'least' is for methods that give matrices another form, and {method.name} "
-                f"prunes; name a share, e.g. 0.8."
+                f"prunes; name a share above 0, e.g. 0.8."
             )
         return replace(self, keep=keep, target=self.target or method.target)
 
