@@ -72,9 +72,7 @@ def _statistics(recipe: Recipe) -> str | None:
     if in_steps(recipe):
         return None
     step = recipe.steps[0]
-    needs = sorted(
-        f"{need.place}.{need.kind.__name__}" for need in step.method.needs | step.allocator.needs
-    )
+    needs = sorted(need.id for need in step.method.needs | step.allocator.needs)
     return hashlib.sha256(" ".join(needs).encode()).hexdigest()[:12]
 
 

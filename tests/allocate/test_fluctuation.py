@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from secateur.allocate.base import Evidence
 from secateur.allocate.fluctuation import Fluctuation, standardised
-from secateur.calibration.statistics import Moments, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Moments
 from secateur.methods.flap import FLAP
 from secateur.methods.modegpt import MoDeGPT
 from secateur.structure.costs import Prices, counted

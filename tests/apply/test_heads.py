@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from secateur.apply.surgery import narrow_unit, narrowed
-from secateur.methods.base import Narrowing
 from secateur.models.linear_ops import inputs_by_outputs
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WHOLE_HEADS
 from tests.contract.conftest import logits
 from tests.support.families import FAMILIES, WHOLE, caches, read

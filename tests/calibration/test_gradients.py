@@ -15,7 +15,7 @@ from secateur.allocate.middle import Middle
 from secateur.allocate.nirvana import TwoThresholds
 from secateur.calibration import gradients as module
 from secateur.calibration.gradients import CURVED_LOSS, LOGITS, LOSS, collect_gradients
-from secateur.calibration.statistics import Needs
+from secateur.calibration.needs import Needs
 from secateur.data.tokens import Tokens, sample
 from secateur.methods.llm_pruner import FORMS, LLMPruner
 from secateur.methods.nirvana import Nirvana

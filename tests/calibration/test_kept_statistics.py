@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur import InputError, Store
-from secateur.calibration.statistics import Need, Needs
+from secateur.calibration.needs import Need, Needs
 from secateur.io.safetensors_header import read_whole
 from secateur.methods import METHODS, method_class
 from tests.support.families import FAMILIES

@@ -6,7 +6,8 @@ import torch
 from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Needs, PairScores
+from secateur.calibration.needs import Needs
+from secateur.calibration.pair_scores import PairScores
 from secateur.data.tokens import Tokens
 from secateur.evaluate.verify import attend_by
 from secateur.layers.attention_secateur import rotate

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from secateur import InputError, Store, calibrate
 from secateur.calibration.layer_stream import TOKENS_PER_BATCH
-from secateur.calibration.statistics import Cross, Energy, Gram, HeadGram, Influence, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Cross, Energy, Gram, HeadGram, Influence
 from secateur.data.tokens import Tokens
 from tests.support.families import NORMED, stream
 

@@ -135,7 +135,7 @@ def test_value_bias_is_folded_into_the_output_bias(opened, calibrated, method, n
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "mistral"])
 def test_gated_gram_is_that_of_the_product(stock, calibrated, name):
     """The mistake: a Gram of act(gate) alone, so that up takes no part in the choice."""
-    from secateur.calibration.statistics import Needs
+    from secateur.calibration.needs import Needs
 
     model, data = stock(name), calibrated(name)
     mlp = model.base_model.layers[0].mlp

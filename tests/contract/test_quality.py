@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from secateur.apply.surgery import narrow_block
-from secateur.calibration.statistics import Needs
-from secateur.methods.base import Narrowing, Solution
+from secateur.calibration.needs import Needs
+from secateur.methods.base import Solution
 from secateur.methods.scored import ScoredMethod
 from secateur.structure.costs import counted
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import DEPTH
 from secateur.utils.errors import InputError
 from tests.contract.conftest import by_blocks, by_widths, logits, methods, states

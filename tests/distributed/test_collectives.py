@@ -14,7 +14,7 @@ from secateur.apply.sequential import Propagation, narrow_blocks
 from secateur.apply.surgery import narrow_block
 from secateur.calibration import layer_stream as stream
 from secateur.calibration.gradients import CURVED_LOSS, needs_gradients
-from secateur.calibration.statistics import PairScores
+from secateur.calibration.pair_scores import PairScores
 from secateur.calibration.token_batches import Rows
 from secateur.data.tokens import Calibration
 from secateur.distributed import rendezvous as link

@@ -16,7 +16,7 @@ from secateur.export.gguf.check import Finding, compare, judge, reference
 from secateur.export.gguf.export import check_request, export_gguf, make, prepared
 from secateur.export.gguf.tokens import vocabulary
 from secateur.export.gguf.writer import part_of, write
-from secateur.methods.base import Narrowing
+from secateur.structure.narrowing import Narrowing
 from secateur.utils.errors import RunError
 from secateur.utils.progress import Progress
 

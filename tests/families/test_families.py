@@ -13,8 +13,8 @@ from secateur.calibration.layer_stream import Stream
 from secateur.cli.render import inspection
 from secateur.data.tokens import Tokens
 from secateur.evaluate.verify import attend_by
-from secateur.methods.base import Narrowing
 from secateur.models.model import anatomy_of
+from secateur.structure.narrowing import Narrowing
 from tests.support import families
 from tests.support.families import FAMILIES
 

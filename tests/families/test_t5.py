@@ -11,7 +11,8 @@ from secateur.apply.surgery import narrow_unit
 from secateur.calibration import hooks as observe
 from secateur.calibration.gradients import LOSS
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Gram, Need, Needs
+from secateur.calibration.needs import Need, Needs
+from secateur.calibration.statistics import Gram
 from secateur.evaluate.verify import attend_by
 from tests.calibration.test_pair_scores import form_of, rescaled
 from tests.contract.conftest import logits, spread

@@ -13,7 +13,6 @@ from secateur.apply.sequential import Propagation
 from secateur.apply.surgery import narrow_block, narrow_unit
 from secateur.evaluate import verify
 from secateur.methods.auto import Auto
-from secateur.methods.base import Narrowing
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.slicegpt import SliceGPT
@@ -21,6 +20,7 @@ from secateur.models.loading import skeleton
 from secateur.models.model import anatomy_of, not_served
 from secateur.scoring.latency import measured
 from secateur.structure.budget import Goal
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import places
 from tests.contract.conftest import logits
 from tests.support import t5

@@ -15,7 +15,8 @@ from secateur.allocate.fluctuation import Fluctuation
 from secateur.allocate.influence import EntropicInfluence
 from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.uniform import Uniform
-from secateur.calibration.statistics import Angle, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Angle
 from secateur.methods.cfsp import CFSP
 from secateur.methods.flap import FLAP
 from secateur.structure.costs import counted

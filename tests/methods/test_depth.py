@@ -11,7 +11,8 @@ from secateur.allocate.base import Evidence
 from secateur.allocate.greedy import Greedy
 from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.least_error import LeastError
-from secateur.calibration.statistics import Change, Influence, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Change, Influence
 from secateur.data.tokens import Calibration, Tokens
 from secateur.methods.replace import Replace
 from secateur.methods.shortgpt import ShortGPT

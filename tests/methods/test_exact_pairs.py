@@ -9,12 +9,13 @@ from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.apply.surgery import narrowed
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Needs, PairScores
+from secateur.calibration.needs import Needs
+from secateur.calibration.pair_scores import PairScores
 from secateur.data.tokens import Tokens
 from secateur.layers.attention_secateur import rotate
-from secateur.methods.base import Narrowing
 from secateur.methods.cr import CR
 from secateur.methods.exact_pairs import ExactPairs
+from secateur.structure.narrowing import Narrowing
 from tests.support.families import stream
 from tests.support.pairs import (
     HALF,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from secateur.apply.surgery import narrow_unit, narrowed
-from secateur.calibration.statistics import Moments, Needs
-from secateur.methods.base import Narrowing
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Moments
 from secateur.methods.flap import FLAP
 from secateur.models.block import mixed_bias
 from secateur.models.loading import skeleton
@@ -13,6 +13,7 @@ from secateur.models.model import Settings
 from secateur.pipeline.prepare import check_reach, chosen_allocator
 from secateur.planning.plan import tier_of
 from secateur.structure.budget import Goal
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WHOLE_HEADS
 from secateur.utils.errors import InputError
 from tests.contract.conftest import logits

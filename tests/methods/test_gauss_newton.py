@@ -9,8 +9,8 @@ from secateur.apply.surgery import narrow_mlp
 from secateur.calibration.token_batches import Rows
 from secateur.linalg.least_squares import conjugate_gradients
 from secateur.methods import gauss_newton
-from secateur.methods.base import Narrowing
 from secateur.methods.gauss_newton import GaussNewton
+from secateur.structure.narrowing import Narrowing
 from tests.contract.conftest import logits
 from tests.support.families import FAMILIES, HIDDEN, WIDTH, read, seen_by
 

@@ -13,7 +13,8 @@ from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.apply.surgery import narrowed
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Cross, Gram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Cross, Gram
 from secateur.data.tokens import Tokens
 from secateur.linalg import symmetric
 from secateur.linalg.least_squares import DampingWarning, ridge_leverage

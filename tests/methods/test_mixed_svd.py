@@ -9,7 +9,8 @@ from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.apply.surgery import narrowed
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Cross, Gram, HeadGram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Cross, Gram, HeadGram
 from secateur.data.tokens import Tokens
 from secateur.linalg.least_squares import low_rank_in_metric
 from secateur.methods.head_svd import HeadSVD

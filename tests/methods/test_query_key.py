@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from secateur.calibration.statistics import Energy, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Energy
 from secateur.linalg.least_squares import roots
 from secateur.methods.cr import CR
 

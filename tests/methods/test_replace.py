@@ -6,7 +6,8 @@ import torch
 from secateur import InputError, Store
 from secateur.apply.sequential import narrow_blocks
 from secateur.apply.surgery import narrowed
-from secateur.calibration.statistics import Change, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Change
 from secateur.methods.replace import Replace
 from secateur.structure.units import DEPTH
 from tests.contract.conftest import logits, spread

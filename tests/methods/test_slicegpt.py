@@ -12,17 +12,19 @@ from secateur import Calibration, Goal, InputError, Knapsack, Store, calibrate, 
 from secateur.allocate.plain import PlainWidth
 from secateur.allocate.uniform import Uniform
 from secateur.apply.residual_slicing import Slicing, sliced_blocks
-from secateur.calibration.statistics import Gram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Gram
 from secateur.data.tokens import Tokens, sample
 from secateur.families import FAMILIES as ANATOMIES
 from secateur.families.pre_norm import PRE_NORMS
 from secateur.methods import METHODS, check_served, method_class
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.slicegpt import SliceGPT
 from secateur.pipeline.compress import write
 from secateur.pipeline.prepare import Prepared, check_reach
 from secateur.structure.costs import counted
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WHOLE_HEADS
 from secateur.utils.progress import Progress
 from secateur.utils.stopwatch import Stopwatch

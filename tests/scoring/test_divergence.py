@@ -14,7 +14,6 @@ from secateur.apply.surgery import narrowed
 from secateur.calibration import layer_stream as streams
 from secateur.data.tokens import Tokens, sample
 from secateur.methods.auto import Auto
-from secateur.methods.base import Narrowing
 from secateur.methods.flap import FLAP
 from secateur.methods.modegpt import MoDeGPT
 from secateur.models.linear_ops import inputs_by_outputs
@@ -29,6 +28,7 @@ from secateur.scoring.divergence import (
 )
 from secateur.scoring.evidence import score
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import MLP
 from tests.support.families import CAUSAL, stream
 

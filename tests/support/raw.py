@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from secateur.calibration.statistics import Gram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Gram
 
 
 def normal(seed, *shape):

@@ -4,7 +4,7 @@ import torch
 
 from secateur.apply.save import finish, store_block, writer_for
 from secateur.apply.surgery import narrow_unit
-from secateur.methods.base import Narrowing
+from secateur.structure.narrowing import Narrowing
 
 
 def picked(size, count, seed):

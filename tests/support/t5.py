@@ -7,7 +7,7 @@ from secateur import Settings, open_model
 from secateur.data.tasks import use_of
 from secateur.data.tokens import Tokens
 from secateur.evaluate.verify import attend_by
-from secateur.methods.base import Narrowing
+from secateur.structure.narrowing import Narrowing
 from tests.contract.conftest import logits, spread
 from tests.support import families
 from tests.support.families import HEADS, HIDDEN, VOCAB, WIDTH
