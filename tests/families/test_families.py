@@ -92,7 +92,7 @@ def test_narrower_values_leave_the_norms_inside_heads_alone(variant):
         assert units["heads"].fixed
         basis = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
         basis = torch.linalg.qr(basis).Q
-        rows = basis.mT.repeat_interleave(2, 0) @ block.output_rows
+        rows = basis.mT.repeat_interleave(2, 0) @ block.attention.output_rows
         narrow_unit(
             block, units["value_output"], Narrowing(encode=basis, consumer=rows.flatten(0, 1))
         )

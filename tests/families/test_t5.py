@@ -187,7 +187,7 @@ def test_scores_without_the_position_bias_are_others(plain):
         attend_by(model.module, kind)
         dense = logits(model.module, tokens)
         for start in (0, DECODER):
-            table = model.blocks[start].attention.relative_attention_bias.weight
+            table = model.blocks[start].attention.module.relative_attention_bias.weight
             kept = table.clone()
             table.zero_()
             assert spread(logits(model.module, tokens), dense) > 1e-2
@@ -199,13 +199,13 @@ def finite_differences(model, tokens, block):
     line = Stream(model, tokens)
     for before in model.blocks[: block.index]:
         line.advance(before)
-    states, weight = line.at(slice(None)), block.attention.q_proj.weight
+    states, weight = line.at(slice(None)), block.attention.module.q_proj.weight
     original = weight.data.clone()
 
     def mixed(coefficients):
         scaled = rescaled(original.view(HEADS, D_KV, -1).mT, coefficients, 0)
         weight.data.copy_(scaled.mT.reshape(weight.shape))
-        with watched(block, until=block.attention.o_proj) as seen:
+        with watched(block, until=block.attention.module.o_proj) as seen:
             line.through(block, states)
         return seen.mixed
 
@@ -214,7 +214,9 @@ def finite_differences(model, tokens, block):
         one = torch.ones(D_KV).double()
         moved.append((mixed(one + direction) - mixed(one - direction)) / 2e-3)
     weight.data.copy_(original)
-    changed = torch.stack(moved).unflatten(-1, (HEADS, -1)).transpose(2, 3) @ block.output_rows
+    changed = (
+        torch.stack(moved).unflatten(-1, (HEADS, -1)).transpose(2, 3) @ block.attention.output_rows
+    )
     return form_of(changed, tokens.mask[:, line.part(block)], HEADS)
 
 

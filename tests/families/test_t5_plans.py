@@ -213,8 +213,8 @@ def test_units_of_either_stack_have_their_own_times(plain, monkeypatch, tmp_path
 
     def timed(run, device):
         run()
-        sizes = [model.blocks[i].consumer_weight.shape[0] for i in (0, DECODER)]
-        values = [model.blocks[i].attention.value for i in (0, DECODER)]
+        sizes = [model.blocks[i].mlp.consumer_weight.shape[0] for i in (0, DECODER)]
+        values = [model.blocks[i].attention.module.value for i in (0, DECODER)]
         whole = 10**6 + 40 * sizes[0] + 70 * sizes[1] + 9 * values[0] + 11 * values[1]
         return 1e-9 * whole
 

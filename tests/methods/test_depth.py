@@ -67,7 +67,7 @@ def test_block_statistics_merge(kind):
 
 def idle(block):
     """Let a block add nothing."""
-    for linear in (block.consumer, block.attention.o_proj):
+    for linear in (block.mlp.consumer, block.attention.module.o_proj):
         linear.weight.zero_()
         if linear.bias is not None:
             linear.bias.zero_()

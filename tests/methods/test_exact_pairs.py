@@ -37,7 +37,8 @@ def random_forms(seed, kv_heads):
 
 
 def solved(forms, rotary, ridge=0.0):
-    block = SimpleNamespace(heads=SimpleNamespace(rotary=rotary))
+    attention = SimpleNamespace(layout=SimpleNamespace(rotary=rotary))
+    block = SimpleNamespace(attention_of=lambda _: attention)
     return ExactPairs(ridge).solve(None, block, {Needs.PAIR_SCORES: PairScores(forms * 7, 7)})
 
 
@@ -147,7 +148,7 @@ def test_mapping_then_turning_is_turning_then_mapping(size, rotary):
 
 def correlated(model, seed):
     """Two loud pairs that hardly turn say nearly the same, and two more something else."""
-    attention = model.blocks[0].attention
+    attention = model.blocks[0].attention.module
     for linear in (attention.q_proj, attention.k_proj):
         weight = linear.weight.data.view(-1, WIDTH, linear.weight.shape[1])
         weight.copy_(0.12 * normal(seed, *weight.shape))

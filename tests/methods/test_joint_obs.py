@@ -39,7 +39,8 @@ def solved(x, w, ridge=RIDGE, target=None):
     if target is not None:
         found[Needs.HIDDEN_TARGET] = Cross()
         found[Needs.HIDDEN_TARGET].update(x[None], target[None], mask=mask)
-    unit, block = SimpleNamespace(name="mlp"), SimpleNamespace(consumer_weight=w)
+    mlp = SimpleNamespace(consumer_weight=w)
+    unit, block = SimpleNamespace(name="mlp"), SimpleNamespace(mlp_of=lambda _: mlp)
     return JointOBS(ridge).solve(unit, block, found)
 
 
@@ -216,7 +217,7 @@ def test_the_fit_is_to_the_target_where_there_is_one(seed):
         found, other = right.at(size), wrong.at(size)
         expected = torch.linalg.lstsq(x[:, found.keep], t).solution
         torch.testing.assert_close(found.consumer, expected, atol=1e-7, rtol=1e-7)
-        missed = float((t - x[:, other.keep] @ other.consumer).square().sum() / 90)
+        missed = float((t - x[:, other.keep] @ other.mlp.consumer).square().sum() / 90)
         assert missed > 1.5 * direct_error(x, t, found.keep)
     assert any(right.at(k).keep.tolist() != wrong.at(k).keep.tolist() for k in range(10))
 
@@ -273,7 +274,7 @@ def test_curve_is_the_error_that_a_narrowed_mlp_makes(opened, name):
             windows.through(block, windows.at(slice(None)))
         return seen.mlp
 
-    dense, bias = output(), getattr(block.consumer, "bias", None)
+    dense, bias = output(), getattr(block.mlp.consumer, "bias", None)
     energy = (dense if bias is None else dense - bias).square().sum()
     for size in (8, 24, 48):
         with narrowed(block, unit, solution.at(size)):

@@ -33,7 +33,8 @@ def statistics(query, key):
 
 
 def block(rotary):
-    return SimpleNamespace(heads=SimpleNamespace(rotary=rotary))
+    attention = SimpleNamespace(layout=SimpleNamespace(rotary=rotary))
+    return SimpleNamespace(attention_of=lambda _: attention)
 
 
 def kept(query, key, size, rotary):

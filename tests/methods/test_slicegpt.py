@@ -83,7 +83,9 @@ def test_embeddings_turn_about_the_origin(opened, tokens):
 def test_coordinates_that_are_zero_go_for_nothing(opened, tokens, name):
     """And the norms still divide by all of them: ε is large enough to tell."""
     model, size = opened(name, "float64"), 20
-    readers = [linear for b in model.blocks for linear in (b.attention.o_proj, b.consumer)]
+    readers = [
+        linear for b in model.blocks for linear in (b.attention.module.o_proj, b.mlp.consumer)
+    ]
     norms = [m for m in model.module.modules() if hasattr(m, "variance_epsilon")]
     for norm in norms:
         norm.variance_epsilon = 0.1
