@@ -37,6 +37,7 @@ class Stitched:
         model: Model,
         method: Method,
         units: Sequence[Unit],
+        *,
         allowed: Mapping[str, Sequence[int]],
         store: Store,
         tokens: Tokens,
