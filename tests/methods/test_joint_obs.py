@@ -217,7 +217,7 @@ def test_the_fit_is_to_the_target_where_there_is_one(seed):
         found, other = right.at(size), wrong.at(size)
         expected = torch.linalg.lstsq(x[:, found.keep], t).solution
         torch.testing.assert_close(found.consumer, expected, atol=1e-7, rtol=1e-7)
-        missed = float((t - x[:, other.keep] @ other.mlp.consumer).square().sum() / 90)
+        missed = float((t - x[:, other.keep] @ other.consumer).square().sum() / 90)
         assert missed > 1.5 * direct_error(x, t, found.keep)
     assert any(right.at(k).keep.tolist() != wrong.at(k).keep.tolist() for k in range(10))
 

@@ -15,7 +15,7 @@ def test_the_first_channel_to_go_is_that_of_sequential_obs(seed, ridge):
     x, w = activations(seed, 80, 10), normal(seed + 2, 10, 4)
     one, other = solved(OBSPA(ridge=ridge), x, w).at(9), solved(ZipLM(ridge=ridge), x, w).at(9)
     assert one.keep.tolist() == other.keep.tolist()
-    torch.testing.assert_close(one.mlp.consumer, other.mlp.consumer)
+    torch.testing.assert_close(one.consumer, other.consumer)
 
 
 def test_scores_are_what_each_removal_alone_costs():
