@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field
 
-from secateur.allocate import allocator_class
+from secateur import allocate, methods
 from secateur.allocate.base import Allocator, Evidence
 from secateur.allocate.plain import PlainWidth
 from secateur.calibration.collect import Store
@@ -17,7 +17,6 @@ from secateur.data.tokens import Calibration, Tokens
 from secateur.io.schema import Parts, Record, read_record
 from secateur.layers.forms_secateur import FORMS
 from secateur.layers.integers import INTEGERS, LIBRARY
-from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.models.model import Model, fingerprint, has_forms
 from secateur.scoring.latency import measured
@@ -28,6 +27,7 @@ from secateur.structure.runtime_limits import Runtime
 from secateur.structure.units import DEPTH, MATRICES, Matrix, Unit
 from secateur.utils.errors import InputError, nearest, shown
 from secateur.utils.options import built
+from secateur.utils.registry import Registry
 from secateur.version import __version__
 
 MAX_PLAN_BYTES = 64 * 2**20
@@ -72,10 +72,20 @@ class CalibrationRecord(Record):
 
 
 class Choice(Record):
-    """The name of a method or an allocator, and all of its fields."""
+    """The name of a method or an allocator, and all of its fields.
+
+    ``package`` is what declares it, with its version, where that is another package than secateur.
+    """
 
     name: str
     options: dict[str, int | float | str]
+    package: str | None = Field(default=None, exclude_if=lambda package: package is None)
+
+    @classmethod
+    def of(cls, chosen: Method | Allocator, registry: Registry) -> "Choice":
+        """That of an object."""
+        package = registry.package(chosen.name)
+        return cls(name=chosen.name, options=asdict(chosen), package=package)
 
 
 class Budget(Record):
@@ -181,12 +191,20 @@ class Plan(Record):
     def build_method(self) -> Method:
         """The method object that this plan was made with."""
         choice = self.method
-        return built(method_class(choice.name), choice.options, f"plan: {choice.name}")
+        return built(
+            methods.method_class(choice.name, choice.package),
+            choice.options,
+            f"plan: {choice.name}",
+        )
 
     def build_allocator(self) -> Allocator:
         """The allocator object that this plan was made with."""
         choice = self.allocator
-        return built(allocator_class(choice.name), choice.options, f"plan: {choice.name}")
+        return built(
+            allocate.allocator_class(choice.name, choice.package),
+            choice.options,
+            f"plan: {choice.name}",
+        )
 
     def to_json(self) -> str:
         """Indented JSON, one field a line."""
@@ -255,8 +273,8 @@ def make_plan(
         calibration=CalibrationRecord(
             **calibration.as_dict(), tokens=tokens.count, fingerprint=tokens.fingerprint
         ),
-        method=Choice(name=method.name, options=asdict(method)),
-        allocator=Choice(name=allocator.name, options=asdict(allocator)),
+        method=Choice.of(method, methods.REGISTRY),
+        allocator=Choice.of(allocator, allocate.REGISTRY),
         multiple_of=goal.multiple_of,
         runtime=goal.runtime,
         budget=_budget(units, sizes, method.keep, prices, goal),

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from secateur import Goal, Settings, make_plan, open_model, score
 from secateur.allocate.uniform import Uniform
 from secateur.apply.surgery import narrowed
-from secateur.methods import METHODS, method_class
+from secateur.methods import method_class, method_classes
 from secateur.models.linear_ops import dense_weight, inputs_by_outputs
 from secateur.pipeline.compress import write
 from secateur.pipeline.multi_step import stored_bytes
@@ -23,7 +23,7 @@ from tests.contract.conftest import ALWAYS, ROUNDING, asked_with, run_reader, sp
 from tests.contract.variants import VARIANTS
 from tests.support.families import AUTO, FAMILIES
 
-RESHAPING = [name for name in METHODS if method_class(name).kinds == MATRICES]
+RESHAPING = [name for name, kind in method_classes().items() if kind.kinds == MATRICES]
 RESHAPING += [name for name in VARIANTS if " " in name]  # with other options
 SHOWN = ("llama", "gpt2")  # one without biases, one with transposed weights and biases
 SPECIAL = [name for name in FAMILIES if name not in ALWAYS]
