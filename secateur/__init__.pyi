@@ -51,6 +51,7 @@ from .methods.shortgpt import ShortGPT as ShortGPT
 from .methods.sleb import SLEB as SLEB
 from .methods.slicegpt import SliceGPT as SliceGPT
 from .methods.sparsegpt import SparseGPT as SparseGPT
+from .methods.step import Step as Step
 from .methods.svd import SVD as SVD
 from .methods.svd_llm import SVDLLM as SVDLLM
 from .methods.wanda import Wanda as Wanda
@@ -62,15 +63,17 @@ from .models.model import Model as Model
 from .models.model import Settings as Settings
 from .pipeline.compress import compress as compress
 from .pipeline.compress import save as save
-from .pipeline.multi_step import compress_in_steps as compress_in_steps
+from .pipeline.config import RunConfig as RunConfig
+from .pipeline.context import RunContext as RunContext
 from .planning.plan import Plan as Plan
-from .planning.plan import make_plan as make_plan
+from .planning.planner import make_plan as make_plan
 from .planning.recipe import Recipe as Recipe
-from .planning.recipe import Step as Step
 from .planning.recipe import read_recipe as read_recipe
+from .planning.stage import Stage as Stage
+from .planning.stage import StageResult as StageResult
 from .scoring.calibration_selection import select_calibration as select_calibration
 from .scoring.evidence import score as score
-from .structure.budget import Goal as Goal
+from .structure.budget import Budget as Budget
 from .utils.errors import InputError as InputError
 
 __version__: str
