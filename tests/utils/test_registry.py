@@ -7,43 +7,23 @@ import pytest
 from secateur.allocate import REGISTRY as ALLOCATING
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.cli.main import cli
 from secateur.methods import METHODS, REGISTRY, method_class, method_classes
 from secateur.planning.plan import Choice
 from secateur.utils.errors import InputError
-
-ALLOCATOR = """
-from dataclasses import dataclass
-from typing import ClassVar
-from secateur.extend import Uniform, option
-
-@dataclass(frozen=True)
-class Same(Uniform):
-    {field}
-    name: ClassVar[str] = "same"
-    summary: ClassVar[str] = "the same"
-    source: ClassVar[str] = "a test"
-"""
-GOOD = ALLOCATOR.format(field='much: float = option(0.5, "of it", 0.0, 1.0)')
+from tests.support.packages import ALLOCATOR, GOOD, put
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """Put a module where packages are installed, with the metadata that pip would write."""
+    """Make a package importable, and its metadata readable; the value is its module's name."""
 
-    def made(package, code, value="Same", name="same", group="secateur.allocators"):
+    def installed(package, *code, **where):
         module = package.replace("-", "_")
-        site = tmp_path / package
-        metadata = site / f"{module}-2.1.dist-info"
-        metadata.mkdir(parents=True)
-        (site / f"{module}.py").write_text(code)
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 2.1")
-        (metadata / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}:{value}\n")
-        monkeypatch.syspath_prepend(site)
+        monkeypatch.syspath_prepend(put(tmp_path, package, *code, **where))
         monkeypatch.delitem(sys.modules, module, raising=False)
         return module
 
-    return made
+    return installed
 
 
 def test_a_package_adds_a_class_that_is_imported_when_asked_for(install):
@@ -126,20 +106,3 @@ def test_without_any_metadata_the_projects_own_are_there(monkeypatch):
     monkeypatch.setattr("secateur.utils.registry.entry_points", lambda group: ())
     monkeypatch.setattr("sys.path", [*sys.path, "elsewhere"])
     assert list(method_classes()) == list(METHODS)
-
-
-def test_commands_show_what_is_there_and_what_is_broken(install, capsys):
-    install("more-allocators", GOOD)
-    install("broken", "1 / 0", name="ratio", group="secateur.methods")
-    cli(["ls"], standalone_mode=False)
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "same the same (a test) from more-allocators 2.1 --much of it (default 0.5)" in shown
-    assert "method 'ratio' of package broken 2.1 can't be loaded: ZeroDivisionError" in shown
-    cli(["plan", "--allocator", "same", "--help"], standalone_mode=False)
-    assert "--much FLOAT [same] of it" in " ".join(capsys.readouterr().out.split())
-
-
-def test_a_field_that_is_named_as_a_commands_own_option_is_refused(install):
-    install("double", ALLOCATOR.format(field='samples: int = option(3, "of them")'))
-    with pytest.raises(InputError, match=r"allocator 'same'.*--samples"):
-        cli(["plan", "demo", "--allocator", "same"], standalone_mode=False)
