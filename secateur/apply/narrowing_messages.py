@@ -10,7 +10,7 @@ from secateur.distributed.collectives import Ranks
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.forms_secateur import build
 from secateur.layers.integers import Integers, unpacked
-from secateur.methods.base import Narrowing
+from secateur.structure.narrowing import Narrowing
 
 TENSORS = ("keep", "encode", "consumer", "bias")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from secateur.calibration.statistics import BlockStatistics
+from secateur.calibration.needs import BlockStatistics
 from secateur.distributed.collectives import Ranks
 
 
@@ -13,7 +13,7 @@ def add_up(statistics: BlockStatistics, ranks: Ranks) -> None:
     """
     if ranks.alone:
         return
-    found = [statistics[need] for need in sorted(statistics, key=lambda n: (n[0], str(n[1])))]
+    found = [statistics[need] for need in sorted(statistics, key=lambda need: need.id)]
     tokens = torch.tensor([statistic.tokens for statistic in found])
     ranks.all_reduce([tokens])
     # One that has enough tokens, or sees none, has no sum.
