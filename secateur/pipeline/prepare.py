@@ -285,7 +285,7 @@ class _Measuring:
             context.watch.measure("calibrate"),
             context.progress.stage("calibrating, block by block", len(model.blocks)) as advance,
         ):
-            calibrate(model, tokens, needs, self.store, advance, context.ranks)
+            calibrate(model, tokens, needs, self.store, advance=advance, ranks=context.ranks)
 
     def planned(self, units: list[Unit], evidence: Evidence, prices: Prices) -> Plan:
         """The sizes that the allocator decides on."""
