@@ -8,10 +8,10 @@ from secateur.distributed.messages import pack, unpack
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import packed, unpacked
 from secateur.methods import method_class
-from secateur.methods.form import FormMethod
 from secateur.methods.forms import reshaping
 from secateur.models.linear_ops import dense_weight
 from secateur.structure.units import Matrix
+from tests.contract.variants import VARIANTS
 
 
 def passed(narrowing):
@@ -23,15 +23,14 @@ def passed(narrowing):
     return from_message(message)
 
 
-@pytest.mark.parametrize("name", [*reshaping(), "cospadi-shared"])
+@pytest.mark.parametrize("name", [*reshaping(), "cospadi shared"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # without biases, and with
 def test_layers_of_every_form_arrive_as_they_were(opened, calibrated, family, name):
-    shared = {"share": 1} if name.endswith("-shared") else {}
-    method: FormMethod = method_class(name.removesuffix("-shared"))(**shared)
+    method = method_class(name.removesuffix(" shared"))(**VARIANTS.get(name, {}))
     model = opened(family)
-    unit = next(u for u in method.units(model, 1) if isinstance(u, Matrix) and u.block == 0)
-    block = model.blocks[0]
-    statistics = calibrated(family).store.get(0, method.needs)
+    unit = next(u for u in method.units(model, 1) if isinstance(u, Matrix) and u.forms)
+    block = model.blocks[unit.block]
+    statistics = calibrated(family).store.get(unit.block, method.needs)
     with torch.no_grad(), block.solving():
         solution = method.solve(unit, block, statistics)
         for size in {1, unit.size - 1}:
