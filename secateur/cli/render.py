@@ -43,7 +43,11 @@ def catalogue() -> dict[str, Any]:
     methods = [method_class(name) for name in METHODS]
     allocators = [allocator_class(name) for name in ALLOCATORS]
     return {
-        "methods": [_entry(m) | {"allocator": m().allocator.name} for m in methods],
+        "methods": [
+            _entry(m)
+            | {"keep": m.usual_keep, "target": m.target, "allocator": m().allocator.name}
+            for m in methods
+        ],
         "allocators": [_entry(allocator) for allocator in allocators],
         "families": [{"name": f.family, "model_types": f.model_types} for f in FAMILIES],
     }
@@ -72,6 +76,8 @@ def show_catalogue(content: dict[str, Any]) -> None:
                 default = shown(field["default"])
                 console.print(f"    {flag:<18} {field['help']}  (default {default})")
             if group == "methods":
+                asked = f"{entry['keep']} of the {entry['target']}"
+                console.print(f"    {'--keep':<18} by default {asked}")
                 console.print(f"    {'--allocator':<18} by default {entry['allocator']}")
         console.print()
     console.print("[bold]families[/]")
