@@ -1,6 +1,6 @@
 """The main job: check, measure, calibrate, plan, apply, write, reload, measure again, report."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
