@@ -76,8 +76,9 @@ def checked(thing: Any) -> None:
 
     for f in fields(thing):
         value, low, high = getattr(thing, f.name), f.metadata.get("low"), f.metadata.get("high")
+        kind: type = type(f.default)
         try:
-            _validator(type(f.default), low, high).validate_python(value)
+            _validator(kind, low, high).validate_python(value)
         except ValidationError as error:
             wanted = WANTED.get(error.errors(include_url=False)[0]["type"])
             if wanted is None:
@@ -94,7 +95,7 @@ def _validator(kind: type, low: float | None, high: float | None) -> "TypeAdapte
 
     unbounded = False if kind is float else None  # infinity and NaN are questions to floats alone
     bounds = Field(strict=True, ge=low, le=high, allow_inf_nan=unbounded)
-    return TypeAdapter(Annotated[kind, bounds])
+    return TypeAdapter(Annotated[kind, bounds])  # type: ignore[arg-type]
 
 
 def whole_numbers(thing: Any, name: str, low: int, high: int) -> tuple[int, ...]:
