@@ -229,7 +229,7 @@ def test_the_table_shows_sizes_bytes_and_losses(run, model, given, plan, room, m
         assert float(number) * (1000 if prefix else 1) == pytest.approx(row["bytes"], abs=5)
         assert loss == f"{row['predicted_loss']:.5f}"
     total = sum(row["predicted_loss"] for row in made["units"])
-    assert f"{total:.4f} in all" in shown.replace("\n", " ")
+    assert f"sum {total:.4f}" in shown.replace("\n", " ")
     assert ("gone" in shown) == (0 in sizes(made).values()) == (keep == 0.3)
 
 
@@ -271,9 +271,9 @@ def test_the_table_says_what_a_method_predicts_and_parts_blocks(
     ("target", "words"),
     [
         ("parameters", "of 18.43 k compressible parameters"),
-        ("bytes", "of 73.73 kB that can shrink"),
-        ("flops", "of 36.86 k operations a token"),
-        ("cache", "of 256 B of KV cache a token"),
+        ("bytes", "of 73.73 kB of compressible weights"),
+        ("flops", "of 36.86 k FLOPs per token"),
+        ("cache", "of 256 B of KV cache per token"),
         ("latency", "of 0.02 ms for 1 × 16 tokens"),
     ],
 )
