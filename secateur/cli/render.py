@@ -193,7 +193,7 @@ def show_plan(plan: Plan, written: Path | None) -> None:
         loss = row.predicted_loss
         table.add_row(
             row.unit,
-            row.becomes or f"{row.before} → {row.after or 'gone'}",
+            row.becomes or f"{row.before} → {row.after or 'removed'}",
             f"{row.bytes / row.dense_bytes if row.dense_bytes else row.after / row.before:.0%}",
             size(row.bytes),
             f"{row.predicted_error:.2%}" if loss is None else f"{loss:.5f}",
@@ -205,8 +205,8 @@ def show_plan(plan: Plan, written: Path | None) -> None:
         console.print(curve)
     else:
         console.print(
-            f"predicted loss: KL divergence from the dense model with that unit alone compressed, "
-            f"in nats; sum {plan.predicted_loss:.4f}"
+            f"predicted loss: KL divergence from dense with only that unit compressed, in nats; "
+            f"sum {plan.predicted_loss:.4f}"
         )
     console.print(reporting.told_tier(plan.tier, plan.libraries))
     if written is not None:
