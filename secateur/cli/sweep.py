@@ -29,7 +29,7 @@ def several_budgets(command: Any) -> Any:
             f"--{flag_of(field)}",
             key,
             metavar=f"{flag_of(field)[0].upper()},…",
-            help=f"{shown}; several by commas  [default: {default}]",
+            help=f"{shown}; several values by commas  [default: {default}]",
         )
         command = option(command)
     return command
