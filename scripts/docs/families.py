@@ -154,7 +154,7 @@ def attention(models: list[Model]) -> str:
     model = models[0]
     anatomy, config = model.anatomy, model.config
     assert anatomy is not None
-    layouts = [one.blocks[0].heads for one in models]
+    layouts = [one.blocks[0].layout for one in models]
     grouped = any(layout.kv_heads < layout.heads for layout in layouts)
     words = ["grouped" if grouped else "multi-head"]
     if anatomy.rotary:
@@ -216,7 +216,7 @@ def kinds(method: Method) -> list[str]:
 def goes_plain(method: Method, model: Model) -> bool:
     """Whether ``--tier plain`` is refused before any weight is read."""
     try:
-        check_reach(model, Step.of(method, Budget(tier="plain")).filled)
+        check_reach(model, Step.of(method, Budget(tier="plain")))
     except InputError:
         return False
     return True

@@ -1,6 +1,6 @@
 """Options that several commands share, and options made from the fields of a method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def stacked(decorators: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     """Combine several decorators, so that commands can share a group of options."""
 
     def decorate(function: Any) -> Any:
@@ -121,25 +121,27 @@ def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 model_argument = click.argument("model")
 
 open_options = stacked(
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        help="Device: auto, cpu, cuda, cuda:1, mps, …",
-    ),
-    click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        help="Number format to compute in; auto is float32 on a CPU, the stored format elsewhere.",
-    ),
-    click.option("--revision", help="Branch, tag or commit of a model on the hub."),
-    click.option(
-        "--trust-remote-code",
-        is_flag=True,
-        help="Run the Python code that comes with the checkpoint.",
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    [
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="Device: auto, cpu, cuda, cuda:1, mps, …",
+        ),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            help="Number format to compute in; auto is float32 on a CPU, else the stored format.",
+        ),
+        click.option("--revision", help="Branch, tag or commit of a model on the hub."),
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Run the Python code that comes with the checkpoint.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    ]
 )
 
 stream_option = click.option(
@@ -152,42 +154,44 @@ stream_option = click.option(
 )
 
 text_options = stacked(
-    click.option(
-        "--calibration",
-        default="bundled",
-        show_default=True,
-        help="Calibration data: a .txt file, a folder, a .jsonl file with a "
-        '"text" field, a Hugging Face dataset (NAME[:CONFIG[:SPLIT]]), or "bundled".',
-    ),
-    click.option(
-        "--samples",
-        default=128,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Number of calibration windows.",
-    ),
-    click.option(
-        "--length",
-        default=256,
-        show_default=True,
-        type=click.IntRange(2),
-        help="Tokens per calibration window.",
-    ),
-    click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=click.IntRange(-(2**63), 2**63 - 1),
-        help="Seed of the choice of windows.",
-    ),
-    click.option(
-        "--select-calibration",
-        default="none",
-        show_default=True,
-        help="How to choose the windows: none (at random), kl (the one of several random sets "
-        "whose compressed model is closest to the dense one), leverage (windows with tokens that "
-        "other windows do not explain), dpp (windows that differ from each other).",
-    ),
+    [
+        click.option(
+            "--calibration",
+            default="bundled",
+            show_default=True,
+            help="Calibration data: a .txt file, a folder, a .jsonl file with a "
+            '"text" field, a Hugging Face dataset (NAME[:CONFIG[:SPLIT]]), or "bundled".',
+        ),
+        click.option(
+            "--samples",
+            default=128,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Number of calibration windows.",
+        ),
+        click.option(
+            "--length",
+            default=256,
+            show_default=True,
+            type=click.IntRange(2),
+            help="Tokens per calibration window.",
+        ),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(-(2**63), 2**63 - 1),
+            help="Seed of the choice of windows.",
+        ),
+        click.option(
+            "--select-calibration",
+            default="none",
+            show_default=True,
+            help="How to choose the windows: none (at random), kl (the one of several random sets "
+            "whose compressed model is closest to the dense one), leverage (windows with tokens "
+            "that other windows do not explain), dpp (windows that differ from each other).",
+        ),
+    ]
 )
 
 
@@ -221,80 +225,87 @@ def _budget_option(field: Any) -> Callable[[Any], Any]:
     )
 
 
-budget_options = stacked(*(_budget_option(field) for field in fields(Budget)))
+budget_options = stacked([_budget_option(field) for field in fields(Budget)])
 
 calibration_options = stacked(
-    click.option(
-        "--method",
-        "-m",
-        default=DEFAULT_METHOD,
-        show_default=True,
-        help="Compression method; `secateur ls` lists all.",
-    ),
-    budget_options,
-    click.option(
-        "--allocator",
-        help="How the budget is distributed over the units; `secateur ls` lists all allocators  "
-        "[default: the method's]",
-    ),
-    click.option(
-        "--scores",
-        type=click.Path(path_type=Path, dir_okay=False),
-        help="File to read the scores of the units from, or to write them to  [default: a cache]",
-    ),
-    click.option(
-        "--statistics",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Folder to read calibration statistics from, or to write them to.",
-    ),
-    text_options,
+    [
+        click.option(
+            "--method",
+            "-m",
+            default=DEFAULT_METHOD,
+            show_default=True,
+            help="Compression method; `secateur ls` lists all.",
+        ),
+        budget_options,
+        click.option(
+            "--allocator",
+            help="How the budget is distributed over the units; `secateur ls` lists all allocators  "
+            "[default: the method's]",
+        ),
+        click.option(
+            "--scores",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="File to read the units' scores from, or to write them to  [default: a cache]",
+        ),
+        click.option(
+            "--statistics",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder to read calibration statistics from, or to write them to.",
+        ),
+        text_options,
+    ]
 )
 
 judge_options = stacked(
-    click.option(
-        "--eval",
-        "texts",
-        multiple=True,
-        metavar="TEXT",
-        help="Text to evaluate on, given like --calibration; can be repeated  [default: a held-out "
-        "part of the calibration text, and the bundled text]",
-    ),
-    click.option(
-        "--eval-length",
-        type=click.IntRange(2),
-        help="Tokens per evaluation window  [default: that of calibration, or 256]",
-    ),
-    click.option(
-        "--eval-windows",
-        default=256,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Maximum number of evaluation windows per text.",
-    ),
-    click.option(
-        "--prompt",
-        help="Prompt of the generated sample  [default: the beginning of the first text]",
-    ),
-    click.option(
-        "--new-tokens", type=click.IntRange(1), help="Tokens of the generated sample  [default: 40]"
-    ),
-    click.option("--no-speed", is_flag=True, help="Do not measure speed."),
-    click.option(
-        "--tasks",
-        multiple=True,
-        metavar="TASKS",
-        help="Tasks to evaluate on, by commas: task files (.jsonl, see docs/evaluation.md), "
-        "or names of lm-evaluation-harness, such as arc_easy,piqa; can be repeated.",
-    ),
-    click.option(
-        "--task-limit",
-        type=click.IntRange(2),
-        help="Maximum number of items per task  [default: all]",
-    ),
-    click.option(
-        "--damage",
-        is_flag=True,
-        help="Also measure what perplexity does not show: expected calibration error, repetition, "
-        "recall of planted keys, accuracy of each class.",
-    ),
+    [
+        click.option(
+            "--eval",
+            "texts",
+            multiple=True,
+            metavar="TEXT",
+            help="Text to evaluate on, given like --calibration; can be repeated  [default: a "
+            "held-out part of the calibration text, and the bundled text]",
+        ),
+        click.option(
+            "--eval-length",
+            type=click.IntRange(2),
+            help="Tokens per evaluation window  [default: that of calibration, or 256]",
+        ),
+        click.option(
+            "--eval-windows",
+            default=256,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Maximum number of evaluation windows per text.",
+        ),
+        click.option(
+            "--prompt",
+            help="Prompt of the generated sample  [default: the beginning of the first text]",
+        ),
+        click.option(
+            "--new-tokens",
+            type=click.IntRange(1),
+            help="Tokens of the generated sample  [default: 40]",
+        ),
+        click.option("--no-speed", is_flag=True, help="Do not measure speed."),
+        click.option(
+            "--tasks",
+            multiple=True,
+            metavar="TASKS",
+            help="Tasks to evaluate on, separated by commas: task files (.jsonl, see "
+            "docs/evaluation.md), or names of lm-evaluation-harness, such as arc_easy,piqa; can be "
+            "repeated.",
+        ),
+        click.option(
+            "--task-limit",
+            type=click.IntRange(2),
+            help="Maximum number of items per task  [default: all]",
+        ),
+        click.option(
+            "--damage",
+            is_flag=True,
+            help="Also measure what perplexity does not show: expected calibration error, "
+            "repetition, recall of planted keys, accuracy of each class.",
+        ),
+    ]
 )
