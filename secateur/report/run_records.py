@@ -157,7 +157,7 @@ class UnitRow(BaseModel):
     @property
     def said(self) -> str:
         """Before and after, in words."""
-        return self.becomes or f"{self.before} → {self.after or 'gone'}"
+        return self.becomes or f"{self.before} → {self.after or 'removed'}"
 
 
 class PlanRows(BaseModel):
