@@ -239,7 +239,7 @@ calibration_options = stacked(
         budget_options,
         click.option(
             "--allocator",
-            help="How the budget is distributed over the units; `secateur ls` lists all allocators  "
+            help="How the budget is distributed over units; `secateur ls` lists all allocators  "
             "[default: the method's]",
         ),
         click.option(
