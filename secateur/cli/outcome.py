@@ -29,8 +29,5 @@ class Outcome:
         if self.message:
             print(f"error: {printable(self.message)}", file=sys.stderr)
         elif self.code == INTERRUPTED:
-            print(
-                "interrupted; a compress or sweep command goes on when it is typed again.",
-                file=sys.stderr,
-            )
+            print("interrupted. To resume a compress or sweep command, repeat it.", file=sys.stderr)
         return self.code

@@ -111,14 +111,14 @@ def test_what_is_finished_is_not_done_again(sweep, room, near, monkeypatch):
     sweep(*given, "0.9,0.7").succeeded()
     assert len(near) == 1  # the other run, and no dense model
     assert weights.stat().st_mtime_ns == then
-    monkeypatch.setattr(job, "compress", lambda *_, **__: pytest.fail("done again"))
+    monkeypatch.setattr(job, "run", lambda *_, **__: pytest.fail("done again"))
     near.clear()
     assert "modegpt-0.7" in sweep(*given, "0.9,0.7").succeeded().out
     assert near == []
 
 
 def test_an_interrupted_sweep_goes_on_and_gives_the_same_bytes(sweep, room, monkeypatch, forget):
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     given = ["--method", "modegpt", "--keep", "0.9,0.7"]
     forget()
@@ -159,8 +159,8 @@ def test_one_run_that_fails_does_not_end_the_others(sweep, room, monkeypatch):
     found = sweep("--method", "modegpt,wanda-sp", "--keep", "0.9,0.001")
     assert found.code == 2
     assert "3 of 4 runs" in found.message[0]
-    assert "not done: modegpt-0.9: it is another model." in found.out
-    assert "not done: wanda-sp-0.001: keep 0.001 is out of reach" in found.out
+    assert "failed: modegpt-0.9: it is another model." in found.out
+    assert "failed: wanda-sp-0.001: keep 0.001 is out of reach" in found.out
     assert "Traceback" not in found.err
     assert names(room / "out") == sorted([".shared", *SHEETS, "wanda-sp-0.9"])
     content = json.loads((room / "out" / "frontier.json").read_text())
