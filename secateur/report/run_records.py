@@ -28,13 +28,13 @@ Number = Annotated[int | FiniteFloat, Field(ge=-LARGEST, le=LARGEST)]
 Figures = dict[str, Number | None]
 
 
-class Part(BaseModel):
+class ReportPart(BaseModel):
     """Part of a report; keys of later versions are kept and ignored."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
-class Side(Part):
+class Side(ReportPart):
     """The figures of one model."""
 
     parameters: Count
@@ -62,14 +62,14 @@ class Side(Part):
         return speed
 
 
-class NamedOptions(Part):
+class NamedOptions(ReportPart):
     """A method or an allocator with its options."""
 
     name: str
     options: dict[str, Any] = {}
 
 
-class DenseModel(Part):
+class DenseModel(ReportPart):
     """The dense model."""
 
     source: str
@@ -77,7 +77,7 @@ class DenseModel(Part):
     fingerprint: str = ""
 
 
-class Spent(Part):
+class Spent(ReportPart):
     """A budget."""
 
     keep: Amount
@@ -88,14 +88,14 @@ class Spent(Part):
     length: Count = 256
 
 
-class Told(Part):
+class Told(ReportPart):
     """Points of an error curve."""
 
     kept: Several[Amount]
     errors: Several[Amount]
 
 
-class Observed(Part):
+class Observed(ReportPart):
     """The result of :func:`~secateur.apply.block_errors.observations` for a step."""
 
     influence: Several[Number] = []
@@ -104,7 +104,7 @@ class Observed(Part):
     directions: Several[dict[str, Count]] = []
 
 
-class Taken(Part):
+class Taken(ReportPart):
     """One of several steps."""
 
     method: NamedOptions
@@ -112,7 +112,7 @@ class Taken(Part):
     budget: Spent | None = None
 
 
-class Content(Part):
+class Content(ReportPart):
     """report.json of this version and of earlier ones."""
 
     version: int = Field(ge=1, le=VERSION)
