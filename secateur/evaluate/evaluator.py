@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.data.tasks import CausalLM, Use
 from secateur.data.tokens import Text, Tokens
 from secateur.evaluate import lm_eval
-from secateur.evaluate.agreement import agreement, outputs
+from secateur.evaluate.agreement import compared, outputs
 from secateur.evaluate.damage.summary import damage
 from secateur.evaluate.measurements import Questions, Verdict
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import answered
-from secateur.evaluate.significance import Answers, Figures, changes
+from secateur.evaluate.significance import Answers, Figures
 from secateur.evaluate.speed import measure_speed
 from secateur.evaluate.task_file import answered_file, is_file, read_task
 from secateur.evaluate.verify import (
@@ -35,7 +34,6 @@ from secateur.evaluate.verify import (
     streamed_testimony,
     testimony,
 )
-from secateur.io.run_directory import whole
 from secateur.models.loading import locate
 from secateur.models.model import Model, Settings
 from secateur.models.streamed_loading import open_fitting
@@ -74,7 +72,7 @@ def judge(
     scores, kept = _tasks(model, questions, loaded, progress)
     if first is not None and outputs_of_dense is not None:
         kept |= {"outputs": outputs(model, first)} | ({"text": first.ids} if use.reads_text else {})
-    agrees, changed = _compared(kept, scores, outputs_of_dense)
+    agrees, changed = compared(kept, [*scores], outputs_of_dense)
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
@@ -142,23 +140,6 @@ def _speed(
     return {name: value for name, value in asdict(timed).items() if value is not None}
 
 
-def _compared(
-    kept: dict[str, Tensor], scores: dict[str, Figures], outputs_of_dense: Path | None
-) -> tuple[dict[str, float], dict[str, Figures]]:
-    """Agreement with the dense model and changes of tasks; the dense model's outputs are stored."""
-    if outputs_of_dense is None:
-        return {}, {}
-    if not outputs_of_dense.exists():
-        with whole(outputs_of_dense) as partial:
-            save_file(kept, partial)
-        return {}, {}
-    dense, agrees = load_file(outputs_of_dense), {}
-    if "outputs" in kept:
-        _check_alike(dense, kept)
-        agrees = agreement(dense["outputs"], kept["outputs"])
-    return agrees, {name: changes(name, dense, kept) for name in scores}
-
-
 def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
     """Check tasks before anything is measured; harness tasks only when they are loaded.
 
@@ -172,22 +153,6 @@ def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
         )
     for task in filter(is_file, tasks):
         read_task(task)
-
-
-def _check_alike(dense: dict[str, Tensor], small: dict[str, Tensor]) -> None:
-    """Refuse to compare two models that tokenize text differently.
-
-    Raises:
-        InputError: their tokens differ, or the number of their outputs.
-    """
-    both = (dense["outputs"], small["outputs"])
-    same = [torch.equal(dense[key], small[key]) for key in ("text",) if key in dense]
-    if both[0].shape != both[1].shape or not all(same):
-        raise InputError(
-            f"the two models do not read the text alike ({both[0].shape[1]} classes an output and "
-            f"{both[1].shape[1]}, or other tokens); a model can be held against the one that it "
-            f"was made from."
-        )
 
 
 def _tasks(
