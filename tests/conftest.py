@@ -17,11 +17,16 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="secateur-tests-")  # not
 from secateur import Calibration, Model, Settings, Store, calibrate, open_model
 from secateur.data.tokens import Tokens
 from secateur.methods import METHODS, method_class
-from tests.support import families
+from tests.support import covering, families
 
 torch.set_num_threads(1)
 
 SAMPLES, LENGTH = 6, 32
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers are looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    covering.thin(items)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,14 @@
 """Written checkpoints of every family, read back by fresh processes once for all tests."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur import Goal, Model, Plan, make_plan, score
@@ -30,31 +25,52 @@ from secateur.structure.units import DEPTH, MATRICES, STREAM, Unit
 from secateur.utils.progress import Progress
 from secateur.utils.stopwatch import Stopwatch
 from tests.conftest import Calibrated
+from tests.contract.reading import Job, Reader, Reading
+from tests.support.covering import COST, parameters
 from tests.support.families import AUTO, FAMILIES
 
-READER = Path(__file__).with_name("reader.py")
-KINDS = ("full", "plain", "layered", "mixed", "gone")
+HERE = Path(__file__).parent
 
-#: The method that is tested on every variant, and the variants that every method is tested on: one
-#: without biases, one with biases everywhere, one with norms in its heads. The rest is slow.
-EVERYWHERE = "auto"
-ALWAYS = ("llama", "gpt2", "qwen3")
 #: methods that narrow; those that keep widths have tests of their own (test_forms.py)
 NARROWING = [name for name in METHODS if method_class(name).kinds != MATRICES]
+#: the method that the fast run holds against every variant; each other one it holds against one
+EVERYWHERE = "auto"
 
 
-@pytest.hookimpl(tryfirst=True)  # before markers are looked at
+@pytest.hookimpl(tryfirst=True)  # before the fast run's tests are chosen and markers looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    own = {item: parameters(item) for item in items if READER.parent in item.path.parents}
-    unserved = {
+    own = {item: parameters(item) for item in items if HERE in item.path.parents}
+    unserved = [
         i for i, asked in own.items() if not is_served(asked.get("method"), asked.get("name"))
-    }
-    config.hook.pytest_deselected(items=list(unserved))
-    items[:] = [item for item in items if item not in unserved]
+    ]
+    config.hook.pytest_deselected(items=unserved)
+    gone = set(unserved)
+    items[:] = [item for item in items if item not in gone]
     for item, asked in own.items():
-        special = asked.get("name", ALWAYS[0]) not in ALWAYS
-        if special and asked.get("method", EVERYWHERE) != EVERYWHERE:
-            item.add_marker(pytest.mark.slow)
+        item.stash[COST] = cost(asked.get("method"), asked.get("name"))
+
+
+def cost(method: str | None, name: str | None) -> int:
+    """What a test costs the fast run: little where its checkpoints are there for others too."""
+    if method is None or name is None:
+        return 0
+    return int((method, name) not in pairs())
+
+
+@cache
+def pairs() -> frozenset[tuple[str, str]]:
+    """Methods and variants that the fast run brings together: one on all, the others on one each.
+
+    Those go through the variants in turn, so that unlike methods meet unlike families.
+    """
+    found = {(EVERYWHERE, name) for name in FAMILIES}
+    names = list(FAMILIES)
+    for method in NARROWING:
+        name = next(name for name in names if is_served(method, name))
+        found.add((method, name))
+        names.remove(name)
+        names.append(name)
+    return frozenset(found)
 
 
 @cache
@@ -77,11 +93,6 @@ def shapes(name: str) -> Model:
 
 def open_config(name: str) -> Any:
     return getattr(transformers, FAMILIES[name].config)(**FAMILIES[name].options)
-
-
-def parameters(item: pytest.Item) -> dict[str, Any]:
-    found: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    return found
 
 
 def methods(applies: Callable[[type[Method]], bool]) -> Any:
@@ -253,65 +264,30 @@ def written(
     return checkpoint
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a fresh process found in a checkpoint."""
-
-    facts: dict[str, Any]
-    tensors: dict[str, Tensor]
+@pytest.fixture(scope="session")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Reader]]:
+    """Route to what reads on it."""
+    started = cache(lambda route: Reader(route, tmp_path_factory.mktemp(route)))
+    yield started
+    for route in ("secateur", "stranger"):
+        started(route).close()
 
 
 @pytest.fixture(scope="session")
 def readings(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
+    readers: Callable[[str], Reader],
     written: Callable[[str, str], Written],
     method: type[Method],
 ) -> Callable[[str], Callable[[str, str], Reading]]:
-    """Route to a look-up by variant and kind.
-
-    Routes: "secateur" imports it; "stranger" cannot, and trusts the code beside the weights.
-    Variants that no test asks for are not written.
-    """
-    asked = [parameters(item) for item in request.session.items]
-    names = {own.get("name") for own in asked if own.get("method") == method.name}
+    """Route to a look-up by variant and kind of what a fresh process finds there."""
 
     @cache
-    def started() -> dict[str, tuple[Path, subprocess.Popen[str]]]:
-        return {route: start(route) for route in ("secateur", "stranger")}  # side by side
+    def read(route: str, name: str, kind: str) -> Reading:
+        made = written(name, kind)
+        job = Job(made.folder, AUTO[FAMILIES[name].use], asked_with(name, made.tokens))
+        return readers(route).read({f"{name}/{kind}": job})[f"{name}/{kind}"]
 
-    def start(route: str) -> tuple[Path, subprocess.Popen[str]]:
-        kinds = KINDS if route == "stranger" else ("layered", "mixed", "gone")
-        folder = tmp_path_factory.mktemp(route)
-        jobs, given = {}, {}
-        for name in (name for name in FAMILIES if name in names):
-            for kind in kinds:
-                made, job = written(name, kind), f"{name}/{kind}"
-                jobs[job] = {"folder": str(made.folder), "auto": AUTO[FAMILIES[name].use]}
-                given |= {
-                    f"{job}:{key}": value for key, value in asked_with(name, made.tokens).items()
-                }
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        save_file(given, folder / "inputs.safetensors")
-        return folder, run_reader(route, folder)
-
-    @cache
-    def read(route: str) -> Callable[[str, str], Reading]:
-        folder, process = started()[route]
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors[-3000:]
-        facts = json.loads((folder / "facts.json").read_text())
-        tensors = load_file(folder / "tensors.safetensors")
-
-        def look_up(name: str, kind: str) -> Reading:
-            job = f"{name}/{kind}"
-            assert "error" not in facts[job], facts[job]["error"]
-            own = {k[len(job) + 1 :]: v for k, v in tensors.items() if k.startswith(job + ":")}
-            return Reading(facts[job], own)
-
-        return look_up
-
-    return read
+    return lambda route: partial(read, route)
 
 
 def asked_with(name: str, tokens: Tokens) -> dict[str, Tensor]:
@@ -319,24 +295,6 @@ def asked_with(name: str, tokens: Tokens) -> dict[str, Tensor]:
     asked = use_of(open_config(name)).inputs(tokens)
     labels = tokens.ids if tokens.labels is None else tokens.labels
     return {k: v for k, v in asked.items() if isinstance(v, Tensor)} | {"labels": labels.clone()}
-
-
-def run_reader(route: str, folder: Path) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    if route == "secateur":
-        environment["PYTHONPATH"] = str(READER.parents[2])
-    return subprocess.Popen(
-        [sys.executable, str(READER), route, str(folder)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 ROUNDING = 5e-5  # of float32 logits, in units of their spread
