@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from secateur.calibration.statistics import BlockStatistics, Need, Needs
 from secateur.models.block import Block
+from secateur.structure.budget import Keep
 from secateur.structure.costs import Prices
 from secateur.structure.error_curve import Curve
 from secateur.structure.units import EVERY_BLOCK, Unit
@@ -95,14 +96,29 @@ class Allocator(ABC):
                 f"of them; leave the allocator out, or choose 'uniform'."
             )
 
-    def check(self, units: Sequence[Unit], prices: Prices, keep: float) -> None:
+    def check(self, units: Sequence[Unit], prices: Prices, keep: Keep) -> None:
         """Refuse a budget that is out of reach, before anything is measured.
+
+        As little as there can be ("least") is always within.
 
         Raises:
             InputError: not even the smallest sizes meet it; the message says what is within reach.
         """
         self.check_units(units)
-        prices.check(units, self.least(units, prices), keep, self.flags)
+        if not isinstance(keep, str):
+            prices.check(units, self.least(units, prices), keep, self.flags)
+
+    def spend(
+        self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: Keep
+    ) -> dict[str, int]:
+        """Sizes for a share of the whole by :meth:`allocate`, or the least that there are.
+
+        Raises:
+            InputError: the budget is out of reach.
+        """
+        if isinstance(keep, str):
+            return self.least(units, prices)
+        return self.allocate(units, evidence, prices, keep)
 
     def judgements(self, units: Sequence[Unit], prices: Prices, keep: float) -> int:
         """How often, about, it will ask the judge; here never."""

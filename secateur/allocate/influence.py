@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.allocate.base import BlockAllocator, poured
+from secateur.structure.budget import Keep
 from secateur.structure.costs import Prices
 from secateur.structure.units import Unit
 from secateur.utils.errors import InputError
@@ -38,12 +39,12 @@ class EntropicInfluence(BlockAllocator):
     summary: ClassVar[str] = "one ratio per block, larger where the block changes its input more"
     source: ClassVar[str] = "arXiv 2408.09632, equation 10"
 
-    def check(self, units: Sequence[Unit], prices: Prices, keep: float) -> None:
+    def check(self, units: Sequence[Unit], prices: Prices, keep: Keep) -> None:
         """Refuse what the cap puts out of reach, too."""
         super().check(units, prices, keep)
         whole = prices.whole(units)
         floor = 1 - self.max_sparsity * (whole - prices.still(units)) / whole
-        if keep < floor - 1e-12:
+        if not isinstance(keep, str) and keep < floor - 1e-12:
             raise InputError(
                 f"keep {keep:.3f} is out of reach: no block may lose more than "
                 f"{self.max_sparsity:g} of itself. Ask for at least {floor + 0.0005:.3f}, or raise "

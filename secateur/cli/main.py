@@ -1,7 +1,6 @@
 """The command line. Nothing heavy is imported before a command needs it."""
 
 import os
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -22,12 +21,14 @@ from secateur.cli.options import (
 )
 from secateur.cli.sweep import sweep
 from secateur.utils.errors import HaltedError, InputError, RunError, out_of_memory, printable, words
+from secateur.utils.run_info import typed_command
 from secateur.version import __version__
 
 if TYPE_CHECKING:
     from secateur.methods.base import Method
     from secateur.pipeline.workers import Crew
     from secateur.planning.plan import Plan
+    from secateur.planning.recipe import Recipe
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -43,10 +44,10 @@ def cli(ctx: click.Context) -> None:
     secateur eval out                                      measure any model
     secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   draw the frontier
     """
-    if ctx.obj is not None:
+    if ctx.obj.crew is not None:
         from secateur.cli.launch import check_command
 
-        check_command(ctx.invoked_subcommand, ctx.obj)
+        check_command(ctx.invoked_subcommand, ctx.obj.crew)
 
 
 @cli.command(name="ls")
@@ -123,11 +124,10 @@ def plan(
     from secateur.cli import render as present
     from secateur.evaluate.evaluator import quiet
     from secateur.io.run_directory import write_whole
+    from secateur.methods.step import Step
     from secateur.models.loading import skeleton
-    from secateur.pipeline import input_checks as inputs
-    from secateur.pipeline.prepare import check_reach, chosen_allocator, prepare
-    from secateur.utils.progress import for_terminal
-    from secateur.utils.stopwatch import Stopwatch
+    from secateur.pipeline.prepare import check_reach, prepare
+    from secateur.pipeline.run_inputs import Inputs
 
     path = Path(output)
     if not dry_run and path.exists() and not overwrite:
@@ -135,28 +135,18 @@ def plan(
     if not dry_run and not path.parent.is_dir():
         raise InputError(f"--output {output!r}: there is no folder {str(path.parent)!r}.")
     quiet()
-    method, goal = asked.method(ctx, rest), asked.goal(ctx, rest)
+    step = Step.of(
+        asked.method(ctx, rest), asked.budget(ctx, rest), asked.allocator(ctx, rest)
+    ).filled
     calibration, settings = asked.calibration(rest), asked.settings(rest)
-    allocator = chosen_allocator(method, goal, asked.allocator(ctx, rest))
     shapes = skeleton(model, settings)
     asked.refuse_lengths(ctx, shapes.use)
-    check_reach(shapes, method, goal, allocator)
+    check_reach(shapes, step)
+    inputs = Inputs.of(model, calibration, settings)
     with TemporaryDirectory() as passing:
-        made = prepare(
-            model,
-            method,
-            calibration,
-            inputs.read_calibration(model, calibration, settings),
-            settings,
-            goal,
-            allocator,
-            Store(statistics or Path(passing)),
-            scores,
-            Stopwatch(),
-            for_terminal(),
-            only_plan=True,
-            **asked.crew(ctx),
-        ).plan
+        store = Store(statistics or Path(passing))
+        context = asked.context(ctx)
+        made = prepare(inputs, step, context, store=store, scores=scores, only_plan=True).plan
     if not dry_run:
         write_whole(path, made.to_json())
     if as_json:
@@ -202,40 +192,32 @@ def compress(
     from secateur.data.tasks import use_of
     from secateur.evaluate.evaluator import quiet
     from secateur.models.loading import read_config
-    from secateur.pipeline import compress as pipeline
-    from secateur.pipeline import input_checks as inputs
+    from secateur.pipeline.compress import run
+    from secateur.pipeline.config import RunConfig
+    from secateur.pipeline.input_checks import default_texts
     from secateur.planning.plan import read_plan
-    from secateur.utils.progress import for_terminal
+    from secateur.planning.recipe import read_recipe
 
     quiet()
+    made: Method | Plan | Recipe
+    asks: dict[str, Any] = {"settings": asked.settings(rest), "overwrite": overwrite}
     if recipe is not None:
-        _follow(ctx, model, out, recipe, as_json, overwrite, rest)
-        return
-    if plan_file is not None:
-        asked.refuse_beside(ctx, "plan", {"keep", "calibration", "samples", "length", "seed"})
-        made: Method | Plan = (replay := read_plan(plan_file))
-        calibration, goal, allocator = replay.calibration.choice(), None, None
+        asked.refuse_beside(ctx, "recipe", {"plan_file", "scores", "statistics"})
+        made, calibration = read_recipe(recipe, rest["keep"]), asked.calibration(rest)
+    elif plan_file is not None:
+        asked.refuse_beside(ctx, "plan", {"calibration", "samples", "length", "seed"})
+        made = (replay := read_plan(plan_file))
+        calibration = replay.calibration.choice()
     else:
         made, calibration = asked.method(ctx, rest), asked.calibration(rest)
-        goal, allocator = asked.goal(ctx, rest), asked.allocator(ctx, rest)
-    use = use_of(read_config(model, asked.settings(rest)))
+        asks |= {"budget": asked.budget(ctx, rest), "allocator": asked.allocator(ctx, rest)}
+    if recipe is None:
+        asks |= {"scores": scores, "statistics": statistics}
+    use = use_of(read_config(model, asks["settings"]))
     asked.refuse_lengths(ctx, use)
-    questions = asked.questions(rest, inputs.default_texts(calibration, use), calibration.length)
-    report = pipeline.compress(
-        model,
-        out,
-        made,
-        calibration,
-        questions,
-        asked.settings(rest),
-        goal,
-        allocator,
-        scores,
-        statistics,
-        overwrite,
-        for_terminal(),
-        **asked.crew(ctx),
-    )
+    questions = asked.questions(rest, default_texts(calibration, use), calibration.length)
+    config = RunConfig(model, out, made, calibration=calibration, questions=questions, **asks)
+    report = run(config, asked.context(ctx))
     if as_json:
         asked.print_json(report.content)
     else:
@@ -278,42 +260,6 @@ for command in (sweep, *COMMANDS):
     cli.add_command(command)
 
 
-def _follow(
-    ctx: click.Context,
-    model: str,
-    out: Path,
-    file: Path,
-    as_json: bool,
-    overwrite: bool,
-    options: dict[str, Any],
-) -> None:
-    """Compress in the steps of a recipe."""
-    from secateur.cli import render as present
-    from secateur.data.tasks import use_of
-    from secateur.models.loading import read_config
-    from secateur.pipeline import input_checks as inputs
-    from secateur.pipeline.multi_step import compress_in_steps
-    from secateur.planning.recipe import read_recipe
-    from secateur.utils.progress import for_terminal
-
-    asked.refuse_beside(ctx, "recipe", {"plan_file", "scores", "statistics"})
-    calibration, settings = asked.calibration(options), asked.settings(options)
-    use = use_of(read_config(model, settings))
-    asked.refuse_lengths(ctx, use)
-    report = compress_in_steps(
-        model,
-        out,
-        read_recipe(file, options["keep"]),
-        calibration,
-        asked.questions(options, inputs.default_texts(calibration, use), calibration.length),
-        settings,
-        overwrite,
-        for_terminal(),
-        **asked.crew(ctx),
-    )
-    asked.print_json(report.content) if as_json else present.show_report(report, out)
-
-
 #: where a run stopped that can go on
 ON = (
     "Nothing half-written has a final name; a compress or sweep command goes on when it is typed "
@@ -323,7 +269,6 @@ ON = (
 
 def main() -> None:
     """Entry point: one message and exit code 2 for anything the user can put right."""
-    asked.COMMAND.set(shlex.join(["secateur", *sys.argv[1:]]))
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     if "WORLD_SIZE" in os.environ:  # as torchrun says, or something like it
         from secateur.cli.launch import run_shared
@@ -335,7 +280,8 @@ def main() -> None:
 def _run(crew: "Crew | None" = None) -> int:
     """Follow the command line, maybe with a crew; the exit code."""
     try:
-        code: int = cli.main(standalone_mode=False, obj=crew)
+        invocation = asked.Invocation(typed_command(sys.argv[1:]), crew)
+        code: int = cli.main(standalone_mode=False, obj=invocation)
     except click.exceptions.Abort as error:
         said = str(error.__cause__ or "")  # of another process, where one ended
         code = 1 if said else 130

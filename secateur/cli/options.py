@@ -1,10 +1,13 @@
 """The options that commands share, and those that come from a method's fields."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from secateur.structure.budget import LEAST, Budget, Keep, flag_of, key_of
 
 if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
@@ -64,11 +67,9 @@ class MethodCommand(click.Command):
 
 
 def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.Parameter]:
-    """The fields of a method or allocator as options; ``keep`` has its own, for all methods."""
+    """The fields of a method or allocator as options."""
     if kind is None:
         return []
-    from dataclasses import fields
-
     return [
         click.Option(
             [f"--{field.name.replace('_', '-')}"],
@@ -76,7 +77,6 @@ def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.P
             help=f"[{kind.name}] {field.metadata['help']}  [default: {shown(field.default)}]",
         )
         for field in fields(kind)
-        if field.name != "keep"
     ]
 
 
@@ -178,49 +178,44 @@ text_options = stacked(
     ),
 )
 
+
+def share(text: str) -> Keep:
+    """A number, or the word for as little as possible.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return LEAST if text == LEAST else float(text)
+
+
+def type_of(field: Any) -> Any:
+    """What the option of a field of a budget takes."""
+    if field.name == "keep":
+        return share
+    low = field.metadata.get("low")
+    return click.STRING if low is None else click.IntRange(low)
+
+
+def _budget_option(field: Any) -> Callable[[Any], Any]:
+    """The option of a field of a budget."""
+    usual, help_text = field.metadata.get("usual"), field.metadata["help"]
+    return click.option(
+        f"--{flag_of(field)}",
+        key_of(field),
+        type=type_of(field),
+        default=field.default,
+        show_default=usual is None,
+        help=help_text if usual is None else f"{help_text}  [default: {usual}]",
+    )
+
+
+budget_options = stacked(*(_budget_option(field) for field in fields(Budget)))
+
 calibration_options = stacked(
     click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
-    click.option(
-        "--keep", type=float, help="Share of the target that stays  [default: the method's]"
-    ),
-    click.option(
-        "--target",
-        help="What --keep is a share of: parameters, bytes or flops of what can shrink, cache "
-        "(bytes of KV cache), or latency of a forward pass on this machine  [default: parameters; "
-        "bytes for a method that keeps widths]. A runtime here is as after --for.",
-    ),
-    click.option(
-        "--tier",
-        default="per-layer",
-        show_default=True,
-        help="per-layer: every unit its own size; plain: attention keeps its shape, one MLP width, "
-        "so that stock classes load the result.",
-    ),
-    click.option(
-        "--for",
-        "runtime",
-        default="transformers",
-        show_default=True,
-        help="What will read the result, so that sizes are such as it reads: transformers, vllm "
-        "(narrows with --tier plain only), gguf (llama.cpp), or gguf-q4 (llama.cpp with blocks of "
-        "4 bits).",
-    ),
+    budget_options,
     click.option(
         "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
-    ),
-    click.option(
-        "--latency-batch",
-        default=1,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Sequences in the forward pass that latency is measured on.",
-    ),
-    click.option(
-        "--latency-length",
-        default=256,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Tokens in each of them.",
     ),
     click.option(
         "--scores",
@@ -231,13 +226,6 @@ calibration_options = stacked(
         "--statistics",
         type=click.Path(path_type=Path, file_okay=False),
         help="Folder to keep the calibration's statistics in, or to find them in.",
-    ),
-    click.option(
-        "--multiple-of",
-        default=8,
-        show_default=True,
-        type=click.IntRange(1),
-        help="MLP widths become multiples of this, so that kernels stay fast.",
     ),
     text_options,
 )

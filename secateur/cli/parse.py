@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-from contextvars import ContextVar
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from secateur.cli.options import ALLOCATOR_KEY, METHOD_KEY, field_options
+from secateur.structure.budget import Budget, Runtime, flag_of, key_of
 from secateur.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,10 +19,21 @@ if TYPE_CHECKING:
     from secateur.evaluate.evaluator import Questions
     from secateur.methods.base import Method
     from secateur.models.model import Settings
-    from secateur.structure.budget import Goal
+    from secateur.pipeline.context import RunContext
+    from secateur.pipeline.workers import Crew
 
-#: the command line that is being followed, as it was typed; None where Python called
-COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a command knows beside its options.
+
+    Attributes:
+        command: the command line, as it was typed.
+        crew: the processes that share the work; None where there is one.
+    """
+
+    command: str
+    crew: "Crew | None" = None
 
 
 def settings(options: dict[str, Any]) -> "Settings":
@@ -46,31 +58,20 @@ def allocator(ctx: click.Context, options: dict[str, Any]) -> "Allocator | None"
 
 
 def _given(kind: type, options: dict[str, Any]) -> dict[str, Any]:
-    from dataclasses import fields
-
     return {f.name: options[f.name] for f in fields(kind) if options.get(f.name) is not None}
 
 
-def goal(ctx: click.Context, options: dict[str, Any]) -> "Goal":
+def budget(ctx: click.Context, options: dict[str, Any]) -> "Budget":
     """What to spend; a runtime that is named as the target is what will read the result."""
-    from typing import get_args
-
-    from secateur.structure.budget import Goal
-    from secateur.structure.runtime_limits import Runtime
-
-    target, runtime = options["target"], options["runtime"]
+    given = {f.name: options[key_of(f)] for f in fields(Budget)}
+    target = given["target"]
     if target in get_args(Runtime):  # a runtime is a target, too, in another sense
-        if typed(ctx, "runtime") and runtime != target:
-            raise InputError(f"--target {target} and --for {runtime}: one of them, not both.")
-        target, runtime = None, target
-    return Goal(
-        target or ctx.meta[METHOD_KEY].target,
-        options["tier"],
-        options["multiple_of"],
-        options["latency_batch"],
-        options["latency_length"],
-        runtime,
-    )
+        if typed(ctx, "runtime") and given["runtime"] != target:
+            raise InputError(
+                f"--target {target} and --for {given['runtime']}: one of them, not both."
+            )
+        given |= {"target": None, "runtime": target}
+    return Budget(**given)
 
 
 def calibration(options: dict[str, Any]) -> "Calibration":
@@ -124,12 +125,13 @@ def refuse_beside(ctx: click.Context, what: str, also: set[str]) -> None:
     """A plan, or a recipe, has its own method and budget; a flag for them would be ignored."""
     kinds = (ctx.meta[METHOD_KEY], ctx.meta[ALLOCATOR_KEY])
     own = {option.name for kind in kinds for option in field_options(kind)}
-    own |= {"method", "multiple_of", "target", "tier", "allocator", "runtime"}
-    own |= {"latency_batch", "latency_length"} | also
+    flags = {key_of(f): flag_of(f) for f in fields(Budget)}
+    own |= {"method", "allocator", *flags} | also
     own |= {"select_calibration"} if what == "plan" else set()
+    own -= {"keep"} if what == "recipe" else set()  # which is that of all steps together
     for name in sorted(str(n) for n in own):
         if typed(ctx, name):
-            flag = {"runtime": "for"}.get(name, name.removesuffix("_file").replace("_", "-"))
+            flag = flags.get(name, name.removesuffix("_file").replace("_", "-"))
             raise InputError(f"--{flag} and --{what} exclude each other.")
 
 
@@ -153,6 +155,11 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=1))
 
 
-def crew(ctx: click.Context) -> dict[str, Any]:
-    """The processes that share the work, as an argument, where there are several."""
-    return {} if ctx.obj is None else {"crew": ctx.obj}
+def context(ctx: click.Context) -> "RunContext":
+    """Who is told, who helps, and the command that was typed."""
+    from secateur.pipeline.context import RunContext
+    from secateur.utils.progress import for_terminal
+
+    invocation: Invocation = ctx.obj
+    found = RunContext(for_terminal(), command=invocation.command)
+    return found if invocation.crew is None else replace(found, crew=invocation.crew)

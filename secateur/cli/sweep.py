@@ -1,5 +1,6 @@
 """The command for sweeps. Nothing heavy is imported before it needs it."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,15 +8,31 @@ import click
 
 from secateur.cli import parse as asked
 from secateur.cli.options import judge_options, open_options, owners_of, stream_option, text_options
+from secateur.structure.budget import LEAST, Budget, flag_of, key_of
 from secateur.utils.errors import InputError
 
 if TYPE_CHECKING:
     from secateur.sweeps.grid import SweepRecord
 
+BUDGET = {key_of(field): field for field in fields(Budget)}
 #: what a sweep file says by itself
-GRID = ("keep", "method", "recipe", "allocator", "target", "tier", "runtime", "multiple_of")
-FLAGS = {"runtime": "for", "multiple_of": "multiple-of"}
+GRID = ("method", "recipe", "allocator", *BUDGET)
 SUFFIXES = (".yaml", ".yml")
+
+
+def several_budgets(command: Any) -> Any:
+    """The options of a budget, each with several values by commas."""
+    for key, field in reversed(BUDGET.items()):
+        default = field.metadata.get("usual", field.default)
+        shown = field.metadata["help"].partition(":")[0].removesuffix(".")
+        option = click.option(
+            f"--{flag_of(field)}",
+            key,
+            metavar=f"{flag_of(field)[0].upper()},…",
+            help=f"{shown}; several by commas  [default: {default}]",
+        )
+        command = option(command)
+    return command
 
 
 class SweepCommand(click.Command):
@@ -36,7 +53,6 @@ class SweepCommand(click.Command):
 @click.command(cls=SweepCommand)
 @click.argument("source", metavar="MODEL|SWEEP.yaml")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
-@click.option("--keep", metavar="K,K,…", help="Shares of the target that stay, by commas.")
 @click.option("--method", "-m", metavar="M,M,…", help="Methods, by commas  [default: auto]")
 @click.option(
     "--recipe",
@@ -45,10 +61,7 @@ class SweepCommand(click.Command):
     help="A recipe, which is followed at every --keep; may be repeated.",
 )
 @click.option("--allocator", metavar="A,A,…", help="Allocators  [default: each method's own]")
-@click.option("--target", metavar="T,T,…", help="What --keep is a share of, see `compress`.")
-@click.option("--tier", metavar="T,T", help="per-layer or plain, see `compress`.")
-@click.option("--for", "runtime", metavar="R,R,…", help="What will read the results.")
-@click.option("--multiple-of", metavar="N,N,…", help="Grain of MLP widths  [default: 8]")
+@several_budgets
 @text_options
 @judge_options
 @open_options
@@ -124,7 +137,15 @@ def sweep(
     questions = asked.questions(rest, inputs.default_texts(calibration, use), calibration.length)
     progress = for_terminal()
     runs = record.asked()
-    planned = Sweep.of(model, out, runs, calibration, questions, settings, progress)
+    planned = Sweep.of(
+        model,
+        out,
+        runs,
+        calibration=calibration,
+        questions=questions,
+        settings=settings,
+        context=asked.context(ctx),
+    )
     if dry_run:
         content = planned.listed()
         asked.print_json(content) if as_json else show_list(content)
@@ -156,27 +177,43 @@ def _record(ctx: click.Context, source: str, options: dict[str, Any]) -> "SweepR
         for name in GRID:
             if asked.typed(ctx, name):
                 raise InputError(
-                    f"--{FLAGS.get(name, name)} and a sweep file exclude each other; say it there."
+                    f"--{_flag(name)} and a sweep file exclude each other; say it there."
                 )
         record = read_sweep(expanded(source))
         if record.model is None:
             raise InputError(f"sweep {source!r}: it names no model; add `model: …`.")
         return record
-    keep = None if given["keep"] is None else _numbers("keep", given["keep"], float)
-    entry = {
-        name: _words(value)
-        for name, value in given.items()
-        if name not in ("keep", "recipe", "multiple_of") and value is not None
-    }
-    if given["multiple_of"] is not None:
-        entry["multiple_of"] = _numbers("multiple-of", given["multiple_of"], int)
+    values = {name: _values(name, given[name]) for name in GRID if name != "recipe"}
+    entry = {name: found for name, found in values.items() if found and name != "keep"}
     runs: list[dict[str, Any]] = [{"recipe": file} for file in given["recipe"]]
     if entry and runs and "method" not in entry:
-        name = FLAGS.get(first := next(iter(entry)), first)
-        raise InputError(f"--{name}: a recipe says that itself; it is for a --method beside it.")
+        flag = _flag(next(iter(entry)))
+        raise InputError(f"--{flag}: a recipe says that itself; it is for a --method beside it.")
     if entry or not runs:
         runs.insert(0, {"method": ("auto",), **entry})
-    return SweepRecord.model_validate({"keep": keep, "runs": runs})
+    return SweepRecord.model_validate({"keep": values["keep"] or None, "runs": runs})
+
+
+def _flag(name: str) -> str:
+    return flag_of(BUDGET[name]) if name in BUDGET else name
+
+
+def _values(name: str, text: str | None) -> tuple[Any, ...]:
+    """What an option says, by commas.
+
+    Raises:
+        InputError: a number is none, or not in its interval.
+    """
+    if text is None:
+        return ()
+    words = _words(text)
+    if name == "keep":
+        numbers = _numbers(name, ",".join(word for word in words if word != LEAST) or "1", float)
+        found = iter(numbers)
+        return tuple(LEAST if word == LEAST else next(found) for word in words)
+    if name in BUDGET and "low" in BUDGET[name].metadata:
+        return _numbers(_flag(name), text, int)
+    return words
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ Content = dict[str, Any]
 T = TypeVar("T")
 
 
-class Stage(Protocol):
+class Memo(Protocol):
     """A named part of a run: what ``made`` makes of plain data, from before or computed now.
 
     It is computed again where ``made`` raises ``InputError`` for what was kept.

@@ -4,18 +4,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from secateur.calibration.statistics import BlockStatistics, Need
 from secateur.calibration.token_batches import Rows
 from secateur.models.block import Block
-from secateur.structure.costs import Target
+from secateur.structure.budget import Keep, Target
 from secateur.structure.error_curve import Curve
 from secateur.structure.units import WIDTHS, Unit
 from secateur.utils.errors import InputError
-from secateur.utils.options import checked, option
+from secateur.utils.options import checked
 
 if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
@@ -78,18 +78,32 @@ class Method(ABC):
     curve: ClassVar[str] = "predicted error: share of the unit's own output that is lost"
     #: the axes that it narrows
     kinds: ClassVar[tuple[str, ...]] = WIDTHS
-    #: the axes that stay whole, and that a budget counts all the same: ``keep`` means one thing
+    #: the axes that stay whole, and that a budget counts all the same: a share means one thing
     spared: ClassVar[tuple[str, ...]] = ()
     #: what a budget counts unless something else is asked for
     target: ClassVar[Target] = "parameters"
     #: whether a block's statistics are read once more, behind the narrowed blocks before it
     rereads: ClassVar[bool] = False
-    keep: float = option(0.8, "share of the target that stays")
+    #: what a budget keeps unless something else is asked for
+    usual_keep: ClassVar[Keep] = 0.8
 
     def __post_init__(self) -> None:
         checked(self)
-        if not 0 < self.keep <= 1:
-            raise InputError(f"keep {self.keep!r} should be above 0 and at most 1, e.g. 0.8.")
+
+    def __new__(cls, *given: Any, **options: Any) -> Self:
+        """Options are given by name, and what is kept is no option of a method.
+
+        Raises:
+            InputError: it is given here, or an option without its name.
+        """
+        if "keep" in options:
+            raise InputError(
+                f"{cls.__name__}(keep={options['keep']!r}): what is kept belongs to the budget; "
+                f"write compress(source, out, {cls.__name__}(), Budget(keep={options['keep']!r}))."
+            )
+        if given:
+            raise InputError(f"{cls.__name__}: give its options by name; `secateur ls` lists them.")
+        return super().__new__(cls)
 
     @property
     @abstractmethod

@@ -16,12 +16,10 @@ from secateur.layers.forms_secateur import fill
 from secateur.methods.base import Method, Narrowing, Solution
 from secateur.models.block import Block, Linear
 from secateur.models.linear_ops import dense_weight, inputs_by_outputs
-from secateur.structure.costs import Target
+from secateur.structure.budget import Keep, Target
 from secateur.structure.error_curve import Curve
 from secateur.structure.parametrizations import smaller
 from secateur.structure.units import MATRICES, Form, Matrix, Unit
-from secateur.utils.errors import InputError
-from secateur.utils.options import checked, option
 
 if TYPE_CHECKING:
     from secateur.models.model import Model
@@ -84,19 +82,11 @@ class FormMethod(Method):
     faster on any hardware and needs no code of ours.
     """
 
-    keep: float = option(0.0, "share of the target that stays; 0 for as little as its forms allow")
-
     kinds: ClassVar[tuple[str, ...]] = MATRICES
     target: ClassVar[Target] = "bytes"
+    usual_keep: ClassVar[Keep] = "least"
     #: whether it looks at what the layers read; a method that doesn't has the identity for a metric
     data_aware: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        checked(self)
-        if not 0 <= self.keep <= 1:
-            raise InputError(
-                f"keep {self.keep!r} should be at most 1, e.g. 0.5, or 0 for as little as possible."
-            )
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -8,8 +8,9 @@ from secateur.evaluate.damage.domains import domains
 from secateur.evaluate.evaluator import Questions, judge_apart
 from secateur.evaluate.significance import doubts
 from secateur.models.model import Settings
-from secateur.report.report import Report, versions
+from secateur.report.report import Report
 from secateur.utils.progress import Progress
+from secateur.utils.run_info import versions
 
 
 def judge_against(

@@ -1,38 +1,45 @@
-"""Several methods one after the other, under one budget of bytes."""
+"""Several stages one after the other, under one budget of bytes."""
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, FiniteFloat, ValidationError
 from torch import nn
 
-from secateur.calibration.collect import Store
-from secateur.data.tokens import Calibration
-from secateur.evaluate.evaluator import Questions
-from secateur.evaluate.verify import Testimony
+from secateur.evaluate.evaluator import Verdict
 from secateur.io.run_directory import MAX_BYTES, FutileError, for_good, write_whole
 from secateur.io.safetensors_header import tensors
 from secateur.io.schema import Record, read_object, read_record
 from secateur.layers.integers import missing_library
 from secateur.methods import check_served
+from secateur.methods.step import Step
 from secateur.models.loading import skeleton
-from secateur.models.model import Model, Settings
+from secateur.models.model import Model, Settings, fingerprint
 from secateur.models.offload import published_name
-from secateur.pipeline.compress import judge_result, make_report, show_record, write, write_record
-from secateur.pipeline.prepare import check_reach, prepare
-from secateur.pipeline.run_inputs import Task
+from secateur.models.streamed_loading import open_fitting
+from secateur.pipeline.compress_stage import CompressStage
+from secateur.pipeline.config import RunConfig
+from secateur.pipeline.context import RunContext
+from secateur.pipeline.prepare import check_reach
+from secateur.pipeline.run_inputs import RunInputs
+from secateur.pipeline.run_record import (
+    judge_result,
+    make_report,
+    plans_of,
+    show_record,
+    write_record,
+)
 from secateur.pipeline.runtime_checks import check_runtime
-from secateur.pipeline.workers import ALONE, Crew
-from secateur.planning.plan import Budget, Plan, read_plan
-from secateur.planning.recipe import Recipe, Step
+from secateur.planning.plan import Base, BudgetRecord, read_plan
+from secateur.planning.recipe import Recipe, is_open
+from secateur.planning.stage import Stage, StageResult
 from secateur.report.report import Report
 from secateur.report.run_records import Observed
 from secateur.structure.costs import counted
 from secateur.utils.errors import InputError
-from secateur.utils.progress import Progress
 from secateur.utils.stopwatch import Stopwatch
 
 ATTEMPTS = 4
@@ -51,145 +58,166 @@ class Attempt(Record):
     later: FiniteFloat = Field(gt=0)
 
 
-def compress_in_steps(
-    source: str | Path,
-    out: str | Path,
-    recipe: Recipe,
-    calibration: Calibration | None = None,
-    questions: Questions | None = None,
-    settings: Settings | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    shared: Path | None = None,
-    crew: Crew = ALONE,
-) -> Report:
+def run_recipe(config: RunConfig, context: RunContext) -> Report:
     """Apply the steps of a recipe, each to what the one before has written, under one budget.
 
     Statistics are taken anew before each step. The budget is a share of the bytes that all blocks
     take on disk. The result is reloaded in a fresh process and compared before ``out`` appears. A
-    run that was killed goes on behind its last finished step. ``shared`` is as for
-    :func:`~secateur.pipeline.compress.compress`. Don't use it for a single method:
-    :func:`~secateur.pipeline.compress.compress` has all of its options.
+    run that was killed goes on behind its last finished step.
 
     Raises:
         InputError: anything wrong with the input, or a budget that no keep of the open step meets.
         RunError: the reloaded checkpoint differs from the model in memory.
     """
-    settings, progress = settings or Settings(), progress or Progress()
-    task = Task.of(source, out, calibration, questions, settings, progress, overwrite, shared)
-    shapes = skeleton(task.source, settings)
-    missing = missing_library() if recipe.steps[-1].method.final else None
-    if missing is not None:  # no need to find that out behind the other steps
-        raise InputError(f"recipe: {recipe.steps[-1].method.name}: {missing}.")
+    recipe, inputs = config.recipe, RunInputs.of(config, context)
+    shapes = skeleton(inputs.source, inputs.settings)
+    budget = _reachable(recipe, shapes)
+    workspace = inputs.workspace
+    asked = inputs.fingerprint(keep=recipe.keep, steps=[step.as_dict() for step in recipe.steps])
+    context = replace(context, watch=Stopwatch(), directory=workspace)
+    with workspace.opened(asked):
+        with context.watch.measure("evaluate"):
+            dense = inputs.judge_dense()
+        steps = _Steps(recipe, inputs, context)
+        results = steps.within(budget, shapes)
+        small = judge_result(inputs, context, results[-1].said)
+        report = steps.report(results, budget, shapes, sides=(dense, small))
+        write_record(inputs, report, results, recipe)
+        workspace.publish()
+    show_record(inputs, context)
+    return report
+
+
+def _reachable(recipe: Recipe, shapes: Model) -> "_Bytes":
+    """The recipe's budget, as far as shapes tell that it can be met.
+
+    Raises:
+        InputError: they tell that it can't, or a step needs a library that is not there.
+    """
+    last = recipe.steps[-1]
+    if isinstance(last, Step) and last.method.final and (missing := missing_library()) is not None:
+        # no need to find that out behind the other steps
+        raise InputError(f"recipe: {last.method.name}: {missing}.")
     budget = _Bytes.of(shapes, recipe)
-    if recipe.open is not None:
-        step = recipe.steps[recipe.open]
-        check_served(step.method, shapes)
+    if budget.open is not None:
+        check_served(budget.open.method, shapes)
         if recipe.open == 0:
-            check_reach(
-                shapes,
-                step.with_keep(budget.share(shapes, budget.dense)),
-                step.goal,
-                step.allocator,
-            )
-    workspace = task.workspace
-    inputs = task.fingerprint(keep=recipe.keep, steps=[step.as_dict() for step in recipe.steps])
-    watch = Stopwatch()
-    with workspace.opened(inputs):
-        with watch.measure("evaluate"):
-            dense = task.judge_dense()
-        attempt = _attempt(workspace.folder, recipe)
+            check_reach(shapes, budget.opened(shapes, budget.dense))
+    return budget
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of one run."""
+
+    recipe: Recipe
+    inputs: RunInputs
+    context: RunContext
+
+    def within(self, budget: "_Bytes", shapes: Model) -> list[StageResult]:
+        """What the steps come to once they meet the budget.
+
+        Raises:
+            FutileError: they never do.
+        """
+        recipe, folder, say = self.recipe, self.inputs.workspace.folder, self.context.progress.say
+        attempt = _attempt(folder, recipe)
         if attempt is not None:
             budget = replace(budget, later=attempt.later)
         for number in range(0 if attempt is None else attempt.number, ATTEMPTS):
-            plans, observed, said = _run(task, recipe, budget, watch, crew)
-            reached = stored_bytes(workspace.result, shapes)
+            results = self.all(budget)
+            reached = stored_bytes(self.inputs.workspace.result, shapes)
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
-                break
+                return results
             if recipe.open is None:
                 raise FutileError(
                     f"recipe: the keeps of its steps leave {reached / budget.dense:.3f} of the "
                     f"bytes, more than {recipe.keep}; leave one of them out."
                 )
             # What later steps leave of narrowed shapes is known only when they are done.
-            progress.say("a little above the budget: narrowing further")
+            say("a little above the budget: narrowing further")
             budget = replace(budget, later=budget.later * reached / (recipe.keep * budget.dense))
             if number + 1 < ATTEMPTS:
-                _forget(workspace.folder, recipe, recipe.open + 1)
+                _forget(folder, recipe, recipe.open + 1)
                 now = Attempt(number=number + 1, later=budget.later)  # only when no step is left
-                write_whole(workspace.folder / ATTEMPT, now.model_dump_json())
-        else:
-            raise FutileError(
-                f"keep {recipe.keep}: the steps leave {reached / budget.dense:.3f} of the bytes. "
-                f"Ask for more, or for less in the steps that have a keep."
-            )
-        small = judge_result(task, watch, said)
-        spent = Budget(
-            keep=recipe.keep or 0.0,
+                write_whole(folder / ATTEMPT, now.model_dump_json())
+        raise FutileError(
+            f"keep {recipe.keep}: the steps leave {reached / budget.dense:.3f} of the bytes. "
+            f"Ask for more, or for less in the steps that have a keep."
+        )
+
+    def all(self, budget: "_Bytes") -> list[StageResult]:
+        """Every step that is not finished; the last one's result is the run's."""
+        workspace, source = self.inputs.workspace, self.inputs.source
+        results: list[StageResult] = []
+        for number, step in enumerate(self.recipe.steps, 1):
+            last = number == len(self.recipe.steps)
+            folder = workspace.result if last else workspace.folder / f"step-{number}"
+            if not last and folder.exists():
+                found = _finished(folder, self.inputs.settings, isinstance(step, Step))
+                if found is not None:
+                    results.append(found)
+                    source = str(folder)
+                    continue
+                _forget(workspace.folder, self.recipe, number)
+            made = folder if last else workspace.folder / UNFINISHED
+            stage = self.stage(number, source, budget)
+            self.context.progress.say(f"step {number} of {len(self.recipe.steps)}: {stage.name}")
+            shutil.rmtree(made, ignore_errors=True)
+            results.append(stage.run(source, made, self.context))
+            if not last:
+                _keep(made, results[-1])
+                made.rename(folder)
+                source = str(folder)
+        return results
+
+    def stage(self, number: int, source: str, budget: "_Bytes") -> Stage:
+        """The step of a number as a stage that works on ``source``.
+
+        Raises:
+            FutileError: its method is no use for that, or the budget is out of its reach.
+        """
+        step = self.recipe.steps[number - 1]
+        if not isinstance(step, Step):
+            return step
+        shapes = skeleton(source, self.inputs.settings)
+        there = budget.dense if number == 1 else stored_bytes(Path(source), shapes)
+        with for_good():
+            check_served(step.method, shapes)
+            check_runtime(shapes, step)
+            step = budget.opened(shapes, there) if is_open(step) else step.filled
+        statistics = self.inputs.workspace.folder / f"statistics-{number}"
+        return CompressStage(step, self.inputs.model, statistics=statistics)
+
+    def report(
+        self,
+        results: Sequence[StageResult],
+        budget: "_Bytes",
+        shapes: Model,
+        *,
+        sides: tuple[Verdict, Verdict],
+    ) -> Report:
+        """What the run has come to."""
+        reached = stored_bytes(self.inputs.workspace.result, shapes)
+        spent = BudgetRecord(
+            keep=self.recipe.keep or 0.0,
             of="bytes",
             total=budget.dense,
             reached=reached / budget.dense,
             batch=1,
-            length=task.tokens.length,
+            length=self.inputs.model.tokens.length,
         )
-        report = make_report(task, plans, observed, spent, dense, small, watch)
-        write_record(task, report, plans, recipe)
-        workspace.publish()
-    show_record(task)
-    return report
+        first = isinstance(self.recipe.steps[0], Step)
+        base = plans_of(results)[0].base if first else _base(self.inputs)
+        return make_report(self.inputs, self.context, results, spent, base=base, sides=sides)
 
 
-def _run(
-    task: Task, recipe: Recipe, budget: "_Bytes", watch: Stopwatch, crew: Crew
-) -> tuple[list[Plan], list[dict[str, Any]], Testimony]:
-    """Every step that is not finished; the last one's result is the run's."""
-    source, plans, workspace = task.source, [], task.workspace
-    observed: list[dict[str, Any]] = []
-    for number, step in enumerate(recipe.steps, 1):
-        last = number == len(recipe.steps)
-        folder = workspace.result if last else workspace.folder / f"step-{number}"
-        if not last and folder.exists():
-            found = _finished(folder, task.settings)
-            if found is not None:
-                plans.append(found[0])
-                observed.append(found[1])
-                source = str(folder)
-                continue
-            _forget(workspace.folder, recipe, number)
-        shapes = skeleton(source, task.settings)
-        there = budget.dense if number == 1 else stored_bytes(Path(source), shapes)
-        with for_good():
-            check_served(step.method, shapes)
-            check_runtime(shapes, step.method, step.goal)
-            opens = number - 1 == recipe.open
-            keep = budget.share(shapes, there) if opens else step.keep or 0.0
-        task.progress.say(f"step {number} of {len(recipe.steps)}: {step.method.name}")
-        prepared = prepare(
-            source,
-            step.with_keep(keep),
-            task.calibration,
-            task.tokens,
-            task.settings,
-            step.goal,
-            step.allocator,
-            Store(workspace.folder / f"statistics-{number}"),
-            None,
-            watch,
-            task.progress,
-            crew=crew,
-        )
-        made = folder if last else workspace.folder / UNFINISHED
-        shutil.rmtree(made, ignore_errors=True)
-        said = write(prepared, made, watch, task.progress)
-        plans.append(prepared.plan)
-        observed.append(prepared.observed)
-        del prepared
-        if not last:
-            (made / PLAN).write_text(plans[-1].to_json())
-            (made / OBSERVED).write_text(json.dumps(observed[-1]))
-            made.rename(folder)
-            source = str(folder)
-    return plans, observed, said
+def _base(inputs: RunInputs) -> Base:
+    """The dense model, where no plan is for it."""
+    model = open_fitting(inputs.source, inputs.settings, inputs.workspace.folder)
+    return Base(
+        source=model.source, model_type=model.config.model_type, fingerprint=fingerprint(model)
+    )
 
 
 def _attempt(folder: Path, recipe: Recipe) -> Attempt | None:
@@ -205,14 +233,21 @@ def _attempt(folder: Path, recipe: Recipe) -> Attempt | None:
         return None
 
 
-def _finished(folder: Path, settings: Settings) -> tuple[Plan, dict[str, Any]] | None:
-    """Plan and observations of a step that is done; None where it is damaged."""
+def _keep(folder: Path, result: StageResult) -> None:
+    """Note beside the checkpoint of a step what the run's report says of it."""
+    if result.plan is not None:
+        (folder / PLAN).write_text(result.plan.to_json())
+    (folder / OBSERVED).write_text(json.dumps(result.observed))
+
+
+def _finished(folder: Path, settings: Settings, planned: bool) -> StageResult | None:
+    """What a step that is done has come to; None where it is damaged."""
     try:
         observed = read_object(folder / OBSERVED, "journal", MAX_BYTES)
         Observed.model_validate(observed)
         skeleton(str(folder), settings)
         tensors(folder)
-        return read_plan(folder / PLAN), observed
+        return StageResult(read_plan(folder / PLAN) if planned else None, observed)
     except (InputError, ValidationError):
         return None
 
@@ -247,12 +282,20 @@ class _Bytes:
     @classmethod
     def of(cls, shapes: Model, recipe: Recipe) -> "_Bytes":
         dense = sum(_own(block.module) for block in shapes.blocks) * shapes.stored.itemsize
-        later, step = 1.0, None
+        later: float = 1.0
+        step: Step | None = None
         if recipe.open is not None:
-            step = recipe.steps[recipe.open]
+            step = recipe.open_step
             for behind in recipe.steps[recipe.open + 1 :]:
-                later *= behind.keep or _least(behind, shapes)
+                if isinstance(behind, Step):
+                    later *= _left_by(behind, shapes)
         return cls(dense, recipe.keep or 1.0, later, step)
+
+    def opened(self, model: Model, there: int) -> Step:
+        """The open step with the ``keep`` of :meth:`share`."""
+        assert self.open is not None
+        keep = self.share(model, there)
+        return replace(self.open, budget=replace(self.open.budget, keep=keep)).filled
 
     def share(self, model: Model, there: int) -> float:
         """The keep at which the open step leaves its part of the budget.
@@ -264,7 +307,7 @@ class _Bytes:
         """
         assert self.open is not None
         itemsize = model.stored.itemsize
-        units = self.open.goal.units(self.open.method, model)
+        units = self.open.units(model)
         moving = sum(unit.cost(unit.size, itemsize).bytes for unit in units)
         found = (self.keep * self.dense / self.later - (there - moving)) / moving
         if found > 1:
@@ -284,9 +327,12 @@ def _own(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _least(step: Step, shapes: Model) -> float:
-    """The least share that a step can leave of the dense shapes."""
-    units = step.goal.units(step.method, shapes)
+def _left_by(step: Step, shapes: Model) -> float:
+    """The share of the bytes that a step leaves, or the least that it can leave of dense shapes."""
+    keep = step.budget.keep
+    if isinstance(keep, float):
+        return keep
+    units = step.units(shapes)
     prices = counted(units, "bytes", shapes.stored.itemsize)
     return prices.spent(units, step.allocator.least(units, prices)) / prices.whole(units)
 

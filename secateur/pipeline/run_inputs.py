@@ -18,6 +18,8 @@ from secateur.io.run_directory import Content, Workspace, digest, once
 from secateur.io.schema import said
 from secateur.models.loading import check_out, read_config
 from secateur.models.model import Settings
+from secateur.pipeline.config import RunConfig
+from secateur.pipeline.context import RunContext
 from secateur.pipeline.input_checks import (
     default_texts,
     overlaps,
@@ -25,74 +27,96 @@ from secateur.pipeline.input_checks import (
     stamps,
     unseen,
 )
-from secateur.report.report import versions
 from secateur.report.run_records import Side
 from secateur.utils.errors import InputError
-from secateur.utils.progress import Progress
+from secateur.utils.run_info import versions
 
 
 @dataclass(frozen=True)
-class Task:
-    """A model, the texts that decide and judge, and a place for the result.
+class Inputs:
+    """A model and the calibration data that it is measured on.
 
-    ``shared`` is a folder where runs that ask the same keep what was measured of the dense model.
+    Attributes:
+        tokens: the windows that ``calibration`` describes, for this model.
     """
 
     source: str
     calibration: Calibration
     tokens: Tokens
-    questions: Questions
     settings: Settings
-    progress: Progress
-    workspace: Workspace
-    files: tuple[str, ...]
-    shared: Path | None = None
 
     @classmethod
-    def of(
-        cls,
-        source: str | Path,
-        out: str | Path,
-        calibration: Calibration | None,
-        questions: Questions | None,
-        settings: Settings,
-        progress: Progress,
-        overwrite: bool,
-        shared: Path | None = None,
-    ) -> "Task":
-        """A task whose defaults are filled in and whose input was looked at.
+    def of(cls, source: str, calibration: Calibration, settings: Settings) -> "Inputs":
+        """The inputs with their tokens read.
 
         Raises:
-            InputError: anything wrong with it.
+            InputError: the model or its family is unknown, or the text does not do.
         """
-        source, out = str(source), expanded(out)
-        calibration = calibration or Calibration()
+        return cls(source, calibration, read_calibration(source, calibration, settings), settings)
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run reads and where it writes, with every default filled in.
+
+    Attributes:
+        model: the model and its calibration data.
+        questions: what is measured of the dense model and of the result.
+        workspace: where the run works and its result appears.
+        files: names of all that is read.
+        context: who is told, and what is shared with other runs.
+    """
+
+    model: Inputs
+    questions: Questions
+    workspace: Workspace
+    files: tuple[str, ...]
+    context: RunContext
+
+    @classmethod
+    def of(cls, config: RunConfig, context: RunContext) -> "RunInputs":
+        """The inputs of a run, whose defaults are filled in and whose texts were looked at.
+
+        Raises:
+            InputError: anything wrong with them.
+        """
+        source, out, settings = str(config.source), expanded(config.out), config.settings
+        calibration = config.calibration or Calibration()
         use = use_of(read_config(source, settings))
         own = default_texts(calibration, use)
-        questions = questions or Questions(own, length=calibration.length)
+        questions = config.questions or Questions(own, length=calibration.length)
         questions = replace(questions, texts=unseen(questions.texts, calibration))
         check_tasks(use, questions.tasks)
         asked = filter(is_file, questions.tasks)
         files = (source, calibration.source, *(text.source for text in questions.texts), *asked)
         check_out(out, [*files])
-        tokens = read_calibration(source, calibration, settings)
+        model = Inputs.of(source, calibration, settings)
         for text in questions.texts:
             use.check(text.source)
         for note in overlaps(questions.texts, calibration):
-            progress.say(f"note: {note}")
-        given = (source, calibration, tokens, questions, settings, progress)
-        return cls(*given, Workspace(out, overwrite), files, shared)
+            context.progress.say(f"note: {note}")
+        return cls(model, questions, Workspace(out, config.overwrite), files, context)
+
+    @property
+    def source(self) -> str:
+        """The model."""
+        return self.model.source
+
+    @property
+    def settings(self) -> Settings:
+        """How it is opened."""
+        return self.model.settings
 
     def fingerprint(self, **asked: Any) -> dict[str, Any]:
         """Everything that the result depends on, with what was asked for beside."""
-        own = (self.workspace.folder, self.workspace.out)
-        beside = () if self.shared is None else (self.shared.parent,)  # with the other runs
+        own, shared = (self.workspace.folder, self.workspace.out), self.context.shared
+        beside = () if shared is None else (shared.parent,)  # with the other runs
         return {
             "secateur": versions()["secateur"],
             "libraries": {k: v for k, v in versions().items() if k != "secateur"},
             "model": self.source,
             **asked,
-            "calibration": self.calibration.as_dict(),
+            "calibration": self.model.calibration.as_dict(),
             "questions": asdict(self.questions),
             "settings": asdict(self.settings),
             "files": stamps([*self.files], (*own, *beside)),
@@ -101,10 +125,11 @@ class Task:
     @property
     def dense(self) -> Path:
         """The file in which the verdict on the dense model is kept."""
-        if self.shared is None:
+        if self.context.shared is None:
             return self.workspace.folder / "dense.json"
         asked = json.dumps(self.fingerprint(), sort_keys=True)
-        return self.shared / f"dense-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
+        name = f"dense-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
+        return self.context.shared / name
 
     @property
     def outputs(self) -> Path:
@@ -116,15 +141,15 @@ class Task:
         dense, outputs = self.dense, self.outputs
 
         def measured() -> Content:
-            self.progress.say("measuring the dense model")
+            self.context.progress.say("measuring the dense model")
             outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
-            given = (self.source, self.questions, self.settings, self.progress)
+            given = (self.source, self.questions, self.settings, self.context.progress)
             found = judge_apart(*given, outputs_of_dense=outputs, scratch=dense.parent)
             return {"verdict": asdict(found), "outputs": digest(outputs)}
 
-        if self.shared is None:
+        if self.context.shared is None:
             return once(dense, measured, self._verdict)
-        self.shared.mkdir(parents=True, exist_ok=True)
+        self.context.shared.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(dense.with_suffix(".lock")):
             return once(dense, measured, self._verdict)
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from secateur.methods.base import Method
-from secateur.structure.budget import Goal
-from secateur.structure.runtime_limits import LIMITS, Runtime
+from secateur.methods.step import Step
+from secateur.structure.budget import Runtime
+from secateur.structure.runtime_limits import LIMITS
 from secateur.structure.units import DEPTH, MATRICES, STREAM, Matrix, Unit
 from secateur.utils.errors import InputError
 
@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from secateur.models.model import Model
 
 
-def check_runtime(shapes: "Model", method: Method, goal: Goal) -> None:
+def check_runtime(shapes: "Model", step: Step) -> None:
     """Refuse a method that gains nothing in the runtime asked for; reads no weights.
 
     Raises:
         InputError: what stands in the way, and what to change.
     """
-    limits = LIMITS.get(goal.runtime)
+    method, budget = step.method, step.budget
+    limits = LIMITS.get(budget.runtime)
     if limits is None:
         return
-    asked, llama = f"--for {goal.runtime}", goal.runtime.startswith("gguf")
-    units = goal.units(method, shapes)
+    asked, llama = f"--for {budget.runtime}", budget.runtime.startswith("gguf")
+    units = step.units(shapes)
     if method.kinds == STREAM:
         raise InputError(
             f"{asked}: {method.name} slices the residual stream, and its shortcuts are read by "
@@ -41,33 +42,32 @@ def check_runtime(shapes: "Model", method: Method, goal: Goal) -> None:
             f"{asked}: the forms of {method.name} are layers of our own, which vLLM is not known "
             f"to run. Choose a method that narrows, rtn or gptq, or leave --for out."
         )
-    if goal.runtime == "vllm":
-        _check_vllm(asked, method, shapes, goal, units)
+    if budget.runtime == "vllm":
+        _check_vllm(asked, shapes, step, units)
     if llama:
-        _check_llama(asked, method, shapes, goal, units)
+        _check_llama(asked, shapes, step, units)
     if method.kinds in (DEPTH, MATRICES):
         return
     if all(unit.fixed for unit in units):
-        before = {u.name: u for u in method.units(shapes, goal.multiple_of) if not u.fixed}
+        before = {u.name: u for u in method.units(shapes, budget.multiple_of) if not u.fixed}
         name, unit = next(iter(before.items()), ("it", units[0]))
         raise InputError(
             f"{asked} leaves {method.name} nothing to change: {name} has size {unit.size}, widths "
             f"are multiples of {limits.grain} ({limits.reason}), and attention keeps its widths. "
-            f"{_finer(goal.runtime)}"
+            f"{_finer(budget.runtime)}"
         )
 
 
-def _check_vllm(
-    asked: str, method: Method, shapes: "Model", goal: Goal, units: Sequence[Unit]
-) -> None:
+def _check_vllm(asked: str, shapes: "Model", step: Step, units: Sequence[Unit]) -> None:
     """Stock shapes are all that it opens."""
+    method = step.method
     if shapes.narrowed:
         raise InputError(
             f"{asked}: model {shapes.source!r} has shapes that stock classes don't open, and so "
             f"will what is made of it. Start from the original, or from what `secateur export "
             f"--to plain` makes of this one."
         )
-    if goal.tier == "plain":
+    if step.budget.tier == "plain":
         return
     matrices = [unit for unit in units if isinstance(unit, Matrix)]
     if any(not unit.published for unit in matrices):
@@ -87,11 +87,10 @@ def _check_vllm(
         )
 
 
-def _check_llama(
-    asked: str, method: Method, shapes: "Model", goal: Goal, units: Sequence[Unit]
-) -> None:
+def _check_llama(asked: str, shapes: "Model", step: Step, units: Sequence[Unit]) -> None:
     from secateur.export.gguf.shapes import by_layer_obstacle, config_obstacle, family_of
 
+    method = step.method
     said = config_obstacle(shapes.config)
     if said is not None:
         raise InputError(
@@ -99,7 +98,7 @@ def _check_llama(
             f"--for out; what --tier plain makes may be for llama.cpp's own converter."
         )
     obstacle = by_layer_obstacle(shapes.config)
-    if obstacle is not None and goal.tier != "plain" and method.kinds != DEPTH:
+    if obstacle is not None and step.budget.tier != "plain" and method.kinds != DEPTH:
         raise InputError(
             f"{asked}: {obstacle}. Ask for --tier plain, which gives all MLPs one width, or take "
             f"whole blocks away (shortgpt)."

@@ -12,7 +12,7 @@ from secateur.calibration.collect import Store, calibrate
 from secateur.calibration.statistics import Need
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import Ranks
-from secateur.io.run_directory import Stage, at_once
+from secateur.io.run_directory import Memo, at_once
 from secateur.methods.base import Method
 from secateur.models.block import Block
 from secateur.models.model import Model, Settings
@@ -162,12 +162,22 @@ class Crew:
         store: Store,
         tokens: Tokens,
         allocator: Allocator,
+        *,
         advance: Advance,
-        stage: Stage = at_once,
+        memo: Memo = at_once,
     ) -> Evidence:
         """See :func:`~secateur.scoring.evidence.score`."""
         self._order(lambda: ScoreUnits(method, _folder(store), tokens, allocator))
-        return score(model, method, store, tokens, allocator, advance, stage, self.ranks)
+        return score(
+            model,
+            method,
+            store,
+            tokens,
+            allocator,
+            advance=advance,
+            memo=memo,
+            ranks=self.ranks,
+        )
 
     def narrow_blocks(
         self,

@@ -2,14 +2,12 @@
 
 import io
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from secateur.report import task_tables as outcome
-from secateur.version import __version__
 
 VERSION = 2
 HUGE = 1e6  # beyond it a perplexity is that of a wrecked model
@@ -41,23 +39,6 @@ class Report:
         with console.capture() as capture:
             console.print(comparison(self))
         return capture.get()
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
-    import numpy
-    import safetensors
-    import torch
-    import transformers
-
-    return {
-        "secateur": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-        "numpy": numpy.__version__,
-    }
 
 
 class Line(NamedTuple):

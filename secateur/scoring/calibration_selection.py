@@ -5,7 +5,7 @@ windows, without choosing. The choice is kept in the user's cache under all that
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,11 +23,12 @@ from secateur.data.tokens import Calibration, Tokens, calibration_stream, drawn,
 from secateur.io.cache import cached_file, keep
 from secateur.io.schema import Record, read_record
 from secateur.methods.base import Method
+from secateur.methods.step import Step
 from secateur.models.model import Model, fingerprint
-from secateur.planning.plan import prices_of, usual_allocator
 from secateur.scoring.evidence import score
 from secateur.scoring.plan_scoring import WINDOWS, Stitched
-from secateur.structure.budget import Goal
+from secateur.scoring.prices import prices_of
+from secateur.structure.budget import Budget
 from secateur.utils.errors import InputError
 from secateur.version import __version__
 
@@ -48,8 +49,9 @@ def select_calibration(
     model: Model,
     calibration: Calibration,
     method: Method | None = None,
-    goal: Goal | None = None,
+    budget: Budget | None = None,
     allocator: Allocator | None = None,
+    *,
     advance: Callable[[int], None] = lambda _: None,
     folder: Path | None = None,
 ) -> Calibration:
@@ -61,7 +63,7 @@ def select_calibration(
     - "kl": of :data:`DRAWS` random draws the one with the least divergence of the model that
       ``method`` narrows by it, on windows that are in none of them; see :func:`divergences`.
 
-    Choosing again gives the same. ``method``, ``goal`` and ``allocator``, by default the method's
+    Choosing again gives the same. ``method``, ``budget`` and ``allocator``, by default the method's
     own, serve "kl" alone. ``advance`` is told how many of :data:`DRAWS` are done. ``folder`` is
     where the statistics of a draw lie while it is judged, by default the system's temporary one.
 
@@ -72,6 +74,58 @@ def select_calibration(
     check_choice(calibration, model.use)
     if calibration.select == "none" or calibration.windows:
         return calibration
+    step: Step | None = None
+    if calibration.select == "kl":
+        if method is None:
+            raise InputError("--select-calibration kl compares narrowed models; name a method.")
+        step = cheap(model, Step.of(method, budget, allocator).filled)
+    pool = _pool(model, calibration)
+    own = _identity(model, calibration, pool.tokens)
+    if step is not None:
+        own["step"] = step.as_dict()
+    path, wanted = cached_file("calibration", own), calibration.samples
+    if (kept := _kept(path, pool.order, wanted)) is not None:
+        return replace(calibration, windows=kept)
+    if step is not None:
+        draws = random_draws(len(pool.order) - pool.judged, wanted, calibration.seed)
+        read = [pool.tokens[draw] for draw in draws]
+        judged = pool.tokens[range(len(pool.order) - pool.judged, len(pool.order))]
+        found = divergences(model, step, read, judged, advance=advance, folder=folder)
+        chosen = draws[found.index(min(found))]
+    else:
+        states = MiddleStates(model, pool.tokens)
+        if calibration.select == "leverage":
+            generator = torch.Generator().manual_seed(calibration.seed)
+            chances = leverage(states, pool.tokens.mask).sum(1)
+            chosen = torch.multinomial(chances, wanted, generator=generator).tolist()
+        else:
+            chosen, _ = most_diverse(similarity(means(states, pool.tokens.mask)), wanted)
+    windows = tuple(pool.order[place] for place in chosen)
+    keep(path, ChosenWindows(windows=windows).model_dump_json())
+    return replace(calibration, windows=windows)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """What there is to choose from.
+
+    Attributes:
+        order: places of windows in the text, in random order; those to choose from come first.
+        judged: how many of the last are set aside to compare draws on.
+        tokens: the windows to choose from, and those set aside.
+    """
+
+    order: list[int]
+    judged: int
+    tokens: Tokens
+
+
+def _pool(model: Model, calibration: Calibration) -> _Pool:
+    """The windows of a text to choose from.
+
+    Raises:
+        InputError: the text holds too few of them.
+    """
     stream, wanted = calibration_stream(calibration, model.tokenizer), calibration.samples
     name, length = f"calibration text {calibration.source!r}", calibration.length
     order = drawn(len(stream) // length, calibration.seed)
@@ -84,45 +138,7 @@ def select_calibration(
             f"--length, or leave --select-calibration out."
         )
     pool = order if by_kl else order[: POOL * wanted]
-    tokens = windows_at(stream, pool, length, name)
-    own = _identity(model, calibration, tokens)
-    if by_kl:
-        if method is None:
-            raise InputError("--select-calibration kl compares narrowed models; name a method.")
-        goal = goal or Goal(method.target)
-        allocator = cheap(model, method, goal, allocator or usual_allocator(method, goal))
-        own |= {"method": {"name": method.name, **asdict(method)}, "goal": asdict(goal)}
-        own |= {"allocator": {"name": allocator.name, **asdict(allocator)}}
-    path = cached_file("calibration", own)
-    if (kept := _kept(path, order, wanted)) is not None:
-        return replace(calibration, windows=kept)
-    if by_kl:
-        assert method is not None
-        assert goal is not None
-        assert allocator is not None
-        draws = random_draws(len(order) - judged, wanted, calibration.seed)
-        found = divergences(
-            model,
-            method,
-            goal,
-            allocator,
-            [tokens[draw] for draw in draws],
-            tokens[range(len(order) - judged, len(order))],
-            advance,
-            folder,
-        )
-        chosen = draws[found.index(min(found))]
-    else:
-        states = MiddleStates(model, tokens)
-        if calibration.select == "leverage":
-            generator = torch.Generator().manual_seed(calibration.seed)
-            chances = leverage(states, tokens.mask).sum(1)
-            chosen = torch.multinomial(chances, wanted, generator=generator).tolist()
-        else:
-            chosen, _ = most_diverse(similarity(means(states, tokens.mask)), wanted)
-    windows = tuple(pool[place] for place in chosen)
-    keep(path, ChosenWindows(windows=windows).model_dump_json())
-    return replace(calibration, windows=windows)
+    return _Pool(order, judged, windows_at(stream, pool, length, name))
 
 
 def check_choice(calibration: Calibration, use: Use) -> None:
@@ -166,13 +182,14 @@ def random_draws(count: int, wanted: int, seed: int) -> list[list[int]]:
     return [[*range(wanted)]] + [drawn(count, seed + i)[:wanted] for i in range(1, DRAWS)]
 
 
-def cheap(model: Model, method: Method, goal: Goal, allocator: Allocator) -> Allocator:
-    """The allocator, or one share for all units in place of one that measures or compares losses.
+def cheap(model: Model, step: Step) -> Step:
+    """The step, with one share for all units in place of an allocator that measures losses.
 
     Raises:
         InputError: the method has units that no share serves, or one that runs through all blocks.
     """
-    kinds = {unit.kind for unit in goal.units(method, model)}
+    method, allocator = step.method, step.allocator
+    kinds = {unit.kind for unit in step.units(model)}
     dear, reason = allocator.measured or allocator.searches, None
     if "residual" in kinds:
         reason = "it slices the residual stream, and draws are compared by blocks narrowed alone"
@@ -186,16 +203,15 @@ def cheap(model: Model, method: Method, goal: Goal, allocator: Allocator) -> All
             f"--select-calibration kl can't judge {method.name!r}: {reason}. Choose leverage or "
             f"dpp."
         )
-    return Uniform() if dear else allocator
+    return replace(step, allocator=Uniform()) if dear else step
 
 
 def divergences(
     model: Model,
-    method: Method,
-    goal: Goal,
-    allocator: Allocator,
+    step: Step,
     draws: Sequence[Tokens],
     judged: Tokens,
+    *,
     advance: Callable[[int], None] = lambda _: None,
     folder: Path | None = None,
 ) -> list[float]:
@@ -205,8 +221,9 @@ def divergences(
     again behind narrowed blocks, and nothing propagated. The model is left as it was. A draw's
     statistics lie in ``folder``, or the system's temporary one, until the next one's take over.
     """
-    units, found = goal.units(method, model), []
-    prices = prices_of(model, units, goal)
+    method, allocator = step.method, step.allocator
+    units, found = step.units(model), []
+    prices = prices_of(model, units, step.budget)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     for tokens in draws:
@@ -216,9 +233,10 @@ def divergences(
             evidence = Evidence({})
             if not isinstance(allocator, Uniform):
                 evidence = score(model, method, store, tokens, allocator)
-            sizes = allocator.allocate(units, evidence, prices, method.keep)
+            sizes = allocator.spend(units, evidence, prices, step.budget.share)
             one = {name: [size] for name, size in sizes.items()}
-            found.append(Stitched(model, method, units, one, store, judged)(sizes))
+            stitched = Stitched(model, method, units, allowed=one, store=store, tokens=judged)
+            found.append(stitched(sizes))
         advance(1)
     return found
 

@@ -14,7 +14,7 @@ from secateur.calibration.collect import Store
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.io.cache import cached_file, keep
-from secateur.io.run_directory import Content, Stage, at_once, write_whole
+from secateur.io.run_directory import Content, Memo, at_once, write_whole
 from secateur.io.schema import Parts, Record, read_record, said
 from secateur.methods import check_served
 from secateur.methods.base import Method
@@ -38,7 +38,7 @@ class Scores(Record):
         calibration: fingerprint of the token windows.
         dtype: number format that it was computed in.
         method: name of the method.
-        options: its fields but for ``keep``, which no score depends on.
+        options: its fields.
         reading: what the allocator read of every block.
         measured: whether losses are in it.
     """
@@ -67,7 +67,7 @@ class Scores(Record):
 
 
 class Found(Record):
-    """What is found of one block: the part of the evidence that a run keeps as a stage.
+    """What is found of one block: the part of the evidence that a run keeps.
 
     Attributes:
         places: of each unit that runs through all blocks, its curve at every place in this one.
@@ -81,9 +81,9 @@ class Found(Record):
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is found of the blocks, by way of a run's stages."""
+    """What is found of the blocks, by way of what a run keeps."""
 
-    stage: Stage
+    memo: Memo
     changing: Sequence[Unit]
     through: Sequence[Unit]
     measured: bool
@@ -95,7 +95,7 @@ class _Kept:
             raise _MissingError
 
         try:
-            return self.stage(f"scores-{block}", missing, lambda kept: self._held(block, kept))
+            return self.memo(f"scores-{block}", missing, lambda kept: self._held(block, kept))
         except _MissingError:
             return None
 
@@ -107,7 +107,7 @@ class _Kept:
         whole: Content = {"curves": {}, "losses": {}}
         for own in parts:
             whole = {**whole, **own, **{k: whole[k] | own[k] for k in ("curves", "losses")}}
-        return self.stage(f"scores-{block}", lambda: whole, lambda kept: self._held(block, kept))
+        return self.memo(f"scores-{block}", lambda: whole, lambda kept: self._held(block, kept))
 
     def _held(self, block: int, content: Content) -> Found:
         """Plain data, held against the units of the block."""
@@ -144,7 +144,7 @@ def identity(model: Model, method: Method, tokens: Tokens, allocator: Allocator)
         "calibration": tokens.fingerprint,
         "dtype": str(model.module.dtype).removeprefix("torch."),
         "method": method.name,
-        "options": {name: value for name, value in asdict(method).items() if name != "keep"},
+        "options": asdict(method),
         "reading": allocator.reading,
         "measured": allocator.measured,
     }
@@ -219,14 +219,14 @@ def score(
     tokens: Tokens,
     allocator: Allocator | None = None,
     advance: Callable[[int], None] = lambda _: None,
-    stage: Stage = at_once,
+    memo: Memo = at_once,
     ranks: Ranks = ALONE,
 ) -> Evidence:
     """Every unit's predicted error at every size, readings of every block, and measured losses.
 
     Losses only where ``allocator``, by default the method's own, spends by them. One evidence
     serves every budget, target and multiple. ``advance`` is told how many units are done, and
-    ``stage`` may have what is found of a block from an earlier run. On several ``ranks`` each has
+    ``memo`` may have what is found of a block from an earlier run. On several ``ranks`` each has
     its share of the units of every block, and all have all the evidence.
     """
     check_served(method, model)
@@ -244,8 +244,8 @@ def score(
             if model.residence is None:
                 divergence = Divergence(model, few)
             else:
-                trials, stage = Trials(model, few, len(mine)), at_once
-        kept = _Kept(stage, changing, through, divergence is not None)
+                trials, memo = Trials(model, few, len(mine)), at_once
+        kept = _Kept(memo, changing, through, divergence is not None)
         first = ranks.told(
             lambda: {block.index: kept.before(block.index) for block in model.blocks}
         )

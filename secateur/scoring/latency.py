@@ -19,7 +19,7 @@ from secateur.io.schema import Record, read_record
 from secateur.methods.base import Narrowing
 from secateur.models.block import Block
 from secateur.models.model import Model
-from secateur.structure.budget import Goal
+from secateur.structure.budget import Budget
 from secateur.structure.costs import Prices
 from secateur.structure.units import DEPTH, EVERY_BLOCK, WIDTHS, Matrix, Unit
 from secateur.utils.errors import InputError
@@ -32,8 +32,8 @@ MOST_BYTES = 2**20
 SECONDS = 0.002  # a timing takes at least this long
 
 
-def measured(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
-    """Nanoseconds of a forward pass over ``goal.batch`` × ``goal.length`` tokens.
+def measured(model: Model, units: Sequence[Unit], budget: Budget) -> Prices:
+    """Nanoseconds of a forward pass over ``budget.batch`` × ``budget.length`` tokens.
 
     All blocks of a dense model have one shape, so the first stands for all; of an encoder and a
     decoder, the first of each. Its units are timed one by one, the others at full size:
@@ -51,14 +51,14 @@ def measured(model: Model, units: Sequence[Unit], goal: Goal) -> Prices:
     """
     check_exact(model.device, "--target latency")
     check_timed(units)
-    check_length(model, goal)
-    own = _identity(model, goal)
+    check_length(model, budget)
+    own = _identity(model, budget)
     path = cached_file("latency", own)
     table = _read(path)
     keys = {unit.name: _key(model.blocks[unit.block], unit.kind) for unit in units}
     if table is None or not {*keys.values()} <= table.nanoseconds.keys():
         with torch.inference_mode():
-            table = _measure(model, goal, own)
+            table = _measure(model, budget, own)
         keep(path, table.model_dump_json(indent=1))
     dense = sum(max(table.nanoseconds[key].values()) for key in keys.values())
     scale = min(1.0, table.forward / max(1, dense))
@@ -86,16 +86,16 @@ def check_timed(units: Sequence[Unit]) -> None:
         )
 
 
-def check_length(model: Model, goal: Goal) -> None:
+def check_length(model: Model, budget: Budget) -> None:
     """Refuse a forward pass over more tokens than the model reads; needs no weights.
 
     Raises:
         InputError: it reads fewer.
     """
-    if model.positions is not None and goal.length > model.positions:
+    if model.positions is not None and budget.length > model.positions:
         raise InputError(
-            f"latency of {goal.length} tokens: the model reads at most {model.positions}; ask for "
-            f"--latency-length {model.positions} or less."
+            f"latency of {budget.length} tokens: the model reads at most {model.positions}; ask "
+            f"for --latency-length {model.positions} or less."
         )
 
 
@@ -122,11 +122,11 @@ def _read(path: Path) -> Table | None:
         return None
 
 
-def _identity(model: Model, goal: Goal) -> dict[str, Any]:
+def _identity(model: Model, budget: Budget) -> dict[str, Any]:
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     config = model.config.to_dict()
-    example = model.use.example(1, goal.length)
+    example = model.use.example(1, budget.length)
     return {
         "secateur": __version__,
         "torch": torch.__version__,
@@ -135,15 +135,15 @@ def _identity(model: Model, goal: Goal) -> dict[str, Any]:
         "shape": {k: v for k, v in sorted(config.items()) if isinstance(v, (int, str))},
         "attention": model.config._attn_implementation,
         "model_type": config["model_type"],
-        "batch": goal.batch,
-        "length": goal.length,
+        "batch": budget.batch,
+        "length": budget.length,
         "input": [list(part.shape) for part in (example.ids, example.mask)],
     }
 
 
-def _measure(model: Model, goal: Goal, own: dict[str, Any]) -> Table:
-    tokens = model.use.example(goal.batch, goal.length)
-    stream = Stream(model, tokens, rows=goal.batch)
+def _measure(model: Model, budget: Budget, own: dict[str, Any]) -> Table:
+    tokens = model.use.example(budget.batch, budget.length)
+    stream = Stream(model, tokens, rows=budget.batch)
     states = stream.at(stream.batches[0])
     whole = partial(model.module, **model.use.inputs(tokens.to(model.device)))
     firsts = {block.anatomy.blocks: block.index for block in reversed(model.blocks)}.values()

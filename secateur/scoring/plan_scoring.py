@@ -35,6 +35,7 @@ class Stitched:
         model: Model,
         method: Method,
         units: Sequence[Unit],
+        *,
         allowed: Mapping[str, Sequence[int]],
         store: Store,
         tokens: Tokens,

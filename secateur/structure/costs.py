@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from secateur.structure.budget import Target
 from secateur.structure.units import Unit
 from secateur.utils.errors import InputError
 
-Target = Literal["parameters", "bytes", "flops", "cache", "latency"]
 MEANING: dict[Target, str] = {
     "parameters": "parameters",
     "bytes": "bytes on disk",

@@ -2,11 +2,9 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from secateur.structure.budget import Runtime
 from secateur.structure.units import DEPTH, MATRICES, STREAM, Heads, Unit
-
-Runtime = Literal["transformers", "vllm", "gguf", "gguf-q4"]
 
 
 @dataclass(frozen=True)

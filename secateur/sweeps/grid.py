@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import pydantic
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from secateur.data.tokens import expanded
 from secateur.io.safe_parse import parse_yaml, read_bytes
 from secateur.io.schema import Record, reading, said
-from secateur.methods import method_class
-from secateur.planning.recipe import MAX_BYTES, Recipe, Step, StepRecord, read_recipe
+from secateur.planning.recipe import (
+    MAX_BYTES,
+    Recipe,
+    StepRecord,
+    gathered,
+    least_for_zero,
+    read_recipe,
+    share_of_all,
+)
+from secateur.structure.budget import Budget
 from secateur.sweeps.names import Asked, named
 from secateur.utils.errors import InputError
 
@@ -25,11 +33,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Word = Annotated[str, Field(max_length=200)]
 Value = int | float | Word
 
-#: what runs of a method say beside its options
-ONE_STEP = (
-    *("method", "allocator", "target", "tier", "multiple_of", "runtime"),
-    *("latency_batch", "latency_length"),
-)
+Keeps = Several[Share | Literal["least"]]
 #: where a sweep file keeps what a flag says, by the name of the flag's parameter
 PLACES = {
     "calibration": ("calibration", "source"),
@@ -59,19 +63,18 @@ class RunsRecord(Record):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,59}$")
     method: Several[Word] | None = None
     options: dict[str, Several[Value]] = Field(default_factory=dict)
-    keep: Several[Share] | None = None
     allocator: Several[Word] | None = None
     allocator_options: dict[str, Several[Value]] = Field(default_factory=dict)
-    target: Several[Word] | None = None
-    tier: Several[Word] = "per-layer"
-    multiple_of: Several[int] = 8
-    latency_batch: Several[int] = 1
-    latency_length: Several[int] = 256
-    runtime: Several[Word] = "transformers"
+    budget: dict[str, Several[Value] | None] = Field(default_factory=dict)
     steps: tuple[StepRecord, ...] | None = None
     recipe: Word | None = None
 
-    def asked(self, keep: Several[Share] | None) -> Iterator[Asked]:
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, content: Any) -> Any:
+        return gathered(content)
+
+    def asked(self, keep: Keeps | None) -> Iterator[Asked]:
         """Every run; ``keep`` is the sweep's, for what has none of its own.
 
         Raises:
@@ -81,57 +84,59 @@ class RunsRecord(Record):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise InputError(f"sweep: runs have one of method, steps and recipe; here: {found}.")
-        keeps = _each(self.keep if "keep" in self.model_fields_set else keep)
+        keeps = _each(self.budget.get("keep", keep))
         if self.method is not None:
             yield from self._of_methods(keeps)
             return
-        beside = self.model_fields_set - {"name", "keep", *given}
+        beside = self.model_fields_set | {*self.budget}
+        beside -= {"name", "budget", "keep", *given}
         if beside:
             raise InputError(
                 f"sweep: {min(beside)} stands beside {given[0]}, whose steps say that themselves."
             )
         for one in keeps:
             try:
+                keep = Budget(keep=one).keep
                 if self.recipe is not None:
-                    made = read_recipe(expanded(self.recipe), one)
+                    made = read_recipe(expanded(self.recipe), keep)
                 else:
-                    made = Recipe(tuple(step.step() for step in self.steps or ()), one)
+                    steps = tuple(step.step() for step in self.steps or ())
+                    made = Recipe(steps, None if keep is None else share_of_all(keep))
             except InputError as error:
                 raise InputError(_told(error)) from error
-            steps = "+".join(step.method.name for step in made.steps)
-            usual = steps if self.recipe is None else Path(self.recipe).stem
+            usual = made.name if self.recipe is None else Path(self.recipe).stem
             yield Asked(self.name or usual, made, made.keep)
 
-    def _of_methods(self, keeps: tuple[float | None, ...]) -> Iterator[Asked]:
+    def _of_methods(self, keeps: tuple[float | str | None, ...]) -> Iterator[Asked]:
         axes: dict[tuple[str, ...], tuple[Any, ...]] = {
-            (name,): _each(getattr(self, name)) for name in ONE_STEP
+            (name,): _each(getattr(self, name)) for name in ("method", "allocator")
         }
-        for group in ("options", "allocator_options"):
+        for group in ("budget", "options", "allocator_options"):
             axes |= {(group, name): _each(v) for name, v in getattr(self, group).items()}
-        if prod(map(len, axes.values())) * len(keeps) > MOST:
+        axes["budget", "keep"] = keeps  # last, so that runs of one kind stand together
+        axes["budget", "keep"] = axes.pop(("budget", "keep"))
+        if prod(map(len, axes.values())) > MOST:
             raise InputError(f"sweep: more than {MOST} runs; make it several sweeps.")
         for values in product(*axes.values()):
-            for keep in keeps:
-                yield self._of_method(dict(zip(axes, values, strict=True)), keep)
+            yield self._of_method(dict(zip(axes, values, strict=True)))
 
-    def _of_method(self, values: dict[tuple[str, ...], Any], keep: float | None) -> Asked:
-        """One run, whose keep is in its method, as for ``secateur compress``."""
-        content: dict[str, Any] = {"options": {}, "allocator_options": {}}
+    def _of_method(self, values: dict[tuple[str, ...], Any]) -> Asked:
+        """One run, as ``secateur compress`` does it."""
+        content: dict[str, Any] = {"options": {}, "allocator_options": {}, "budget": {}}
         for (name, *option), value in values.items():
             if option:
                 content[name][option[0]] = value
             else:
                 content[name] = value
-        content["target"] = content["target"] or method_class(content["method"]).target
         try:
-            step = StepRecord.model_validate(content).step()
-            method = step.method if keep is None else step.with_keep(keep)
-            made = Recipe((Step(method, step.goal, step.allocator, method.keep or None),))
+            step = StepRecord.model_validate(content).step().filled
+            made = Recipe((step,))
         except pydantic.ValidationError as error:
             raise InputError(f"sweep: {said(error)}.") from error
         except InputError as error:
             raise InputError(_told(error)) from error
-        return Asked(self.name or method.name, made, method.keep or None)
+        keep = step.budget.share
+        return Asked(self.name or step.method.name, made, None if isinstance(keep, str) else keep)
 
 
 class TextPart(Record):
@@ -172,11 +177,16 @@ class SweepRecord(Record):
 
     version: Literal[1] = 1
     model: str | None = None
-    keep: Several[Share] | None = None
+    keep: Keeps | None = None
     runs: Annotated[tuple[RunsRecord, ...], Field(min_length=1, max_length=MOST)]
     calibration: TextPart = TextPart()
     evaluate: JudgePart = JudgePart()
     settings: OpenPart = OpenPart()
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _least(cls, keep: Any) -> Any:
+        return least_for_zero(keep)
 
     def asked(self) -> dict[str, Recipe]:
         """Every run by its name, each once.

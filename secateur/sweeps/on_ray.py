@@ -95,7 +95,7 @@ def _wanted(ray: Any, cluster: Cluster, jobs: Sequence[Job]) -> dict[str, float]
     gpus = cluster.gpus
     if gpus is None:
         some = any(machine.get("GPU", 0) >= 1 for machine in machines)
-        gpus = 1 if some and jobs[0].settings.device != "cpu" else 0
+        gpus = 1 if some and jobs[0].config.settings.device != "cpu" else 0
     wanted = {"num_cpus": cluster.cpus, "num_gpus": gpus}
     if not any(m.get("CPU", 0) >= cluster.cpus and m.get("GPU", 0) >= gpus for m in machines):
         most = max((m.get("CPU", 0) for m in machines), default=0)

@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from secateur.planning.recipe import Recipe, Step
+from secateur.methods.step import Step
+from secateur.planning.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ def placed(runs: Mapping[str, Recipe], select: str) -> list[SweepRun]:
     for one run by ``select`` is not that of another, and nothing is shared.
     """
     alone = select != "none"
-    steps = {name: recipe.steps[0] for name, recipe in runs.items()}
+    steps = {name: _first(recipe) for name, recipe in runs.items()}
     folder = {n: _statistics(runs[n]) if not alone else None for n in runs}
-    scores = {n: _scores(step) if not alone else n for n, step in steps.items()}
+    scores = {n: n if alone or step is None else _scores(step) for n, step in steps.items()}
     at = {name: number for number, name in enumerate(runs)}
     first: dict[str, int] = {}
     for name, number in at.items():
@@ -47,7 +48,9 @@ def placed(runs: Mapping[str, Recipe], select: str) -> list[SweepRun]:
 
     def key(name: str) -> tuple[int, int, bool, int]:
         own = folder[name] or name
-        return first[own], first[scores[name]], not steps[name].allocator.measured, at[name]
+        step = steps[name]
+        unmeasured = step is None or not step.allocator.measured
+        return first[own], first[scores[name]], unmeasured, at[name]
 
     found: list[SweepRun] = []
     filled: dict[str, str] = {}
@@ -67,11 +70,17 @@ def in_steps(recipe: Recipe) -> bool:
     return len(recipe.steps) > 1 or recipe.keep is not None
 
 
+def _first(recipe: Recipe) -> Step | None:
+    """The method that a run begins with, if it does."""
+    step = recipe.steps[0]
+    return step if isinstance(step, Step) else None
+
+
 def _statistics(recipe: Recipe) -> str | None:
     """A name for the statistics that a run needs."""
-    if in_steps(recipe):
+    step = _first(recipe)
+    if in_steps(recipe) or step is None:
         return None
-    step = recipe.steps[0]
     needs = sorted(
         f"{need.place}.{need.kind.__name__}" for need in step.method.needs | step.allocator.needs
     )

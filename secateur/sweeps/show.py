@@ -23,8 +23,8 @@ def show_list(content: dict[str, Any]) -> None:
         own = "its own" if todo else ""
         row = (
             run["name"],
-            " + ".join(step["method"] for step in run["steps"]),
-            "" if keep is None else f"{keep:g}",
+            " + ".join(step.get("method", "") for step in run["steps"]),
+            keep if isinstance(keep, str) else "" if keep is None else f"{keep:g}",
             run["steps"][0]["allocator"] if len(run["steps"]) == 1 else "",
             run["statistics_of"] or own,
             run["scores_of"] or own,

@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.cli import parse as asked
 from secateur.data.tokens import Calibration, expanded
 from secateur.evaluate.evaluator import Questions
 from secateur.io.run_directory import write_whole
+from secateur.methods.step import Step
 from secateur.models.loading import check_out, skeleton
 from secateur.models.model import Model, Settings
-from secateur.pipeline.compress import recorded
+from secateur.pipeline.config import RunConfig
+from secateur.pipeline.context import RunContext
 from secateur.pipeline.prepare import check_reach
-from secateur.pipeline.run_inputs import Task
+from secateur.pipeline.run_inputs import RunInputs
+from secateur.pipeline.run_record import recorded
 from secateur.planning.recipe import Recipe
 from secateur.report.frontier_table import SHEETS, compare
 from secateur.report.html.content import standalone
@@ -41,7 +43,7 @@ class Sweep:
         failed: name → why it could not be done, at first of those that can be told now.
     """
 
-    task: Task
+    inputs: RunInputs
     folder: Folder
     runs: Mapping[str, Recipe]
     finished: list[str]
@@ -54,72 +56,83 @@ class Sweep:
         source: str,
         out: Path,
         runs: Mapping[str, Recipe],
-        calibration: Calibration,
-        questions: Questions | None,
-        settings: Settings,
-        progress: Progress,
+        *,
+        calibration: Calibration | None = None,
+        questions: Questions | None = None,
+        settings: Settings | None = None,
+        context: RunContext | None = None,
     ) -> "Sweep":
         """Look at all that can be looked at before a weight is read.
+
+        What the runs have in common is as in :class:`~secateur.pipeline.config.RunConfig`.
 
         Raises:
             InputError: anything wrong with what the runs have in common, or a run lies there that
                 was made otherwise.
         """
         folder = Folder(expanded(out))
-        place = folder.out / next(iter(runs))
-        task = Task.of(
-            source, place, calibration, questions, settings, progress, True, folder.shared
+        context = replace(context or RunContext(), shared=folder.shared)
+        first, recipe = next(iter(runs.items()))
+        config = RunConfig(
+            source,
+            folder.out / first,
+            recipe,
+            calibration=calibration,
+            questions=questions,
+            settings=settings or Settings(),
+            overwrite=True,
         )
-        check_out(folder.out, [*task.files])
-        folder.check(task.fingerprint())
-        shapes = skeleton(task.source, settings)
+        inputs = RunInputs.of(config, context)
+        check_out(folder.out, [*inputs.files])
+        folder.check(inputs.fingerprint())
+        shapes, settings = skeleton(inputs.source, inputs.settings), inputs.settings
         settings.torch_dtype(shapes.stored), settings.torch_device()  # or every run would say so
-        given = (task.calibration, task.questions, task.settings)
+        given = (inputs.model.calibration, inputs.questions, settings)
         finished, failed = [], {}
-        with progress.stage("looking at the runs", len(runs)) as advance:
+        with context.progress.stage("looking at the runs", len(runs)) as advance:
             for name, recipe in runs.items():
-                if folder.finished(name, recorded(task.source, recipe, *given)):
+                if folder.finished(name, recorded(inputs.source, recipe, *given)):
                     finished.append(name)
                 elif (reason := _obstacle(shapes, recipe)) is not None:
                     failed[name] = reason
                 advance(1)
         left = {n: r for n, r in runs.items() if n not in {*finished, *failed}}
-        places = placed(left, task.calibration.select)
-        return cls(task, folder, runs, finished, places, failed)
+        places = placed(left, inputs.model.calibration.select)
+        return cls(inputs, folder, runs, finished, places, failed=failed)
 
     def jobs(self) -> list[Job]:
         """What is to do, in order."""
-        task, shared = self.task, self.folder.shared
-        statistics = shared / "statistics"
+        shared, command = self.folder.shared, self.inputs.context.command
         return [
-            Job(
-                place.name,
-                self.runs[place.name],
-                task.source,
-                self.folder.out / place.name,
-                task.calibration,
-                task.questions,
-                task.settings,
-                shared,
-                None if place.statistics is None else statistics / place.statistics,
-                place.after,
-                asked.COMMAND.get(),
-            )
+            Job(place.name, self._config(place), shared, place.after, command)
             for place in self.places
         ]
+
+    def _config(self, place: SweepRun) -> RunConfig:
+        """What is asked of one run."""
+        recipe, inputs = self.runs[place.name], self.inputs
+        steps = {} if in_steps(recipe) else _only_step(recipe, place, self.folder.shared)
+        return RunConfig(
+            inputs.source,
+            self.folder.out / place.name,
+            **{"method": recipe, **steps},
+            calibration=inputs.model.calibration,
+            questions=inputs.questions,
+            settings=inputs.settings,
+        )
 
     def listed(self) -> dict[str, Any]:
         """Plain data about what would be done."""
         places = {place.name: place for place in self.places}
         order = [*self.finished, *places, *self.failed]
         return {
-            "model": self.task.source,
+            "model": self.inputs.source,
             "out": str(self.folder.out),
             "runs": [
                 {
                     "name": name,
                     "steps": [step.as_dict() for step in self.runs[name].steps],
-                    "keep": self.runs[name].keep or self.runs[name].steps[-1].keep,
+                    "keep": _keep_of(self.runs[name]),
                     "state": "finished"
                     if name in self.finished
                     else "refused"
@@ -142,15 +155,15 @@ class Sweep:
             InputError: another sweep is at work in the folder, its runs had something else in
                 common, or the dense model can't be measured.
         """
-        task, progress = self.task, self.task.progress
-        with self.folder.opened(task.fingerprint()):
+        inputs, progress = self.inputs, self.inputs.context.progress
+        with self.folder.opened(inputs.fingerprint()):
             if self.finished:
                 progress.say(f"{len(self.finished)} of {len(self.runs)} runs are finished already")
             refused = set(self.failed)
             for name, reason in self.failed.items():
                 progress.say(f"{name} can't be done: {reason}")
             if self.places:
-                task.judge_dense()
+                inputs.judge_dense()
             for job, why in way(self.jobs()):
                 if why is None:
                     self.finished.append(job.name)
@@ -171,7 +184,7 @@ class Sweep:
             content = {**found, **content}
             page, picture, table = (out / name for name in SHEETS)
             write_whole(picture, standalone(found))
-            write_frontier(page, content)
+            write_frontier(page, content, self.inputs.context.command)
             write_whole(table, json.dumps(content, indent=1) + "\n")
         return content
 
@@ -193,13 +206,33 @@ def by_ray(progress: Progress, cluster: Cluster) -> Way:
     return lambda given: on_ray(given, progress, cluster) if given else ()
 
 
+def _only_step(recipe: Recipe, place: SweepRun, shared: Path) -> dict[str, Any]:
+    """The fields of the config of a run that has one step."""
+    (step,) = recipe.steps
+    assert isinstance(step, Step)
+    kept = None if place.statistics is None else shared / "statistics" / place.statistics
+    return {
+        "method": step.method,
+        "budget": step.budget,
+        "allocator": step.allocator,
+        "statistics": kept,
+    }
+
+
+def _keep_of(recipe: Recipe) -> float | str | None:
+    """What is asked for: of all steps together, or of the last."""
+    last = recipe.steps[-1]
+    return recipe.keep or (last.budget.keep if isinstance(last, Step) else None)
+
+
 def _obstacle(shapes: Model, recipe: Recipe) -> str | None:
     """Why a run of one method can't be done, as far as shapes tell."""
     if in_steps(recipe):
         return None
     (step,) = recipe.steps
+    assert isinstance(step, Step)
     try:
-        check_reach(shapes, step.method, step.goal, step.allocator)
+        check_reach(shapes, step)
     except InputError as error:
         return str(error)
     return None

@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from secateur import Goal, InputError, MoDeGPT, make_plan
+from secateur import Budget, InputError, MoDeGPT, make_plan
 from secateur.allocate.base import Evidence
 from secateur.allocate.greedy import Greedy
 from secateur.calibration.layer_stream import Stream
@@ -121,15 +121,16 @@ def test_greedy_gives_back_what_fits(judged):
 
 def test_greedy_takes_attention_as_one_and_any_method(opened, calibrated):
     data, model, allocator = calibrated("llama"), opened("llama"), Greedy()
-    method = MoDeGPT(keep=0.67)
+    method = MoDeGPT()
     evidence = score(model, method, data.store, data.tokens, allocator)
-    given = (model, method, evidence, data.record, data.tokens, Goal(), allocator)
+    given = (model, method, evidence, data.record, data.tokens)
+    asked = {"budget": Budget(keep=0.67), "allocator": allocator}
     told = []
-    plan = make_plan(*given, store=data.store, advance=told.append)
+    plan = make_plan(*given, **asked, store=data.store, advance=told.append)
     assert told == [1, 1, 1]  # attention and MLP of the block in the middle, then one of them
     assert {row.unit for row in plan.units if row.after < row.before} == {
         f"layers.1.{kind}" for kind in WIDTHS
     }
     assert {row.after for row in plan.units if row.unit.startswith("layers.1.")} == {0}
     with pytest.raises(InputError, match="no judge"):
-        make_plan(*given)
+        make_plan(*given, **asked)

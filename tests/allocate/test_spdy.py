@@ -7,24 +7,25 @@ from itertools import accumulate, pairwise, product
 import pytest
 import torch
 
-from secateur import Calibration, Goal, Store, calibrate, make_plan, score
+from secateur import Budget, Calibration, Store, calibrate, make_plan, score
 from secateur.allocate.base import Evidence
 from secateur.allocate.spdy import SPDY
 from secateur.apply.sequential import narrow_blocks
 from secateur.data.tokens import sample
 from secateur.methods import method_class
 from secateur.models.model import Settings
-from secateur.pipeline.input_checks import read_calibration
+from secateur.pipeline.context import RunContext
 from secateur.pipeline.prepare import prepare
+from secateur.pipeline.run_inputs import Inputs
 from secateur.scoring.divergence import Divergence
 from secateur.scoring.plan_scoring import Stitched
 from secateur.structure.costs import Prices
 from secateur.structure.error_curve import Curve
 from secateur.utils.errors import InputError
 from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.support.families import stream, words
 from tests.support.made import mlp
+from tests.support.steps import step_of
 
 KEEPS = (0.3, 0.5, 0.7, 0.9)
 
@@ -187,7 +188,7 @@ def test_the_judge_says_what_the_narrowed_model_says(opened, name):
     sizes[units[-1].name] = 0
     allowed = {u.name: [0, sizes[u.name], u.size] for u in units}
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
-    judge = Stitched(model, method, units, allowed, store, tokens)
+    judge = Stitched(model, method, units, allowed=allowed, store=store, tokens=tokens)
     found = judge(sizes)
     assert judge({u.name: u.size for u in units}) < 1e-6
     assert judge(sizes) == found
@@ -201,7 +202,7 @@ def test_the_judge_says_what_the_narrowed_model_says(opened, name):
 
 @pytest.mark.parametrize("name", ["auto", "obspa"])
 def test_it_serves_methods_with_targets_and_without(opened, name):
-    model, method = opened("llama"), method_class(name)(keep=0.6)
+    model, method = opened("llama"), method_class(name)()
     tokens, store = calibrated(model, method, SPDY())
     evidence = score(model, method, store, tokens, SPDY())
     assert evidence.losses is None
@@ -213,14 +214,14 @@ def test_it_serves_methods_with_targets_and_without(opened, name):
             evidence,
             Calibration("stream", 6, 32, 0),
             tokens,
-            Goal(multiple_of=4),
-            SPDY(steps=steps),
+            budget=Budget(keep=0.6, multiple_of=4),
+            allocator=SPDY(steps=steps),
             store=store,
         )
         assert plans[steps].budget.reached <= 0.6
     units = method.units(model, 4)
     allowed = {unit.name: SPDY().choices(unit) for unit in units}
-    judge = Stitched(model, method, units, allowed, store, tokens)
+    judge = Stitched(model, method, units, allowed=allowed, store=store, tokens=tokens)
     assert judge(plans[30].sizes) < judge(plans[1].sizes)
 
 
@@ -244,17 +245,11 @@ def test_scores_that_are_kept_don_t_spare_the_statistics(dense, tmp_path):
     text, found = Calibration(str(tmp_path / "words.txt"), 8, 32, 0), []
     for run in ("one", "two"):
         prepared = prepare(
-            str(dense("llama")),
-            method_class("ziplm")(keep=0.6),
-            text,
-            read_calibration(str(dense("llama")), text, Settings(device="cpu")),
-            Settings(device="cpu"),
-            Goal(),
-            SPDY(steps=3),
-            Store(tmp_path / run),
-            tmp_path / "scores.json",
-            Stopwatch(),
-            progress,
+            Inputs.of(str(dense("llama")), text, Settings(device="cpu")),
+            step_of(method_class("ziplm")(), 0.6, SPDY(steps=3)),
+            RunContext(progress),
+            store=Store(tmp_path / run),
+            scores=tmp_path / "scores.json",
             only_plan=True,
         )
         found.append(prepared.plan.sizes)

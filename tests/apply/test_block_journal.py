@@ -2,12 +2,13 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from secateur import Calibration, Settings, Store, calibrate, make_plan, open_model
+from secateur import Budget, Calibration, Settings, Store, calibrate, make_plan, open_model
 from secateur.apply.block_journal import Journal
 from secateur.evaluate import verify
 from secateur.io.run_directory import Workspace, on_disk
@@ -15,13 +16,12 @@ from secateur.io.safetensors_reader import Shelf
 from secateur.io.safetensors_writer import Writer
 from secateur.methods import method_class
 from secateur.models.streamed_loading import open_streamed
-from secateur.pipeline import compress as pipeline
-from secateur.pipeline.prepare import Prepared
+from secateur.pipeline.compress_stage import write
+from secateur.pipeline.context import RunContext
 from secateur.scoring.evidence import score
 from secateur.utils.errors import HaltedError, InputError
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.support import families
+from tests.support.steps import prepared_of
 
 CPU = Settings(device="cpu", dtype="float32")
 CASES = [
@@ -41,8 +41,10 @@ def prepared(folder, method, streams, tokens):
     store = Store()
     calibrate(model, tokens, method.needs | method.allocator.needs, store)
     evidence = score(model, method, store, tokens)
-    plan = make_plan(model, method, evidence, Calibration(), tokens, store=store)
-    return Prepared(model, tokens, store, method, plan, evidence)
+    budget = Budget(keep=None if method.name == "rtn" else 0.7)
+    plan = make_plan(model, method, evidence, Calibration(), tokens, budget=budget, store=store)
+    data = SimpleNamespace(tokens=tokens, store=store)
+    return prepared_of(model, data, plan, method, evidence)
 
 
 def written(folder):
@@ -62,7 +64,7 @@ class Stop(Exception):
 def test_going_on_gives_the_same_bytes(dense, tmp_path, monkeypatch, name, variant, streams):
     """Stopped behind every block in turn; the mistakes: states or weights of before are rounded."""
     kind, tokens = method_class(name), families.read(variant, 6, 32)
-    method = kind(group="0") if name == "rtn" else kind(keep=0.7)
+    method = kind(group="0") if name == "rtn" else kind()
 
     def run(folder, stops=()):
         for stop in (*stops, None):
@@ -80,9 +82,7 @@ def test_going_on_gives_the_same_bytes(dense, tmp_path, monkeypatch, name, varia
             with monkeypatch.context() as patch:
                 patch.setattr(Journal, "record", recorded)
                 try:
-                    said = pipeline.write(
-                        given, folder / "out", Stopwatch(), Progress(), folder / "narrowing"
-                    )
+                    said = write(given, folder / "out", RunContext(), folder / "narrowing")
                 except Stop:
                     continue
             return given, said

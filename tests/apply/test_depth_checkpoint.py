@@ -1,7 +1,8 @@
 """Checkpoints and plans that lack whole blocks."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from secateur import Goal, InputError, MoDeGPT, Settings, make_plan, open_model
+from secateur import Budget, InputError, MoDeGPT, Settings, make_plan, open_model
 from secateur.allocate.least_error import LeastError
 from secateur.apply.save import finish, store_block, writer_for
 from secateur.apply.sequential import narrow_blocks
@@ -17,17 +18,18 @@ from secateur.calibration.layer_stream import Stream
 from secateur.data.tokens import Calibration
 from secateur.methods.replace import Replace
 from secateur.methods.shortgpt import ShortGPT
-from secateur.pipeline import compress as pipeline
-from secateur.pipeline.prepare import Prepared, check_reach, chosen_allocator
-from secateur.planning.plan import match_units, revise, tier_of
+from secateur.pipeline import compress_stage
+from secateur.pipeline.context import RunContext
+from secateur.pipeline.prepare import check_reach
+from secateur.planning.checks import match_units
+from secateur.planning.planner import revise, tier_of
 from secateur.scoring.evidence import score
 from secateur.structure.units import DEPTH, WIDTHS
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.contract.conftest import logits, spread
 from tests.support import families
 from tests.support.blocks import IDS, bypassed, every_family, given_to, gone, measure, padded
 from tests.support.families import CAUSAL, FAMILIES
+from tests.support.steps import prepared_of, step_of
 
 
 def write(model, method, sizes, folder, tokens=None):
@@ -35,12 +37,12 @@ def write(model, method, sizes, folder, tokens=None):
     tokens, store = measure(model, method, tokens)
     evidence = score(model, method, store, tokens, LeastError())
     record = Calibration("stream", 6, 32, 0)
-    dense = replace(method, keep=1.0)
-    plan = make_plan(model, dense, evidence, record, tokens, Goal(), LeastError(), store=store)
+    given = {"budget": Budget(keep=1.0), "allocator": LeastError(), "store": store}
+    plan = make_plan(model, method, evidence, record, tokens, **given)
     rows = tuple(row.model_copy(update={"after": sizes[row.unit]}) for row in plan.units)
     plan = revise(plan.model_copy(update={"units": rows}), model, method, evidence)
-    prepared = Prepared(model, tokens, store, method, plan)
-    memory, ids = pipeline.write(prepared, folder, Stopwatch(), Progress())
+    prepared = prepared_of(model, SimpleNamespace(tokens=tokens, store=store), plan, method)
+    memory, ids = compress_stage.write(prepared, folder, RunContext())
     return plan, memory, ids
 
 
@@ -183,12 +185,12 @@ def test_plans_keep_a_block_and_tiers_follow_from_biases(opened):
         units = method.units(model, 8)
         assert tier_of(units, gone(model, 1)) == tier
         assert tier_of(units, gone(model)) == "plain"
-    goal, made = Goal(tier="plain"), ShortGPT(keep=0.7)
-    allocator = chosen_allocator(made, goal, None)
-    assert isinstance(allocator, LeastError)
-    check_reach(opened("llama"), made, goal, allocator)
+    made = ShortGPT()
+    step = step_of(made, 0.7, tier="plain")
+    assert isinstance(step.allocator, LeastError)
+    check_reach(opened("llama"), step)
     with pytest.raises(InputError, match="--compensate 0"):
-        check_reach(opened("llama"), Replace(), goal, allocator)
+        check_reach(opened("llama"), step_of(Replace(), 0.7, step.allocator, tier="plain"))
     model = opened("llama")
     tokens, store = measure(model, made)
     evidence = score(model, made, store, tokens)

@@ -87,7 +87,7 @@ def test_a_keep_at_the_command_line_is_the_budget(follow, room):
         ("- 1", ["recipe"]),
         ("keep: 0.9\nsteps: [{method: modegpt}, {method: svd, keep: 0.5}]", ["nothing to do"]),
         ("keep: 0.5\nsteps: [{method: svd, keep: 0.8}, {method: modegpt}]", ["compressed"]),
-        ("steps: [{method: svd}, {method: flap, keep: 0.8}]", ["flap narrows", "before"]),
+        ("steps: [{method: svd}, {method: flap, keep: 0.8}]", ["flap prunes", "before"]),
     ],
 )
 def test_bad_recipes_are_refused_and_leave_nothing(follow, room, content, words):
@@ -111,18 +111,18 @@ def test_flags_of_a_method_are_refused_beside_a_recipe(follow, room, model):
 
 
 def test_a_killed_run_goes_on_behind_its_last_step(follow, room, monkeypatch):
-    from secateur.pipeline import multi_step as sequence
+    from secateur.pipeline import compress_stage
 
     recipe, seen = {"keep": 0.6, "steps": STEPS}, []
-    prepare = sequence.prepare
+    prepare = compress_stage.prepare
 
-    def once(source, method, *rest, **named):
-        seen.append(method.name)
+    def once(inputs, step, *rest, **named):
+        seen.append(step.method.name)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return prepare(source, method, *rest, **named)
+        return prepare(inputs, step, *rest, **named)
 
-    monkeypatch.setattr(sequence, "prepare", once)
+    monkeypatch.setattr(compress_stage, "prepare", once)
     assert follow(recipe).code == 130
     follow(recipe).succeeded()
     assert seen == ["modegpt", "svd-llm", "svd-llm"]
@@ -134,13 +134,14 @@ def test_a_killed_run_goes_on_behind_its_last_step(follow, room, monkeypatch):
 @pytest.fixture
 def attempts(monkeypatch):
     """Let every result but the third be above the budget; the value lists all keeps."""
+    from secateur.pipeline import compress_stage
     from secateur.pipeline import multi_step as sequence
 
-    keeps, prepare, stored_bytes = [], sequence.prepare, sequence.stored_bytes
+    keeps, prepare, stored_bytes = [], compress_stage.prepare, sequence.stored_bytes
 
-    def noted(source, method, *rest, **named):
-        keeps.append((method.name, method.keep))
-        return prepare(source, method, *rest, **named)
+    def noted(inputs, step, *rest, **named):
+        keeps.append((step.method.name, step.budget.keep))
+        return prepare(inputs, step, *rest, **named)
 
     def above(folder, shapes):
         found = stored_bytes(folder, shapes)
@@ -149,7 +150,7 @@ def attempts(monkeypatch):
             return found
         return int((1 + len(firsts) / 10) * found)
 
-    monkeypatch.setattr(sequence, "prepare", noted)
+    monkeypatch.setattr(compress_stage, "prepare", noted)
     monkeypatch.setattr(sequence, "stored_bytes", above)
     return keeps
 
@@ -159,13 +160,13 @@ def test_a_run_killed_in_its_second_attempt_goes_on_with_that(
     follow, room, monkeypatch, attempts, damaged
 ):
     """The mistake: the budget of the first attempt beside the steps of the second."""
-    from secateur.pipeline import multi_step as sequence
+    from secateur.pipeline import compress_stage
 
     follow({"keep": 0.6, "steps": STEPS}).succeeded()
     expected, keeps = (room / "out" / "model.safetensors").read_bytes(), [*attempts]
     assert len(keeps) == 6
     attempts.clear()
-    prepare = sequence.prepare
+    prepare = compress_stage.prepare
 
     def killed(*given, **named):
         if len(attempts) == 3:
@@ -173,7 +174,7 @@ def test_a_run_killed_in_its_second_attempt_goes_on_with_that(
         return prepare(*given, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sequence, "prepare", killed)
+        patch.setattr(compress_stage, "prepare", killed)
         assert follow({"keep": 0.6, "steps": STEPS}, "--overwrite").code == 130
     for name in damaged:
         path = room / ".out.partial" / name
@@ -186,10 +187,10 @@ def test_a_run_killed_in_its_second_attempt_goes_on_with_that(
 
 def test_a_missing_library_is_said_before_the_first_step(follow, room, monkeypatch):
     from secateur.layers import integers
-    from secateur.pipeline import multi_step as sequence
+    from secateur.pipeline import compress_stage
 
     monkeypatch.setattr(integers, "find_spec", lambda _: None)
-    monkeypatch.setattr(sequence, "prepare", None)  # is never reached
+    monkeypatch.setattr(compress_stage, "prepare", None)  # is never reached
     follow({"keep": 0.4, "steps": [{"method": "modegpt"}, {"method": "rtn"}]}).refused(
         "pip install"
     )
@@ -198,8 +199,9 @@ def test_a_missing_library_is_said_before_the_first_step(follow, room, monkeypat
 def test_steps_that_are_done_again_are_forgotten_from_the_last_on(tmp_path, monkeypatch):
     """A run killed in the midst leaves no step whose source is another by then, nor half of one."""
     from secateur.methods import method_class
+    from secateur.methods.step import Step
     from secateur.pipeline import multi_step as sequence
-    from secateur.planning.recipe import Recipe, Step
+    from secateur.planning.recipe import Recipe
 
     steps = (Step.of(method_class("modegpt")()), *(Step.of(method_class("svd")()) for _ in "ab"))
     for number in (1, 2):

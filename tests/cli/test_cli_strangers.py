@@ -224,7 +224,8 @@ def test_rows_of_a_plan_by_the_thousand_take_no_time(model, plan):
     from secateur.methods.auto import Auto
     from secateur.models.loading import skeleton
     from secateur.models.model import Settings
-    from secateur.planning.plan import Plan, match_units
+    from secateur.planning.checks import match_units
+    from secateur.planning.plan import Plan
 
     made, shapes = Plan.model_validate(plan()), skeleton(str(model), Settings(device="cpu"))
     many = made.model_copy(update={"units": made.units + made.units[:1] * 60_000})

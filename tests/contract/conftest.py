@@ -11,23 +11,22 @@ import torch
 import transformers
 from torch import Tensor
 
-from secateur import Goal, Model, Plan, make_plan, score
+from secateur import Budget, Model, Plan, make_plan, score
 from secateur.allocate.base import Evidence
 from secateur.data.tasks import use_of
 from secateur.data.tokens import Tokens
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
 from secateur.models.model import anatomy_of
-from secateur.pipeline.compress import write
-from secateur.pipeline.prepare import Prepared
-from secateur.planning.plan import revise
+from secateur.pipeline.compress_stage import write
+from secateur.pipeline.context import RunContext
+from secateur.planning.planner import revise
 from secateur.structure.units import DEPTH, MATRICES, STREAM, Unit
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.conftest import Calibrated
 from tests.contract.reading import Job, Reader, Reading
 from tests.support.covering import COST, parameters
 from tests.support.families import AUTO, FAMILIES
+from tests.support.steps import prepared_of
 
 HERE = Path(__file__).parent
 
@@ -165,14 +164,23 @@ def planned(
 ) -> Callable[..., Plan]:
     """A plan for an open model."""
 
-    def plan(model: Model, name: str, method: Method, multiple_of: int = 8) -> Plan:
-        data, evidence, goal = calibrated(name), scored(name, type(method)), Goal()
-        goal = replace(goal, multiple_of=multiple_of)
+    def plan(
+        model: Model, name: str, method: Method, multiple_of: int = 8, keep: float | None = None
+    ) -> Plan:
+        data, evidence = calibrated(name), scored(name, type(method))
+        budget = Budget(keep=keep, target="parameters", multiple_of=multiple_of)
         spends = method.allocator
         if hasattr(spends, "steps"):  # of a search: a few serve as well here
             spends = replace(spends, steps=8)
         return make_plan(
-            model, method, evidence, data.record, data.tokens, goal, spends, store=data.store
+            model,
+            method,
+            evidence,
+            data.record,
+            data.tokens,
+            budget=budget,
+            allocator=spends,
+            store=data.store,
         )
 
     return plan
@@ -216,12 +224,12 @@ def sizes_of(kind: str, units: dict[str, Unit]) -> dict[str, int]:
     return {name: max(size, units[name].least) for name, size in wanted.items() if name in units}
 
 
-def for_stock_classes(method: type[Method], keep: float) -> Method:
+def for_stock_classes(method: type[Method]) -> Method:
     """The method without biases that stock classes may have no place for."""
     if method().biased:
         assert "compensate" in {field.name for field in fields(method)}
-        return method(keep=keep, compensate=0)
-    return method(keep=keep)
+        return method(compensate=0)
+    return method()
 
 
 @pytest.fixture(scope="session")
@@ -235,13 +243,12 @@ def write_to(
 
     def make(folder: Path, method: type[Method], name: str, kind: str) -> Written:
         model, data = opened(name), calibrated(name)
-        made = for_stock_classes(method, 0.7) if kind == "plain" else method(keep=0.7)
-        plan = planned(model, name, replace(made, keep=1.0) if kind == "full" else made)
+        made = for_stock_classes(method) if kind == "plain" else method()
+        plan = planned(model, name, made, keep=1.0 if kind == "full" else 0.7)
         if kind in ("plain", "mixed", "gone"):
             sizes = sizes_of(kind, {unit.name: unit for unit in made.units(model, 8)})
             plan = resized(plan, model, scored(name, method), sizes)
-        prepared = Prepared(model, data.tokens, data.store, plan.build_method(), plan)
-        memory, tokens = write(prepared, folder, Stopwatch(), Progress())
+        memory, tokens = write(prepared_of(model, data, plan), folder, RunContext())
         return Written(folder, plan, tokens, memory)
 
     return make

@@ -9,11 +9,9 @@ from safetensors.torch import load_file
 
 from secateur.apply import save as checkpoint
 from secateur.io.safetensors_writer import Writer
-from secateur.pipeline import compress as pipeline
-from secateur.pipeline.prepare import Prepared
+from secateur.pipeline.compress_stage import write
+from secateur.pipeline.context import RunContext
 from secateur.structure.units import DEPTH
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.contract.conftest import ROUNDING, logits, narrowing, open_config, spread
 from tests.support.families import (
     AUTO,
@@ -25,6 +23,7 @@ from tests.support.families import (
     seen_by,
     window,
 )
+from tests.support.steps import prepared_of
 
 ROUTES = [
     ("stranger", "plain"),
@@ -275,9 +274,9 @@ def test_bfloat16_checkpoints_are_written_in_bfloat16(
 ):
     model, data = opened(name), calibrated(name)
     model.stored = torch.bfloat16
-    plan = planned(model, name, method(keep=0.7))
-    prepared = Prepared(model, data.tokens, data.store, plan.build_method(), plan)
-    memory, first = pipeline.write(prepared, tmp_path / "half", Stopwatch(), Progress())
+    plan = planned(model, name, method(), keep=0.7)
+    prepared = prepared_of(model, data, plan)
+    memory, first = write(prepared, tmp_path / "half", RunContext())
     tensors = load_file(tmp_path / "half" / "model.safetensors")
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.bfloat16}
     loaded = FAMILIES[name].auto.from_pretrained(tmp_path / "half", dtype=torch.float32).eval()

@@ -7,21 +7,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from secateur import Goal, Settings, make_plan, open_model, score
+from secateur import Budget, Settings, make_plan, open_model, score
 from secateur.allocate.uniform import Uniform
 from secateur.apply.surgery import narrowed
 from secateur.methods import METHODS, method_class
 from secateur.models.linear_ops import dense_weight, inputs_by_outputs
-from secateur.pipeline.compress import write
+from secateur.pipeline.compress_stage import write
+from secateur.pipeline.context import RunContext
 from secateur.pipeline.multi_step import stored_bytes
-from secateur.pipeline.prepare import Prepared
 from secateur.structure.units import MATRICES
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.contract.conftest import ROUNDING, asked_with, spread
 from tests.contract.reading import Job
 from tests.contract.variants import VARIANTS
 from tests.support.families import AUTO, FAMILIES
+from tests.support.steps import prepared_of
 
 RESHAPING = [name for name in METHODS if method_class(name).kinds == MATRICES]
 RESHAPING += [name for name in VARIANTS if " " in name]  # with other options
@@ -60,12 +59,11 @@ def reshaped(opened, calibrated, evidence, tmp_path_factory):
     @cache
     def checkpoint(method, name, keep):
         model, data = opened(name), calibrated(name)
-        chosen = made(method, keep=keep)
+        chosen = made(method)
         given = (model, chosen, evidence(method, name), data.record, data.tokens)
-        plan = make_plan(*given, Goal(chosen.target), Uniform())
+        plan = make_plan(*given, budget=Budget(keep=keep), allocator=Uniform())
         folder = root / f"{method}-{name}-{keep}"
-        prepared = Prepared(model, data.tokens, data.store, chosen, plan)
-        memory, tokens = write(prepared, folder, Stopwatch(), Progress())
+        memory, tokens = write(prepared_of(model, data, plan, chosen), folder, RunContext())
         return folder, plan, memory, tokens
 
     return checkpoint

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from secateur import Calibration, InputError, Questions, Text, compress, save
+from secateur import Budget, Calibration, InputError, Questions, Text, compress, save
 from secateur.structure.units import DEPTH
 from tests.contract.conftest import spread
 from tests.support.families import WIDTH, words
@@ -25,9 +25,10 @@ def test_compress_writes_a_checkpoint_its_report_and_its_plan(dense, tmp_path, m
     report = compress(
         dense("llama"),
         out,
-        method(keep=0.7),
-        Calibration(str(text), 8, 32, 0),
-        Questions((Text("words", str(text), 0.8),), 32, 4, new_tokens=4, speed=False),
+        method(),
+        Budget(keep=0.7),
+        calibration=Calibration(str(text), 8, 32, 0),
+        questions=Questions((Text("words", str(text), 0.8),), 32, 4, new_tokens=4, speed=False),
     )
     assert report["budget"]["reached"] <= 0.7
     assert report["compressed"]["parameters"] < report["dense"]["parameters"]
@@ -46,7 +47,7 @@ def test_compress_writes_a_checkpoint_its_report_and_its_plan(dense, tmp_path, m
 @pytest.mark.parametrize("name", ["llama_biased_tied"])  # which is slow for most methods
 def test_save_publishes_only_what_reloads(opened, calibrated, planned, tmp_path, method, name):
     data, model = calibrated(name), opened(name)
-    plan = planned(model, name, method(keep=0.7))
+    plan = planned(model, name, method(), keep=0.7)
     save(model, tmp_path / "small", plan, data.store, data.tokens)
     assert load_file(tmp_path / "small" / "model.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small"]
@@ -59,7 +60,7 @@ def test_save_publishes_only_what_reloads(opened, calibrated, planned, tmp_path,
 
 def test_a_plan_fits_only_its_own_model(opened, calibrated, planned, tmp_path, method):
     data = calibrated("llama")
-    plan = planned(opened("llama"), "llama", method(keep=0.7))
+    plan = planned(opened("llama"), "llama", method(), keep=0.7)
     with pytest.raises(InputError, match="another model"):
         save(opened("mistral"), tmp_path / "small", plan, data.store, data.tokens)
     assert not (tmp_path / "small").exists()

@@ -37,9 +37,9 @@ def test_budget_is_met_to_the_step(opened, planned, method, name, keep, multiple
     least = sum(price(name, size) for name, size in smallest.items())
     if least > int(keep * total):
         with pytest.raises(InputError, match=f"{least / total:.3f}"):
-            planned(model, name, method(keep=keep), multiple_of)
+            planned(model, name, method(), multiple_of, keep)
         return
-    plan = planned(model, name, method(keep=keep), multiple_of)
+    plan = planned(model, name, method(), multiple_of, keep)
     spent = sum(price(row.unit, row.after) for row in plan.units)
     steps = []
     gone = {

@@ -22,8 +22,9 @@ from secateur.distributed.collectives import ALONE, Ranks
 from secateur.linalg import least_squares as linalg
 from secateur.methods import METHODS, gauss_newton, method_class
 from secateur.models.streamed_loading import open_streamed
-from secateur.planning.plan import make_plan
+from secateur.planning.planner import make_plan
 from secateur.scoring.evidence import score
+from secateur.structure.budget import Budget
 from tests.support import families
 from tests.support.processes import forked, together
 
@@ -109,16 +110,16 @@ def test_statistics_are_the_same(known, tmp_path, monkeypatch, world, name):
             assert rest <= 1e-12 * scale, key
 
 
-def compressed(folder, method, tokens, ranks, place, streamed=False):
+def compressed(folder, method, tokens, ranks, place, streamed=False, keep=0.6):
     """Sizes of a plan, what it rests on, and the weights that it gives."""
     given = (open_streamed if streamed else open_model)(str(folder), CPU)
     store, allocator = Store(place), method.allocator
     calibrate(given, tokens, method.needs | allocator.needs, store, ranks=ranks)
     ranks.gathered(None)  # the first one has written all
     evidence = score(given, method, store, tokens, ranks=ranks)
-    sizes = make_plan(
-        given, method, evidence, Calibration("stream", WINDOWS, LENGTH, 0), tokens, store=store
-    ).sizes
+    text, budget = Calibration("stream", WINDOWS, LENGTH, 0), Budget(keep=keep)
+    plan = make_plan(given, method, evidence, text, tokens, budget=budget, store=store)
+    sizes = plan.sizes
     units, weights = method.units(given, 8), []
     for block in narrow_blocks(given, method, units, sizes, tokens, store, ranks=ranks):
         weights.append({n: p.clone() for n, p in block.module.state_dict().items()})
@@ -165,12 +166,13 @@ def determined(block):
     ],
 )
 def test_plans_and_weights_are_the_same(known, tmp_path, method, world, name, streamed):
-    folder, chosen = known(name), method_class(method)(keep=0.7 if method == "sleb" else 0.6)
+    folder, chosen = known(name), method_class(method)()
     tokens = families.read(name, WINDOWS, LENGTH)
-    expected = compressed(folder, chosen, tokens, ALONE, tmp_path / "alone", streamed)
+    given, keep = (folder, chosen, tokens), 0.7 if method == "sleb" else 0.6
+    expected = compressed(*given, ALONE, tmp_path / "alone", streamed, keep)
     found = together(
         world,
-        lambda ranks: compressed(folder, chosen, tokens, ranks, tmp_path / "shared", streamed),
+        lambda ranks: compressed(*given, ranks, tmp_path / "shared", streamed, keep),
         tmp_path,
     )
     for sizes, (curves, losses, readings), weights in found:
@@ -186,7 +188,7 @@ def test_plans_and_weights_are_the_same(known, tmp_path, method, world, name, st
 
 def test_units_are_dealt_out(known, tmp_path):
     """The mistake: every process solves every unit."""
-    folder, chosen = known("llama"), method_class("modegpt")(keep=0.6)
+    folder, chosen = known("llama"), method_class("modegpt")()
     given, tokens = open_model(folder, CPU), families.read("llama", WINDOWS, LENGTH)
     store = Store(tmp_path / "statistics")
     calibrate(given, tokens, chosen.needs | chosen.allocator.needs, store)
@@ -258,7 +260,7 @@ def test_all_targets_are_of_the_kind_that_the_first_one_sees(
     def targets(ranks, first):
         given = open_model(folder, CPU)
         monkeypatch.setattr(propagate, "_adds_up", lambda *_: first is ranks.leads)
-        line = Propagation(given, tokens, method_class("auto")(keep=0.6), ranks)
+        line = Propagation(given, tokens, method_class("auto")(), ranks)
         with torch.no_grad():
             assert line._run_dense(given.blocks[0]) is first
         return line.targets[:]

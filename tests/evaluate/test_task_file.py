@@ -24,6 +24,7 @@ from secateur.report import task_tables as outcome
 from secateur.report.report import Report, comparison, task_rows
 from secateur.utils.progress import Bars
 from tests.support.made_runs import report as made_report
+from tests.support.steps import step_of
 
 CHOICES = [
     {"query": "The function returns", "choices": ["a list.", "None if x.", "the"], "gold": 0},
@@ -240,32 +241,25 @@ def checkpoint(tmp_path_factory):
     from secateur.calibration.collect import Store
     from secateur.data.tokens import Calibration, Tokens
     from secateur.methods import method_class
-    from secateur.pipeline.compress import write
+    from secateur.pipeline.compress_stage import write
+    from secateur.pipeline.context import RunContext
     from secateur.pipeline.prepare import prepare
-    from secateur.structure.budget import Goal
-    from secateur.utils.progress import Progress
-    from secateur.utils.stopwatch import Stopwatch
+    from secateur.pipeline.run_inputs import Inputs
 
     def opened(name):
         if name == "demo":
             return open_model("demo", Settings(device="cpu"))
-        method, nobody = method_class(name)(keep=0.6), Progress()
+        step, context = step_of(method_class(name)(), 0.6), RunContext()
         ids = torch.randint(1, 2000, (8, 32), generator=torch.Generator().manual_seed(0))
-        prepared = prepare(
+        inputs = Inputs(
             "demo",
-            method,
             Calibration(samples=8, length=32),
             Tokens(ids, torch.ones_like(ids, dtype=torch.bool)),
             Settings(device="cpu"),
-            Goal(method.target),
-            method.allocator,
-            Store(),
-            None,
-            Stopwatch(),
-            nobody,
         )
+        prepared = prepare(inputs, step, context, store=Store())
         out = tmp_path_factory.mktemp(name) / "out"
-        write(prepared, out, Stopwatch(), nobody)
+        write(prepared, out, context)
         return open_model(out, Settings(device="cpu"))
 
     return opened

@@ -20,7 +20,7 @@ from secateur.methods.slicegpt import SliceGPT
 from secateur.models.loading import skeleton
 from secateur.models.model import anatomy_of, not_served
 from secateur.scoring.latency import measured
-from secateur.structure.budget import Goal
+from secateur.structure.budget import Budget
 from secateur.structure.units import places
 from tests.contract.conftest import logits
 from tests.support import t5
@@ -220,7 +220,7 @@ def test_units_of_either_stack_have_their_own_times(plain, monkeypatch, tmp_path
 
     monkeypatch.setattr("secateur.scoring.latency._timed", timed)
     units = model.units(8)
-    prices = measured(model, units, Goal("latency", length=20))
+    prices = measured(model, units, Budget(target="latency", length=20))
     for unit in units:
         if unit.kind == "mlp":
             rate = 40 if unit.block < DECODER else 70

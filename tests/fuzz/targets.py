@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from secateur import Calibration, Goal, Settings, Store, calibrate, make_plan, open_model, score
+from secateur import Budget, Calibration, Settings, Store, calibrate, make_plan, open_model, score
 from secateur.allocate.knapsack import Knapsack
 from secateur.apply.block_journal import Journal
 from secateur.apply.save import store_block
@@ -29,7 +29,8 @@ from secateur.methods.auto import Auto
 from secateur.models.loading import skeleton
 from secateur.models.model import Model
 from secateur.pipeline.compress import write
-from secateur.pipeline.prepare import Prepared, check_reach
+from secateur.pipeline.context import RunContext
+from secateur.pipeline.prepare import check_reach
 from secateur.planning.plan import match_units, read_plan
 from secateur.planning.recipe import Recipe, Step, read_recipe
 from secateur.report.frontier_table import compare
@@ -43,11 +44,10 @@ from secateur.structure.costs import counted
 from secateur.sweeps.folder import Folder
 from secateur.sweeps.grid import read_sweep
 from secateur.utils.errors import HaltedError, InputError
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.fuzz.mutations import as_yaml, mutated, numbers, weight_file
 from tests.support import families
 from tests.support.made_runs import REPORT, UNITS, made_run
+from tests.support.steps import prepared_of
 
 CPU = Settings(device="cpu", dtype="float32")
 #: families whose configs are mutated; one of each kind of layout
@@ -113,11 +113,12 @@ class Targets:
         found = {}
         for name in COMPRESSED:
             options = {"rank_step": 2} if name == "svd-llm" else {}
-            method = method_class(name)(keep=0.8, **options)
+            method = method_class(name)(**options)
             model = open_model(self.dense, CPU)
             evidence = score(model, method, self.store, self.tokens)
             given = (evidence, Calibration("text.txt", 4, 32), self.tokens)
-            found[name] = make_plan(model, method, *given, Goal(method.target, multiple_of=4))
+            budget = Budget(keep=0.8, multiple_of=4)
+            found[name] = make_plan(model, method, *given, budget=budget)
         return found
 
     def compressed(self, name: str) -> Path:
@@ -125,8 +126,7 @@ class Targets:
         folder = self.room / f"small-{name}"
         if not folder.exists():
             model, plan = open_model(self.dense, CPU), self.plans[name]
-            prepared = Prepared(model, self.tokens, self.store, plan.build_method(), plan)
-            write(prepared, folder, Stopwatch(), Progress())
+            write(prepared_of(model, self, plan), folder, RunContext())
         return folder
 
     @cached_property
@@ -159,19 +159,18 @@ class Targets:
 
         def read() -> None:
             plan = read_plan(file)
-            method, goal = plan.build_method(), plan.goal
-            plan.build_allocator()
+            method, step = plan.build_method(), plan.build_step()
             plan.calibration.choice()
             match_units(plan, self.shapes, method)
             check_served(method, self.shapes)
-            goal.units(method, self.shapes)
+            step.units(self.shapes)
             plan.to_json(), plan.densified, plan.libraries, plan.predicted_loss
 
         return Target(file, lambda chance: mutated(seeds, chance), read)
 
     def recipe(self) -> Target:
         steps = [
-            Step.of(method_class("modegpt")(), keep=0.9, goal=Goal("bytes", multiple_of=2)),
+            Step.of(method_class("modegpt")(), Budget(keep=0.9, multiple_of=2)),
             Step.of(method_class("svd-llm")(rank_step=2)),
             Step.of(method_class("gptq")()),
         ]
@@ -183,7 +182,7 @@ class Targets:
 
         def read() -> None:
             for step in read_recipe(file).steps:
-                check_reach(self.shapes, step.method, step.goal, step.allocator)
+                check_reach(self.shapes, step)
 
         Recipe(tuple(steps), 0.8)
         return Target(file, lambda chance: mutated(seeds, chance, as_yaml), read)
@@ -417,7 +416,8 @@ class Targets:
             there.mkdir()
             writer = Writer(there / "result")
             journal, method = Journal(there / "narrowing", writer, plan.sizes), plan.build_method()
-            given = (method, plan.goal.units(method, model), plan.sizes, self.tokens, self.store)
+            units = plan.build_step().units(model)
+            given = (method, units, plan.sizes, self.tokens, self.store)
             for block in islice(narrow_blocks(model, *given, journal), 2):
                 store_block(model, block, writer)
                 journal.record(block)

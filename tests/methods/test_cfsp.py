@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import Goal, make_plan, score
+from secateur import Budget, make_plan, score
 from secateur.allocate.angular import Angular
 from secateur.allocate.base import Evidence
 from secateur.allocate.fluctuation import Fluctuation
@@ -88,11 +88,11 @@ def test_silent_channels_and_empty_weights_are_worth_nothing(channels):
 )
 def test_attention_counts_and_stays(opened, calibrated, allocator):
     """The mistake: a share of the MLPs alone, which no other method's ``keep`` is."""
-    model, data, method = opened("llama"), calibrated("llama"), CFSP(keep=0.8)
+    model, data, method = opened("llama"), calibrated("llama"), CFSP()
     evidence = score(model, method, data.store, data.tokens, allocator)
-    goal = Goal(multiple_of=1)
+    budget = Budget(keep=0.8, multiple_of=1)
     plan = make_plan(
-        model, method, evidence, data.record, data.tokens, goal=goal, allocator=allocator
+        model, method, evidence, data.record, data.tokens, budget=budget, allocator=allocator
     )
     heads = [row for row in plan.units if row.kind == "heads"]
     mlps = [row for row in plan.units if row.kind == "mlp"]

@@ -1,12 +1,13 @@
 """Whole blocks: what is measured of them, what they cost, and which go first."""
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from secateur import Goal, InputError, make_plan
+from secateur import Budget, InputError, make_plan
 from secateur.allocate.base import Evidence
 from secateur.allocate.greedy import Greedy
 from secateur.allocate.knapsack import Knapsack
@@ -16,18 +17,17 @@ from secateur.data.tokens import Calibration, Tokens
 from secateur.methods.replace import Replace
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.sleb import SLEB
-from secateur.pipeline import compress as pipeline
-from secateur.pipeline.prepare import Prepared
-from secateur.planning.plan import prices_of
+from secateur.pipeline.compress_stage import write
+from secateur.pipeline.context import RunContext
 from secateur.scoring.evidence import score
 from secateur.scoring.latency import measured
+from secateur.scoring.prices import prices_of
 from secateur.structure.error_curve import Curve
 from secateur.structure.units import WIDTHS
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.contract.conftest import logits, spread
 from tests.support import families
 from tests.support.blocks import IDS, changes, every_family, gone, measure, padded, units_of
+from tests.support.steps import prepared_of
 
 # Statistics
 
@@ -75,7 +75,7 @@ def idle(block):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 @pytest.mark.parametrize("method", [ShortGPT, SLEB, Replace])
 def test_an_idle_block_goes_first_and_is_free(opened, tmp_path, name, method):
-    model, made = opened(name), method(keep=0.7)
+    model, made = opened(name), method()
     idle(model.blocks[1])
     dense = logits(model.module, IDS)
     tokens, store = measure(model, made)
@@ -84,10 +84,11 @@ def test_an_idle_block_goes_first_and_is_free(opened, tmp_path, name, method):
     others = [u for u in made.units(model, 1) if u.block != 1 and not u.fixed]
     assert min(evidence.curves[unit.name].at(0) for unit in others) > 1e-3
     record = Calibration("stream", 6, 32, 0)
-    plan = make_plan(model, made, evidence, record, tokens, Goal(), store=store)
+    budget = Budget(keep=0.7)
+    plan = make_plan(model, made, evidence, record, tokens, budget=budget, store=store)
     assert plan.sizes == gone(model, 1)
-    prepared = Prepared(model, tokens, store, made, plan)
-    pipeline.write(prepared, tmp_path / "small", Stopwatch(), Progress())
+    prepared = prepared_of(model, SimpleNamespace(tokens=tokens, store=store), plan)
+    write(prepared, tmp_path / "small", RunContext())
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
     assert spread(logits(small, IDS), dense) < 1e-5
 
@@ -145,8 +146,8 @@ def test_a_block_costs_what_its_units_do(opened, name):
 def test_every_target_has_prices_of_blocks(opened, target):
     model = opened("llama")
     units = ShortGPT().units(model, 8)
-    goal = Goal(target=target, length=16)
-    prices = prices_of(model, units, goal) if target != "latency" else measured(model, units, goal)
+    budget, latency = Budget(target=target, length=16), target == "latency"
+    prices = (measured if latency else prices_of)(model, units, budget)
     assert all(prices.of(unit, 0) == 0 < prices.of(unit, 1) for unit in units)
     evidence = Evidence({unit.name: Curve((0.1 + unit.block, 0.0)) for unit in units})
     keep = (prices.fixed + 2.01 * prices.of(units[0], 1)) / prices.whole(units)

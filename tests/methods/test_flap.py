@@ -10,13 +10,13 @@ from secateur.methods.flap import FLAP
 from secateur.models.block import mixed_bias
 from secateur.models.loading import skeleton
 from secateur.models.model import Settings
-from secateur.pipeline.prepare import check_reach, chosen_allocator
-from secateur.planning.plan import tier_of
-from secateur.structure.budget import Goal
+from secateur.pipeline.prepare import check_reach
+from secateur.planning.planner import tier_of
 from secateur.structure.units import WHOLE_HEADS
 from secateur.utils.errors import InputError
 from tests.contract.conftest import logits
 from tests.support.families import FAMILIES
+from tests.support.steps import step_of
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 some_families = pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "qwen3", "opt"])
@@ -274,12 +274,12 @@ def test_a_new_bias_is_nothing_for_stock_classes(opened):
 
 @pytest.mark.parametrize("target", ["parameters", "latency"])
 def test_the_plain_tier_refuses_biases_before_any_weight_is_read(dense, target):
-    goal = Goal(target, "plain", length=32)
+    given = {"target": target, "tier": "plain", "length": 32}
     made, stock = FLAP(), FLAP(compensate=0)
     shapes = skeleton(str(dense("llama")), Settings())
     with pytest.raises(InputError, match=r"flap.*--compensate 0.*per-layer"):
-        check_reach(shapes, made, goal, chosen_allocator(made, goal, None))
-    check_reach(shapes, stock, goal, chosen_allocator(stock, goal, None))
-    check_reach(shapes, made, Goal(target, length=32), made.allocator)
+        check_reach(shapes, step_of(made, **given))
+    check_reach(shapes, step_of(stock, **given))
+    check_reach(shapes, step_of(made, target=target, length=32))
     biased = skeleton(str(dense("gpt2")), Settings())
-    check_reach(biased, made, goal, chosen_allocator(made, goal, None))
+    check_reach(biased, step_of(made, **given))

@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from secateur import GPTQ, RTN, InputError, Settings, open_model
+from secateur import GPTQ, RTN, Budget, InputError, Settings, open_model
 from secateur.evaluate import verify
 from secateur.layers import integers
 from secateur.layers.integers import Integers, packed, weight_of
@@ -299,7 +299,7 @@ def test_without_the_library_nothing_is_begun(opened, monkeypatch):
 
 
 def test_nothing_can_follow_integers_in_a_recipe():
-    last, first = Step.of(GPTQ()), Step.of(SVDLLM(), keep=0.5)
+    last, first = Step.of(GPTQ()), Step.of(SVDLLM(), Budget(keep=0.5))
     assert [step.method.name for step in Recipe((first, last)).steps] == ["svd-llm", "gptq"]
     for method in (GPTQ(), Forms(of="svd-llm,rtn")):
         with pytest.raises(InputError, match=f"behind {method.name}, which leaves integers"):

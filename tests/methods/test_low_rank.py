@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from secateur import Goal, InputError, make_plan, score
+from secateur import Budget, InputError, make_plan, score
 from secateur.layers import integers
 from secateur.layers.factored_secateur import LowRank
 from secateur.layers.forms_secateur import FORMS, build, fill
+from secateur.methods import method_class
 from secateur.methods.form import Metric
 from secateur.methods.forms import Forms
 from secateur.methods.svd import SVD
@@ -183,9 +184,10 @@ def test_welore_keeps_dense_what_factors_would_not_shrink(opened, calibrated):
         steep = block.attention.o_proj.weight
         left, values, right = torch.linalg.svd(steep, full_matrices=False)
         steep.data = left @ (values * 0.3 ** torch.arange(len(values))).diag() @ right
-    method = LowRankWeLore(rank_step=1, keep=0.9)
+    method = LowRankWeLore(rank_step=1)
     evidence = score(model, method, data.store, data.tokens)
-    plan = make_plan(model, method, evidence, data.record, data.tokens, Goal("bytes"))
+    budget = Budget(keep=0.9)
+    plan = make_plan(model, method, evidence, data.record, data.tokens, budget=budget)
     assert 0.85 < plan.budget.reached <= 0.9
     of = {row.unit.rpartition(".")[2]: [] for row in plan.units}
     for row in plan.units:
@@ -195,7 +197,10 @@ def test_welore_keeps_dense_what_factors_would_not_shrink(opened, calibrated):
 
 
 def test_keep_may_be_as_little_as_there_is():
-    assert SVD().keep == 0
-    for keep in (-0.1, 1.1):
+    assert Budget().of(SVD).keep == "least"
+    assert Budget(keep="least").of(SVD()) == Budget().of(SVD())
+    for keep in (-0.1, 0, 1.1, True, "all"):
         with pytest.raises(InputError, match="keep"):
-            SVD(keep=keep)
+            Budget(keep=keep)
+    with pytest.raises(InputError, match="auto prunes"):
+        Budget(keep="least").of(method_class("auto"))

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from secateur import Calibration, Goal, InputError, Knapsack, Store, calibrate, make_plan, score
+from secateur import Budget, Calibration, InputError, Knapsack, Store, calibrate, make_plan, score
 from secateur.allocate.plain import PlainWidth
 from secateur.allocate.uniform import Uniform
 from secateur.apply.residual_slicing import Slicing, sliced_blocks
@@ -20,13 +21,13 @@ from secateur.methods import METHODS, check_served, method_class
 from secateur.methods.base import Narrowing, Solution
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.slicegpt import SliceGPT
-from secateur.pipeline.compress import write
-from secateur.pipeline.prepare import Prepared, check_reach
+from secateur.pipeline.compress_stage import write
+from secateur.pipeline.context import RunContext
+from secateur.pipeline.prepare import check_reach
 from secateur.structure.costs import counted
 from secateur.structure.units import WHOLE_HEADS
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.support import families
+from tests.support.steps import prepared_of, step_of
 
 SERVED = [name for name in families.FAMILIES if name.startswith(("llama", "mistral", "qw", "phi"))]
 IDS = torch.arange(3, 27).unsqueeze(0) * 7 % 88 + 3
@@ -248,15 +249,16 @@ class Made:
 @pytest.fixture(scope="module")
 def made(opened, tokens, tmp_path_factory):
     def make(name, keep=0.8, dtype=torch.float32):
-        model, store, method = opened(name), Store(), SliceGPT(keep=keep)
+        model, store, method = opened(name), Store(), SliceGPT()
         model.stored = dtype
         calibrate(model, tokens, method.needs, store)
         evidence = score(model, method, store, tokens)
         record = Calibration("stream", 6, 32, 0)
-        plan = make_plan(model, method, evidence, record, tokens, Goal(multiple_of=2))
+        budget = Budget(keep=keep, multiple_of=2)
+        plan = make_plan(model, method, evidence, record, tokens, budget=budget)
         folder = tmp_path_factory.mktemp("sliced") / name
-        prepared = Prepared(model, tokens, store, method, plan)
-        memory, read = write(prepared, folder, Stopwatch(), Progress())
+        prepared = prepared_of(model, SimpleNamespace(tokens=tokens, store=store), plan)
+        memory, read = write(prepared, folder, RunContext())
         return Made(folder, plan, memory, read.ids, model)
 
     return make
@@ -339,7 +341,7 @@ def test_a_family_that_cannot_turn_is_refused_early(opened, name):
     model = opened(name)
     assert SliceGPT().units(model, 8) == []
     with pytest.raises(InputError, match=r"residual stream stays.*that can: auto") as seen:
-        check_reach(model, SliceGPT(), Goal(), Uniform())
+        check_reach(model, step_of(SliceGPT(), allocator=Uniform()))
     able = str(seen.value).rsplit(": ", 1)[1].rstrip(".").split(", ")
     assert set(able) < set(METHODS)
     assert "slicegpt" not in able
@@ -348,16 +350,16 @@ def test_a_family_that_cannot_turn_is_refused_early(opened, name):
 
 
 def test_what_goes_by_blocks_is_refused_early(opened, tokens):
-    model, method = opened("llama"), SliceGPT(keep=0.5)
-    check_reach(model, method, Goal(), method.allocator)
+    model, method = opened("llama"), SliceGPT()
+    check_reach(model, step_of(method, 0.5))
     with pytest.raises(InputError, match="'knapsack' goes by blocks"):
-        check_reach(model, method, Goal(), Knapsack())
+        check_reach(model, step_of(method, 0.5, Knapsack()))
     with pytest.raises(InputError, match="'knapsack' goes by blocks"):
         score(model, method, Store(), tokens, Knapsack())
     with pytest.raises(InputError, match="another --target"):
-        check_reach(model, method, Goal(target="latency"), method.allocator)
+        check_reach(model, step_of(method, 0.5, target="latency"))
     with pytest.raises(InputError, match="no size that may change here changes the bytes of KV"):
-        check_reach(model, method, Goal(target="cache"), method.allocator)
+        check_reach(model, step_of(method, 0.5, target="cache"))
     with pytest.raises(InputError, match="--tier plain keeps those that would"):
-        check_reach(model, method, Goal(tier="plain"), PlainWidth())
+        check_reach(model, step_of(method, 0.5, PlainWidth(), tier="plain"))
     check_served(MoDeGPT(), model)

@@ -482,12 +482,12 @@ def test_least_squares_lost_is_one_threshold_for_all_matrices():
             get_submodule={linear.path: linear.module for linear in linears}.get
         ),
     )
-    made = Magnitude(grain=16, floor=0.0, keep=0.5)
+    made = Magnitude(grain=16, floor=0.0)
     units = made.units(model, 1)
     curves = {unit.name: made.solve(unit, block, {}).curve for unit in units}
     for unit, weight in zip(units, (small, large), strict=True):
         assert curves[unit.name].at(0) == pytest.approx(float(weight.square().sum()) / 8**2)
-    sizes = made.allocator.allocate(units, Evidence(curves), counted(units, "bytes", 2), made.keep)
+    sizes = made.allocator.allocate(units, Evidence(curves), counted(units, "bytes", 2), 0.5)
     counts = [unit.at(sizes[unit.name]).spec["count"] for unit in units]
     values = torch.cat((small.flatten().abs(), large.flatten().abs())).sort().values
     threshold = values[-sum(counts)]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import Calibration, Goal, InputError, calibration_tokens, make_plan, open_model
+from secateur import Calibration, InputError, calibration_tokens, make_plan, open_model
 from secateur.allocate.base import Evidence
 from secateur.allocate.fluctuation import Fluctuation
 from secateur.allocate.greedy import Greedy
@@ -40,6 +40,7 @@ from secateur.scoring.calibration_selection import (
     similarity,
 )
 from tests.support.families import words
+from tests.support.steps import step_of
 
 TALL = torch.ones(4, 6, dtype=torch.bool)
 
@@ -238,7 +239,8 @@ def test_statistics_of_draws_lie_where_they_are_told_and_pass(opened, text, tmp_
         calibration.calibrate(model, tokens, needs, store)
 
     monkeypatch.setattr(module, "calibrate", calibrate)
-    divergences(model, FLAP(), Goal(), Uniform(), [first, draws], first, folder=folder)
+    step = step_of(FLAP(), allocator=Uniform())
+    divergences(model, step, [first, draws], first, folder=folder)
     assert len(set(seen)) == 2
     assert list(folder.iterdir()) == []
 
@@ -263,17 +265,17 @@ def test_nothing_is_chosen_unless_asked(opened, text):
 
 def test_dear_allocators_are_replaced_to_compare(opened):
     model = opened("llama")
-    assert cheap(model, Auto(), Goal(), Knapsack()) == Uniform()
-    assert cheap(model, FLAP(), Goal(), Fluctuation()) == Fluctuation()
-    assert cheap(model, ShortGPT(), Goal(), LeastError()) == LeastError()
+    assert cheap(model, step_of(Auto(), None, Knapsack())).allocator == Uniform()
+    for method, own in ((FLAP(), Fluctuation()), (ShortGPT(), LeastError())):
+        assert cheap(model, step_of(method, None, own)).allocator == own
 
 
 def test_what_is_not_judged_cheaply_is_refused_for_its_own_reason(opened):
     model = opened("llama")
     with pytest.raises(InputError, match=r"'sleb'.*'greedy'.*which blocks"):
-        cheap(model, SLEB(), Goal(), Greedy())
+        cheap(model, step_of(SLEB(), None, Greedy()))
     with pytest.raises(InputError, match=r"'slicegpt'.*residual stream"):
-        cheap(model, SliceGPT(), Goal(), Uniform())
+        cheap(model, step_of(SliceGPT(), None, Uniform()))
 
 
 def test_divergence_tells_a_good_draw_from_noise():
@@ -282,7 +284,7 @@ def test_divergence_tells_a_good_draw_from_noise():
     text = calibration_tokens(Calibration(samples=24, length=32), model.tokenizer)
     good, judged = (Tokens(text.ids[i], text.mask[i]) for i in (slice(16), slice(16, 24)))
     noise = sample(torch.full((512,), int(text.ids[0, 0])), 16, 32, 0)
-    found = divergences(model, FLAP(keep=0.8), Goal(), Uniform(), [noise, good], judged)
+    found = divergences(model, step_of(FLAP(), 0.8, Uniform()), [noise, good], judged)
     assert found[1] < 0.8 * found[0]
 
 
@@ -291,7 +293,7 @@ def test_the_draw_of_least_divergence_is_taken(opened, text, fresh, monkeypatch)
     model, asked = opened("llama"), replace(text, select="kl")
     seen = []
 
-    def measured(model, method, goal, allocator, draws, judged, advance, folder):
+    def measured(model, step, draws, judged, advance, folder):
         seen.extend([*draws, judged])
         return [3.0, 1.0, 2.0, 4.0]
 

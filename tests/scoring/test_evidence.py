@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from secateur import Calibration, Goal, Settings
+from secateur import Calibration, Settings
 from secateur.allocate.base import Evidence
 from secateur.allocate.fluctuation import Fluctuation
 from secateur.allocate.influence import EntropicInfluence
@@ -17,13 +17,14 @@ from secateur.methods.auto import Auto
 from secateur.methods.modegpt import MoDeGPT
 from secateur.pipeline import prepare
 from secateur.pipeline import workers as crew
+from secateur.pipeline.context import RunContext
+from secateur.pipeline.run_inputs import Inputs
 from secateur.scoring import evidence as module
 from secateur.scoring.evidence import identity, keep_evidence, kept_evidence, score
 from secateur.structure.error_curve import Curve
 from secateur.structure.units import MLP
 from secateur.utils.errors import InputError
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
+from tests.support.steps import step_of
 
 
 @pytest.fixture(autouse=True)
@@ -198,12 +199,10 @@ def test_scores_with_losses_serve_an_allocator_without(units, model, tokens, evi
 
 
 def test_keep_does_not_matter(units, model, tokens, evidence, file):
-    for keep in (0.1, 0.5, 1.0):
-        own = identity(model, Auto(keep=keep), tokens, Knapsack())
-        assert "keep" not in own["options"]
-        assert_same(kept_evidence(own, units, file), evidence)
+    own = identity(model, Auto(), tokens, Knapsack())
+    assert "keep" not in own["options"]
+    assert_same(kept_evidence(own, units, file), evidence)
     keep_evidence(own, evidence, None)
-    own = identity(model, Auto(keep=0.3), tokens, Knapsack())
     assert kept_evidence(own, units, None) is not None
 
 
@@ -213,45 +212,37 @@ def test_scores_are_measured_once_for_all_budgets(
     """And again only where the method differs or the cache is damaged."""
     data, measured = calibrated("llama"), []
 
-    def counting(model, method, *rest):
+    def counting(model, method, *rest, **named):
         measured.append(method.name)
-        return score(model, method, *rest)
+        return score(model, method, *rest, **named)
 
     monkeypatch.setattr(crew, "score", counting)
 
-    def plan(method, goal=None, scores=None):
-        prepared = prepare.prepare(
-            str(dense("llama")),
-            method,
-            Calibration("stream", 6, 32, 0),
-            data.tokens,
-            Settings(device="cpu", dtype="float32"),
-            goal or Goal(),
-            method.allocator,
-            data.store,
-            scores,
-            Stopwatch(),
-            Progress(),
-            only_plan=True,
-        )
+    settings = Settings(device="cpu", dtype="float32")
+    text = Calibration("stream", 6, 32, 0)
+    inputs = Inputs(str(dense("llama")), text, data.tokens, settings)
+
+    def plan(method, keep=None, scores=None, **budget):
+        step, given = step_of(method, keep, **budget), {"store": data.store, "scores": scores}
+        prepared = prepare.prepare(inputs, step, RunContext(), **given, only_plan=True)
         return prepared.plan
 
-    first = plan(Auto(keep=0.7))
+    first = plan(Auto(), 0.7)
     assert measured == ["auto"]
-    assert plan(Auto(keep=0.7)) == first
-    assert plan(Auto(keep=0.5), Goal("cache", multiple_of=1)).sizes != first.sizes
+    assert plan(Auto(), 0.7) == first
+    assert plan(Auto(), 0.5, target="cache", multiple_of=1).sizes != first.sizes
     assert measured == ["auto"]
     plan(MoDeGPT())
     assert measured == ["auto", "modegpt"]
     for file in cache_folder.iterdir():
         file.write_text("{")
-    assert plan(Auto(keep=0.7)) == first
+    assert plan(Auto(), 0.7) == first
     assert measured == ["auto", "modegpt", "auto"]
     named = tmp_path / "named.json"
-    plan(Auto(keep=0.7), scores=named)
+    plan(Auto(), 0.7, scores=named)
     assert named.exists()
     assert measured == ["auto", "modegpt", "auto", "auto"]
-    assert plan(Auto(keep=0.7), scores=named) == first
+    assert plan(Auto(), 0.7, scores=named) == first
     with pytest.raises(InputError, match="method is 'auto' there and 'modegpt' here"):
         plan(MoDeGPT(), scores=named)
     assert len(measured) == 4

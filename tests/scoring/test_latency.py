@@ -12,15 +12,15 @@ from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.uniform import Uniform
 from secateur.methods.flap import FLAP
 from secateur.models.linear_ops import inputs_by_outputs
-from secateur.planning.plan import prices_of
 from secateur.scoring import latency
 from secateur.scoring.latency import measured
-from secateur.structure.budget import Goal
+from secateur.scoring.prices import prices_of
+from secateur.structure.budget import Budget
 from secateur.structure.error_curve import Curve
 from secateur.utils.errors import InputError
 from tests.support.families import FAMILIES
 
-GOAL = Goal("latency", multiple_of=1, batch=2, length=24)
+BUDGET = Budget(target="latency", multiple_of=1, batch=2, length=24)
 FORWARD = 90_000  # nanoseconds of a whole pass, where nothing else is said
 
 
@@ -43,9 +43,9 @@ def widths(block):
     return inputs_by_outputs(block.consumer).shape[0], *own
 
 
-def timed(model, goal=GOAL):
+def timed(model, budget=BUDGET):
     """Prices of all widths."""
-    return measured(model, model.units(goal.multiple_of), goal)
+    return measured(model, model.units(budget.multiple_of), budget)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def clock(monkeypatch):
                 seen.append(None)
                 assert widths(model.blocks[0]) == widths(model.blocks[1])
                 return forward * 1e-9
-            assert output.shape == (GOAL.batch, GOAL.length, model.config.hidden_size)
+            assert output.shape == (BUDGET.batch, BUDGET.length, model.config.hidden_size)
             assert output.isfinite().all()
             seen.append(widths(model.blocks[0]))
             return of_block(*seen[-1]) * 1e-9
@@ -118,8 +118,8 @@ def test_whole_heads_are_timed_with_their_full_width(opened, clock, name):
     """Of the same table as widths are, for whatever units are asked about."""
     model = opened(name)
     seen = clock(model, linear)
-    units = FLAP().units(model, GOAL.multiple_of)
-    prices = measured(model, units, GOAL)
+    units = FLAP().units(model, BUDGET.multiple_of)
+    prices = measured(model, units, BUDGET)
     assert set(prices.table) == {unit.name for unit in units}
     full = widths(model.blocks[0])
     gone = linear(full[0], 0, 0, full[3])  # what is left of it has no width
@@ -178,7 +178,7 @@ def test_multiples_read_the_same_table(llama, clock, monkeypatch):
     clock(llama, linear)
     fine = timed(llama)
     monkeypatch.setattr(latency, "_timed", never)
-    coarse = timed(llama, Goal("latency", multiple_of=24, batch=2, length=24))
+    coarse = timed(llama, Budget(target="latency", multiple_of=24, batch=2, length=24))
     units = llama.units(24)
     assert list(coarse.table["layers.1.mlp"]) == [0, 24, 48, 56]
     for unit in units:
@@ -240,24 +240,24 @@ def test_the_second_time_nothing_is_timed(llama, opened, clock, monkeypatch, cac
     monkeypatch.setattr(latency, "_timed", never)
     assert timed(llama) == first
     assert timed(opened("llama")) == first
-    assert prices_of(llama, llama.units(1), GOAL) == first
-    assert measured(llama, FLAP().units(llama, 1), GOAL).whole(FLAP().units(llama, 1)) == FORWARD
+    assert prices_of(llama, llama.units(1), BUDGET) == first
+    assert measured(llama, FLAP().units(llama, 1), BUDGET).whole(FLAP().units(llama, 1)) == FORWARD
     assert file.read_bytes() == kept
     assert "torch" in json.loads(kept)["of"]
 
 
 @pytest.mark.parametrize(
-    ("goal", "name", "dtype"),
+    ("budget", "name", "dtype"),
     [
-        (Goal("latency", batch=3, length=24), "llama", "float32"),
-        (Goal("latency", batch=2, length=1), "llama", "float32"),
-        (GOAL, "llama_wide_heads", "float32"),
-        (GOAL, "opt", "float32"),
-        (GOAL, "llama", "float64"),
+        (Budget(target="latency", batch=3, length=24), "llama", "float32"),
+        (Budget(target="latency", batch=2, length=1), "llama", "float32"),
+        (BUDGET, "llama_wide_heads", "float32"),
+        (BUDGET, "opt", "float32"),
+        (BUDGET, "llama", "float64"),
     ],
     ids=["batch", "length", "shape", "family", "number format"],
 )
-def test_anything_else_is_timed_anew(llama, opened, monkeypatch, goal, name, dtype):
+def test_anything_else_is_timed_anew(llama, opened, monkeypatch, budget, name, dtype):
     calls = []
 
     def counting(run, device):
@@ -271,10 +271,10 @@ def test_anything_else_is_timed_anew(llama, opened, monkeypatch, goal, name, dty
     assert once
     timed(llama)
     assert len(calls) == once
-    timed(opened(name, dtype), goal)
+    timed(opened(name, dtype), budget)
     assert len(calls) > once
-    if goal is not GOAL:  # the pass that is timed is the one that was asked for
-        assert calls[once].shape[:2] == (goal.batch, goal.length)
+    if budget is not BUDGET:  # the pass that is timed is the one that was asked for
+        assert calls[once].shape[:2] == (budget.batch, budget.length)
 
 
 def test_a_budget_below_what_is_fixed_says_what_is_within_reach(llama, clock):
@@ -323,14 +323,14 @@ def test_more_tokens_than_positions_are_refused(opened, clock):
     model = opened("gpt2")
     clock(model, linear)
     with pytest.raises(InputError, match="64"):
-        timed(model, Goal("latency", length=65))
+        timed(model, Budget(target="latency", length=65))
 
 
 def test_a_real_clock_gives_prices_that_never_fall(llama, monkeypatch):
     """However busy the machine is."""
     monkeypatch.setattr(latency, "SECONDS", 0.0005)
-    goal = Goal("latency", multiple_of=8, batch=16, length=64)
-    prices, units = timed(llama, goal), llama.units(8)
+    budget = Budget(target="latency", multiple_of=8, batch=16, length=64)
+    prices, units = timed(llama, budget), llama.units(8)
     for unit in units:
         found = [prices.of(unit, size) for size in unit.sizes()]
         assert found == sorted(found)

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from secateur import Goal, InputError, Settings
+from secateur import Budget, InputError, Settings
 from secateur.allocate import ALLOCATORS, allocator_class
 from secateur.data.tasks import PREFIX
 from secateur.export.gguf.shapes import layout_of
@@ -16,6 +16,7 @@ from secateur.pipeline.prepare import check_reach
 from secateur.pipeline.runtime_checks import check_runtime
 from secateur.structure.runtime_limits import fitted
 from tests.support.made import heads, mlp, query_key, value_output
+from tests.support.steps import step_of
 
 
 @pytest.mark.parametrize(
@@ -79,9 +80,9 @@ def wide():
 
 def refused(shapes, method, runtime, *words, tier="per-layer", **options):
     method = method_class(method)(**options)
-    goal = Goal(method.target, tier, runtime=runtime)
+    step = step_of(method, tier=tier, runtime=runtime)
     with pytest.raises(InputError) as error:
-        check_runtime(shapes, method, goal)
+        check_runtime(shapes, step)
     for word in (f"--for {runtime}", *words):
         assert word in str(error.value), (word, str(error.value))
 
@@ -93,7 +94,7 @@ def test_forms_gain_nothing_in_llama_cpp(opened):
 
 def test_vllm_reads_integers_but_no_layers_of_our_own(opened):
     refused(opened("llama"), "svd", "vllm", "svd", "rtn")
-    check_runtime(opened("llama"), method_class("rtn")(), Goal("bytes", runtime="vllm"))
+    check_runtime(opened("llama"), step_of(method_class("rtn")(), runtime="vllm"))
 
 
 @pytest.mark.parametrize("method", ["auto", "modegpt", "flap", "wanda-sp", "cfsp"])
@@ -103,9 +104,9 @@ def test_vllm_opens_stock_shapes_alone(opened, method):
 
 def test_vllm_takes_one_wide_mlp_and_fewer_blocks(wide):
     refused(wide, "auto", "vllm", "--tier plain")
-    check_runtime(wide, method_class("auto")(), Goal(tier="plain", runtime="vllm"))
-    check_runtime(wide, method_class("shortgpt")(), Goal(runtime="vllm"))
-    check_runtime(wide, method_class("replace")(compensate=0), Goal(runtime="vllm"))
+    check_runtime(wide, step_of(method_class("auto")(), tier="plain", runtime="vllm"))
+    check_runtime(wide, step_of(method_class("shortgpt")(), runtime="vllm"))
+    check_runtime(wide, step_of(method_class("replace")(compensate=0), runtime="vllm"))
     refused(wide, "replace", "vllm", "--compensate 0")
 
 
@@ -119,14 +120,14 @@ def test_what_has_shapes_of_our_own_is_none_for_vllm(opened):
 def test_a_sliced_stream_is_for_transformers(opened):
     for runtime in ("gguf", "vllm"):
         refused(opened("llama"), "slicegpt", runtime, "residual stream")
-    check_runtime(opened("llama"), method_class("slicegpt")(), Goal())
+    check_runtime(opened("llama"), step_of(method_class("slicegpt")()))
 
 
 def test_families_that_are_not_written_are_refused_but_for_one_width(opened):
     refused(opened("gemma"), "auto", "gguf", "gemma", "--tier plain")
-    goal = Goal(tier="plain", runtime="gguf")
-    check_runtime(opened("gemma"), method_class("auto")(), goal)
-    check_runtime(opened("gemma"), method_class("shortgpt")(), Goal(runtime="gguf"))
+    plain = step_of(method_class("auto")(), tier="plain", runtime="gguf")
+    check_runtime(opened("gemma"), plain)
+    check_runtime(opened("gemma"), step_of(method_class("shortgpt")(), runtime="gguf"))
 
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
@@ -161,7 +162,7 @@ def test_what_the_export_refuses_is_refused_at_once(opened, name, fields, words)
 def test_frequencies_that_a_file_has_are_let_through(opened, name, rope):
     model = opened(name)
     model.config.rope_parameters, model.config.tie_word_embeddings = rope, True
-    check_runtime(model, method_class("auto")(), Goal(runtime="gguf"))
+    check_runtime(model, step_of(method_class("auto")(), runtime="gguf"))
 
 
 def test_an_untied_qwen3_gets_one_width(opened):
@@ -172,7 +173,7 @@ def test_a_qwen3_gets_no_bias(opened):
     model = opened("qwen3")
     model.config.tie_word_embeddings = True
     refused(model, "flap", "gguf", "bias", "--compensate 0")
-    check_runtime(model, method_class("flap")(compensate=0), Goal(runtime="gguf"))
+    check_runtime(model, step_of(method_class("flap")(compensate=0), runtime="gguf"))
 
 
 def test_nothing_to_change_is_said_with_the_unit_that_is_too_small(opened):
@@ -181,16 +182,16 @@ def test_nothing_to_change_is_said_with_the_unit_that_is_too_small(opened):
 
 def test_a_runtime_is_no_target_and_the_message_says_what_it_is():
     with pytest.raises(InputError, match=r"--for gguf-q4"):
-        Goal("gguf-q4")
+        Budget(target="gguf-q4")
     with pytest.raises(InputError, match=r"'gugf'.*Did you mean 'gguf'"):
-        Goal(runtime="gugf")
+        Budget(runtime="gugf")
 
 
 def test_reach_counts_only_sizes_that_the_runtime_reads(opened):
-    model, method = opened("llama"), method_class("auto")(keep=0.3)
-    check_reach(model, method, Goal(), method.allocator)
+    model, method = opened("llama"), method_class("auto")()
+    check_reach(model, step_of(method, 0.3))
     with pytest.raises(InputError, match="out of reach"):
-        check_reach(model, method, Goal(runtime="gguf"), method.allocator)
+        check_reach(model, step_of(method, 0.3, runtime="gguf"))
 
 
 def test_sizes_stay_in_order():

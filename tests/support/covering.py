@@ -29,16 +29,17 @@ def covering(rows: Sequence[Row], costs: Sequence[int]) -> list[int]:
     Returns:
         the indices of the chosen rows, in the order of the choice.
     """
-    missing = {value for row in rows for value in row.items()}
+    values = [frozenset(row.items()) for row in rows]
+    missing = set().union(*values)
     chosen: list[int] = []
     for cost in sorted(set(costs)):
         waiting = [index for index, own in enumerate(costs) if own == cost]
         while waiting:
-            best = max(waiting, key=lambda index: len(missing & rows[index].items()))
-            if not missing & rows[best].items():
+            best = max(waiting, key=lambda index: len(values[index] & missing))
+            if not values[best] & missing:
                 break
             chosen.append(best)
-            missing -= rows[best].items()
+            missing -= values[best]
     return chosen
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from secateur.io.run_directory import UnfinishedRunError
+from secateur.pipeline.config import RunConfig
 from secateur.sweeps import local
 from secateur.sweeps.folder import Folder
 from secateur.sweeps.grid import SweepRecord, read_sweep
@@ -37,7 +38,7 @@ def test_every_list_makes_a_run_of_each_of_its_values():
         *("flap-0.9-uniform", "flap-0.8-uniform", "flap-0.9-knapsack", "flap-0.8-knapsack"),
     ]
     (step,) = runs["flap-0.8-knapsack"].steps
-    assert (step.method.name, step.method.keep, step.allocator.name) == ("flap", 0.8, "knapsack")
+    assert (step.method.name, step.budget.keep, step.allocator.name) == ("flap", 0.8, "knapsack")
 
 
 def test_names_have_what_varies_and_no_more():
@@ -72,7 +73,7 @@ def test_a_keep_of_its_own_counts_and_none_is_as_the_method_has_it():
         keep=0.9,
     )
     assert [*runs] == ["rtn", "flap-0.7", "auto-0.9"]
-    assert runs["rtn"].steps[0].keep is None
+    assert runs["rtn"].steps[0].budget.keep == "least"
 
 
 def test_what_is_asked_for_twice_is_there_once():
@@ -85,7 +86,7 @@ def test_what_is_asked_for_twice_is_there_once():
 
 def test_the_target_is_the_methods_own_as_for_compress():
     runs = asked({"method": ["flap", "svd"]}, {"method": "auto", "target": "cache"}, keep=0.5)
-    assert [r.steps[0].goal.target for r in runs.values()] == ["parameters", "bytes", "cache"]
+    assert [r.steps[0].budget.target for r in runs.values()] == ["parameters", "bytes", "cache"]
 
 
 def test_recipes_are_followed_at_every_keep(tmp_path):
@@ -208,9 +209,9 @@ def test_what_ends_one_run_is_said_and_mistakes_are_not_hidden(monkeypatch, erro
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(job, "compress", fails)
+    monkeypatch.setattr(job, "run", fails)
     (recipe,) = asked({"method": "flap"}, keep=0.9).values()
-    own = job.Job("a", recipe, "m", tmp_path / "a", None, None, None, tmp_path)
+    own = job.Job("a", RunConfig("m", tmp_path / "a", recipe), tmp_path)
     if words is None:
         with pytest.raises(ZeroDivisionError):
             job.perform(own, Progress())

@@ -1,6 +1,7 @@
 """Apple's GPUs, which have no float64: all that needs it is done on the CPU. On an imitation."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from secateur import (
+    Budget,
     Calibration,
-    Goal,
     InputError,
     Settings,
     Store,
@@ -25,14 +26,13 @@ from secateur.evaluate.perplexity import answered
 from secateur.methods import method_class
 from secateur.methods.gauss_newton import GaussNewton
 from secateur.models.streamed_loading import open_streamed
-from secateur.pipeline import compress as pipeline
-from secateur.pipeline.prepare import Prepared
+from secateur.pipeline.compress_stage import write
+from secateur.pipeline.context import RunContext
 from secateur.pipeline.workers import Crew
 from secateur.scoring.evidence import score
-from secateur.utils.progress import Progress
-from secateur.utils.stopwatch import Stopwatch
 from tests.support import families
 from tests.support.imitation import apple, on_mps
+from tests.support.steps import prepared_of
 
 CPU, MPS = Settings(device="cpu", dtype="float32"), Settings(device="mps", dtype="float32")
 CASES = [
@@ -54,13 +54,15 @@ def prepared(folder, method, tokens, settings, streams=False):
     store = Store()
     calibrate(model, tokens, method.needs | method.allocator.needs, store)
     evidence = score(model, method, store, tokens)
-    plan = make_plan(model, method, evidence, Calibration(), tokens, store=store)
-    return Prepared(model, tokens, store, method, plan, evidence)
+    budget = Budget()
+    plan = make_plan(model, method, evidence, Calibration(), tokens, budget=budget, store=store)
+    data = SimpleNamespace(tokens=tokens, store=store)
+    return prepared_of(model, data, plan, method, evidence)
 
 
 def written(given, folder):
     """The weights of the plan's checkpoint, and what the narrowed model says."""
-    said = pipeline.write(given, folder / "out", Stopwatch(), Progress(), folder / "narrowing")
+    said = write(given, folder / "out", RunContext(), folder / "narrowing")
     return load_file(folder / "out" / "model.safetensors"), said.said
 
 
@@ -73,7 +75,7 @@ def close(found, expected):
 @pytest.mark.parametrize(("name", "variant", "streams"), CASES)
 def test_plan_and_weights_are_those_of_the_cpu(dense, tmp_path, name, variant, streams):
     """The mistakes: float64 on the device, a sum or a solution left on the other one."""
-    method, tokens = method_class(name)(keep=0.7), families.read(variant, 16, 32)
+    method, tokens = method_class(name)(), families.read(variant, 16, 32)
     expected = prepared(dense(variant), method, tokens, CPU, streams)
     weights, said = written(expected, tmp_path / "cpu")
     with apple():
@@ -98,7 +100,7 @@ def test_the_gauss_newton_step_is_taken(dense, tmp_path, monkeypatch):
         refit(step, block, rows)
 
     monkeypatch.setattr(GaussNewton, "_refit", counted)
-    method, tokens = method_class("auto")(keep=0.7), families.read("llama", 16, 32)
+    method, tokens = method_class("auto")(), families.read("llama", 16, 32)
     written(prepared(dense("llama"), method, tokens, CPU), tmp_path / "cpu")
     alone, taken[:] = [*taken], []
     with apple():
@@ -123,7 +125,7 @@ def test_what_is_judged_is_that_of_the_cpu(dense, variant):
 
 def test_half_precision(dense):
     """As most models are stored: products of a batch are made in float32 there, too."""
-    method, tokens = method_class("modegpt")(keep=0.7), families.read("llama", 16, 32)
+    method, tokens = method_class("modegpt")(), families.read("llama", 16, 32)
     half = replace(CPU, dtype="bfloat16")
     expected = prepared(dense("llama"), method, tokens, half).plan
     with apple():
@@ -198,13 +200,14 @@ def test_a_block_is_read_on_the_cpu_and_is_there_again(dense):
 
 def test_what_is_not_served_there_is_refused_by_name(dense, tmp_path):
     folder, out = dense("llama"), tmp_path / "out"
-    method = method_class("modegpt")(keep=0.7)
+    method = method_class("modegpt")()
     text = tmp_path / "text.txt"
     text.write_text(families.words(2000))
-    asked, timed = Calibration(str(text), 8, 32), Goal("latency", length=32)
+    asked = {"calibration": Calibration(str(text), 8, 32), "settings": MPS}
+    timed = Budget(keep=0.7, target="latency", length=32)
     with apple():
         for refused, told in (
-            (lambda: compress(folder, out, method, asked, None, MPS, timed), "latency"),
+            (lambda: compress(folder, out, method, timed, **asked), "latency"),
             (lambda: export_dense(folder, out, MPS), "export"),
             (lambda: Crew(Ranks(object())).open(str(folder), MPS, tmp_path), "processes"),
             (lambda: open_model(folder, replace(MPS, dtype="float64")), "float64"),

@@ -214,7 +214,8 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
     if report["allocator"]:
         yield "allocator", report["allocator"]["name"]
     budget = report["budget"]
-    yield "budget", f"{budget['keep']:.2%} of {budget['of']}, reached {budget['reached']:.2%}"
+    kept = f"{budget['keep']:.2%}" if budget["keep"] else "as little as possible"
+    yield "budget", f"{kept} of {budget['of']}, reached {budget['reached']:.2%}"
     yield "tier", report["tier"]
     if text:
         told = f"{text.get('samples')} × {text.get('length')} tokens of {text.get('source')}"

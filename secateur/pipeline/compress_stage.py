@@ -1,0 +1,180 @@
+"""Compressing as a stage: prepare, then prune or quantize block by block into a checkpoint."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from secateur.apply.block_errors import Witness, observations
+from secateur.apply.block_journal import Journal
+from secateur.apply.save import finish, store_block, writer_for
+from secateur.calibration.collect import Store
+from secateur.evaluate.verify import Passage, Testimony, testimony
+from secateur.io.run_directory import NARROWING, at_once
+from secateur.io.safetensors_writer import Writer
+from secateur.methods.step import Step
+from secateur.models.block import Block
+from secateur.pipeline.context import RunContext
+from secateur.pipeline.prepare import Prepared, prepare
+from secateur.pipeline.run_inputs import Inputs
+from secateur.planning.plan import Plan
+from secateur.planning.stage import StageResult
+from secateur.structure.units import STREAM
+
+TESTIMONY_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class CompressStage:
+    """One method on one checkpoint, as a :class:`~secateur.planning.stage.Stage`.
+
+    Attributes:
+        step: the method, its budget and its allocator.
+        inputs: the calibration data, and how the checkpoint is opened.
+        statistics: folder for the calibration's statistics.
+        scores: file of the units' scores, as for ``compress``.
+        plan: sizes to apply, in place of deciding them.
+        resumes: whether it notes after each block, in the run's directory, how far it is.
+    """
+
+    step: Step
+    inputs: Inputs
+    statistics: Path
+    scores: Path | None = None
+    plan: Plan | None = None
+    resumes: bool = False
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return self.step.method.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """The step, as a recipe's file has it."""
+        return self.step.as_dict()
+
+    def run(self, source: str, out: Path, context: RunContext) -> StageResult:
+        """Calibrate ``source``, decide the sizes and write the compressed checkpoint.
+
+        Raises:
+            InputError: anything wrong with the input.
+        """
+        directory = context.directory if self.resumes else None
+        prepared = prepare(
+            replace(self.inputs, source=source),
+            self.step,
+            context,
+            store=Store(self.statistics),
+            scores=self.scores,
+            plan=self.plan,
+            memo=at_once if directory is None else directory.stage,
+        )
+        journal = None if directory is None else directory.folder / NARROWING
+        said = write(prepared, out, context, journal)
+        return StageResult(prepared.plan, prepared.observed, said)
+
+
+def write(
+    prepared: Prepared, folder: Path, context: RunContext, kept: Path | None = None
+) -> Testimony:
+    """Compress the model block by block into a checkpoint, and note what it then answers.
+
+    Leaves the model in ``prepared`` compressed and, from those answers, in bfloat16, and there what
+    was observed. In ``kept`` it is noted after each block how far that is, so that it goes on from
+    there when it is called again.
+    """
+    model, plan = prepared.model, prepared.plan
+    writer = writer_for(model, plan.tier, folder)
+    journal = None
+    if kept is not None and prepared.step.method.kinds != STREAM:
+        streamed, ranks = model.residence is not None, context.crew.ranks
+        journal = Journal(kept, writer, plan.sizes, streamed, ranks)
+    first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
+    followers = _Followers.of(prepared, first, journal)
+    _write_blocks(prepared, context, writer, journal, followers)
+    with context.watch.measure("evaluate"):
+        said = None if followers.passage is None else followers.passage.testimony()
+        if prepared.evidence is not None:
+            units, errors = prepared.units, followers.errors
+            count, given = followers.blocks, (prepared.store, prepared.evidence, errors)
+            prepared.observed = observations(units, count, *given)
+    with context.watch.measure("save"):
+        finish(model, plan.tier, writer, settle=journal is None)
+    with context.watch.measure("evaluate"):
+        return Testimony(testimony(model, first) if said is None else said, first)
+
+
+@dataclass
+class _Followers:
+    """What goes through every block as soon as it is compressed.
+
+    Attributes:
+        blocks: how many the dense model has.
+        witness: compares each block with the dense one.
+        passage: takes the answers of a model that is never whole in memory.
+    """
+
+    blocks: int
+    witness: Witness | None
+    passage: Passage | None
+
+    @classmethod
+    def of(cls, prepared: Prepared, first: Any, journal: Journal | None) -> "_Followers":
+        model, witness = prepared.model, None
+        passage = None if model.residence is None else Passage(model, first)
+        if prepared.evidence is not None and prepared.step.method.kinds != STREAM:
+            witness = Witness(model, prepared.tokens)
+        if journal is not None:
+            if witness is not None:
+                witness.errors = journal.errors  # one list
+                journal.attach("witness", witness.line)
+            if passage is not None:
+                journal.attach("passage", passage.line)
+        return cls(len(model.blocks), witness, passage)
+
+    def follow(self, block: Block) -> None:
+        """Go through the next block."""
+        for follower in (self.witness, self.passage):
+            if follower is not None:
+                follower.follow(block)
+
+    @property
+    def errors(self) -> list[dict[str, float | None]]:
+        """What the witness has found."""
+        return [] if self.witness is None else self.witness.errors
+
+
+def _write_blocks(
+    prepared: Prepared,
+    context: RunContext,
+    writer: Writer,
+    journal: Journal | None,
+    followers: _Followers,
+) -> None:
+    """Bring every block to its sizes and write it, one after the other."""
+    model, plan, watch = prepared.model, prepared.plan, context.watch
+    narrowed = context.crew.narrow_blocks(
+        model,
+        prepared.step.method,
+        prepared.units,
+        plan.sizes,
+        tokens=prepared.tokens,
+        store=prepared.store,
+        journal=journal,
+    )
+    with context.progress.stage("narrowing and writing", len(model.blocks)) as advance:
+        advance(journal.done if journal is not None else 0)
+        while True:
+            with watch.measure("apply"):
+                block = next(narrowed, None)
+            if block is None:
+                break
+            with watch.measure("save"):
+                store_block(model, block, writer)
+            with watch.measure("evaluate"):
+                followers.follow(block)
+            if journal is not None:
+                with watch.measure("save"):
+                    journal.record(block)
+            if model.residence is not None:
+                model.residence.leave(block)
+            advance(1)
