@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from secateur.structure.budget import LEAST, Budget, Keep, flag_of, key_of
+from secateur.utils.errors import InputError
 
 if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
@@ -52,8 +53,18 @@ class MethodCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters and the fields of the method and the allocator."""
-        kinds = (ctx.meta.get(key) for key in (METHOD_KEY, ALLOCATOR_KEY))
-        return [*super().get_params(ctx), *(o for kind in kinds for o in field_options(kind))]
+        found = super().get_params(ctx)
+        for what, key in (("method", METHOD_KEY), ("allocator", ALLOCATOR_KEY)):
+            if (kind := ctx.meta.get(key)) is not None:
+                added = field_options(kind)
+                taken = {flag for parameter in found for flag in parameter.opts}
+                if double := taken & {flag for option in added for flag in option.opts}:
+                    raise InputError(
+                        f"{what} {kind.name!r}: its option {min(double)} has the name of another "
+                        f"one of this command; its package has to rename the field."
+                    )
+                found = [*found, *added]
+        return found
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Say where the method's options are, unless they are shown."""
@@ -82,15 +93,12 @@ def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.P
 
 def owners_of(option: str) -> str:
     """The methods and allocators that have an option, in words; empty where none has."""
-    from secateur.allocate import ALLOCATORS, allocator_class
-    from secateur.methods import METHODS, method_class
+    from secateur import allocate, methods
 
     found = []
-    for what, names, of in (
-        ("method", METHODS, method_class),
-        ("allocator", ALLOCATORS, allocator_class),
-    ):
-        having = [n for n in names if any(option in o.opts for o in field_options(of(n)))]
+    for what, registry in (("method", methods.REGISTRY), ("allocator", allocate.REGISTRY)):
+        kinds = registry.survey()[0].items()
+        having = [n for n, kind in kinds if any(option in o.opts for o in field_options(kind))]
         found += [f"{what} {' or '.join(having)}"] if having else []
     return " or ".join(found)
 

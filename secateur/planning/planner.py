@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from secateur import allocate, methods
 from secateur.allocate.base import Allocator, Evidence
 from secateur.calibration.collect import Store
 from secateur.data.tokens import Calibration, Tokens
@@ -74,8 +75,8 @@ def make_plan(
         calibration=CalibrationRecord(
             **calibration.as_dict(), tokens=tokens.count, fingerprint=tokens.fingerprint
         ),
-        method=Choice(name=method.name, options=asdict(method)),
-        allocator=Choice(name=step.allocator.name, options=asdict(step.allocator)),
+        method=Choice.of(method, methods.REGISTRY),
+        allocator=Choice.of(step.allocator, allocate.REGISTRY),
         asked=step.budget.as_dict(),
         budget=_spent(units, sizes, prices, step.budget),
         tier=_tier(model, units, sizes),

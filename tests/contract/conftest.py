@@ -15,7 +15,7 @@ from secateur import Budget, Model, Plan, make_plan, score
 from secateur.allocate.base import Evidence
 from secateur.data.tasks import use_of
 from secateur.data.tokens import Tokens
-from secateur.methods import METHODS, method_class
+from secateur.methods import method_class, method_classes
 from secateur.methods.base import Method
 from secateur.models.model import anatomy_of
 from secateur.pipeline.compress_stage import write
@@ -24,14 +24,16 @@ from secateur.planning.planner import revise
 from secateur.structure.units import DEPTH, MATRICES, STREAM, Unit
 from tests.conftest import Calibrated
 from tests.contract.reading import Job, Reader, Reading
+from tests.support import met
 from tests.support.covering import COST, parameters
 from tests.support.families import AUTO, FAMILIES
 from tests.support.steps import prepared_of
 
 HERE = Path(__file__).parent
 
-#: methods that narrow; those that keep widths have tests of their own (test_forms.py)
-NARROWING = [name for name in METHODS if method_class(name).kinds != MATRICES]
+#: methods that narrow, of extensions too; those that keep widths have tests of their
+#: own (test_forms.py)
+NARROWING = [name for name, kind in method_classes().items() if kind.kinds != MATRICES]
 #: the method that the fast run holds against every variant; each other one it holds against one
 EVERYWHERE = "auto"
 
@@ -249,6 +251,7 @@ def write_to(
             sizes = sizes_of(kind, {unit.name: unit for unit in made.units(model, 8)})
             plan = resized(plan, model, scored(name, method), sizes)
         memory, tokens = write(prepared_of(model, data, plan), folder, RunContext())
+        met.note_written(model, plan)
         return Written(folder, plan, tokens, memory)
 
     return make

@@ -10,7 +10,7 @@ from transformers import AutoModel
 from secateur import Budget, Settings, make_plan, open_model, score
 from secateur.allocate.uniform import Uniform
 from secateur.apply.surgery import narrowed
-from secateur.methods import METHODS, method_class
+from secateur.methods import method_class, method_classes
 from secateur.models.linear_ops import dense_weight, inputs_by_outputs
 from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
@@ -19,10 +19,11 @@ from secateur.structure.units import MATRICES
 from tests.contract.conftest import ROUNDING, asked_with, spread
 from tests.contract.reading import Job
 from tests.contract.variants import VARIANTS
+from tests.support import met
 from tests.support.families import AUTO, FAMILIES
 from tests.support.steps import prepared_of
 
-RESHAPING = [name for name in METHODS if method_class(name).kinds == MATRICES]
+RESHAPING = [name for name, kind in method_classes().items() if kind.kinds == MATRICES]
 RESHAPING += [name for name in VARIANTS if " " in name]  # with other options
 SHOWN = ("llama", "gpt2")  # one without biases, one with transposed weights and biases
 every_method = pytest.mark.parametrize("method", RESHAPING)
@@ -64,6 +65,7 @@ def reshaped(opened, calibrated, evidence, tmp_path_factory):
         plan = make_plan(*given, budget=Budget(keep=keep), allocator=Uniform())
         folder = root / f"{method}-{name}-{keep}"
         memory, tokens = write(prepared_of(model, data, plan, chosen), folder, RunContext())
+        met.note_written(model, plan)
         return folder, plan, memory, tokens
 
     return checkpoint

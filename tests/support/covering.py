@@ -6,12 +6,12 @@ runs them all.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
 
-Row = Mapping[str, int]
+Row = Mapping[str, Hashable]
 #: what a test costs the fast run, beside those that differ in parameters alone; 0 without it
 COST = pytest.StashKey[int]()
 
@@ -23,23 +23,23 @@ def covering(rows: Sequence[Row], costs: Sequence[int]) -> list[int]:
     and among these the one that adds most values, and among equals the first.
 
     Args:
-        rows: for each test, parameter to the index of its value.
+        rows: for each test, parameter to its value.
         costs: of each test; a costlier one is taken only for a value that no cheaper one has.
 
     Returns:
         the indices of the chosen rows, in the order of the choice.
     """
-    values = [frozenset(row.items()) for row in rows]
-    missing = set().union(*values)
+    own = [frozenset(row.items()) for row in rows]
+    missing = set().union(*own)
     chosen: list[int] = []
     for cost in sorted(set(costs)):
-        waiting = [index for index, own in enumerate(costs) if own == cost]
+        waiting = [index for index, asked in enumerate(costs) if asked == cost]
         while waiting:
-            best = max(waiting, key=lambda index: len(values[index] & missing))
-            if not values[best] & missing:
+            best = max(waiting, key=lambda index: len(own[index] & missing))
+            if not own[best] & missing:
                 break
             chosen.append(best)
-            missing -= values[best]
+            missing -= own[best]
     return chosen
 
 
@@ -49,19 +49,27 @@ def parameters(item: pytest.Item) -> dict[str, Any]:
     return found
 
 
-def thin(items: Iterable[pytest.Item]) -> None:
-    """Mark as slow those tests that the fast run can do without.
+def values(item: pytest.Item) -> Row:
+    """Parameter to what stands for its value; names that one ``parametrize`` gives together are one
+    parameter, so that no case of such a list is left out."""
+    own = {name: id(value) for name, value in parameters(item).items()}
+    row: dict[str, Hashable] = {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        names = names.split(",") if isinstance(names, str) else names
+        row[str(names)] = tuple(own.pop(name.strip()) for name in names)
+    return row | own
 
-    Names that one ``parametrize`` gives together are one parameter here, so that no case of such a
-    list is left out.
-    """
+
+def thin(items: Iterable[pytest.Item]) -> None:
+    """Mark as slow those tests that the fast run can do without."""
     functions: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if hasattr(item, "callspec") and item.get_closest_marker("slow") is None:
             functions[item.nodeid.partition("[")[0]].append(item)
     for own in functions.values():
-        rows = [item.callspec.indices for item in own]  # type: ignore[attr-defined]
-        chosen = set(covering(rows, [item.stash.get(COST, 0) for item in own]))
+        costs = [item.stash.get(COST, 0) for item in own]
+        chosen = set(covering([values(item) for item in own], costs))
         for index, item in enumerate(own):
             if index not in chosen:
                 item.add_marker(pytest.mark.slow)
