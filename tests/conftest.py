@@ -53,7 +53,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def whole(config: pytest.Config) -> bool:
     """Whether the run was asked for all tests, or all fast ones."""
     options = config.option
-    picked = options.keyword or options.deselect or options.collectonly or options.lf
+    picked = (
+        options.keyword or options.deselect or options.collectonly or getattr(options, "lf", False)
+    )
     everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
     return everything and not picked and options.markexpr in ("", "not slow")
 
