@@ -9,17 +9,11 @@ from secateur.allocate.base import Allocator, BlockAllocator, Evidence, ShareAll
 from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.least_error import LeastError
 from secateur.allocate.uniform import Uniform
-from secateur.calibration.statistics import (
-    INPUTS,
-    MOMENTS,
-    BlockStatistics,
-    Need,
-    Needs,
-    Statistic,
-)
+from secateur.calibration.needs import INPUTS, MOMENTS, BlockStatistics, Need, Needs
+from secateur.calibration.statistics import Statistic
 from secateur.calibration.token_batches import Rows
 from secateur.linalg.least_squares import least_squares
-from secateur.methods.base import Method, Narrowing, SequentialMethod, Solution
+from secateur.methods.base import Method, SequentialMethod, Solution
 from secateur.methods.form import FormMethod, Metric
 from secateur.methods.refitted import RefittedMethod, in_order, problem
 from secateur.methods.scored import ScoredMethod
@@ -27,6 +21,7 @@ from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.structure.costs import Prices
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.parametrizations import form_of
 from secateur.structure.units import (
     DEPTH,

@@ -1,6 +1,6 @@
 """The options that commands share, and those that come from a method's fields."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +108,7 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def stacked(decorators: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     """One decorator from several, so that commands can share a group of options."""
 
     def decorate(function: Any) -> Any:
@@ -122,20 +122,24 @@ def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 model_argument = click.argument("model")
 
 open_options = stacked(
-    click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
-    ),
-    click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        help="Number format to compute in; auto is float32 on a CPU, the stored one elsewhere.",
-    ),
-    click.option("--revision", help="Branch, tag or commit of a hub model."),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Run the code that the checkpoint brings along."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
+    [
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
+        ),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            help="Number format to compute in; auto is float32 on a CPU, the stored one elsewhere.",
+        ),
+        click.option("--revision", help="Branch, tag or commit of a hub model."),
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Run the code that the checkpoint brings along.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
+    ]
 )
 
 stream_option = click.option(
@@ -148,42 +152,44 @@ stream_option = click.option(
 )
 
 text_options = stacked(
-    click.option(
-        "--calibration",
-        default="bundled",
-        show_default=True,
-        help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
-        '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
-    ),
-    click.option(
-        "--samples",
-        default=128,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Windows of that text, drawn at random.",
-    ),
-    click.option(
-        "--length",
-        default=256,
-        show_default=True,
-        type=click.IntRange(2),
-        help="Tokens in a window.",
-    ),
-    click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=click.IntRange(-(2**63), 2**63 - 1),
-        help="Of the choice of samples.",
-    ),
-    click.option(
-        "--select-calibration",
-        default="none",
-        show_default=True,
-        help="How to choose the windows: none (at random), kl (of several random draws the one "
-        "whose cheaply narrowed model is nearest to the dense one), leverage (windows with tokens "
-        "that others don't explain), dpp (windows unlike each other).",
-    ),
+    [
+        click.option(
+            "--calibration",
+            default="bundled",
+            show_default=True,
+            help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
+            '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
+        ),
+        click.option(
+            "--samples",
+            default=128,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Windows of that text, drawn at random.",
+        ),
+        click.option(
+            "--length",
+            default=256,
+            show_default=True,
+            type=click.IntRange(2),
+            help="Tokens in a window.",
+        ),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(-(2**63), 2**63 - 1),
+            help="Of the choice of samples.",
+        ),
+        click.option(
+            "--select-calibration",
+            default="none",
+            show_default=True,
+            help="How to choose the windows: none (at random), kl (of several random draws the one "
+            "whose cheaply narrowed model is nearest to the dense one), leverage (windows with "
+            "tokens that others don't explain), dpp (windows unlike each other).",
+        ),
+    ]
 )
 
 
@@ -217,69 +223,76 @@ def _budget_option(field: Any) -> Callable[[Any], Any]:
     )
 
 
-budget_options = stacked(*(_budget_option(field) for field in fields(Budget)))
+budget_options = stacked([_budget_option(field) for field in fields(Budget)])
 
 calibration_options = stacked(
-    click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
-    budget_options,
-    click.option(
-        "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
-    ),
-    click.option(
-        "--scores",
-        type=click.Path(path_type=Path, dir_okay=False),
-        help="File to read the units' scores from, or to write them to  [default: a cache]",
-    ),
-    click.option(
-        "--statistics",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Folder to keep the calibration's statistics in, or to find them in.",
-    ),
-    text_options,
+    [
+        click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
+        budget_options,
+        click.option(
+            "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
+        ),
+        click.option(
+            "--scores",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="File to read the units' scores from, or to write them to  [default: a cache]",
+        ),
+        click.option(
+            "--statistics",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder to keep the calibration's statistics in, or to find them in.",
+        ),
+        text_options,
+    ]
 )
 
 judge_options = stacked(
-    click.option(
-        "--eval",
-        "texts",
-        multiple=True,
-        metavar="TEXT",
-        help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
-        "calibration text that is set aside, and the bundled text.",
-    ),
-    click.option(
-        "--eval-length",
-        type=click.IntRange(2),
-        help="Tokens a window  [default: as calibration, else 256]",
-    ),
-    click.option(
-        "--eval-windows",
-        default=256,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Windows of each text to judge on, at most.",
-    ),
-    click.option(
-        "--prompt", help="Text that the model continues  [default: the beginning of the first text]"
-    ),
-    click.option(
-        "--new-tokens", type=click.IntRange(1), help="Tokens to continue it by  [default: 40]"
-    ),
-    click.option("--no-speed", is_flag=True, help="Don't time the model."),
-    click.option(
-        "--tasks",
-        multiple=True,
-        metavar="TASKS",
-        help="Tasks to answer, by commas: task files (.jsonl, see docs/evaluation.md), or names "
-        "that lm-evaluation-harness knows, such as arc_easy,piqa; may be repeated.",
-    ),
-    click.option(
-        "--task-limit", type=click.IntRange(2), help="Items of each task, at most  [default: all]"
-    ),
-    click.option(
-        "--damage",
-        is_flag=True,
-        help="Measure what perplexity does not show: calibration of probabilities, repetition, "
-        "recall of planted keys, accuracy class by class.",
-    ),
+    [
+        click.option(
+            "--eval",
+            "texts",
+            multiple=True,
+            metavar="TEXT",
+            help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
+            "calibration text that is set aside, and the bundled text.",
+        ),
+        click.option(
+            "--eval-length",
+            type=click.IntRange(2),
+            help="Tokens a window  [default: as calibration, else 256]",
+        ),
+        click.option(
+            "--eval-windows",
+            default=256,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Windows of each text to judge on, at most.",
+        ),
+        click.option(
+            "--prompt",
+            help="Text that the model continues  [default: the beginning of the first text]",
+        ),
+        click.option(
+            "--new-tokens", type=click.IntRange(1), help="Tokens to continue it by  [default: 40]"
+        ),
+        click.option("--no-speed", is_flag=True, help="Don't time the model."),
+        click.option(
+            "--tasks",
+            multiple=True,
+            metavar="TASKS",
+            help="Tasks to answer, by commas: task files (.jsonl, see docs/evaluation.md), or "
+            "names that lm-evaluation-harness knows, such as arc_easy,piqa; may be repeated.",
+        ),
+        click.option(
+            "--task-limit",
+            type=click.IntRange(2),
+            help="Items of each task, at most  [default: all]",
+        ),
+        click.option(
+            "--damage",
+            is_flag=True,
+            help="Measure what perplexity does not show: calibration of probabilities, repetition, "
+            "recall of planted keys, accuracy class by class.",
+        ),
+    ]
 )

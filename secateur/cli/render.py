@@ -44,13 +44,19 @@ def catalogue() -> dict[str, Any]:
     found, problems = methods.REGISTRY.survey()
     spenders, others = allocate.REGISTRY.survey()
     return {
-        "methods": [
-            _entry(kind, methods.REGISTRY) | {"allocator": kind().allocator.name}
-            for kind in found.values()
-        ],
+        "methods": [_entry(kind, methods.REGISTRY) | _usual(kind) for kind in found.values()],
         "allocators": [_entry(kind, allocate.REGISTRY) for kind in spenders.values()],
         "families": [{"name": f.family, "model_types": f.model_types} for f in FAMILIES],
         "problems": [*problems, *others],
+    }
+
+
+def _usual(kind: type[Method]) -> dict[str, Any]:
+    """What a method keeps, of what, and who spends that, where nothing else is asked for."""
+    return {
+        "keep": kind.usual_keep,
+        "target": kind.target,
+        "allocator": kind().allocator.name,
     }
 
 
@@ -80,6 +86,8 @@ def show_catalogue(content: dict[str, Any]) -> None:
                 default = shown(field["default"])
                 console.print(f"    {flag:<18} {field['help']}  (default {default})")
             if group == "methods":
+                asked = f"{entry['keep']} of the {entry['target']}"
+                console.print(f"    {'--keep':<18} by default {asked}")
                 console.print(f"    {'--allocator':<18} by default {entry['allocator']}")
         console.print()
     console.print("[bold]families[/]")

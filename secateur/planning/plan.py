@@ -56,7 +56,12 @@ class CalibrationRecord(Record):
     def choice(self) -> Calibration:
         """The choice of text that led to these tokens."""
         return Calibration(
-            self.source, self.samples, self.length, self.seed, self.select, self.windows
+            source=self.source,
+            samples=self.samples,
+            length=self.length,
+            seed=self.seed,
+            select=self.select,
+            windows=self.windows,
         )
 
 

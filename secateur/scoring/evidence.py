@@ -11,6 +11,7 @@ from pydantic import FiniteFloat, ValidationError, field_validator
 from secateur.allocate.base import Allocator, Evidence
 from secateur.apply.residual_slicing import place_curves
 from secateur.calibration.collect import Store
+from secateur.calibration.needs import of_unit
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.io.cache import cached_file, keep
@@ -23,8 +24,8 @@ from secateur.scoring.divergence import Divergence, Trials, measure_losses, wind
 from secateur.structure.error_curve import Curve
 from secateur.structure.units import EVERY_BLOCK, Unit
 from secateur.utils.errors import InputError, refuse_difference
-from secateur.version import __version__
 
+SINCE = "0.3.0"  # the version that last changed what statistics and scores mean
 MAX_BYTES = 2**29
 MAX_UNITS = 2**16
 
@@ -139,7 +140,7 @@ def _lengths(curves: Mapping[str, Sequence[float]]) -> dict[str, int]:
 def identity(model: Model, method: Method, tokens: Tokens, allocator: Allocator) -> dict[str, Any]:
     """The fields that say what scores are of."""
     return {
-        "secateur": __version__,
+        "secateur": SINCE,
         "model": fingerprint(model),
         "calibration": tokens.fingerprint,
         "dtype": str(model.module.dtype).removeprefix("torch."),
@@ -261,7 +262,9 @@ def score(
             advance(len(every) - len(own))
             statistics = store.get(block.index, needs, model.exact_device)
             with block.solving():
-                solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+                solutions = {
+                    unit.name: method.solve(unit, block, of_unit(statistics, unit)) for unit in own
+                }
                 curves = {name: solution.curve for name, solution in solutions.items()}
             measured: dict[str, Curve] = {}
             if trials is not None:

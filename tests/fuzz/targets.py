@@ -17,7 +17,7 @@ from secateur.allocate.knapsack import Knapsack
 from secateur.apply.block_journal import Journal
 from secateur.apply.save import store_block
 from secateur.apply.sequential import narrow_blocks
-from secateur.calibration.statistics import Needs
+from secateur.calibration.needs import Needs
 from secateur.cli.render import inspection
 from secateur.data.tokens import read_documents
 from secateur.evaluate.task_file import read_task
@@ -28,7 +28,7 @@ from secateur.methods import check_served, method_class
 from secateur.methods.auto import Auto
 from secateur.models.loading import skeleton
 from secateur.models.model import Model
-from secateur.pipeline.compress import write
+from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.prepare import check_reach
 from secateur.planning.plan import match_units, read_plan
