@@ -1,8 +1,9 @@
 """Written checkpoints of every family, read back by fresh processes once for all tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,18 @@ HERE = Path(__file__).parent
 #: methods that narrow, of extensions too; those that keep widths have tests of their
 #: own (test_forms.py)
 NARROWING = [name for name, kind in method_classes().items() if kind.kinds != MATRICES]
-#: the method that the fast run holds against every variant; each other one it holds against one
+#: the method that the fast run may hold against every variant; it holds each other one against one
 EVERYWHERE = "auto"
+#: who reads a checkpoint, and of which kind (see ``written``)
+ROUTES = [
+    ("stranger", "layered"),
+    ("secateur", "mixed"),
+    ("stranger", "gone"),
+    ("secateur", "layered"),
+    ("stranger", "mixed"),
+    ("secateur", "gone"),
+    ("stranger", "plain"),
+]
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fast run's tests are chosen and markers looked at
@@ -48,30 +59,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gone = set(unserved)
     items[:] = [item for item in items if item not in gone]
     for item, asked in own.items():
-        item.stash[COST] = cost(asked.get("method"), asked.get("name"))
+        item.stash[COST] = cost(asked)
 
 
-def cost(method: str | None, name: str | None) -> int:
-    """What a test costs the fast run: little where its checkpoints are there for others too."""
+def cost(asked: Mapping[str, Any]) -> int:
+    """What a test costs the fast run: little where its checkpoint is there for other tests too."""
+    method, name = asked.get("method"), asked.get("name")
     if method is None or name is None:
         return 0
-    return int((method, name) not in pairs())
+    if (method, name) not in pairs():
+        return 2
+    route, kind = pairs()[method, name]
+    return int(asked.get("route", route) != route or asked.get("kind", kind) != kind)
 
 
 @cache
-def pairs() -> frozenset[tuple[str, str]]:
-    """Methods and variants that the fast run brings together: one on all, the others on one each.
+def pairs() -> dict[tuple[str, str], tuple[str, str]]:
+    """Methods and variants that the fast run brings together, each by a route and a kind.
 
-    Those go through the variants in turn, so that unlike methods meet unlike families.
+    One method meets all variants, the others one each. These go through the variants in turn, so
+    that unlike methods meet unlike families.
     """
-    found = {(EVERYWHERE, name) for name in FAMILIES}
-    names = list(FAMILIES)
+    found, names = [], list(FAMILIES)
     for method in NARROWING:
         name = next(name for name in names if is_served(method, name))
-        found.add((method, name))
+        found.append((method, name))
         names.remove(name)
         names.append(name)
-    return frozenset(found)
+    found += [(EVERYWHERE, name) for name in names if (EVERYWHERE, name) not in found]
+    return dict(zip(found, cycle(ROUTES), strict=False))
 
 
 @cache
