@@ -1,4 +1,4 @@
-"""Measure one checkpoint in a process of its own, so that memory and speed are its own too."""
+"""Measure one checkpoint in a separate process, so that memory and speed are its own."""
 
 import json
 import os
@@ -114,7 +114,8 @@ def judge(
 ) -> Verdict:
     """Measure an open model; ``before`` is the process's peak memory before it was opened.
 
-    ``outputs_of_dense`` is where its outputs are kept or, where there are some, compared with them.
+    ``outputs_of_dense`` is the file for the dense model's outputs. If it exists, the model is
+    compared with these outputs; otherwise the outputs of the model are written to it.
     """
     room, use = model.positions or sys.maxsize, model.use
     length = _checked_length(model, questions, room)
@@ -170,7 +171,7 @@ def _checked_length(model: Model, questions: Questions, room: int) -> int:
 def _answered(
     model: Model, held: dict[str, Tokens], progress: Progress
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Perplexity on each text and, of a model that gives answers, the share that is right."""
+    """Perplexity on each text and, for models with labels, the accuracy."""
     values, tasks = {}, {}
     for name, tokens in held.items():
         with progress.stage(f"perplexity: {name}"[:28], len(tokens)) as advance:
@@ -183,7 +184,7 @@ def _answered(
 def _speed(
     model: Model, questions: Questions, first: Tokens, length: int, progress: Progress
 ) -> dict[str, float]:
-    """Prefill and decode, unless that is not asked for or the model is read from disk."""
+    """Prefill and decode speed; empty if not requested, or if the model is read from disk."""
     if not questions.speed:
         return {}
     if model.residence is not None:
@@ -200,7 +201,7 @@ def _speed(
 def _compared(
     kept: dict[str, Tensor], scores: dict[str, Figures], outputs_of_dense: Path | None
 ) -> tuple[dict[str, float], dict[str, Figures]]:
-    """Agreement with the dense model and changes of tasks; of that model itself, keep outputs."""
+    """Agreement with the dense model and changes of tasks; the dense model's outputs are stored."""
     if outputs_of_dense is None:
         return {}, {}
     if not outputs_of_dense.exists():
@@ -215,7 +216,7 @@ def _compared(
 
 
 def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
-    """Look at tasks before anything is measured; those of the harness only when it is loaded.
+    """Check tasks before anything is measured; harness tasks only when they are loaded.
 
     Raises:
         InputError: a model of that use can't answer them, or a file is no task.
@@ -230,7 +231,7 @@ def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
 
 
 def _check_alike(dense: dict[str, Tensor], small: dict[str, Tensor]) -> None:
-    """Refuse two models that do not read the text alike.
+    """Refuse to compare two models that tokenize text differently.
 
     Raises:
         InputError: their tokens differ, or the number of their outputs.
@@ -248,7 +249,7 @@ def _check_alike(dense: dict[str, Tensor], small: dict[str, Tensor]) -> None:
 def _tasks(
     model: Model, questions: Questions, loaded: dict[str, Any], progress: Progress
 ) -> tuple[dict[str, Figures], dict[str, Tensor]]:
-    """Figures of every task, and the answers that two models are compared by."""
+    """Figures of every task, and the answers for the comparison of two models."""
     found: dict[str, tuple[Figures, Answers]] = {}
     names = [Path(task).stem if is_file(task) else task for task in questions.tasks]
     for task, name in zip(questions.tasks, names, strict=True):
@@ -266,7 +267,7 @@ def _tasks(
 def _sampled(
     model: Model, questions: Questions, held: dict[str, Tokens], room: int
 ) -> tuple[str, str]:
-    """A prompt, and how the model goes on."""
+    """A prompt, and the model's continuation."""
     prompt = _prompt(model.tokenizer, questions, held)
     if not 0 < len(prompt) < room:
         raise InputError(f"--prompt has {len(prompt)} tokens; it needs between 1 and {room - 1}.")
@@ -299,7 +300,7 @@ def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
 
 
 def weight_bytes(model: Model) -> int:
-    """Size of the weight files on disk; of the stored tensors where the folder is not local."""
+    """Size of the weight files on disk, or of the stored tensors if the folder is not local."""
     files = list(Path(locate(model.source)).glob("model*.safetensors"))
     if files:
         return sum(file.stat().st_size for file in files)
@@ -364,20 +365,20 @@ def judge_apart(
 
 
 def quiet() -> None:
-    """Keep transformers' own bars and advice off the terminal; errors still show."""
+    """Hide transformers' progress bars and advice; errors are still shown."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def _watch(parent: int) -> None:
-    """End this process with the one that asked, however that ends."""
+    """End this process when its parent ends, for whatever reason."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def main(request: Path, result: Path) -> int:
-    """The child's side of :func:`judge_apart`."""
+    """The child process of :func:`judge_apart`."""
     quiet()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     content = json.loads(request.read_text())
