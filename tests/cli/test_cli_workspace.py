@@ -415,7 +415,7 @@ def test_wrong_input_later_leaves_what_was_finished(stopped, compress, room, mon
 
 
 def test_an_interrupted_overwrite_leaves_the_old_output(compress, room, monkeypatch):
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     compress("--keep", 0.9).succeeded()
     before = (room / "out" / WEIGHTS).read_bytes()
@@ -484,7 +484,7 @@ def test_a_changed_model_is_not_answered_from_before(
 ):
     from conftest import save_checkpoint
 
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write", interrupt)
@@ -505,7 +505,7 @@ def test_a_changed_model_is_not_answered_from_before(
 
 def test_a_run_into_its_own_model_folder_goes_on(compress, broken, room, monkeypatch, near):
     """The unfinished folder lies among the model's files then, and is none of them."""
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write", interrupt)
@@ -555,7 +555,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-from secateur.pipeline import compress as pipeline
+from secateur.pipeline import compress_stage as pipeline
 from secateur.evaluate import evaluator
 
 def call(command, **_):
