@@ -20,7 +20,7 @@ from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.structure.budget import Budget
 from secateur.structure.costs import Prices
-from secateur.structure.units import DEPTH, EVERY_BLOCK, WIDTHS, Matrix, Unit
+from secateur.structure.units import EVERY_BLOCK, KINDS, Matrix, Unit
 from secateur.utils.errors import InputError
 from secateur.utils.precision import check_exact
 from secateur.version import __version__
@@ -146,14 +146,15 @@ def _measure(model: Model, budget: Budget, own: dict[str, Any]) -> Table:
     states = stream.at(stream.batches[0])
     whole = partial(model.module, **model.use.inputs(tokens.to(model.device)))
     firsts = {block.anatomy.blocks: block.index for block in reversed(model.blocks)}.values()
-    every = [u for i in firsts for u in model.blocks[i].units(1, (*WIDTHS, "heads", *DEPTH))]
+    kinds = [kind for kind, unit in KINDS.items() if unit.timed]
+    every = [u for i in firsts for u in model.blocks[i].units(1, kinds)]
     units = {(unit.block, unit.kind): unit for unit in every}
     jobs: dict[tuple[int, str, int], dict[str, int]] = {}
     for (index, kind), unit in units.items():
+        part = [u for u in every if (u.block, u.part) == (index, unit.part)]
+        unread = {u.kind: 0 for u in part if u.serves == kind}
         for size in _points(unit):
-            jobs[index, kind, size] = {kind: size}
-            if kind == "value_output" and (index, "query_key") in units:
-                jobs[index, kind, size]["query_key"] = 0
+            jobs[index, kind, size] = {kind: size} | unread
     seconds = dict.fromkeys(jobs, float("inf"))
     forward = float("inf")
     for _ in range(ROUNDS):  # round by round, so that a slow moment hits all alike
