@@ -47,8 +47,6 @@ class Unit(ABC):
     reads: ClassVar[Site | None] = None
     #: kind of the unit in the same part that makes use of it; of no use where that is gone
     serves: ClassVar[str | None] = None
-    #: whether a block can be timed with it at several sizes
-    timed: ClassVar[bool] = True
 
     name: str
     block: int
@@ -285,7 +283,6 @@ class Residual(Unit):
 
     kind: ClassVar[str] = "residual"
     title: ClassVar[str] = "Residual stream"
-    timed: ClassVar[bool] = False
 
     parts: tuple[Unit, ...]  #: MLP and heads of every block
     shortcuts: int
@@ -325,7 +322,6 @@ class Matrix(Unit):
 
     kind: ClassVar[str] = "matrix"
     title: ClassVar[str] = "Matrices"
-    timed: ClassVar[bool] = False
 
     paths: tuple[str, ...]  #: of the linear in its block, or of several that share a form
     outputs: int
