@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-
 if TYPE_CHECKING:
     from secateur.calibration.needs import BlockStatistics
     from secateur.distributed.rendezvous import Link
