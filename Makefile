@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test test-all lint format docs clean
 
 demo: .venv/ready
 	$(BIN)/secateur compress demo demo-out --keep 0.8 --overwrite
 
+# Every method, family, tier and command, but not every combination of them.
 test: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# Every combination; hours.
+test-all: .venv/ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m ''
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,46 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="secateur-tests-")  # not
 from secateur import Calibration, Model, Settings, Store, calibrate, open_model
 from secateur.data.tokens import Tokens
 from secateur.methods import method_classes
-from tests.support import families
+from tests.support import covering, families, met
 
 torch.set_num_threads(1)
 
 SAMPLES, LENGTH = 6, 32
+LACKING = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers are looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    covering.thin(items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hold what the whole run met against all that there is; workers hand on what they met."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["met"] = sorted(met.MET)
+    elif whole(session.config) and (lacking := met.unmet(met.MET)):
+        session.config.stash[LACKING] = lacking
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    met.MET.update(tuple(own) for own in getattr(node, "workeroutput", {}).get("met", ()))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for lacking in config.stash.get(LACKING, ()):
+        terminalreporter.write_line(f"no test of this run met {lacking}", red=True)
+
+
+def whole(config: pytest.Config) -> bool:
+    """Whether the run was asked for all tests, or all fast ones."""
+    options = config.option
+    picked = (
+        options.keyword or options.deselect or options.collectonly or getattr(options, "lf", False)
+    )
+    everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    return everything and not picked and options.markexpr in ("", "not slow")
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,23 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.data.tasks import CausalLM, Use
 from secateur.data.tokens import Text, Tokens
 from secateur.evaluate import lm_eval
-from secateur.evaluate.agreement import agreement, outputs
+from secateur.evaluate.agreement import compared, outputs
 from secateur.evaluate.damage.summary import damage
+from secateur.evaluate.measurements import Questions, Verdict
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import answered
-from secateur.evaluate.significance import Answers, Figures, changes
+from secateur.evaluate.significance import Answers, Figures
 from secateur.evaluate.speed import measure_speed
 from secateur.evaluate.task_file import answered_file, is_file, read_task
 from secateur.evaluate.verify import (
@@ -34,7 +34,6 @@ from secateur.evaluate.verify import (
     streamed_testimony,
     testimony,
 )
-from secateur.io.run_directory import whole
 from secateur.models.loading import locate
 from secateur.models.model import Model, Settings
 from secateur.models.streamed_loading import open_fitting
@@ -46,63 +45,6 @@ PROMPT_TOKENS = 24
 DEFAULT_LENGTH = 256
 NEW_TOKENS = 40
 FEW_NEW_TOKENS = 4  # where each takes a pass over the weight files
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What to evaluate, equally for all models of a run.
-
-    Attributes:
-        texts: what to judge on.
-        length: tokens in a window; by default 256, or all positions of a shorter model.
-        windows: at most this many windows of each text, from its start.
-        prompt: text that the model continues; by default the beginning of the first text.
-        new_tokens: length of the continuation; by default 40, or what fits.
-        speed: whether to time it.
-        tasks: task files, and names of tasks of lm-evaluation-harness.
-        task_limit: at most this many items of each task, from its start.
-        damage: whether to measure what perplexity does not show.
-    """
-
-    texts: tuple[Text, ...]
-    length: int | None = None
-    windows: int = 256
-    prompt: str | None = None
-    new_tokens: int | None = None
-    speed: bool = True
-    tasks: tuple[str, ...] = ()
-    task_limit: int | None = None
-    damage: bool = False
-
-
-@dataclass
-class Verdict:
-    """The figures of one model. ``peak_memory_bytes`` counts from before the weights were loaded.
-
-    ``tokens`` is the number of outputs of each figure, and ``counts`` their kind: tokens or images.
-    ``texts`` has the fingerprint of each text's tokens. ``tasks`` contains accuracies.
-    ``agreement`` (compressed models only) is the result of
-    :func:`~secateur.evaluate.agreement.agreement` on the first text. ``task_scores`` has the
-    figures of each requested task, and ``task_changes`` (compressed models only) the result of
-    :func:`~secateur.evaluate.significance.changes` for each. ``damage`` is the result of
-    :func:`~secateur.evaluate.damage.summary.damage`, if requested.
-    """
-
-    parameters: int
-    bytes: int
-    perplexity: dict[str, float]
-    tokens: dict[str, int]
-    prompt: str
-    sample: str
-    peak_memory_bytes: int
-    speed: dict[str, float] = field(default_factory=dict)
-    counts: str = "tokens"
-    tasks: dict[str, float] = field(default_factory=dict)
-    agreement: dict[str, float] = field(default_factory=dict)
-    task_scores: dict[str, Figures] = field(default_factory=dict)
-    task_changes: dict[str, Figures] = field(default_factory=dict)
-    damage: dict[str, Any] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
 
 
 def judge(
@@ -130,7 +72,7 @@ def judge(
     scores, kept = _tasks(model, questions, loaded, progress)
     if first is not None and outputs_of_dense is not None:
         kept |= {"outputs": outputs(model, first)} | ({"text": first.ids} if use.reads_text else {})
-    agrees, changed = _compared(kept, scores, outputs_of_dense)
+    agrees, changed = compared(kept, [*scores], outputs_of_dense)
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
@@ -198,23 +140,6 @@ def _speed(
     return {name: value for name, value in asdict(timed).items() if value is not None}
 
 
-def _compared(
-    kept: dict[str, Tensor], scores: dict[str, Figures], outputs_of_dense: Path | None
-) -> tuple[dict[str, float], dict[str, Figures]]:
-    """Agreement with the dense model and changes of tasks; the dense model's outputs are stored."""
-    if outputs_of_dense is None:
-        return {}, {}
-    if not outputs_of_dense.exists():
-        with whole(outputs_of_dense) as partial:
-            save_file(kept, partial)
-        return {}, {}
-    dense, agrees = load_file(outputs_of_dense), {}
-    if "outputs" in kept:
-        _check_alike(dense, kept)
-        agrees = agreement(dense["outputs"], kept["outputs"])
-    return agrees, {name: changes(name, dense, kept) for name in scores}
-
-
 def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
     """Check tasks before anything is measured; harness tasks only when they are loaded.
 
@@ -228,22 +153,6 @@ def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
         )
     for task in filter(is_file, tasks):
         read_task(task)
-
-
-def _check_alike(dense: dict[str, Tensor], small: dict[str, Tensor]) -> None:
-    """Refuse to compare two models that tokenize text differently.
-
-    Raises:
-        InputError: their tokens differ, or the number of their outputs.
-    """
-    both = (dense["outputs"], small["outputs"])
-    same = [torch.equal(dense[key], small[key]) for key in ("text",) if key in dense]
-    if both[0].shape != both[1].shape or not all(same):
-        raise InputError(
-            f"the two models do not read the text alike ({both[0].shape[1]} classes an output and "
-            f"{both[1].shape[1]}, or other tokens); a model can be held against the one that it "
-            f"was made from."
-        )
 
 
 def _tasks(

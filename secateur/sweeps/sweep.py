@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.data.tokens import Calibration, expanded
-from secateur.evaluate.evaluator import Questions
+from secateur.evaluate.measurements import Questions
 from secateur.io.run_directory import write_whole
 from secateur.methods.step import Step
 from secateur.models.loading import check_out, skeleton

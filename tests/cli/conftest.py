@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.support import met
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     "--no-speed",
@@ -208,6 +210,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
         with pytest.raises(SystemExit) as stop:
             main()
         code = stop.value.code
+        if code in (None, 0) and not {"--help", "-h"} & set(args):
+            met.note_command(str(args[0]) if args else "")
         return Result(0 if code is None else int(code), *capfd.readouterr())
 
     return command
