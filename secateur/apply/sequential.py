@@ -56,17 +56,9 @@ def narrow_blocks(
         line = Propagation(model, tokens, method, ranks)
     stream = Stream(model, tokens, ranks=ranks) if method.rereads else None
     done = 0 if journal is None else journal.done
-    for block in model.blocks[:done]:
-        if line is not None:
-            with model.resident(block):
-                line.dense.advance(block)
-        assert journal is not None
-        journal.restore(model, block)
-    if journal is not None and line is not None:
-        line.moved = any(sizes[u.name] < u.size for u in units if u.block < done)
-        journal.attach("narrow", line.narrow)
-    if journal is not None and stream is not None:
-        journal.attach("reread", stream)
+    if journal is not None:
+        moved = any(sizes[u.name] < u.size for u in units if u.block < done)
+        _go_on(model, journal, line, stream, moved=moved)
     for block in model.in_turn(model.blocks[done:]):
         own = [unit for unit in units if unit.block == block.index]
         if _goes(block, sizes):
@@ -92,6 +84,27 @@ def narrow_blocks(
         if stream is not None:
             stream.advance(block)
         yield block
+
+
+def _go_on(
+    model: Model,
+    journal: States,
+    line: "Propagation | None",
+    stream: Stream | None,
+    *,
+    moved: bool,
+) -> None:
+    """Bring finished blocks to their shapes, and what runs through the blocks behind them."""
+    for block in model.blocks[: journal.done]:
+        if line is not None:
+            with model.resident(block):
+                line.dense.advance(block)
+        journal.restore(model, block)
+    if line is not None:
+        line.moved = moved
+        journal.attach("narrow", line.narrow)
+    if stream is not None:
+        journal.attach("reread", stream)
 
 
 def _constant(

@@ -18,7 +18,8 @@ from secateur.io.cache import cached_file, keep
 from secateur.io.run_directory import Content, Memo, at_once, write_whole
 from secateur.io.schema import Parts, Record, read_record, said
 from secateur.methods import check_served
-from secateur.methods.base import Method
+from secateur.methods.base import Method, Solution
+from secateur.models.block import Block
 from secateur.models.model import Model, fingerprint
 from secateur.scoring.divergence import Divergence, Trials, measure_losses, windows_to_measure
 from secateur.structure.error_curve import Curve
@@ -244,84 +245,138 @@ def score(
     """
     check_served(method, model)
     allocator = allocator or method.allocator
-    units, needs = method.units(model, 1), method.needs | allocator.needs
+    units = method.units(model, 1)
     allocator.check_units(units)
-    through = [unit for unit in units if unit.block == EVERY_BLOCK]
-    changing = [unit for unit in units if not unit.fixed]
-    mine = _dealt(changing, ranks)
-    pending: dict[int, Content] = {}
     with torch.no_grad():
-        divergence, trials = None, None
+        scoring = _Scoring(model, method, store, allocator, units, ranks=ranks, advance=advance)
         if allocator.measured:
-            few = windows_to_measure(tokens, len(changing))
-            if model.residence is None:
-                divergence = Divergence(model, few)
-            else:
-                trials, memo = Trials(model, few, len(mine)), at_once
-        kept = _Kept(memo, changing, through, divergence is not None)
-        found = kept.earlier(model, ranks)
+            memo = scoring.measure_on(tokens, memo)
+        kept = _Kept(memo, scoring.changing, scoring.through, scoring.divergence is not None)
+        found, pending = kept.earlier(model, ranks), dict[int, Content]()
         for block in model.in_turn():
-            every = [unit for unit in changing if unit.block == block.index]
             if block.index in found:  # an interrupted run has them
-                advance(len(every))
-                if divergence is not None:
-                    divergence.advance(block)
+                scoring.skip(block)
                 continue
-            own = [unit for unit in every if unit.name in mine]
-            advance(len(every) - len(own))
-            statistics = store.get(block.index, needs, model.exact_device)
-            with block.solving():
-                solutions = {
-                    unit.name: method.solve(unit, block, of_unit(statistics, unit)) for unit in own
-                }
-                curves = {name: solution.curve for name, solution in solutions.items()}
-            measured: dict[str, Curve] = {}
-            if trials is not None:
-                trials.of_block(block, own, solutions, advance)
-            elif divergence is not None:
-                measured = measure_losses(divergence, block, own, solutions, advance)
-            else:
-                advance(len(own))
-            pending[block.index] = {
-                "curves": {name: curve.errors for name, curve in curves.items()},
-                "losses": {name: curve.errors for name, curve in measured.items()},
-            }
-            if ranks.owns(block.index):
-                with block.solving():
-                    reading = allocator.read(block, statistics)
-                    there = {u.name: place_curves(method, u, block, statistics) for u in through}
-                pending[block.index] |= {
-                    "reading": reading,
-                    "places": {name: [c.errors for c in own] for name, own in there.items()},
-                }
-            statistics, solutions = {}, {}  # gone before those of the next are read
+            pending[block.index] = scoring.of_block(block)
             if len(pending) == ranks.world_size:  # of so many blocks each has as much as the others
                 found |= kept.together(pending, ranks)
                 pending = {}
         if pending:
             found |= kept.together(pending, ranks)
-        losses: dict[str, Curve] = {}
-        if trials is not None:
-            tried = [unit for unit in changing if unit.name in mine]
-            with model.headed():
-                measured = trials.losses(tried)
-            for part in ranks.all_gather({n: curve.errors for n, curve in measured.items()}):
-                losses |= {name: Curve(tuple(errors)) for name, errors in part.items()}
-    ordered = [found[block.index] for block in model.blocks]
-    curves = {name: Curve(tuple(c)) for own in ordered for name, c in own.curves.items()}
-    losses |= {name: Curve(tuple(c)) for own in ordered for name, c in own.losses.items()}
-    for unit in units:
-        if unit.fixed:  # it never changes, so it never errs
-            curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
-    for unit in through:
-        places = [Curve(c) for own in ordered for c in own.places[unit.name]]
-        curves[unit.name] = Curve.mean(places)
-    advance(len(units) - sum(unit.block != EVERY_BLOCK for unit in changing))
-    readings = [own.reading for own in ordered]
-    curves = {unit.name: curves[unit.name] for unit in units}  # in whatever order they came
-    if not allocator.measured:
-        return Evidence(curves, readings)
-    return Evidence(curves, readings, {u.name: losses[u.name] for u in units if u.name in losses})
+        losses = scoring.late_losses()
+    return scoring.evidence([found[block.index] for block in model.blocks], losses)
+
+
+class _Scoring:
+    """What is found of one block after the other, and the evidence that it makes together."""
+
+    def __init__(
+        self,
+        model: Model,
+        method: Method,
+        store: Store,
+        allocator: Allocator,
+        units: Sequence[Unit],
+        *,
+        ranks: Ranks,
+        advance: Callable[[int], None],
+    ) -> None:
+        self.model, self.method, self.store, self.allocator = model, method, store, allocator
+        self.units, self.ranks, self.advance = units, ranks, advance
+        self.through = [unit for unit in units if unit.block == EVERY_BLOCK]
+        self.changing = [unit for unit in units if not unit.fixed]
+        self.mine = _dealt(self.changing, ranks)
+        self.divergence: Divergence | None = None
+        self.trials: Trials | None = None
+
+    def measure_on(self, tokens: Tokens, memo: Memo) -> Memo:
+        """Measure losses, too; the answer is what may keep them.
+
+        Of a model that is read block by block they are known at the end only, so nothing does.
+        """
+        few = windows_to_measure(tokens, len(self.changing))
+        if self.model.residence is None:
+            self.divergence = Divergence(self.model, few)
+            return memo
+        self.trials = Trials(self.model, few, len(self.mine))
+        return at_once
+
+    def _of(self, block: Block) -> list[Unit]:
+        return [unit for unit in self.changing if unit.block == block.index]
+
+    def skip(self, block: Block) -> None:
+        """Go past a block of which all is known."""
+        self.advance(len(self._of(block)))
+        if self.divergence is not None:
+            self.divergence.advance(block)
+
+    def of_block(self, block: Block) -> Content:
+        """Curves and losses of this process's units, and the allocator's reading of its blocks."""
+        every, needs = self._of(block), self.method.needs | self.allocator.needs
+        own = [unit for unit in every if unit.name in self.mine]
+        self.advance(len(every) - len(own))
+        statistics = self.store.get(block.index, needs, self.model.exact_device)
+        with block.solving():
+            solutions = {
+                unit.name: self.method.solve(unit, block, of_unit(statistics, unit)) for unit in own
+            }
+            curves = {name: solution.curve.errors for name, solution in solutions.items()}
+        measured = self._losses(block, own, solutions)
+        found: Content = {
+            "curves": curves,
+            "losses": {name: curve.errors for name, curve in measured.items()},
+        }
+        if self.ranks.owns(block.index):
+            with block.solving():
+                reading = self.allocator.read(block, statistics)
+                places = {
+                    unit.name: place_curves(self.method, unit, block, statistics)
+                    for unit in self.through
+                }
+            found |= {
+                "reading": reading,
+                "places": {name: [c.errors for c in there] for name, there in places.items()},
+            }
+        return found
+
+    def _losses(
+        self, block: Block, own: Sequence[Unit], solutions: Mapping[str, Solution]
+    ) -> Mapping[str, Curve]:
+        if self.trials is not None:
+            self.trials.of_block(block, own, solutions, self.advance)
+        elif self.divergence is not None:
+            return measure_losses(self.divergence, block, own, solutions, self.advance)
+        else:
+            self.advance(len(own))
+        return {}
+
+    def late_losses(self) -> dict[str, Curve]:
+        """The losses that are known once all blocks were gone through, of all processes."""
+        if self.trials is None:
+            return {}
+        tried = [unit for unit in self.changing if unit.name in self.mine]
+        with self.model.headed():
+            measured = self.trials.losses(tried)
+        parts = self.ranks.all_gather({n: curve.errors for n, curve in measured.items()})
+        return {name: Curve(tuple(e)) for part in parts for name, e in part.items()}
+
+    def evidence(self, found: Sequence[Found], losses: dict[str, Curve]) -> Evidence:
+        """All of it together; a unit that never changes never errs."""
+        curves = {name: Curve(tuple(c)) for own in found for name, c in own.curves.items()}
+        losses |= {name: Curve(tuple(c)) for own in found for name, c in own.losses.items()}
+        for unit in self.units:
+            if unit.fixed:
+                curves[unit.name] = losses[unit.name] = Curve((0.0,) * (unit.size + 1))
+        for unit in self.through:
+            places = [Curve(c) for own in found for c in own.places[unit.name]]
+            curves[unit.name] = Curve.mean(places)
+        self.advance(len(self.units) - sum(unit.block != EVERY_BLOCK for unit in self.changing))
+        readings = [own.reading for own in found]
+        curves = {unit.name: curves[unit.name] for unit in self.units}  # in whatever order
+        if not self.allocator.measured:
+            return Evidence(curves, readings)
+        kept = {u.name: losses[u.name] for u in self.units if u.name in losses}
+        return Evidence(curves, readings, kept)
 
 
 def _dealt(units: Sequence[Unit], ranks: Ranks) -> set[str]:
