@@ -1,11 +1,14 @@
 """Shared fixtures: one dense checkpoint and one calibration a family for the whole session."""
 
 import os
+import subprocess
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,3 +109,25 @@ def calibrated(opened: Callable[..., Model]) -> Callable[[str], Calibrated]:
         return Calibrated(tokens, store, Calibration("stream", SAMPLES, LENGTH, 0))
 
     return statistics
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make the measuring process a call, which saves seconds; the value lists what it was asked."""
+    from secateur.evaluate import evaluator
+
+    measured: list[str] = []
+
+    def call(command: list[str], **_: Any) -> Any:
+        request, result = map(Path, command[-2:])
+        measured.append(request.read_text())
+        try:
+            return SimpleNamespace(returncode=evaluator.main(request, result))
+        except Exception:
+            traceback.print_exc()
+            return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(
+        evaluator, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, run=call)
+    )
+    return measured
