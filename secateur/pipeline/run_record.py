@@ -63,7 +63,7 @@ def make_report(
         "command": context.command,
         "model": base.model_dump(),
         "method": plan.method.model_dump(),
-        "allocator": plan.allocator.model_dump(),
+        "allocator": None if plan.allocator is None else plan.allocator.model_dump(),
         "budget": budget.model_dump(),
         "tier": plan.tier,
         "densified": sum(p.densified for p in plans),
