@@ -17,7 +17,7 @@ from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.plain import PlainWidth
 from secateur.allocate.uniform import Uniform
 from secateur.apply.sequential import narrow_blocks
-from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.needs import BlockStatistics, Need, Needs
 from secateur.data.tokens import contiguous, read_documents, token_stream
 from secateur.evaluate.evaluator import quiet
 from secateur.evaluate.perplexity import perplexity

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from secateur.calibration.layer_stream import TOKENS_PER_BATCH
-from secateur.calibration.statistics import PairScores
+from secateur.calibration.pair_scores import PairScores
 from secateur.scoring.divergence import PASSES
 
 ITERATIONS = 3  # of auto's Gauss-Newton step

@@ -154,7 +154,7 @@ def attention(models: list[Model]) -> str:
     model = models[0]
     anatomy, config = model.anatomy, model.config
     assert anatomy is not None
-    layouts = [one.blocks[0].heads for one in models]
+    layouts = [one.blocks[0].layout for one in models]
     grouped = any(layout.kv_heads < layout.heads for layout in layouts)
     words = ["grouped" if grouped else "multi-head"]
     if anatomy.rotary:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.base import BlockAllocator, poured
-from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.calibration.needs import BlockStatistics, Need
 from secateur.linalg.least_squares import energies
 from secateur.models.block import Block
 from secateur.utils.options import option
@@ -57,8 +57,7 @@ class AlphaPruning(BlockAllocator):
 
     def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
         """The mean exponent over all matrices of the block."""
-        matrices = [*block.matrices("heads"), *block.matrices("mlp")]
-        found = [hill(self.spectrum(matrix)) for matrix in matrices]
+        found = [hill(self.spectrum(matrix)) for matrix in block.matrices]
         return (math.fsum(found) / len(found),)
 
     def spectrum(self, weight: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from secateur.allocate.base import BlockAllocator
-from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.needs import BlockStatistics, Need, Needs
 from secateur.models.block import Block
 from secateur.utils.options import option
 

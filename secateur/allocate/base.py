@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.needs import BlockStatistics, Need, Needs
 from secateur.models.block import Block
 from secateur.structure.budget import Keep
 from secateur.structure.costs import Prices

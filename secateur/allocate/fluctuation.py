@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.base import Evidence, ShareAllocator
-from secateur.calibration.statistics import MOMENTS, BlockStatistics, Moments, Need
+from secateur.calibration.needs import MOMENTS, BlockStatistics, Need
+from secateur.calibration.statistics import Moments
 from secateur.models.block import Block
+from secateur.models.parts import AxisView
 from secateur.structure.costs import Prices
 from secateur.structure.units import Unit
 from secateur.utils.errors import InputError
 
 
-def fluctuations(kind: str, block: Block, statistics: BlockStatistics) -> Tensor:
+def fluctuations(axis: AxisView, statistics: BlockStatistics) -> Tensor:
     """Var(x_j) ‖W_j‖² of what a matrix reads: (channels, 1), or (KV heads, coordinates of each)."""
-    rows = block.read(kind)
-    moments = statistics[MOMENTS[kind]]
+    rows = axis.read()
+    moments = statistics[MOMENTS[axis.kind]]
     assert isinstance(moments, Moments)
     found: Tensor = moments.variance.view(rows.shape[:2]) * rows.square().sum(2)
     return found
@@ -51,9 +53,10 @@ class Fluctuation(ShareAllocator):
 
     def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
         """z of the KV heads, then of the channels."""
-        heads = standardised(fluctuations("heads", block, statistics).square()).mean(1)
-        channels = standardised(fluctuations("mlp", block, statistics)).squeeze(1)
-        return tuple(torch.cat((heads, channels)).tolist())
+        mlp, heads = block.mlp.axis("mlp"), [mixer.axis("heads") for mixer in block.mixers]
+        found = [standardised(fluctuations(h, statistics).square()).mean(1) for h in heads]
+        found.append(standardised(fluctuations(mlp, statistics)).squeeze(1))
+        return tuple(torch.cat(found).tolist())
 
     def check_units(self, units: Sequence[Unit]) -> None:
         """Refuse units that are not of channels and heads, too."""

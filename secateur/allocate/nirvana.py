@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.allocate.base import Evidence, ShareAllocator
 from secateur.calibration.gradients import LOGITS
-from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.calibration.needs import BlockStatistics, Need
 from secateur.models.block import Block
 from secateur.structure.costs import Prices
 from secateur.structure.units import Unit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocate.base import Evidence, ShareAllocator
-from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.calibration.needs import BlockStatistics, Need
 from secateur.linalg.least_squares import energies
 from secateur.models.block import Block
 from secateur.structure.costs import Prices
@@ -51,7 +51,7 @@ class WeLore(ShareAllocator):
     def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
         """Of every matrix its entries, how many singular values it has, and these, ascending."""
         found: list[float] = []
-        for matrix in (*block.matrices("heads"), *block.matrices("mlp")):
+        for matrix in block.matrices:
             values = normalised(energies(matrix).sqrt()) if matrix.numel() else matrix.flatten()
             found += [matrix.numel(), len(values), *values.tolist()]
         return tuple(found)
@@ -103,7 +103,8 @@ def _matrices(reading: Sequence[float]) -> list[Spectrum]:
 def _share(unit: Unit, matrices: Sequence[Spectrum], threshold: float) -> float:
     """What a unit keeps: of its size, or of the bytes of its matrix."""
     if not isinstance(unit, Matrix):
-        return kept(_own(unit.kind, matrices), threshold)
+        own = matrices if unit.matrices is None else matrices[slice(*unit.matrices)]
+        return kept(own, threshold)
     rank = kept(_of_matrix(unit, matrices), threshold) * min(unit.outputs, unit.inputs)
     return min(1.0, rank * (unit.outputs + unit.inputs) / (unit.outputs * unit.inputs))
 
@@ -115,14 +116,3 @@ def _of_matrix(unit: Matrix, matrices: Sequence[Spectrum]) -> Sequence[Spectrum]
     while sum(entries for entries, _ in found) < unit.outputs * unit.inputs:
         found.append(at[len(found)])
     return found
-
-
-def _own(kind: str, matrices: Sequence[Spectrum]) -> Sequence[Spectrum]:
-    """Those of a block's matrices that a unit is a side of; of a whole block all."""
-    own = {
-        "query_key": slice(0, 2),
-        "value_output": slice(2, 4),
-        "heads": slice(0, 4),
-        "mlp": slice(4, None),
-    }
-    return matrices[own.get(kind, slice(None))]

@@ -11,12 +11,12 @@ from torch import Tensor
 from secateur.allocate.base import Evidence
 from secateur.calibration.collect import Store
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Needs
+from secateur.calibration.needs import Needs
 from secateur.data.tokens import Tokens
 from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.structure.error_curve import Curve
-from secateur.structure.units import Matrix, Unit
+from secateur.structure.units import MLP, Matrix, Unit
 
 TOKENS = 2048  # looked at, where there are as many
 MOST_NUMBERS = 2**26  # of the dense model's states that are kept: 256 MB
@@ -74,7 +74,7 @@ def _made(line: Stream, block: Block) -> dict[str, Tensor]:
 
 def _few(model: Model, tokens: Tokens) -> Tokens:
     """As many of the tokens as are kept: whole windows, or the beginning of one."""
-    width = model.blocks[0].consumer_weight.shape[1]
+    width = model.blocks[0].hidden
     most_numbers = MOST_NUMBERS if model.residence is None else STREAMED_NUMBERS
     most = max(1, min(TOKENS, most_numbers // (width * len(PARTS) * len(model.blocks))))
     if tokens.length > most:
@@ -94,8 +94,8 @@ def _heard(block: Block) -> Iterator[dict[str, Tensor]]:
         heard["mlp"] = output
 
     hooks = [
-        block.attention.register_forward_hook(attention),
-        block.consumer.register_forward_hook(mlp),
+        *(mixer.module.register_forward_hook(attention) for mixer in block.mixers),
+        *(part.consumer.register_forward_hook(mlp) for part in block.feed_forwards),
     ]
     try:
         yield heard
@@ -124,7 +124,7 @@ def observations(
     consumer reads.
     """
     influence, directions = [], []
-    wide = {unit.block for unit in units if unit.kind == "mlp" and unit.size > WIDEST}
+    wide = {unit.block for unit in units if isinstance(unit, MLP) and unit.size > WIDEST}
     for index in range(blocks):
         more = () if index in wide else (Needs.HIDDEN_GRAM,)
         found = store.get(index, (Needs.INFLUENCE, *more))

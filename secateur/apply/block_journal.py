@@ -10,7 +10,7 @@ import torch
 from pydantic import FiniteFloat
 from torch import nn
 
-from secateur.apply.renumbering import place
+from secateur.apply.renumbering import number_layers, place
 from secateur.apply.save import attention_changed, block_prefix
 from secateur.calibration.layer_stream import Stream
 from secateur.distributed.collectives import ALONE, Ranks
@@ -22,7 +22,6 @@ from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers
 from secateur.layers.modeling_secateur import factored, resized
 from secateur.models.block import Block
-from secateur.models.canonical_attention import uniform_attention
 from secateur.models.model import FAULTS_OF_CONFIG, Model
 from secateur.models.offload import entries, set_entry
 from secateur.utils.errors import InputError, RunError, first_line, words
@@ -198,49 +197,42 @@ class Journal(States):
                 new = resized(old, int(size["out"]), int(size["in"]), bool(size["bias"]))
                 block.module.set_submodule(path, new)
             if shape.attention is not None:
-                attention = narrow_attention(block.stock_attention, dict(shape.attention))
-                block.replace_attention(attention)
+                mixer = block.attention
+                mixer.replace(narrow_attention(mixer.stock, dict(shape.attention)))
             made = {path: factored(block.module, path, s) for path, s in shape.forms.items()}
             for path, form in made.items():
                 form.follow(made)
                 block.module.set_submodule(path, form)
-        number = place(model, block)
-        for root in (block.module, block.stock_attention):
-            for module in root.modules():
-                if getattr(module, "layer_idx", None) is not None:
-                    numbered: Any = module
-                    numbered.layer_idx = number
+        number_layers(block, place(model, block))
         if model.residence is not None:
             model.residence.leave(block)
             return
         self._fill(model, block, shape.attention is not None)
 
     def _fill(self, model: Model, block: Block, changed: bool) -> None:
-        prefix, inside = block_prefix(model, block), f"{block.anatomy.attention}."
-        parts: list[tuple[nn.Module, str, str]] = [
-            (block.module, prefix, "" if changed else inside)
-        ]
-        if not changed:
-            parts.append((block.stock_attention, prefix + inside, ""))
+        prefix, same = block_prefix(model, block), [] if changed else block.mixers
+        inside = tuple(f"{mixer.path}." for mixer in same)
+        parts: list[tuple[nn.Module, str, tuple[str, ...]]] = [(block.module, prefix, inside)]
+        parts += [(mixer.stock, f"{prefix}{mixer.path}.", ()) for mixer in same]
         for root, before, left_out in parts:
             for name, old in list(entries(root)):
-                if left_out and name.startswith(left_out):
+                if name.startswith(left_out):
                     continue
                 tensor = self._writer.read(before + name, old)
                 dtype = model.module.dtype if tensor.is_floating_point() else tensor.dtype
                 path, _, own = name.rpartition(".")
                 set_entry(root.get_submodule(path), own, tensor.to(model.device, dtype))
-        if not changed:
-            stock = block.stock_attention
-            block.replace_attention(uniform_attention(stock, block.anatomy, block.heads))
+        for mixer in same:
+            mixer.restore()
         block.module.eval()
 
 
 def journalled(block: Block) -> bool:
     """Whether a block can be given back from its shape and its written weights."""
     packed = any(isinstance(module, Integers) for module in block.module.modules())
-    config: Any = getattr(block.stock_attention, "config", None)
-    return not packed and not getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    configs = [getattr(mixer.stock, "config", None) for mixer in block.mixers]
+    scaled = any(getattr(c, "scale_attn_by_inverse_layer_idx", False) for c in configs)
+    return not packed and not scaled
 
 
 def shape_of(block: Block) -> Shape:
@@ -248,6 +240,6 @@ def shape_of(block: Block) -> Shape:
     if block.gone:
         return Shape(gone=True, linears={}, attention=None, forms={})
     forms = {p: dict(m.spec) for p, m in block.module.named_modules() if isinstance(m, Factored)}
-    changed = attention_changed(block)
-    attention = json.loads(json.dumps(block.attention.shape)) if changed else None
+    changed = [mixer.module.shape for mixer in block.mixers if attention_changed(mixer)]
+    attention = json.loads(json.dumps(changed[0])) if changed else None
     return Shape(gone=False, linears=block.linears, attention=attention, forms=forms)

@@ -22,16 +22,22 @@ def renumber(model: Model, block: Block) -> None:
     A stock class may scale scores by that number, too. The queries then make up for the difference.
     """
     number = place(model, block)
-    attention, stock = block.attention, block.stock_attention
-    ratio = (number + 1) / (int(attention.layer_idx or 0) + 1)
-    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False) and ratio != 1:
-        queries = (attention.q_proj, block.anatomy.project(stock, block.heads).q)
-        # Narrow and stock attention share what nothing has changed, which must not shrink twice.
-        own = {t.data_ptr(): t for q in queries for t in (q.weight, q.bias) if t is not None}
-        for tensor in own.values():
-            tensor.data.mul_(ratio)
-        attention.scaling = attention.scaling / ratio
-    for root in (block.module, stock):
+    for mixer in block.mixers:
+        attention = mixer.module
+        ratio = (number + 1) / (int(attention.layer_idx or 0) + 1)
+        if getattr(model.config, "scale_attn_by_inverse_layer_idx", False) and ratio != 1:
+            queries = (attention.q_proj, block.anatomy.project(mixer.stock, mixer.layout).q)
+            # Narrow and stock attention share what nothing changed, which must not shrink twice.
+            own = {t.data_ptr(): t for q in queries for t in (q.weight, q.bias) if t is not None}
+            for tensor in own.values():
+                tensor.data.mul_(ratio)
+            attention.scaling = attention.scaling / ratio
+    number_layers(block, number)
+
+
+def number_layers(block: Block, number: int) -> None:
+    """Give every module of a block, and of attentions that were replaced, a layer index."""
+    for root in (block.module, *(mixer.stock for mixer in block.mixers)):
         for module in root.modules():
             if getattr(module, "layer_idx", None) is not None:
                 numbered: Any = module

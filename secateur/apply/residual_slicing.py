@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from secateur.apply.surgery import check_finite
 from secateur.calibration.collect import check_finite as check_sums
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import BlockStatistics, Gram, Need, Needs, wide
+from secateur.calibration.needs import BlockStatistics, Need, Needs
+from secateur.calibration.statistics import Gram, wide
 from secateur.data.tokens import Tokens
 from secateur.layers.modeling_secateur import SlicedBlock, shorten, sliced
 from secateur.methods.base import Method
@@ -25,7 +26,7 @@ def place_curves(
     method: Method, unit: Unit, block: Block, statistics: BlockStatistics
 ) -> list[Curve]:
     """The predicted error of the stream at every place in a block."""
-    needs = sorted(method.needs & statistics.keys(), key=lambda need: need.place)
+    needs = sorted(method.needs & statistics.keys(), key=lambda need: need.site.side)
     return [method.solve(unit, block, {need: statistics[need]}).curve for need in needs]
 
 
@@ -100,7 +101,7 @@ def places(block: Block) -> dict[str, str]:
     assert found is not None
     return {
         "attention_norm": found.attention_norm,
-        "attention": block.anatomy.attention,
+        "attention": block.attention.path,
         "mlp_norm": found.mlp_norm,
         "mlp": found.mlp,
     }
@@ -111,7 +112,7 @@ def residual_layout(model: Model) -> dict[str, Any] | None:
     found, block = model.anatomy and model.anatomy.pre_norm, model.blocks[0]
     if not found or not isinstance(block.module, SlicedBlock):
         return None
-    size = block.attention.shape["hidden"]
+    size = block.attention.module.shape["hidden"]
     return {"size": size, "last_norm": found.last_norm, "places": places(block)}
 
 
@@ -119,13 +120,13 @@ def slice_block(
     block: Block, module: SlicedBlock, before: Tensor, between: Tensor, behind: Tensor
 ) -> None:
     """Give a block the coordinates x E of its stream, in place; E is of the place in question."""
-    attention, found = block.attention, block.anatomy.pre_norm
+    attention, found = block.attention.module, block.anatomy.pre_norm
     assert found is not None
     maps = (attention.q_proj, attention.k_proj, attention.v_proj)
     _read_from(before, module.get_submodule(found.attention_norm), maps)
     _write_into(between, attention.o_proj)
-    _read_from(between, module.get_submodule(found.mlp_norm), (m for m, _ in block.producers))
-    _write_into(behind, block.consumer)
+    _read_from(between, module.get_submodule(found.mlp_norm), (m for m, _ in block.mlp.producers))
+    _write_into(behind, block.mlp.consumer)
     attention.shape["hidden"] = before.shape[1]
     like = attention.o_proj.weight
     module.attention_shortcut = _parameter(before.mT @ between, like)

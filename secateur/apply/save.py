@@ -18,8 +18,8 @@ from secateur.io.safetensors_writer import Writer
 from secateur.layers import modeling_secateur
 from secateur.layers.factored_secateur import Factored
 from secateur.layers.integers import Integers, quantization_config
+from secateur.models.attention import Attention
 from secateur.models.block import Block
-from secateur.models.linear_ops import inputs_by_outputs
 from secateur.models.model import Model
 from secateur.models.offload import published_name
 from secateur.structure.budget import Written
@@ -72,18 +72,20 @@ def store_block(model: Model, block: Block, writer: Writer) -> None:
         return
     renumber(model, block)
     prefix = block_prefix(model, block)
-    inside = block.anatomy.attention + "."
-    if not attention_changed(block):
-        for name, layer in integers_in(block.attention):
-            block.stock_attention.set_submodule(name, layer)
+    same = [mixer for mixer in block.mixers if not attention_changed(mixer)]
+    for mixer in same:
+        for name, layer in integers_in(mixer.module):
+            mixer.stock.set_submodule(name, layer)
     _round(block.module, model.stored, prefix)
-    _round(block.stock_attention, model.stored, prefix + inside)
+    for mixer in block.mixers:
+        _round(mixer.stock, model.stored, f"{prefix}{mixer.path}.")
+    inside = tuple(f"{mixer.path}." for mixer in same)
     for name, tensor in block.module.state_dict().items():
-        if attention_changed(block) or not name.startswith(inside):
+        if not name.startswith(inside):
             writer.add(prefix + name, _stored(tensor, model.stored))
-    if not attention_changed(block):
-        for name, tensor in block.stock_attention.state_dict().items():
-            writer.add(prefix + inside + name, _stored(tensor, model.stored))
+    for mixer in same:
+        for name, tensor in mixer.stock.state_dict().items():
+            writer.add(f"{prefix}{mixer.path}.{name}", _stored(tensor, model.stored))
 
 
 def store_rest(model: Model, writer: Writer) -> None:
@@ -132,16 +134,16 @@ def _round(module: nn.Module, dtype: torch.dtype, prefix: str, done: tuple[str, 
             layer.forget()
 
 
-def attention_changed(block: Block) -> bool:
-    """Whether the block's attention differs in shape or form from the stock one."""
-    attention, heads = block.attention, block.heads
-    if attention is block.stock_attention:  # so it came, from a compressed checkpoint
+def attention_changed(mixer: Attention) -> bool:
+    """Whether an attention differs in shape or form from the stock one."""
+    attention, layout = mixer.module, mixer.layout
+    if attention is mixer.stock:  # so it came, from a compressed checkpoint
         return True
     shape = attention.shape
-    stock = {"query_key": heads.width, "value": heads.width, "kv_heads": heads.kv_heads}
+    stock = {"query_key": layout.width, "value": layout.width, "kv_heads": layout.kv_heads}
     if "hidden" in shape or any(shape[name] != size for name, size in stock.items()):
         return True
-    if any(not block.published(name) for name, _ in integers_in(attention)):
+    if any(not mixer.published(name) for name, _ in integers_in(attention)):
         return True
     return any(isinstance(module, Factored) for module in attention.children())
 
@@ -167,11 +169,11 @@ def as_written(model: Model, parts: Callable[[nn.Module], Mapping[str, Part]]) -
     """
     found = dict(parts(model.module))
     for block in model.blocks:
-        if attention_changed(block):
-            continue
-        inside = f"{block_prefix(model, block)}{block.anatomy.attention}."
-        found = {name: part for name, part in found.items() if not name.startswith(inside)}
-        found |= {inside + name: part for name, part in parts(block.stock_attention).items()}
+        for mixer in block.mixers:
+            if not attention_changed(mixer):
+                inside = f"{block_prefix(model, block)}{mixer.path}."
+                found = {name: part for name, part in found.items() if not name.startswith(inside)}
+                found |= {inside + name: part for name, part in parts(mixer.stock).items()}
     return found
 
 
@@ -193,8 +195,8 @@ def _stack(model: Model, anatomy: Anatomy) -> dict[str, Any]:
         stock = block.stock_linears
         if changed := {path: own for path, own in block.linears.items() if own != stock[path]}:
             layer["linears"] = changed
-        if attention_changed(block):
-            layer["attention"] = block.attention.shape
+        for mixer in filter(attention_changed, block.mixers):
+            layer["attention"] = mixer.module.shape
         modules = block.module.named_modules()
         if forms := {path: m.spec for path, m in modules if isinstance(m, Factored)}:
             layer["forms"] = forms
@@ -221,7 +223,7 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
     prefix = modeling_secateur.PREFIX
     stock = type(model.module).__name__.removeprefix(prefix)
     if tier == "plain":
-        fields[anatomy.width_key] = inputs_by_outputs(model.blocks[0].consumer).shape[0]
+        fields[anatomy.width_key] = model.blocks[0].feed_forwards[0].width
         fields["architectures"] = [stock]
         fields["model_type"] = config.model_type.removeprefix(PREFIX)
         for name in ("secateur", "auto_map"):  # of a compressed checkpoint that is stock again

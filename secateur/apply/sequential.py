@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from secateur.apply.block_journal import States
 from secateur.apply.residual_slicing import sliced_blocks
-from secateur.apply.surgery import check_finite, folded_bias, narrow_block, narrow_unit
+from secateur.apply.surgery import check_finite, narrow_block, narrow_unit
 from secateur.calibration.collect import Store, collect
-from secateur.calibration.hooks import mixed_values
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import BlockStatistics, Cross, Gram, Needs, wide
+from secateur.calibration.needs import BlockStatistics, Needs, of_unit
+from secateur.calibration.statistics import Cross, Gram, wide
 from secateur.calibration.token_batches import Piece, Rows
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
-from secateur.methods.base import Method, Narrowing, SequentialMethod
+from secateur.methods.base import Method, SequentialMethod
 from secateur.models.block import Block
 from secateur.models.model import Model
-from secateur.structure.units import EVERY_BLOCK, Unit
+from secateur.structure.narrowing import Narrowing
+from secateur.structure.units import EVERY_BLOCK, Unit, WholeBlock
 from secateur.utils.precision import exact
 
 ADDITIVE = 0.02  # of what a block adds; and this many roundings of its output, in half precision
@@ -96,7 +97,7 @@ def _constant(
     model: Model, method: Method, units: Sequence[Unit], gone: Block, store: Store
 ) -> Tensor | None:
     """What stands for a block that goes."""
-    (unit,) = (u for u in units if u.block == gone.index and u.kind == "block")
+    (unit,) = (u for u in units if u.block == gone.index and isinstance(u, WholeBlock))
     statistics = store.get(gone.index, method.needs, model.exact_device)
     with model.resident(gone), gone.solving():
         return method.solve(unit, gone, statistics).at(0).bias
@@ -148,6 +149,9 @@ class Propagation:
         statistics: BlockStatistics,
     ) -> None:
         """Bring the units of a block to their sizes, and every consumer to its target."""
+        if not block.one_of_each:
+            self._narrow_alone(block, units, sizes, statistics)
+            return
         own = {unit.kind: unit for unit in units}
         self.moved = self.moved or any(sizes[unit.name] < unit.size for unit in units)
         additive = self._run_dense(block)
@@ -165,6 +169,22 @@ class Propagation:
             self.method.refine(block, self._rows(block))
             self.ranks.follow(parameter.data for parameter in block.module.parameters())
         check_finite(block)
+        self.narrow.advance(block)
+
+    def _narrow_alone(
+        self,
+        block: Block,
+        units: list[Unit],
+        sizes: Mapping[str, int],
+        statistics: BlockStatistics,
+    ) -> None:
+        """Bring a block of other parts to its sizes by the dense model's statistics.
+
+        The targets above are defined for one attention and one MLP behind it.
+        """
+        self.moved = self.moved or any(sizes[unit.name] < unit.size for unit in units)
+        self.dense.advance(block)
+        narrow_block(block, units, sizes, self.method, statistics, ranks=self.ranks)
         self.narrow.advance(block)
 
     def _rows(self, block: Block) -> Rows:
@@ -186,7 +206,8 @@ class Propagation:
     ) -> None:
         def solved() -> Narrowing:
             with block.solving():
-                return self.method.solve(unit, block, statistics).at(sizes[unit.name])
+                own = of_unit(statistics, unit)
+                return self.method.solve(unit, block, own).at(sizes[unit.name])
 
         narrow_unit(block, unit, self.ranks.told(solved))
 
@@ -216,14 +237,14 @@ class Propagation:
         Values that stay ``whole`` keep their bias; that of others goes into the output's.
         """
         gram, cross, attention = Gram(), Cross(), block.attention
-        bias = attention.o_proj.bias if whole else folded_bias(attention)
+        bias = attention.module.o_proj.bias if whole else attention.folded_bias()
         part = self.narrow.part(block)
         for batch in self.narrow.batches:
             states, mask = self.narrow.at(batch), self.narrow.mask(batch, block)
             target = self.targets[batch][:, part].to(states.device)
-            with watched(block, until=block.attention.o_proj) as seen:
+            with watched(block, until=attention.module.o_proj) as seen:
                 self.narrow.through(block, states)
-            values = seen.mixed if whole else mixed_values(block, seen.mixed)
+            values = seen.mixed if whole else attention.mixed_values(seen.mixed)
             if additive:
                 target = target - wide(states[:, part])
             gram.update(values, mask=mask)
@@ -234,11 +255,11 @@ class Propagation:
 
     def _hidden(self, block: Block, additive: bool) -> BlockStatistics:
         """What the consumer reads in the narrowed model, and what it should make of it."""
-        gram, cross, bias = Gram(), Cross(), block.consumer.bias
+        gram, cross, bias = Gram(), Cross(), block.mlp.consumer.bias
         part = self.narrow.part(block)
         for batch in self.narrow.batches:
             states, mask = self.narrow.at(batch), self.narrow.mask(batch, block)
-            with watched(block, until=block.consumer) as seen:
+            with watched(block, until=block.mlp.consumer) as seen:
                 self.narrow.through(block, states)
             if additive:
                 dense = wide(self.dense.at(batch)[:, part])
@@ -308,7 +329,8 @@ def watched(block: Block, until: nn.Module | None = None) -> Iterator[Seen]:
 
         return note
 
-    output, producer, consumer = block.attention.o_proj, block.producers[0][0], block.consumer
+    mlp, output = block.mlp, block.attention.module.o_proj
+    producer, consumer = mlp.producers[0][0], mlp.consumer
     crossing = block.anatomy.crossing
     with ExitStack() as stack:
         if crossing is not None:

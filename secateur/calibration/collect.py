@@ -13,7 +13,8 @@ from torch import Tensor
 from secateur.calibration.gradients import collect_gradients, needs_gradients
 from secateur.calibration.hooks import observed
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import INPUTS, BlockStatistics, Need, Needs, Statistic
+from secateur.calibration.needs import BlockStatistics, Need, Needs, in_block, in_parts
+from secateur.calibration.statistics import Statistic
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.io.atomic import own_partial, remove_partials
@@ -68,7 +69,7 @@ class Store:
         if self.folder is None:
             return
         needs = frozenset(needs)
-        own = own | {"needs": sorted(map(_key, needs))}
+        own = own | {"needs": sorted(need.id for need in needs)}
         path = self.folder / "identity.json"
         advice = "Name another folder, or remove this one."
         with reading(path, "statistics", f" {advice}"):
@@ -97,19 +98,19 @@ class Store:
         there, counts = self._read(block.index)
         if not counts:  # it is measured
             return
-        needs = [need for need in needs if _seen(block, need)]
-        if differing := sorted({*map(_key, needs)} ^ counts.keys()):
+        needs = in_block(needs, block)
+        if differing := sorted({need.id for need in needs} ^ counts.keys()):
             fault = "is too much" if differing[0] in counts else "is missing"
             raise InputError(f"{named}: {shown(differing[0])} {fault}. Remove the file.")
         for need in needs:
-            shape = need.kind.shape(*block.features(need.place))
+            shape = need.kind.shape(*block.features(need.site))
             whole = need.kind(torch.empty(shape, dtype=torch.float64, device="meta"))
             for name, part in whole.parts().items():
-                entry = there.get(_key(need) + name)
+                entry = there.get(need.id + name)
                 if entry is None or entry.dtype != "F64" or entry.shape != tuple(part.shape):
                     seen = "missing" if entry is None else f"{entry.shape} of {entry.dtype}"
                     raise InputError(
-                        f"{named}: {_key(need)}{name} is {seen}, and of this model it is "
+                        f"{named}: {need.id}{name} is {seen}, and of this model it is "
                         f"{tuple(part.shape)} of F64. Remove the file."
                     )
 
@@ -122,11 +123,11 @@ class Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            _key(need) + name: part.contiguous()
+            need.id + name: part.contiguous()
             for need, statistic in statistics.items()
             for name, part in statistic.parts().items()
         }
-        counts = {_key(need): str(statistic.tokens) for need, statistic in statistics.items()}
+        counts = {need.id: str(statistic.tokens) for need, statistic in statistics.items()}
         path = self._path(block)
         partial = own_partial(path)
         partial.unlink(missing_ok=True)  # a link of that name would lead elsewhere
@@ -141,7 +142,7 @@ class Store:
         self, block: int, needs: Iterable[Need], device: torch.device | str = "cpu"
     ) -> BlockStatistics:
         """The statistics of a block that ``needs`` names, as far as it has them, on a device."""
-        needs = list(needs)
+        needs = in_parts(needs)
         if self.folder is None:
             kept = self._memory[block]
             return {
@@ -155,7 +156,7 @@ class Store:
         there, counts = read_whole(path)
         found: dict[Need, Statistic] = {}
         for need in needs:
-            if (key := _key(need)) not in counts:
+            if (key := need.id) not in counts:
                 continue
             seen = counts[key]
             if not (seen.isascii() and seen.isdigit() and len(seen) < 19):
@@ -176,21 +177,6 @@ class Store:
                 raise InputError(f"statistics {str(path)!r}: {key} has sums of squares below 0.")
             found[need] = statistic
         return found
-
-
-def _key(need: Need) -> str:
-    return f"{need.place}.{need.kind.__name__}"
-
-
-def _seen(block: Block, need: Need) -> bool:
-    """Whether a block has the place of a statistic."""
-    if need.place == "scores":
-        return block.query_key_obstacle is None
-    if need.place == "between":
-        return block.anatomy.pre_norm is not None
-    if need.place in INPUTS:  # what is empty reads nothing
-        return any(linear.place == need.place for linear in block.linear_layers)
-    return True
 
 
 def calibrate(
@@ -242,7 +228,7 @@ def collect(
         InputError: the activations hold NaN or infinite numbers.
     """
     statistics: dict[Need, Statistic] = {
-        need: need.kind() for need in needs if not needs_gradients(need) and _seen(block, need)
+        need: need.kind() for need in in_block(needs, block) if not needs_gradients(need)
     }
     part, ahead = stream.part(block), stream.ahead(block)
     for statistic in statistics.values():
@@ -252,9 +238,9 @@ def collect(
         with observed(block, statistics, mask):
             after = stream.through(block, before)
         for need, statistic in statistics.items():
-            if need.place == "block":
+            if need.site == Needs.INFLUENCE.site:
                 statistic.update(before[:, part], after[:, part], mask=mask)
-            if need.place == "behind":
+            if need.site == Needs.BEHIND_GRAM.site:
                 statistic.update(after[:, part], mask=mask)
         if move:
             stream.put(batch, after)

@@ -1,6 +1,6 @@
 """What a number that is made of the logits loses with each channel and each KV head: gradients.
 
-A statistic whose place is "FUNCTIONAL:KIND" is of the gradient of a functional with respect to all
+A statistic whose side is "FUNCTIONAL:KIND" is of the gradient of a functional with respect to all
 parameters that go with a channel ("mlp") or a KV head ("heads"). It takes a backward pass of the
 whole model, so it is collected before the statistics of the blocks, not with them.
 """
@@ -8,15 +8,20 @@ whole model, so it is collected before the statistics of the blocks, not with th
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.statistics import Need, Statistic, wide
+from secateur.calibration.needs import Need, in_block
+from secateur.calibration.statistics import Statistic, wide
 from secateur.data.tasks import Use
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
+from secateur.models.block import Block
 from secateur.models.model import Model
+from secateur.models.parts import AxisView
+from secateur.structure.sites import Site
 from secateur.utils.errors import InputError
 from secateur.utils.precision import exact
 
@@ -29,6 +34,8 @@ class FirstOrder(Statistic):
     Σ |g∘w| and Σ g∘w over the parameters w of each, g the gradient summed over all tokens. The
     absolute value is that of the whole sum, so it is fed once, and parts of it do not add up.
     """
+
+    id: ClassVar[str] = "FirstOrder"
 
     what = "gradients"
 
@@ -53,6 +60,8 @@ class SecondOrder(FirstOrder):
     of the squared gradient of a window's mean. What removing a parameter does is −g w + ½ w² F.
     """
 
+    id: ClassVar[str] = "SecondOrder"
+
     @classmethod
     def shape(cls, *features: int) -> tuple[int, ...]:
         return 4, *features
@@ -68,12 +77,13 @@ class SecondOrder(FirstOrder):
         return torch.cat((super().summed(weights, gradient, mask=mask), both))
 
 
+PARTS = {"mlp": "mlp", "heads": "attention"}  #: kind of unit → the part that it is in
 #: kind of unit → first-order statistic of the mean loss
-LOSS = {kind: Need(f"loss:{kind}", FirstOrder) for kind in ("mlp", "heads")}
+LOSS = {kind: Need(Site(part, f"loss:{kind}"), FirstOrder) for kind, part in PARTS.items()}
 #: the same with second order
-CURVED_LOSS = {kind: Need(f"loss:{kind}", SecondOrder) for kind in ("mlp", "heads")}
+CURVED_LOSS = {kind: Need(Site(part, f"loss:{kind}"), SecondOrder) for kind, part in PARTS.items()}
 #: kind of unit → first-order statistic of the mean over the vocabulary of a window's highest logits
-LOGITS = {kind: Need(f"logits:{kind}", FirstOrder) for kind in ("mlp", "heads")}
+LOGITS = {kind: Need(Site(part, f"logits:{kind}"), FirstOrder) for kind, part in PARTS.items()}
 
 
 def own_loss(use: Use, logits: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
@@ -98,7 +108,7 @@ FUNCTIONALS: dict[str, Functional] = {"loss": own_loss, "logits": highest_logits
 
 def needs_gradients(need: Need) -> bool:
     """Whether a statistic is of gradients, and so not of one block's activations."""
-    return need.place.partition(":")[0] in FUNCTIONALS
+    return need.site.side.partition(":")[0] in FUNCTIONALS
 
 
 @torch.inference_mode(False)
@@ -117,14 +127,13 @@ def collect_gradients(
     """
     found: dict[int, dict[Need, Statistic]] = {block.index: {} for block in model.blocks}
     groups: dict[str, list[Need]] = {}
-    for need in sorted(filter(needs_gradients, needs), key=lambda n: (n.place, n.kind.__name__)):
-        groups.setdefault(need.place.partition(":")[0], []).append(need)
+    for need in sorted(filter(needs_gradients, needs), key=lambda n: n.id):
+        groups.setdefault(need.site.side.partition(":")[0], []).append(need)
     for name, own in groups.items():
-        kinds = {need: need.place.partition(":")[2] for need in own}
         sums = _Sums(any(issubclass(need.kind, SecondOrder) for need in own))
         for block in model.blocks:
-            for kind in sorted(set(kinds.values())):
-                block.parameters_of(kind, of=sums.follow)
+            for site in sorted({need.site for need in in_block(own, block)}):
+                _view(block, site).parameters(of=sums.follow)
         share = ranks.share(len(tokens), max(1, TOKENS_PER_BACKWARD // tokens.length))
         _backward(model, tokens[share], FUNCTIONALS[name], sums)
         sums.add_up(ranks)
@@ -132,13 +141,13 @@ def collect_gradients(
             raise InputError(f"calibration: {model.use.lacking}")
         counted = torch.ones(sums.count, dtype=torch.bool)
         for block in model.blocks:
-            for need, kind in kinds.items():
+            for need in in_block(own, block):
                 ways = [lambda parameter: parameter, sums.first.__getitem__]
                 if issubclass(need.kind, SecondOrder):
                     ways.append(sums.mean_square)
-                statistic = need.kind()
+                statistic, view = need.kind(), _view(block, need.site)
                 with torch.no_grad():
-                    values = [_rows(block.parameters_of(kind, of=way)) for way in ways]
+                    values = [_rows(view.parameters(of=way)) for way in ways]
                     statistic.update(*values, mask=counted)
                 found[block.index][need] = statistic
     return found
@@ -186,6 +195,11 @@ class _Sums:
     def mean_square(self, parameter: Tensor) -> Tensor:
         """E g² over windows."""
         return self.second[parameter] / self.windows
+
+
+def _view(block: Block, site: Site) -> AxisView:
+    """The units whose gradients a site ("FUNCTIONAL:KIND" of a part) is of."""
+    return block.part(site.path).axis(site.side.partition(":")[2])
 
 
 def _rows(parts: Sequence[Tensor]) -> Tensor:

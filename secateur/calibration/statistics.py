@@ -7,8 +7,8 @@ a mean over tokens, so that ridges relative to it have no unit.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, Self
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Statistic(ABC):
     ``most_tokens`` is where a statistic that is dear to collect has seen enough.
     """
 
+    #: what it is called in files; never changes, since kept statistics are found by it
+    id: ClassVar[str]
     most_tokens: ClassVar[int | None] = None
     #: what it sums, for messages
     what: ClassVar[str] = "activations"
@@ -128,6 +130,8 @@ def real(values: Tensor, mask: Tensor) -> Tensor:
 class Gram(Additive):
     """Σ xᵀx of (batch, tokens, n) activations: (n, n), summed on and above the diagonal alone."""
 
+    id: ClassVar[str] = "Gram"
+
     def onto(self, total: Tensor | None, *values: Tensor, mask: Tensor) -> Tensor:
         rows = real(values[0], mask)
         if total is None:
@@ -173,6 +177,8 @@ class Gram(Additive):
 class HeadGram(Additive):
     """Σ xᵀx of each head of (batch, tokens, heads, n) activations: (heads, n, n)."""
 
+    id: ClassVar[str] = "HeadGram"
+
     @classmethod
     def shape(cls, *features: int) -> tuple[int, ...]:
         return *features, features[-1]
@@ -188,6 +194,8 @@ class HeadGram(Additive):
 
 class Energy(Additive):
     """Σ x² of every coordinate of (batch, tokens, …) activations: the diagonal of a Gram."""
+
+    id: ClassVar[str] = "Energy"
 
     @classmethod
     def shape(cls, *features: int) -> tuple[int, ...]:
@@ -206,6 +214,8 @@ class Moments(Additive):
 
     Both in float64, as a variance is a small difference of large sums where a mean is large.
     """
+
+    id: ClassVar[str] = "Moments"
 
     @classmethod
     def shape(cls, *features: int) -> tuple[int, ...]:
@@ -232,6 +242,8 @@ class Influence(Additive):
     The mean is the block influence of ShortGPT (arXiv 2403.03853, equation 1).
     """
 
+    id: ClassVar[str] = "Influence"
+
     @classmethod
     def shape(cls, *features: int) -> tuple[int, ...]:
         return ()
@@ -247,6 +259,8 @@ class Change(Additive):
 
     Σ (y − x), Σ ‖y − x‖² and Σ ‖y‖² behind one another, in float64: (hidden + 2).
     """
+
+    id: ClassVar[str] = "Change"
 
     @classmethod
     def shape(cls, *features: int) -> tuple[int, ...]:
@@ -266,6 +280,8 @@ class Change(Additive):
 class Angle(Additive):
     """Σ arccos(cosine) / π between a block's input and output, both (batch, tokens, hidden)."""
 
+    id: ClassVar[str] = "Angle"
+
     @classmethod
     def shape(cls, *features: int) -> tuple[int, ...]:
         return ()
@@ -283,6 +299,8 @@ class Angle(Additive):
 class Cross(Additive):
     """Σ xᵀt of features (batch, tokens, n) and targets (batch, tokens, outputs): (n, outputs)."""
 
+    id: ClassVar[str] = "Cross"
+
     @classmethod
     def shape(cls, *features: int) -> tuple[int, ...]:
         return features
@@ -290,128 +308,3 @@ class Cross(Additive):
     def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
         features, targets = values
         return real(features, mask).t() @ real(targets, mask)
-
-
-class PairScores(Additive):
-    """What each rotary pair of a head adds to the attention's output: (kv heads, 2 pairs, 2 pairs).
-
-    For a query head, let S_p[t, s] be what pair p adds to the score of query t and key s, A the
-    attention weights and u_s the value as the output projection maps it. To first order, pair p
-    adds to the output of token t
-
-        o_p[t] = Σ_s A[t, s] (S_p[t, s] − Σ_r A[t, r] S_p[t, r]) u_s
-
-    (the derivative of the softmax), and this is Σ_t ⟨o_p[t], o_r[t]⟩ over pairs p, r, summed over
-    the query heads that read a KV head. The second half of the features is the same pairs with the
-    query turned by 90°, S'_p, which a gain on a kept pair can mix in. Dims that don't rotate have
-    no partner: both halves then hold single coordinates.
-
-    As S_p is a product of a query's and a key's coordinates, the sum over s is one of A with keys
-    times values, and no scores of single pairs are ever made.
-
-    Takes queries (batch, heads, tokens, width) and keys (batch, kv heads, tokens, width) after
-    rotation, the first already scaled; values (batch, heads, tokens, any) in a basis in which the
-    output's metric is the identity; which pairs turn (pairs), bool; how many tokens back a query
-    sees, itself counted, or 0 where it sees both sides; and, where there are such, the cap c of
-    scores (0 where only the next is there) and their bias by position (heads, tokens, tokens). With
-    a cap the softmax is taken of c tanh(S / c), and S_p counts times the slope 1 − tanh²(S[t, s] /
-    c) there. The bias is added to the scores and belongs to no pair.
-    """
-
-    most_tokens = 4096
-
-    @classmethod
-    def shape(cls, *features: int) -> tuple[int, ...]:
-        return *features, features[-1]
-
-    @classmethod
-    def squares(cls, total: Tensor) -> Tensor:
-        return total.diagonal(dim1=1, dim2=2)
-
-    def summed(self, *values: Tensor, mask: Tensor) -> Tensor:
-        query, key, value, turning, window, *more = values
-        cap = more[0] if more else query.new_zeros(())
-        capped = bool(cap)
-        bias = more[1] if len(more) > 1 else query.new_zeros(query.shape[1], 1, 1)
-        group, turn = query.shape[1] // key.shape[1], turning.bool()[:, None]
-        tokens = torch.arange(mask.shape[1], device=mask.device)
-        back = tokens.unsqueeze(1) - tokens
-        unseen = (back < 0) | (back >= window) if int(window) else torch.zeros_like(back).bool()
-        total = exact(query.new_zeros(key.shape[1], query.shape[-1], query.shape[-1]))
-        one = value.new_ones(value.shape[2], 1)
-        for row in range(len(query)):
-            for head in range(query.shape[1]):
-                q, k, u = query[row, head], key[row, head // group], value[row, head]
-                scores = q @ k.t()
-                slopes = scores.new_ones(())
-                if capped:
-                    bent = (scores / cap).tanh()
-                    scores, slopes = bent * cap, 1 - bent.square()
-                weights = (scores + bias[head]).masked_fill(unseen, -torch.inf).softmax(-1)
-                read = torch.cat((u, one), 1)  # the column of ones gives the mean of S_p
-                products = k.unsqueeze(2) * read.unsqueeze(1)  # tokens, coordinates, any + 1
-                mixed = (weights * slopes @ products.flatten(1)).view_as(products)
-                (q1, q2), (m1, m2) = q.unsqueeze(2).chunk(2, 1), mixed.chunk(2, 1)
-                first = torch.where(turn, q1 * m1 + q2 * m2, q1 * m1)
-                second = torch.where(turn, q1 * m2 - q2 * m1, q2 * m2)
-                added = torch.cat((first, second), 1)
-                added = added[..., :-1] - added[..., -1:] * (weights @ u).unsqueeze(1)
-                added = added[mask[row]].transpose(0, 1).flatten(1)
-                total[head // group] += exact(added @ added.t())
-        return total
-
-
-class Need(NamedTuple):
-    """A statistic of the activations at one place in a block.
-
-    Places: "hidden" (MLP hidden channels, as the consumer reads them), "query" and "key" (heads
-    before rotation, after any norm inside them), "value" (heads without bias), "mixed" (values
-    without bias, mixed by attention, as the output projection reads them), "scores" (see
-    :class:`PairScores`), "block" (input and output of the block), "between" and "behind" (the
-    residual stream behind attention, where blocks have it, and behind the block),
-    "attention_inputs", "output_inputs" and "mlp_inputs" (what the linears of attention, its output
-    projection and the MLP's producers read, biases and all). How many features a token has at each
-    says :meth:`~secateur.models.block.Block.features`.
-    """
-
-    place: str
-    kind: type[Statistic]
-
-
-BlockStatistics = Mapping[Need, Statistic]
-
-
-class Needs:
-    """The statistics in use, and their names on disk."""
-
-    HIDDEN_GRAM: ClassVar = Need("hidden", Gram)
-    QUERY_ENERGY: ClassVar = Need("query", Energy)
-    KEY_ENERGY: ClassVar = Need("key", Energy)
-    VALUE_GRAM: ClassVar = Need("value", HeadGram)
-    INFLUENCE: ClassVar = Need("block", Influence)
-    ANGLE: ClassVar = Need("block", Angle)
-    CHANGE: ClassVar = Need("block", Change)
-    MIXED_GRAM: ClassVar = Need("mixed", Gram)
-    HIDDEN_ENERGY: ClassVar = Need("hidden", Energy)
-    HIDDEN_MOMENTS: ClassVar = Need("hidden", Moments)
-    MIXED_MOMENTS: ClassVar = Need("mixed", Moments)
-    PAIR_SCORES: ClassVar = Need("scores", PairScores)
-    BETWEEN_GRAM: ClassVar = Need("between", Gram)
-    BEHIND_GRAM: ClassVar = Need("behind", Gram)
-    HIDDEN_TARGET: ClassVar = Need("hidden", Cross)
-    MIXED_TARGET: ClassVar = Need("mixed", Cross)
-    ATTENTION_INPUT_GRAM: ClassVar = Need("attention_inputs", Gram)
-    OUTPUT_INPUT_GRAM: ClassVar = Need("output_inputs", Gram)
-    MLP_INPUT_GRAM: ClassVar = Need("mlp_inputs", Gram)
-
-
-#: of what reads an MLP's channels and of what reads whole heads, by the kind of the axis
-GRAMS = {"mlp": Needs.HIDDEN_GRAM, "heads": Needs.MIXED_GRAM}
-MOMENTS = {"mlp": Needs.HIDDEN_MOMENTS, "heads": Needs.MIXED_MOMENTS}
-#: of what each linear of a block reads, by the place where that is seen
-INPUTS = {
-    "attention_inputs": Needs.ATTENTION_INPUT_GRAM,
-    "output_inputs": Needs.OUTPUT_INPUT_GRAM,
-    "mlp_inputs": Needs.MLP_INPUT_GRAM,
-    "hidden": Needs.HIDDEN_GRAM,
-}

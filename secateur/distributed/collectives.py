@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import BlockStatistics
+from secateur.calibration.needs import BlockStatistics
 
 if TYPE_CHECKING:
     from secateur.distributed.rendezvous import Link

@@ -235,7 +235,7 @@ def multiply_out(model: Model) -> int:
 
 def stock_again(model: Model, settings: Settings) -> bool:
     """Whether the stock class has these very tensors, in the same order of dims."""
-    if any(block.heads.pairs != sorted(block.heads.pairs) for block in model.blocks):
+    if any(block.layout.pairs != sorted(block.layout.pairs) for block in model.blocks):
         return False
     fields = model.config.to_dict()
     model_type = str(fields.pop("model_type")).removeprefix(PREFIX)

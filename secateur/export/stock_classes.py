@@ -78,8 +78,8 @@ def common_sizes(model: Model) -> Sizes:
     by_kind: dict[str, list[tuple[int, ...]]] = {"mlp": [], "heads": []}
     by_kind |= {"query_key": [], "value_output": []}
     for block in model.blocks:
-        a = block.attention
-        by_kind["mlp"].append((inputs_by_outputs(block.consumer).shape[0],))
+        a = block.attention.module
+        by_kind["mlp"].append((inputs_by_outputs(block.mlp.consumer).shape[0],))
         by_kind["heads"].append((a.heads, a.kv_heads))
         by_kind["query_key"].append((a.query_key,))
         by_kind["value_output"].append((a.value,))
@@ -169,7 +169,7 @@ def _fields(
         given.pop(name, None)
     fields = given if own else {name: given[name] for name in COMMON if name in given}
     fields[anatomy.width_key if own else "intermediate_size"] = sizes.width
-    dense = model.blocks[0].heads
+    dense = model.blocks[0].layout
     if not own or (sizes.heads, sizes.kv_heads) != (dense.heads, dense.kv_heads):
         fields |= {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads}
     if (
@@ -200,7 +200,7 @@ def _fields(
 
 def _biased(model: Model) -> tuple[bool, bool]:
     """Whether any attention, and any MLP, has a bias."""
-    attention = any(block.attention.shape["bias"] for block in model.blocks)
+    attention = any(block.attention.module.shape["bias"] for block in model.blocks)
     mlp = any(linear["bias"] for block in model.blocks for linear in block.linears.values())
     return attention, mlp
 
@@ -216,13 +216,13 @@ def _windows(config: Any) -> bool:
 
 def columns(block: Block) -> list[list[int]] | None:
     """The columns of the rotary tables that each KV head turns by; None where nothing turns."""
-    attention = block.attention
+    attention = block.attention.module
     if attention.rotary == "none":
         return None
     if attention.rotary == "chosen":
         found: list[list[int]] = attention.rope_pairs.tolist()
         return found
-    return [[*range(block.heads.rotary // 2)]] * attention.kv_heads
+    return [[*range(block.layout.rotary // 2)]] * attention.kv_heads
 
 
 def _pairs(model: Model) -> tuple[tuple[int, ...] | None, str | None]:
@@ -230,10 +230,10 @@ def _pairs(model: Model) -> tuple[tuple[int, ...] | None, str | None]:
     first: tuple[int, str] | None = None
     shared: list[int] = []
     for block in model.blocks:
-        half = block.heads.rotary // 2
+        half = block.layout.rotary // 2
         for head in columns(block) or ():
             ordered = sorted(head)
-            if block.attention.rotary == "chosen" and ordered and ordered[-1] >= half:
+            if block.attention.module.rotary == "chosen" and ordered and ordered[-1] >= half:
                 return None, f"{_unit(block)} has dims that don't turn with the position"
             if first is None:
                 first, shared = (block.index, _unit(block)), ordered
@@ -243,7 +243,7 @@ def _pairs(model: Model) -> tuple[tuple[int, ...] | None, str | None]:
                     f"{_unit(block)} turns by other rotary pairs than {where}, and a stock class "
                     f"has one set of them"
                 )
-    if first is None or shared == [*range(model.blocks[0].heads.rotary // 2)]:
+    if first is None or shared == [*range(model.blocks[0].layout.rotary // 2)]:
         return None, None
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type") not in STEADY:
@@ -281,20 +281,20 @@ def _ratio(model: Model, module: PreTrainedModel) -> float:
     """The scale of the model's scores over that of a stock class."""
     anatomy, block = model.anatomy, model.blocks[0]
     assert anatomy is not None
-    if not attention_changed(block):
+    if not attention_changed(block.attention):
         return 1.0
     stock: Any = module.base_model.get_submodule(f"{anatomy.blocks}.0.{anatomy.attention}")
-    return float(block.attention.scaling) / float(
-        getattr(stock, "scaling", block.attention.scaling)
+    return float(block.attention.module.scaling) / float(
+        getattr(stock, "scaling", block.attention.module.scaling)
     )
 
 
 def _obstacle(model: Model, module: PreTrainedModel, ratio: float) -> str | None:
     """Why a class does not compute what the model does, or None."""
-    changed = [block for block in model.blocks if attention_changed(block)]
-    if any(block.heads.pairs != sorted(block.heads.pairs) for block in changed):
+    changed = [block for block in model.blocks if attention_changed(block.attention)]
+    if any(block.layout.pairs != sorted(block.layout.pairs) for block in changed):
         return "its rotary pairs are neighbours, and here they are in halves"
-    if ratio != 1 and any(block.attention.q_norm is not None for block in changed):
+    if ratio != 1 and any(block.attention.module.q_norm is not None for block in changed):
         return "a norm stands between queries and scores, whose scale is another"
     there, wanted = (
         {name: tuple(tensor.shape) for name, tensor in m.items() if not name.endswith(PAIRS)}
@@ -323,9 +323,9 @@ def conform(model: Model, stock: Stock) -> None:
     The model computes what it did.
     """
     for block in model.blocks:
-        if not attention_changed(block):
+        if not attention_changed(block.attention):
             continue
-        a = block.attention
+        a = block.attention.module
         with torch.no_grad():
             if a.rotary == "chosen":
                 order = a.rope_pairs.argsort(-1)

@@ -4,7 +4,7 @@ A family is found by ``model_type``. Nothing here imports transformers, so that 
 known while it is being imported. May import ``utils`` and ``layers``.
 """
 
-from secateur.families.base import Anatomy, HeadLayout, Projection, Projections
+from secateur.families.base import Anatomy, FeedForward, HeadLayout, Projection, Projections
 from secateur.families.encoders import BERT, VIT
 from secateur.families.gpt import FALCON, GPT2, GPT_NEOX, OPT
 from secateur.families.llama_like import (
@@ -52,7 +52,7 @@ FAMILIES: tuple[Anatomy, ...] = (
     T5_GATED,
 )
 
-__all__ = ["FAMILIES", "Anatomy", "HeadLayout", "Projection", "Projections", "find"]
+__all__ = ["FAMILIES", "Anatomy", "FeedForward", "HeadLayout", "Projection", "Projections", "find"]
 
 
 def find(model_type: str) -> Anatomy | None:

@@ -93,6 +93,14 @@ class Crossing:
     output: str
 
 
+class FeedForward(NamedTuple):
+    """The linears of one MLP, see :class:`Anatomy`."""
+
+    producers: tuple[tuple[str, int], ...]
+    activation: str
+    consumer: str
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """A model family: where its blocks are and which weights of a block belong together.
@@ -105,7 +113,7 @@ class Anatomy:
         family: name shown to people.
         model_types: the ``config.model_type`` values it serves.
         blocks: the module list of blocks.
-        attention: the attention module.
+        attention: the attention module; None where blocks have none.
         project: takes the attention module and its head layout, gives its four maps.
         producers: linears whose outputs are the MLP's hidden channels, with the number of equal
             parts that each output is made of (2 where gate and up are one matrix). Where there
@@ -131,12 +139,13 @@ class Anatomy:
         tied: config key that is false where the head has weights of its own.
         use: what models of it are for; see :mod:`secateur.data.tasks`.
         refusal: takes a config, says why it is not served, or None.
+        further_mlps: the MLPs of a block behind its first.
     """
 
     family: str
     model_types: tuple[str, ...]
     blocks: str
-    attention: str
+    attention: str | None
     project: Callable[[nn.Module, HeadLayout], Projections]
     producers: tuple[tuple[str, int], ...]
     activation: str
@@ -155,6 +164,12 @@ class Anatomy:
     tied: str = "tie_word_embeddings"
     use: Literal["causal", "masked", "images", "seq2seq"] = "causal"
     refusal: Callable[[Any], str | None] = served
+    further_mlps: tuple[FeedForward, ...] = ()
+
+    @property
+    def feed_forwards(self) -> tuple[FeedForward, ...]:
+        """All MLPs of a block."""
+        return (FeedForward(self.producers, self.activation, self.consumer), *self.further_mlps)
 
     @property
     def pre_norm(self) -> PreNorm | None:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.knapsack import Knapsack
-from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.needs import BlockStatistics, Need, Needs
 from secateur.calibration.token_batches import Rows
 from secateur.methods.base import SequentialMethod, Solution
 from secateur.methods.exact_pairs import ExactPairs

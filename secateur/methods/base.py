@@ -1,18 +1,17 @@
 """The contract of a method: score an axis, and say what replaces it at a size."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import Tensor, nn
-
-from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.calibration.needs import BlockStatistics, Need
 from secateur.calibration.token_batches import Rows
 from secateur.models.block import Block
 from secateur.structure.budget import Keep, Target
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WIDTHS, Unit
 from secateur.utils.errors import InputError
 from secateur.utils.options import checked
@@ -20,31 +19,6 @@ from secateur.utils.options import checked
 if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
     from secateur.models.model import Model
-
-
-@dataclass(frozen=True)
-class Narrowing:
-    """What replaces an axis z of width n by one of width k: z W becomes (z E) Ŵ.
-
-    Attributes:
-        keep: the kept coordinates, in order: (k) for an MLP or for KV heads, (kv heads, k) for
-            query/key. None where E is a dense basis.
-        encode: E, (kv heads, n, k), multiplied into the values, or into the queries of the heads
-            that read a KV head, whose keys are selected; (n, k), orthonormal, for the residual
-            stream, from which E also tells what reads and writes it. None where E selects.
-        consumer: Ŵ in place of the consumer's rows: (k, outputs) for an MLP, (heads · k, outputs)
-            for value/output. None leaves the kept rows as they are.
-        bias: a constant for the consumer's output in place of what is gone, (outputs).
-        layers: by their paths, layers in place of linear ones, for a unit that is a matrix.
-
-    Value/output without ``encode`` keeps its width, and only the consumer changes.
-    """
-
-    keep: Tensor | None = None
-    encode: Tensor | None = None
-    consumer: Tensor | None = None
-    bias: Tensor | None = None
-    layers: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 class Solution:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur.allocate.angular import Angular
 from secateur.allocate.base import Allocator
-from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.needs import BlockStatistics, Need, Needs
 from secateur.methods.scored import ScoredMethod
 from secateur.models.block import Block
 from secateur.structure.units import Unit
@@ -51,8 +51,9 @@ class CFSP(ScoredMethod):
     def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
         """Norm times mean share."""
         norms = statistics[Needs.HIDDEN_ENERGY].mean.sqrt()
-        read = block.consumer_weight.abs() * norms.unsqueeze(1)  # channels, hidden
-        weights = [read, *(made.double().abs().t() for made in block.producer_weights)]
+        mlp = block.mlp_of(unit)
+        read = mlp.consumer_weight.abs() * norms.unsqueeze(1)  # channels, hidden
+        weights = [read, *(made.double().abs().t() for made in mlp.producer_weights)]
         scores: Tensor = norms * sum(self._shares(w).mean(1) for w in weights)
         return scores
 
@@ -63,4 +64,4 @@ class CFSP(ScoredMethod):
     def errors(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
         """The energy that a channel adds to the output."""
         energy: Tensor = statistics[Needs.HIDDEN_ENERGY].mean
-        return energy * block.consumer_weight.square().sum(1)
+        return energy * block.mlp_of(unit).consumer_weight.square().sum(1)

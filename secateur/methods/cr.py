@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.linalg.least_squares import tails
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
+from secateur.models.attention import Attention
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 from secateur.utils.errors import InputError
 
@@ -36,27 +38,28 @@ class CR:
         The curve is the removed share of Σ s², which bounds the scores' error if pairs were
         uncorrelated.
         """
-        scores, pairs = self._ranked(block, statistics)
+        attention = block.attention_of(unit)
+        scores, pairs = self._ranked(attention, statistics)
 
         def choose(size: int) -> Tensor:
             kept = pairs[:, : size // 2]
-            if block.heads.rotary:  # in the tables' order; without rotation any order is as good
+            if attention.layout.rotary:  # in the tables' order; else any order is as good
                 kept = kept.gather(1, kept[..., 0].argsort(dim=1).unsqueeze(-1).expand_as(kept))
             return kept.mT.flatten(1)
 
         def keeping(keep: Tensor) -> Narrowing:
-            check_pairs(keep, pairs.shape[1], block.heads.rotary // 2)
+            check_pairs(keep, pairs.shape[1], attention.layout.rotary // 2)
             return Narrowing(keep=keep)
 
         curve = Curve.of(per_coordinate(tails(scores.sum(0))))  # best pairs first
         return Solution.of(curve, choose, keeping)
 
-    def _ranked(self, block: Block, statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
+    def _ranked(self, attention: Attention, statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
         """Squared scores (kv heads, pairs), descending, and the pairs' coordinates (…, 2)."""
         key = statistics[Needs.KEY_ENERGY].mean
         query = statistics[Needs.QUERY_ENERGY].mean.view(len(key), -1, key.shape[1]).sum(1)
         half = key.shape[1] // 2
-        turning = block.heads.rotary // 2
+        turning = attention.layout.rotary // 2
         coordinates = torch.arange(half, device=key.device).expand(len(key), -1)
         pairs = torch.stack((coordinates, coordinates + half), -1)
         # Half of the product of energies is what a turning pair adds on average over all angles.

@@ -73,7 +73,7 @@ class DictionaryMethod(FormMethod):
         found: dict[object, list[Linear]] = {}
         for (linear,) in alone:
             # What is read through another linear, or is one of two factors, has no peers.
-            read = linear.path if linear.factor else linear.place
+            read = linear.path if linear.factor else linear.site
             found.setdefault(read, []).append(linear)
         return [*found.values()]
 

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.linalg.least_squares import damped_cholesky, least_squares
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.methods.cr import check_pairs, per_coordinate
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 
 
@@ -41,7 +42,7 @@ class ExactPairs:
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The best pairs of every KV head with their gains, first halves before second halves."""
         forms = statistics[Needs.PAIR_SCORES].mean
-        turning = block.heads.rotary // 2
+        turning = block.attention_of(unit).layout.rotary // 2
         heads, target, losses = self._heads(forms, turning)
 
         def choose(size: int) -> Tensor:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.fluctuation import Fluctuation, fluctuations
-from secateur.calibration.statistics import MOMENTS, BlockStatistics, Need
+from secateur.calibration.needs import MOMENTS, BlockStatistics, Need
 from secateur.methods.scored import ScoredMethod
-from secateur.models.block import Block, mixed_bias
-from secateur.structure.units import Unit
+from secateur.models.block import Block
+from secateur.structure.units import MLP, Unit
 from secateur.utils.options import option
 
 
@@ -51,12 +51,12 @@ class FLAP(ScoredMethod):
 
     def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
         """What to rank by."""
-        found = fluctuations(unit.kind, block, statistics)
-        return found.squeeze(1) if unit.kind == "mlp" else found.square().sum(1)
+        found = fluctuations(block.axis(unit), statistics)
+        return found.squeeze(1) if isinstance(unit, MLP) else found.square().sum(1)
 
     def errors(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
         """The expected squared error."""
-        return fluctuations(unit.kind, block, statistics).sum(1)
+        return fluctuations(block.axis(unit), statistics).sum(1)
 
     def bias(
         self, unit: Unit, block: Block, statistics: BlockStatistics, gone: Tensor
@@ -64,9 +64,9 @@ class FLAP(ScoredMethod):
         """What the mean of all that is gone would have added."""
         if not self.compensate:
             return None
-        rows = block.read(unit.kind)
-        mean = statistics[MOMENTS[unit.kind]].mean[0]
-        if unit.kind == "heads" and (own := mixed_bias(block.attention)) is not None:
+        axis, mean = block.axis(unit), statistics[MOMENTS[unit.kind]].mean[0]
+        rows = axis.read()
+        if (own := axis.constant) is not None:
             mean = mean + own
         means = mean.view(rows.shape[:2])
         constant: Tensor = means[gone].flatten() @ rows[gone].flatten(0, 1)

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.calibration.statistics import INPUTS, BlockStatistics, Need
+from secateur.calibration.needs import INPUTS, BlockStatistics, Need
+from secateur.calibration.statistics import Gram
 from secateur.layers.forms_secateur import fill
-from secateur.methods.base import Method, Narrowing, Solution
+from secateur.methods.base import Method, Solution
 from secateur.models.block import Block, Linear
 from secateur.models.linear_ops import dense_weight, inputs_by_outputs
 from secateur.structure.budget import Keep, Target
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.parametrizations import smaller
 from secateur.structure.units import MATRICES, Form, Matrix, Unit
 
@@ -91,7 +93,7 @@ class FormMethod(Method):
     @property
     def needs(self) -> frozenset[Need]:
         """The Gram of what every linear layer reads."""
-        return frozenset(INPUTS.values()) if self.data_aware else frozenset()
+        return INPUTS if self.data_aware else frozenset()
 
     @property
     def allocator(self) -> Allocator:
@@ -170,7 +172,7 @@ class FormMethod(Method):
             block=block.index,
             size=len(forms) + 1,
             step=1,
-            hidden=block.attention.o_proj.out_features,
+            hidden=block.hidden,
             least=1,
             stack=block.anatomy.blocks,
             paths=tuple(linear.path for linear in group),
@@ -196,7 +198,7 @@ class FormMethod(Method):
         weight = inputs_by_outputs(linear.module)
         if not self.data_aware:  # there are no statistics
             return self.seen(weight)
-        gram = statistics[INPUTS[linear.place]].mean
+        gram = statistics[Need(linear.site, Gram)].mean
         if linear.behind is not None:
             first = inputs_by_outputs(linear.behind).double().t()
             gram = first @ gram @ first.t()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import Cross, Gram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Cross, Gram
 from secateur.calibration.token_batches import Rows
 from secateur.linalg.least_squares import conjugate_gradients, damped_cholesky, least_squares
 from secateur.models.block import Block
@@ -54,7 +55,7 @@ class GaussNewton:
         """
         judge, fit = rows.where(_judges), rows.where(lambda at: ~_judges(at))
         step = self._step(block, fit)
-        before, weights = self._error(block, judge), block.producer_weights
+        before, weights = self._error(block, judge), block.mlp.producer_weights
         originals = [weight.clone() for weight in weights]
         for scale in (1.0, 0.5, 0.25):
             for weight, original, change in zip(weights, originals, step, strict=True):
@@ -67,7 +68,7 @@ class GaussNewton:
 
     def _step(self, block: Block, rows: Rows) -> Parts:
         """The change of every part, (inputs, channels), float32."""
-        consumer = inputs_by_outputs(block.consumer).float()
+        consumer = inputs_by_outputs(block.mlp.consumer).float()
         room = _room(consumer.device, rows.ranks.neighbours)
         cached: dict[int, Parts] = {}
 
@@ -76,7 +77,7 @@ class GaussNewton:
             hidden = errors @ consumer.t()
             return [piece.t() @ (slope * hidden) for slope in slopes]
 
-        shapes = [weight.shape for weight in block.producer_weights]
+        shapes = [weight.shape for weight in block.mlp.producer_weights]
         gram, errors_back = Gram(), _zeros(shapes, consumer.device)
         squares = _zeros([shape[1:] for shape in shapes], consumer.device)
         for number, (inputs, targets) in enumerate(rows):
@@ -128,16 +129,16 @@ class GaussNewton:
     def _linearised(self, block: Block, inputs: Tensor) -> tuple[Tensor, Parts]:
         """The channels, and their slopes by every part."""
         with torch.enable_grad():
-            produced = [part.detach().requires_grad_() for part in block.produced(inputs)]
-            hidden = block.channels(produced)
+            produced = [part.detach().requires_grad_() for part in block.mlp.produced(inputs)]
+            hidden = block.mlp.channels(produced)
             slopes = torch.autograd.grad(hidden.sum(), produced)
         return hidden.detach().float(), [slope.float() for slope in slopes]
 
     def _error(self, block: Block, rows: Rows) -> float:
-        consumer = inputs_by_outputs(block.consumer)
+        consumer = inputs_by_outputs(block.mlp.consumer)
         total = torch.zeros(1, dtype=torch.float64, device=exact_device(consumer.device))
         for inputs, targets in rows:
-            found = block.channels(block.produced(inputs)) @ consumer.to(inputs.dtype)
+            found = block.mlp.channels(block.mlp.produced(inputs)) @ consumer.to(inputs.dtype)
             total += exact(targets - found).square().sum()
         rows.ranks.sum([total])
         return float(total)
@@ -145,13 +146,15 @@ class GaussNewton:
     def _refit(self, block: Block, rows: Rows) -> None:
         gram, cross = Gram(), Cross()
         for inputs, targets in rows:
-            hidden = block.channels(block.produced(inputs))
+            hidden = block.mlp.channels(block.mlp.produced(inputs))
             gram.update(hidden, mask=_all(hidden))
             cross.update(hidden, targets, mask=_all(hidden))
         rows.ranks.add_up({Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross})
         what = f"block {block.index}: consumer after the step"
-        found = least_squares(gram.mean, cross.mean, block.consumer_weight, self.refit_ridge, what)
-        block.set_consumer_weight(found)
+        found = least_squares(
+            gram.mean, cross.mean, block.mlp.consumer_weight, self.refit_ridge, what
+        )
+        block.mlp.set_consumer_weight(found)
 
 
 def _zeros(shapes: list[torch.Size], device: torch.device) -> Parts:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.linalg.least_squares import low_rank_in_metric, tails
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 
 
@@ -35,9 +36,11 @@ class HeadSVD:
 
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The leading directions of every KV group, and the discarded σ² of all of them."""
-        gram = statistics[Needs.VALUE_GRAM].mean
-        encode, decode, energies = low_rank_in_metric(gram, block.output_weight, self.ridge)
-        outputs = block.output_rows.unflatten(0, (len(gram), -1))  # kv heads, group, value, hidden
+        gram, attention = statistics[Needs.VALUE_GRAM].mean, block.attention_of(unit)
+        encode, decode, energies = low_rank_in_metric(gram, attention.output_weight, self.ridge)
+        outputs = attention.output_rows.unflatten(
+            0, (len(gram), -1)
+        )  # kv heads, group, value, hidden
 
         def at(size: int) -> Narrowing:
             rows = torch.einsum("jkn,jgno->jgko", decode[:, :size], outputs)

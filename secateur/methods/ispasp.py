@@ -12,12 +12,13 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.calibration.statistics import BlockStatistics
+from secateur.calibration.needs import BlockStatistics
 from secateur.linalg.least_squares import damped
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.methods.refitted import RefittedMethod, coordinates, narrowing, problem, refitted
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 from secateur.utils.errors import InputError
 from secateur.utils.options import option

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.linalg.least_squares import least_squares
 from secateur.linalg.obs import backward_elimination, survivors
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 
 
@@ -37,7 +38,7 @@ class JointOBS:
 
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The channels that a joint fit can spare least, and that fit."""
-        gram, weight = statistics[Needs.HIDDEN_GRAM].mean, block.consumer_weight
+        gram, weight = statistics[Needs.HIDDEN_GRAM].mean, block.mlp_of(unit).consumer_weight
         target = statistics.get(Needs.HIDDEN_TARGET)
         cross = gram @ weight if target is None else target.mean
         given = gram, cross, self.ridge

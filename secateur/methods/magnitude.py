@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.least_error import LeastError
-from secateur.calibration.statistics import BlockStatistics
+from secateur.calibration.needs import BlockStatistics
 from secateur.linalg.masks import largest, largest_of_groups
 from secateur.methods.base import Solution
 from secateur.methods.form import Metric

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.linalg.least_squares import least_squares, low_rank_in_metric, tails
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 
 
@@ -37,15 +38,16 @@ class MixedSVD:
 
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The leading directions of every KV group, and the joint refit from them."""
-        gram, rows = statistics[Needs.MIXED_GRAM].mean, block.output_rows
+        attention = block.attention_of(unit)
+        gram, rows = statistics[Needs.MIXED_GRAM].mean, attention.output_rows
         target = statistics.get(Needs.MIXED_TARGET)
         cross = gram @ rows.flatten(0, 1) if target is None else target.mean
         heads, width, _ = rows.shape
-        group = block.attention.num_key_value_groups
+        group = attention.module.num_key_value_groups
         own = gram.unflatten(0, (heads, width)).unflatten(2, (heads, width))
         own = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # heads, width, width
         metric = own.unflatten(0, (-1, group)).sum(1)
-        encode, decode, energies = low_rank_in_metric(metric, block.output_weight, self.ridge)
+        encode, decode, energies = low_rank_in_metric(metric, attention.output_weight, self.ridge)
 
         def at(size: int) -> Narrowing:
             if size == width:

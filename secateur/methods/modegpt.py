@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.influence import EntropicInfluence
-from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.needs import BlockStatistics, Need, Needs
 from secateur.methods.base import Method, Solution
 from secateur.methods.cr import CR
 from secateur.methods.head_svd import HeadSVD

@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur.allocate.base import Allocator
 from secateur.allocate.nirvana import TwoThresholds
 from secateur.calibration.gradients import LOGITS
-from secateur.calibration.statistics import BlockStatistics, Need
+from secateur.calibration.needs import BlockStatistics, Need
 from secateur.methods.scored import ScoredMethod
 from secateur.models.block import Block
 from secateur.structure.units import Unit

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import BlockStatistics, Needs
+from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.linalg.least_squares import least_squares, nested_errors, reordered, ridge_leverage
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 
 
@@ -37,7 +38,7 @@ class Nystrom:
 
     def solve(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Solution:
         """The channels of highest leverage, and the exact error of the refit from them."""
-        gram, weight = statistics[Needs.HIDDEN_GRAM].mean, block.consumer_weight
+        gram, weight = statistics[Needs.HIDDEN_GRAM].mean, block.mlp_of(unit).consumer_weight
         scores = ridge_leverage(gram, self.leverage_ridge, unit.name)
         order = scores.argsort(descending=True, stable=True)
 

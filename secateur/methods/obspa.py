@@ -7,7 +7,7 @@ import torch
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.calibration.statistics import BlockStatistics
+from secateur.calibration.needs import BlockStatistics
 from secateur.linalg.least_squares import damped_cholesky
 from secateur.methods.base import Solution
 from secateur.methods.refitted import RefittedMethod, in_order, problem

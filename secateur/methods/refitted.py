@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import GRAMS, BlockStatistics, Need
+from secateur.calibration.needs import GRAMS, BlockStatistics, Need
 from secateur.linalg.least_squares import damped, least_squares, refit_errors
-from secateur.methods.base import Method, Narrowing, Solution
-from secateur.models.block import Block, mixed_bias
+from secateur.methods.base import Method, Solution
+from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WHOLE_HEADS, Heads, Unit
 from secateur.utils.options import option
 
@@ -41,7 +42,8 @@ class RefittedMethod(Method):
         return [
             replace(
                 unit,
-                new_bias=unit.value_bias and model.blocks[unit.block].attention.o_proj.bias is None,
+                new_bias=unit.value_bias
+                and model.blocks[unit.block].attention_of(unit).module.o_proj.bias is None,
             )
             if isinstance(unit, Heads)
             else unit
@@ -51,7 +53,7 @@ class RefittedMethod(Method):
 
 def problem(unit: Unit, block: Block, statistics: BlockStatistics) -> tuple[Tensor, Tensor, int]:
     """C, W as (coordinates, outputs), and the coordinates of a channel or KV head."""
-    rows = block.read(unit.kind)
+    rows = block.axis(unit).read()
     gram = statistics[GRAMS[unit.kind]].mean
     return gram, rows.flatten(0, 1), rows.shape[1]
 
@@ -71,9 +73,9 @@ def refitted(hessian: Tensor, weight: Tensor, keep: Tensor, width: int, what: st
 
 def narrowing(unit: Unit, block: Block, keep: Tensor, rows: Tensor | None) -> Narrowing:
     """Kept channels or heads, with other rows of the consumer or, for None, with their own."""
-    bias = None
-    if unit.kind == "heads" and (own := mixed_bias(block.attention)) is not None:
-        dense, means = block.read(unit.kind), own.double()
+    bias, axis = None, block.axis(unit)
+    if (own := axis.constant) is not None:
+        dense, means = axis.read(), own.double()
         at, dense = coordinates(keep, dense.shape[1]), dense.flatten(0, 1)
         bias = means @ dense - means[at] @ (dense[at] if rows is None else rows)
     return Narrowing(keep=keep, consumer=rows, bias=bias)

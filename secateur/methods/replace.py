@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.least_error import LeastError
-from secateur.calibration.statistics import BlockStatistics, Need, Needs
-from secateur.methods.base import Method, Narrowing, Solution
+from secateur.calibration.needs import BlockStatistics, Need, Needs
+from secateur.methods.base import Method, Solution
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import DEPTH, Unit
 from secateur.utils.options import option
 

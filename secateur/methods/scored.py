@@ -6,11 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from secateur.calibration.statistics import BlockStatistics
+from secateur.calibration.needs import BlockStatistics
 from secateur.linalg.least_squares import tails
-from secateur.methods.base import Method, Narrowing, Solution
+from secateur.methods.base import Method, Solution
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WHOLE_HEADS, Unit
 
 

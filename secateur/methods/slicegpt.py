@@ -8,11 +8,12 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.calibration.statistics import BlockStatistics, Need, Needs
+from secateur.calibration.needs import BlockStatistics, Need, Needs
 from secateur.linalg.least_squares import tails
-from secateur.methods.base import Method, Narrowing, Solution
+from secateur.methods.base import Method, Solution
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import STREAM, Unit
 from secateur.utils.errors import InputError, nearest, shown
 from secateur.utils.options import option

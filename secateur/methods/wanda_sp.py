@@ -7,9 +7,9 @@ from torch import Tensor
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.uniform import Uniform
-from secateur.calibration.statistics import MOMENTS, BlockStatistics, Need
+from secateur.calibration.needs import MOMENTS, BlockStatistics, Need
 from secateur.methods.scored import ScoredMethod
-from secateur.models.block import Block, mixed_bias
+from secateur.models.block import Block
 from secateur.structure.units import Unit
 
 
@@ -41,9 +41,10 @@ class WandaSP(ScoredMethod):
 
     def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
         """Norm times mean weight, summed over what goes together."""
-        rows = block.read(unit.kind)  # size, coordinates of each, outputs
+        axis = block.axis(unit)
+        rows = axis.read()  # size, coordinates of each, outputs
         mean, energy = statistics[MOMENTS[unit.kind]].mean.unbind()
-        if unit.kind == "heads" and (own := mixed_bias(block.attention)) is not None:
+        if (own := axis.constant) is not None:
             energy = energy + (2 * mean + own) * own  # of x with the value bias in it
         norms = energy.clamp_min(0.0).sqrt().view(rows.shape[:2])
         scores: Tensor = (norms * rows.abs().mean(2)).sum(1)

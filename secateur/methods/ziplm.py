@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from secateur.allocate.base import Allocator
 from secateur.allocate.spdy import SPDY
-from secateur.calibration.statistics import BlockStatistics
+from secateur.calibration.needs import BlockStatistics
 from secateur.linalg.least_squares import damped
 from secateur.linalg.obs import backward_elimination
 from secateur.methods.base import Solution

@@ -15,7 +15,9 @@ from secateur.data.tasks import PREFIX, Use, use_of
 from secateur.families import FAMILIES, Anatomy, find
 from secateur.models.block import Block
 from secateur.models.offload import Residence
-from secateur.structure.units import EVERY_BLOCK, WHOLE_HEADS, WIDTHS, Residual, Unit
+from secateur.models.parts import View
+from secateur.models.residual import ResidualView
+from secateur.structure.units import WIDTHS, Unit
 from secateur.utils.errors import InputError, first_line, nearest, words
 from secateur.utils.precision import exact_device
 
@@ -192,65 +194,22 @@ class Model:
     def units(
         self, multiple_of: int, kinds: Sequence[str] = WIDTHS, biased: bool = False
     ) -> list[Unit]:
-        """All axes of some kinds that can shrink: block by block, then what runs through all."""
+        """All units of some kinds: block by block, then those that run through all blocks."""
         units = [unit for b in self.blocks for unit in b.units(multiple_of, kinds, biased)]
-        residual = "residual" in kinds and self.residual_obstacle is None
-        return [*units, self._residual(multiple_of)] if residual else units
+        through = [v.unit(multiple_of, biased) for v in self.views if v.kind in kinds]
+        return [*units, *(unit for unit in through if unit is not None)]
+
+    @property
+    def views(self) -> list[View]:
+        """What the units are that run through all blocks."""
+        return [ResidualView(self.module, self.blocks, self.anatomy)]
 
     def obstacles_of(self, kinds: Sequence[str]) -> list[str]:
-        """Why axes of some kinds must stay, each reason once."""
-        found = {self.residual_obstacle} if "residual" in kinds else set()
-        if "query_key" in kinds:
-            found |= {block.query_key_obstacle for block in self.blocks}
-        if "heads" in kinds:
-            found |= {block.heads_obstacle for block in self.blocks}
-        if "block" in kinds:
-            found |= {block.block_obstacle for block in self.blocks}
-        if {"query_key", "value_output"} & {*kinds}:
-            found.add(self.crossing_obstacle)
-        return sorted(reason for reason in found if reason)
-
-    @property
-    def crossing_obstacle(self) -> str | None:
-        """Why the attention from one stack to the other must stay, or None."""
-        if self.anatomy is None or self.anatomy.decoder is None:
-            return None
-        return (
-            "the decoder's attention to the encoder stays at full width: its keys and values are "
-            "of another stream than its queries, and no statistic is taken of them"
-        )
-
-    @property
-    def residual_obstacle(self) -> str | None:
-        """Why the width of the residual stream must stay, or None."""
-        anatomy = self.anatomy
-        if anatomy is None or anatomy.pre_norm is not None:
-            return None
-        return (
-            "the residual stream stays at full width: it turns to another basis only where all "
-            "that reads it is behind RMS norms, ahead of attention and of the MLP, which add to it"
-        )
-
-    def _residual(self, multiple_of: int) -> Residual:
-        blocks, parts = self.blocks, [u for b in self.blocks for u in b.units(1, WHOLE_HEADS)]
-        readers = [linear for b in blocks for linear in (b.attention.o_proj, b.consumer)]
-        embedding: Any = self.module.get_input_embeddings()
-        head: Any = self.module.get_output_embeddings()
-        tied = head.weight is embedding.weight
-        return Residual(
-            name="residual",
-            block=EVERY_BLOCK,
-            size=parts[0].hidden,
-            step=multiple_of,
-            hidden=parts[0].hidden,
-            least=1,
-            parts=tuple(parts),
-            shortcuts=2 * len(blocks),
-            norms=2 * len(blocks) + 1,
-            biases=sum(linear.bias is not None for linear in readers),
-            embeddings=len(embedding.weight) + (0 if tied else len(head.weight)),
-            tied=len(head.weight) if tied else 0,
-        )
+        """Why units of some kinds must stay, each reason once."""
+        views = [*(view for block in self.blocks for view in block.views), *self.views]
+        found = {view.obstacle for view in views if view.kind in kinds}
+        notes = {n for block in self.blocks for part in block.parts for n in part.notes(kinds)}
+        return sorted({reason for reason in found if reason} | notes)
 
 
 def fingerprint(model: Model) -> str:

@@ -13,7 +13,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from secateur.io.safetensors_reader import Shelf
 from secateur.layers.factored_secateur import Factored
 from secateur.models.block import Block
-from secateur.models.canonical_attention import uniform_attention
 from secateur.utils.errors import InputError
 
 CHECKED = 2**22  # numbers at once
@@ -149,14 +148,13 @@ class Residence:
             for name, owner in self._parts(block):
                 own = name.rpartition(".")[2]
                 set_entry(owner, own, self._one(prefix + name, own in owner._parameters))
-            if block.attention is not block.stock_attention:
-                stock = block.stock_attention
-                attention = uniform_attention(stock, block.anatomy, block.heads)
-                block.replace_attention(attention)
+            for mixer in block.mixers:
+                if mixer.module is not mixer.stock:
+                    mixer.restore()
         self._shelf.expect(self._ahead.get(block.index, []))
 
     def _release(self, block: Block) -> None:
-        for module in (block.module, block.stock_attention):
+        for module in (block.module, *(mixer.stock for mixer in block.mixers)):
             for _, owner in _owners(module):
                 if isinstance(owner, Factored):
                     owner.forget()
@@ -166,15 +164,17 @@ class Residence:
 
     def _parts(self, block: Block) -> list[tuple[str, nn.Module]]:
         """Names of a block's tensors as they are stored, and the modules that own them."""
-        attention, found = f"{block.anatomy.attention}.", []
-        stock = block.stock_attention
-        for path, owner in _owners(block.module):
-            if stock is block.attention or not f"{path}.".startswith(attention):
-                found += [(_join(path, name), owner) for name in _own(owner)]
-        if stock is not block.attention:
-            for path, owner in _owners(stock):
-                inside = _join(attention[:-1], path)
-                found += [(_join(inside, name), owner) for name in _own(owner)]
+        replaced = [mixer for mixer in block.mixers if mixer.module is not mixer.stock]
+        inside = tuple(f"{mixer.path}." for mixer in replaced)
+        found = [
+            (_join(path, name), owner)
+            for path, owner in _owners(block.module)
+            if not f"{path}.".startswith(inside)
+            for name in _own(owner)
+        ]
+        for mixer in replaced:
+            for path, owner in _owners(mixer.stock):
+                found += [(_join(_join(mixer.path, path), name), owner) for name in _own(owner)]
         return found
 
     def _one(self, name: str, computes: bool = True) -> Tensor:

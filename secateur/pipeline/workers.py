@@ -9,7 +9,7 @@ from secateur.allocate.base import Allocator, Evidence
 from secateur.apply.block_journal import States
 from secateur.apply.sequential import narrow_blocks
 from secateur.calibration.collect import Store, calibrate
-from secateur.calibration.statistics import Need
+from secateur.calibration.needs import Need
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import Ranks
 from secateur.io.run_directory import Memo, at_once

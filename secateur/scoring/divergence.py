@@ -11,10 +11,11 @@ from secateur.apply.surgery import narrowed
 from secateur.calibration.forward_batches import rows_at_once
 from secateur.calibration.layer_stream import Stream
 from secateur.data.tokens import Tokens
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Matrix, Unit
 from secateur.utils.errors import InputError
 from secateur.utils.precision import exact

@@ -11,6 +11,7 @@ from pydantic import FiniteFloat, ValidationError, field_validator
 from secateur.allocate.base import Allocator, Evidence
 from secateur.apply.residual_slicing import place_curves
 from secateur.calibration.collect import Store
+from secateur.calibration.needs import of_unit
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.io.cache import cached_file, keep
@@ -261,7 +262,9 @@ def score(
             advance(len(every) - len(own))
             statistics = store.get(block.index, needs, model.exact_device)
             with block.solving():
-                solutions = {unit.name: method.solve(unit, block, statistics) for unit in own}
+                solutions = {
+                    unit.name: method.solve(unit, block, of_unit(statistics, unit)) for unit in own
+                }
                 curves = {name: solution.curve for name, solution in solutions.items()}
             measured: dict[str, Curve] = {}
             if trials is not None:

@@ -16,7 +16,6 @@ from secateur.apply.surgery import narrowed
 from secateur.calibration.layer_stream import Stream
 from secateur.io.cache import cached_file, keep
 from secateur.io.schema import Record, read_record
-from secateur.methods.base import Narrowing
 from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.structure.budget import Budget
@@ -185,22 +184,9 @@ def _at(block: Block, units: Mapping[str, Unit], sizes: Mapping[str, int]) -> It
     with ExitStack() as stack:
         for kind, size in sizes.items():
             if size < units[kind].size:
-                narrowing = _arbitrary(block, units[kind], size)
+                narrowing = block.view(units[kind]).arbitrary(size)
                 stack.enter_context(narrowed(block, units[kind], narrowing))
         yield
-
-
-def _arbitrary(block: Block, unit: Unit, size: int) -> Narrowing:
-    """Any narrowing of the right shape: weights don't change how long a product takes."""
-    device, heads = block.attention.o_proj.weight.device, block.attention.kv_heads
-    if unit.kind in ("mlp", "heads", "block"):
-        return Narrowing(keep=torch.arange(size, device=device))
-    if unit.kind == "query_key":
-        half = torch.arange(size // 2, device=device)
-        return Narrowing(keep=torch.cat((half, half + unit.size // 2)).expand(heads, -1))
-    encode = torch.eye(unit.size, dtype=torch.float64, device=device)[:, :size]
-    consumer = block.output_rows[:, :size].flatten(0, 1)
-    return Narrowing(encode=encode.expand(heads, -1, -1), consumer=consumer)
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from secateur.apply.surgery import narrowed
 from secateur.calibration.collect import Store
+from secateur.calibration.needs import of_unit
 from secateur.data.tokens import Tokens
-from secateur.methods.base import Method, Narrowing
+from secateur.methods.base import Method
 from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.scoring.divergence import Divergence, solved
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 
 WINDOWS = 16  #: calibration windows to judge on
@@ -55,7 +57,7 @@ class Stitched:
                     if unit.block != block.index:
                         continue
                     with block.solving():
-                        solution = method.solve(unit, block, statistics)
+                        solution = method.solve(unit, block, of_unit(statistics, unit))
                     for size in allowed[unit.name]:
                         if size < unit.size:
                             piece = _moved(solved(block, solution, size), torch.device("cpu"))

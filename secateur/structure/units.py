@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 INDEX_BYTES = 8  # a kept rotary pair is stored as int64
 WIDTHS = ("mlp", "query_key", "value_output")
@@ -40,7 +40,13 @@ class Unit(ABC):
         caches: whether its block keeps a KV cache, as those that write do.
         stack: name of the encoder or decoder that its block is in; of all blocks one, where only
             one is there.
+        part: the part of the block that it is in, as a site's path; empty where it is in none.
+        matrices: of the block's matrices the first that it is a side of, and the end of those;
+            None stands for all.
     """
+
+    #: short name of the axis, as plans and tables show it
+    kind: ClassVar[str]
 
     name: str
     block: int
@@ -51,11 +57,8 @@ class Unit(ABC):
     new_bias: bool = field(default=False, kw_only=True)
     caches: bool = field(default=True, kw_only=True)
     stack: str = field(default="", kw_only=True)
-
-    @property
-    @abstractmethod
-    def kind(self) -> str:
-        """Short name of the axis, as plans and tables show it."""
+    part: str = field(default="", kw_only=True)
+    matrices: tuple[int, int] | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def parameters(self, size: int) -> int:
@@ -92,8 +95,7 @@ class Unit(ABC):
     @property
     def together(self) -> tuple[int, str]:
         """Units of one group make sense together only: values that go leave queries unread."""
-        attention = self.kind in ("query_key", "value_output", "heads")
-        return self.block, "attention" if attention else self.name
+        return self.block, self.part or self.name
 
     @property
     def fixed(self) -> bool:
@@ -139,12 +141,10 @@ def places(units: Sequence[Unit]) -> dict[int, tuple[int, int]]:
 class MLP(Unit):
     """Hidden channels of an MLP; gate and up of a gated one share them."""
 
+    kind: ClassVar[str] = "mlp"
+
     producers: int
     biased_producers: int
-
-    @property
-    def kind(self) -> str:
-        return "mlp"
 
     def matrix_parameters(self, size: int) -> int:
         return size * self.hidden * (self.producers + 1)
@@ -160,15 +160,13 @@ class MLP(Unit):
 class QueryKey(Unit):
     """Width of queries and keys, the same in all heads of a block."""
 
+    kind: ClassVar[str] = "query_key"
+
     heads: int
     kv_heads: int
     query_bias: bool
     key_bias: bool
     rotary: bool
-
-    @property
-    def kind(self) -> str:
-        return "query_key"
 
     def matrix_parameters(self, size: int) -> int:
         return size * self.hidden * (self.heads + self.kv_heads)
@@ -191,14 +189,12 @@ class QueryKey(Unit):
 class ValueOutput(Unit):
     """Rank of a head's value/output map, the same in all heads of a block."""
 
+    kind: ClassVar[str] = "value_output"
+
     heads: int
     kv_heads: int
     value_bias: bool
     output_bias: bool
-
-    @property
-    def kind(self) -> str:
-        return "value_output"
 
     def matrix_parameters(self, size: int) -> int:
         return size * self.hidden * (self.heads + self.kv_heads)
@@ -220,16 +216,14 @@ class ValueOutput(Unit):
 class Heads(Unit):
     """KV heads of a block, each with the query heads that read it; they stay or go as a whole."""
 
+    kind: ClassVar[str] = "heads"
+
     group: int  #: query heads that read a KV head
     query_key: int
     value: int
     query_bias: bool
     key_bias: bool
     value_bias: bool
-
-    @property
-    def kind(self) -> str:
-        return "heads"
 
     def matrix_parameters(self, size: int) -> int:
         return size * self.hidden * (self.group + 1) * (self.query_key + self.value)
@@ -255,11 +249,9 @@ class WholeBlock(Unit):
     that takes its place in another block comes uncounted, too.
     """
 
-    parts: tuple[Unit, ...]
+    kind: ClassVar[str] = "block"
 
-    @property
-    def kind(self) -> str:
-        return "block"
+    parts: tuple[Unit, ...]
 
     def matrix_parameters(self, size: int) -> int:
         return size * sum(part.matrix_parameters(part.size) for part in self.parts)
@@ -283,16 +275,14 @@ class Residual(Unit):
     today's.
     """
 
+    kind: ClassVar[str] = "residual"
+
     parts: tuple[Unit, ...]  #: MLP and heads of every block
     shortcuts: int
     norms: int  #: norms over the stream
     biases: int  #: biases added to it
     embeddings: int  #: rows of the embedding and, where it is another matrix, of the head
     tied: int  #: rows of a head that is the embedding today and can't stay so
-
-    @property
-    def kind(self) -> str:
-        return "residual"
 
     def matrix_parameters(self, size: int) -> int:
         whole = sum(part.matrix_parameters(part.size) for part in self.parts)
@@ -349,6 +339,8 @@ class Matrix(Unit):
     Its size counts the forms, from 1 for the cheapest on; the largest is the dense weight.
     """
 
+    kind: ClassVar[str] = "matrix"
+
     paths: tuple[str, ...]  #: of the linear in its block, or of several that share a form
     outputs: int
     inputs: int
@@ -356,10 +348,6 @@ class Matrix(Unit):
     order: int  #: of its first part among all matrices of the block
     published: bool  #: whether a checkpoint of the stock class has this very matrix
     itemsize: int = 2  #: bytes of a stored number, by which its forms are in order
-
-    @property
-    def kind(self) -> str:
-        return "matrix"
 
     def at(self, size: int) -> Form | None:
         """The form of a size; None where it is dense."""

@@ -81,9 +81,7 @@ def _statistics(recipe: Recipe) -> str | None:
     step = _first(recipe)
     if in_steps(recipe) or step is None:
         return None
-    needs = sorted(
-        f"{need.place}.{need.kind.__name__}" for need in step.method.needs | step.allocator.needs
-    )
+    needs = sorted(need.id for need in step.method.needs | step.allocator.needs)
     return hashlib.sha256(" ".join(needs).encode()).hexdigest()[:12]
 
 

@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 from secateur.allocate.base import Evidence
 from secateur.allocate.fluctuation import Fluctuation, standardised
-from secateur.calibration.statistics import Moments, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Moments
 from secateur.methods.flap import FLAP
 from secateur.methods.modegpt import MoDeGPT
 from secateur.structure.costs import Prices, counted
 from secateur.structure.units import MLP, Heads
 from secateur.utils.errors import InputError
+from tests.support.blocks import axis
 from tests.support.made import mlp, query_key, value_output
 
 TARGETS = ("parameters", "bytes", "flops", "cache")
@@ -44,7 +46,7 @@ def statistics_of(block, seed=0):
     """Any moments: variances from 0 to 1, means that don't matter."""
     generator, made = torch.Generator().manual_seed(seed), {}
     for need, kind in ((Needs.HIDDEN_MOMENTS, "mlp"), (Needs.MIXED_MOMENTS, "heads")):
-        width = block.read(kind).shape[:2].numel()
+        width = axis(block, kind).read().shape[:2].numel()
         mean = torch.randn(width, generator=generator, dtype=torch.float64)
         variance = torch.rand(width, generator=generator, dtype=torch.float64)
         made[need] = Moments(10 * torch.stack((mean, variance + mean.square())), 10)
@@ -56,7 +58,7 @@ def test_reading_is_z_of_heads_then_of_channels(opened, name):
     block = opened(name, "float64").blocks[0]
     statistics = statistics_of(block)
     found = Fluctuation().read(block, statistics)
-    kv_heads, width = block.attention.kv_heads, len(block.consumer_weight)
+    kv_heads, width = block.attention.module.kv_heads, len(block.mlp.consumer_weight)
     assert len(found) == kv_heads + width
 
     def fluctuation(need, rows):
@@ -64,10 +66,10 @@ def test_reading_is_z_of_heads_then_of_channels(opened, name):
         pairs = zip(statistics[need].variance.tolist(), weights, strict=True)
         return torch.tensor([v * w for v, w in pairs], dtype=torch.float64)
 
-    own = fluctuation(Needs.HIDDEN_MOMENTS, block.consumer_weight)
+    own = fluctuation(Needs.HIDDEN_MOMENTS, block.mlp.consumer_weight)
     expected = (own - own.mean()) / own.std()
     assert found[kv_heads:] == pytest.approx(expected.tolist(), rel=1e-9)
-    squared = fluctuation(Needs.MIXED_MOMENTS, block.output_rows.flatten(0, 1)).square()
+    squared = fluctuation(Needs.MIXED_MOMENTS, block.attention.output_rows.flatten(0, 1)).square()
     z = (squared - squared.mean()) / squared.std()  # over the coordinates of all heads
     expected = z.view(kv_heads, -1).mean(1)
     assert found[:kv_heads] == pytest.approx(expected.tolist(), rel=1e-9)

@@ -33,7 +33,8 @@ def judged(opened):
     units = made.units(model, 1)
 
     def fresh():
-        return Stitched(model, made, units, {u.name: [0, 1] for u in units}, store, tokens)
+        allowed = {u.name: [0, 1] for u in units}
+        return Stitched(model, made, units, allowed=allowed, store=store, tokens=tokens)
 
     return model, units, fresh
 

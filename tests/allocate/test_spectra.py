@@ -122,7 +122,7 @@ def test_the_shape_of_noise_has_a_say_only_without_windows():
 
 def test_reading_is_the_mean_over_all_matrices(opened):
     block = opened("llama").blocks[1]
-    attention, m = block.attention, block.module.mlp
+    attention, m = block.attention.module, block.module.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [m.gate_proj, m.up_proj, m.down_proj]
     expected = [hill(torch.linalg.svdvals(x.weight.double()).square()) for x in linears]
@@ -232,11 +232,11 @@ def test_scale_has_no_say_but_an_outlier_has(opened):
     blocks = opened("llama", "float64").blocks
     readings = [WeLore().read(block, {}) for block in blocks]
     with torch.no_grad():
-        blocks[0].consumer.weight.mul_(1000)
-        blocks[1].attention.q_proj.weight.div_(50)
+        blocks[0].mlp.consumer.weight.mul_(1000)
+        blocks[1].attention.module.q_proj.weight.div_(50)
     again = [WeLore().read(block, {}) for block in blocks]
     assert all(a == pytest.approx(b, abs=1e-6) for a, b in zip(readings, again, strict=True))
-    weight = blocks[2].consumer.weight
+    weight = blocks[2].mlp.consumer.weight
     with torch.no_grad():
         weight += 100 * torch.outer(weight[:, 0], weight[0])
     assert sum(WeLore().read(blocks[2], {})) < sum(readings[2]) - 1

@@ -36,7 +36,7 @@ def test_an_error_is_the_share_of_the_energy_that_is_lost(opened, name):
     model = opened(name, "float64")
     witness = Witness(model, families.read(name, 3, 16))
     last = model.blocks[-1]
-    for parameter in last.consumer.parameters():
+    for parameter in last.mlp.consumer.parameters():
         parameter.data.mul_(0.9)
     errors = errors_of(witness, model)
     assert errors[-1]["mlp"] == pytest.approx(0.01)
@@ -49,7 +49,7 @@ def test_errors_of_blocks_before_are_included(opened):
     """The mistake: every block judged on what the dense model gives it."""
     model = opened("llama", "float64")
     witness = Witness(model, families.read("llama", 3, 16))
-    model.blocks[0].consumer.weight.data.mul_(0.5)
+    model.blocks[0].mlp.consumer.weight.data.mul_(0.5)
     errors = errors_of(witness, model)
     assert errors[0]["attention"] == 0
     assert all(errors[1][part] > 0 for part in ("attention", "mlp", "stream"))
@@ -76,7 +76,7 @@ def test_padding_does_not_count(opened):
     for given in (half, Tokens(tokens.ids[:, :9], mask[:, :9], tokens.labels)):
         model = opened("llama", "float64")
         witness = Witness(model, given)
-        model.blocks[0].consumer.weight.data[:, ::2] = 0
+        model.blocks[0].mlp.consumer.weight.data[:, ::2] = 0
         found.append(errors_of(witness, model))
     for a, b in zip(*found, strict=True):
         assert a == pytest.approx(b)

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from secateur.apply.surgery import narrow_unit, narrowed
-from secateur.methods.base import Narrowing
 from secateur.models.linear_ops import inputs_by_outputs
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WHOLE_HEADS
 from tests.contract.conftest import logits
+from tests.support.blocks import axis
 from tests.support.families import FAMILIES, WHOLE, caches, read
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -35,7 +36,9 @@ def chosen(unit, size, seed=0):
 
 def states(block, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 9, block.attention.o_proj.out_features, generator=generator).double()
+    return torch.randn(
+        2, 9, block.attention.module.o_proj.out_features, generator=generator
+    ).double()
 
 
 # What they cost
@@ -44,7 +47,7 @@ def states(block, seed=0):
 @every_family
 def test_whole_heads_cost_what_their_widths_cost(shared, name):
     block = shared(name).blocks[1]
-    attention, heads = block.attention, unit_of(block, "heads")
+    attention, heads = block.attention.module, unit_of(block, "heads")
     widths = [unit for unit in block.units(8) if unit.kind != "mlp"]
     whole, parts = heads.cost(heads.size, 4), [unit.cost(unit.size, 4) for unit in widths]
     added = {field: sum(getattr(part, field) for part in parts) for field in COSTS}
@@ -70,7 +73,7 @@ def test_the_module_holds_what_the_unit_counts_at_every_size(shared, name, kind,
     """Weights, biases of what goes, and a new bias of the reader where it had none."""
     block = shared(name).blocks[1]
     unit = unit_of(block, kind, biased)
-    reader = block.consumer if kind == "mlp" else block.attention.o_proj
+    reader = block.mlp.consumer if kind == "mlp" else block.attention.module.o_proj
     assert unit.new_bias == (biased and reader.bias is None)
 
     def held():
@@ -83,7 +86,7 @@ def test_the_module_holds_what_the_unit_counts_at_every_size(shared, name, kind,
             cost = unit.cost(size, 2)
             assert before - held() == whole - cost.parameters
             assert cost.bytes == 2 * cost.parameters
-            attention = block.attention
+            attention = block.attention.module
             if kind == "heads" and size:
                 assert (attention.kv_heads, attention.heads) == (size, size * unit.group)
     assert held() == before
@@ -94,8 +97,8 @@ def test_the_module_holds_what_the_unit_counts_at_every_size(shared, name, kind,
 
 def without_columns(block, gone):
     """Switch off what the output projection reads of some KV heads, for as long as it takes."""
-    attention = block.attention
-    weight, each = attention.o_proj.weight, block.read("heads").shape[1]
+    attention = block.attention.module
+    weight, each = attention.o_proj.weight, axis(block, "heads").read().shape[1]
     columns = (gone.unsqueeze(1) * each + torch.arange(each)).flatten()
     weight[:, columns] = 0
 
@@ -108,15 +111,15 @@ def test_fewer_heads_are_zeroed_columns_of_the_output(opened, name, size):
     for one, other in zip(masked.blocks, sliced.blocks, strict=True):
         unit = unit_of(other, "heads", biased=True)
         if unit.fixed:
-            assert "heads" in other.heads_obstacle
+            assert "heads" in other.attention.views["heads"].obstacle
             return
         keep, gone = chosen(unit, size % unit.size, one.index)
         constant = torch.randn(unit.hidden, generator=torch.Generator().manual_seed(1)).double()
         narrow_unit(other, unit, Narrowing(keep=keep, bias=constant))
         without_columns(one, gone)
-        old = one.attention.o_proj.bias
+        old = one.attention.module.o_proj.bias
         bias = constant if old is None else old + constant
-        one.attention.o_proj.bias = torch.nn.Parameter(bias, requires_grad=False)
+        one.attention.module.o_proj.bias = torch.nn.Parameter(bias, requires_grad=False)
     found, expected = (logits(m.module, read(name, 1, 20)) for m in (sliced, masked))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -125,10 +128,10 @@ def test_fewer_heads_are_zeroed_columns_of_the_output(opened, name, size):
 @pytest.mark.parametrize("biased", [False, True])
 def test_without_any_head_the_output_is_constant(shared, name, biased):
     block = shared(name).blocks[1]
-    unit, old = unit_of(block, "heads", biased), block.attention.o_proj.bias
+    unit, old = unit_of(block, "heads", biased), block.attention.module.o_proj.bias
     constant = torch.arange(unit.hidden).double() if biased else None
     with narrowed(block, unit, Narrowing(keep=torch.arange(0), bias=constant)):
-        attention = block.attention
+        attention = block.attention.module
         assert attention.q_proj.weight.shape == attention.k_proj.weight.shape == (0, unit.hidden)
         with torch.inference_mode():
             output, _ = attention(states(block))
@@ -136,7 +139,7 @@ def test_without_any_head_the_output_is_constant(shared, name, biased):
     if constant is not None:
         expected = expected + constant
     if name == "bert":  # which has the sum and its norm inside
-        expected = block.stock_attention.output.LayerNorm(states(block) + expected)
+        expected = block.attention.stock.output.LayerNorm(states(block) + expected)
     torch.testing.assert_close(output, expected.expand_as(output))
 
 
@@ -148,23 +151,25 @@ def test_without_any_head_the_output_is_constant(shared, name, biased):
 def test_read_is_what_the_reader_multiplies(shared, name, kind):
     """Coordinates of KV heads are those of all query heads that read them, in their order."""
     block = shared(name).blocks[1]
-    reader = block.consumer if kind == "mlp" else block.attention.o_proj
-    rows, unit = block.read(kind), unit_of(block, kind)
+    reader = block.mlp.consumer if kind == "mlp" else block.attention.module.o_proj
+    rows, unit = axis(block, kind).read(), unit_of(block, kind)
     assert len(rows) == unit.size
     values = torch.randn(7, len(rows) * rows.shape[1], dtype=torch.float64)
     expected = reader(values) - (0 if reader.bias is None else reader.bias)
     found = torch.einsum("tsc,sco->to", values.view(7, *rows.shape[:2]), rows)
     torch.testing.assert_close(found, expected)
     if kind == "heads":
-        group = block.attention.num_key_value_groups
-        assert torch.equal(rows.unflatten(1, (group, -1)).flatten(0, 1), block.output_rows)
+        group = block.attention.module.num_key_value_groups
+        assert torch.equal(
+            rows.unflatten(1, (group, -1)).flatten(0, 1), block.attention.output_rows
+        )
 
 
 def maps(block, kind):
-    attention = block.attention
+    attention = block.attention.module
     if kind == "heads":
         return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*(module for module, _ in block.producers), block.consumer]
+    return [*(module for module, _ in block.mlp.producers), block.mlp.consumer]
 
 
 @every_family
@@ -183,7 +188,7 @@ def test_every_parameter_that_goes_is_listed_once(opened, name, kind):
         return sorted(torch.cat([p.flatten() for p in found]).tolist())  # its bias stays
 
     before, unit = numbers(), unit_of(block, kind)
-    views = block.parameters_of(kind)
+    views = axis(block, kind).parameters()
     assert all(view.shape[0] == unit.size for view in views)
     keep, _ = chosen(unit, max(1, unit.size // 2))
     listed = torch.cat([view.reshape(unit.size, -1) for view in views], 1)
@@ -196,5 +201,5 @@ def test_every_parameter_that_goes_is_listed_once(opened, name, kind):
     narrow_unit(block, unit, Narrowing(keep=keep))
     assert numbers() == sorted(listed[keep].flatten().tolist())
     if kind == "mlp":  # in one order: a channel's numbers stand in one place of all
-        rows = inputs_by_outputs(block.consumer)
+        rows = inputs_by_outputs(block.mlp.consumer)
         assert torch.equal(rows, views[-1][keep])

@@ -5,8 +5,7 @@ import torch
 
 from secateur import Store, calibrate
 from secateur.apply.sequential import Propagation, _adds_up
-from secateur.apply.surgery import folded_bias, narrow_block
-from secateur.calibration.hooks import mixed_values
+from secateur.apply.surgery import narrow_block
 from secateur.calibration.layer_stream import Stream
 from secateur.calibration.statistics import wide
 from secateur.data.tokens import Tokens
@@ -93,14 +92,14 @@ def test_at_full_sizes_nothing_changes(opened, name):
 def test_blocks_before_the_first_narrow_one_stay_and_those_behind_do_not(opened):
     model = opened("llama", "float64")
     run = Run(model)
-    consumers = [block.consumer_weight.clone() for block in model.blocks]
-    outputs = [block.output_rows.clone() for block in model.blocks]
+    consumers = [block.mlp.consumer_weight.clone() for block in model.blocks]
+    outputs = [block.attention.output_rows.clone() for block in model.blocks]
     run.all(mlp_1=24)
-    assert torch.equal(model.blocks[0].consumer_weight, consumers[0])
-    assert torch.equal(model.blocks[0].output_rows, outputs[0])
-    assert [block.consumer_weight.shape[0] for block in model.blocks] == [56, 24, 56]
-    assert not torch.allclose(model.blocks[2].consumer_weight, consumers[2], atol=1e-3)
-    assert not torch.allclose(model.blocks[2].output_rows, outputs[2], atol=1e-3)
+    assert torch.equal(model.blocks[0].mlp.consumer_weight, consumers[0])
+    assert torch.equal(model.blocks[0].attention.output_rows, outputs[0])
+    assert [block.mlp.consumer_weight.shape[0] for block in model.blocks] == [56, 24, 56]
+    assert not torch.allclose(model.blocks[2].mlp.consumer_weight, consumers[2], atol=1e-3)
+    assert not torch.allclose(model.blocks[2].attention.output_rows, outputs[2], atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_targets_outlive_the_inputs_that_take_their_place(opened):
     """Without a bias to subtract, the target of a block behind a norm was a view of them."""
     model, tokens = opened("opt_norm_after", "float64"), windows(4)
     block = model.blocks[0]
-    block.consumer.bias = None
+    block.mlp.consumer.bias = None
     line = Propagation(model, tokens, Auto(iterations=0))
     with torch.no_grad():
         additive = line._run_dense(block)
@@ -195,12 +194,12 @@ def test_the_mlp_is_fitted_to_what_brings_the_stream_back(opened, name):
     seen, after = look(model, run.tokens, model.blocks[1], narrow)
     plain = name in ("opt_norm_after", "gemma2")
     target = expected.mlp if plain else outputs - narrow - seen.attention
-    bias = getattr(model.blocks[1].consumer, "bias", None)
+    bias = getattr(model.blocks[1].mlp.consumer, "bias", None)
     target = target if bias is None else target - bias
-    best, found = fitted(seen.hidden, target), model.blocks[1].consumer_weight
+    best, found = fitted(seen.hidden, target), model.blocks[1].mlp.consumer_weight
     least = distance(seen.hidden @ best, target)
     assert distance(seen.hidden @ found, target) < 1.001 * least
-    assert distance(seen.hidden @ dense.blocks[1].consumer_weight, target) > 1.1 * least
+    assert distance(seen.hidden @ dense.blocks[1].mlp.consumer_weight, target) > 1.1 * least
     if name == "llama":  # channels of full rank, so there is one solution
         torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-6)
     if not plain:
@@ -233,8 +232,8 @@ def test_narrow_values_leave_their_bias_to_the_output(opened, name):
     inputs, moved = states(dense, run.tokens, 1), states(model, run.tokens, 1)
     target = inputs + look(dense, run.tokens, dense.blocks[1], inputs)[0].attention - moved
     seen, _ = look(model, run.tokens, model.blocks[1], moved)
-    attention = model.blocks[1].attention
-    constant = folded_bias(dense.blocks[1].attention)
+    attention = model.blocks[1].attention.module
+    constant = dense.blocks[1].attention.folded_bias()
     assert attention.v_proj.bias is None
     torch.testing.assert_close(attention.o_proj.bias, constant)
     best = fitted(seen.mixed, target - constant)
@@ -255,11 +254,14 @@ def test_values_of_full_size_keep_what_their_bias_gives(opened, name):
     inputs, moved = states(dense, run.tokens, 1), states(model, run.tokens, 1)
     target = inputs + look(dense, run.tokens, dense.blocks[1], inputs)[0].attention - moved
     seen, _ = look(model, run.tokens, model.blocks[1], moved)
-    attention = dense.blocks[1].attention
+    attention = dense.blocks[1].attention.module
     untouched, _ = look(dense, run.tokens, dense.blocks[1], moved)
     least = 0.0
     for z, constant in (
-        (mixed_values(dense.blocks[1], untouched.mixed), folded_bias(attention)),
+        (
+            dense.blocks[1].attention.mixed_values(untouched.mixed),
+            dense.blocks[1].attention.folded_bias(),
+        ),
         (untouched.mixed, attention.o_proj.bias),
     ):
         wanted = target if constant is None else target - constant

@@ -15,11 +15,12 @@ from secateur.allocate.middle import Middle
 from secateur.allocate.nirvana import TwoThresholds
 from secateur.calibration import gradients as module
 from secateur.calibration.gradients import CURVED_LOSS, LOGITS, LOSS, collect_gradients
-from secateur.calibration.statistics import Needs
+from secateur.calibration.needs import Needs
 from secateur.data.tokens import Tokens, sample
 from secateur.methods.llm_pruner import FORMS, LLMPruner
 from secateur.methods.nirvana import Nirvana
 from secateur.structure.costs import counted
+from tests.support.blocks import axis
 from tests.support.families import stream
 from tests.support.made import heads, mlp
 
@@ -71,10 +72,10 @@ def means(model, tokens, needs):
 def scale(block, kind, index, factor):
     """Scale all parameters of a channel, or of a KV head and the query heads that read it."""
     if kind == "mlp":
-        for part in block.parameters_of(kind):
+        for part in axis(block, kind).parameters():
             part[index].mul_(factor)
         return
-    attention = block.attention
+    attention = block.attention.module
     group, width = attention.num_key_value_groups, attention.query_key
     for linear, rows in (
         (attention.q_proj, slice(index * group * width, (index + 1) * group * width)),
@@ -108,8 +109,8 @@ def test_the_sum_over_a_group_is_what_scaling_it_down_does(opened, family, needs
 def test_parts_are_those_of_plain_autograd(opened):
     """Σ |g∘w| by hand, from weights as transformers has them; squares window by window."""
     model, tokens = exact(opened("llama", "float64")), windows()
-    found, down = means(model, tokens, CURVED_LOSS), model.blocks[1].consumer
-    mlp = [module for module, _ in model.blocks[1].producers] + [down]
+    found, down = means(model, tokens, CURVED_LOSS), model.blocks[1].mlp.consumer
+    mlp = [module for module, _ in model.blocks[1].mlp.producers] + [down]
     weights = [m.weight for m in mlp]
 
     def gradients(part):
@@ -164,7 +165,7 @@ def test_first_order_is_the_same_beside_second(opened):
 @pytest.mark.parametrize("inference", [False, True])
 def test_the_model_is_left_as_it_was(opened, inference):
     model, tokens = opened("llama_yarn"), windows()
-    marked = model.blocks[1].consumer.weight
+    marked = model.blocks[1].mlp.consumer.weight
     marked.requires_grad_(True).grad = torch.ones_like(marked)
     with torch.inference_mode():
         before = model.module(input_ids=tokens.ids).logits

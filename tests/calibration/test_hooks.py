@@ -24,9 +24,9 @@ def test_watching_sees_every_part_by_window(opened, name):
         after = walking.through(block, before)
     assert seen.inputs.shape == seen.attention.shape == seen.mlp.shape == before.shape
     with torch.no_grad():
-        torch.testing.assert_close(block.attention.o_proj(seen.mixed), seen.attention)
-        torch.testing.assert_close(block.consumer(seen.hidden), seen.mlp)
-        torch.testing.assert_close(block.channels(block.produced(seen.inputs)), seen.hidden)
+        torch.testing.assert_close(block.attention.module.o_proj(seen.mixed), seen.attention)
+        torch.testing.assert_close(block.mlp.consumer(seen.hidden), seen.mlp)
+        torch.testing.assert_close(block.mlp.channels(block.mlp.produced(seen.inputs)), seen.hidden)
     if name != "opt_norm_after":
         torch.testing.assert_close(before + seen.attention + seen.mlp, after)
     assert hooks(block) == 0
@@ -36,7 +36,7 @@ def test_watching_sees_every_part_by_window(opened, name):
 def test_watching_ends_the_forward_where_it_was_told(opened, name):
     model, tokens = opened(name, "float64"), windows(3)
     block, walking, called = model.blocks[0], Stream(model, tokens), []
-    places = {"o": block.attention.o_proj, "consumer": block.consumer}
+    places = {"o": block.attention.module.o_proj, "consumer": block.mlp.consumer}
     handles = [
         module.register_forward_hook(lambda *_, key=key: called.append(key))
         for key, module in places.items()
@@ -65,8 +65,8 @@ def test_an_error_gets_through_and_leaves_no_hook(opened, early):
     def broken(*_):
         raise ValueError("broken")
 
-    handle = block.attention.q_proj.register_forward_hook(broken)
-    until = block.attention.o_proj if early else None
+    handle = block.attention.module.q_proj.register_forward_hook(broken)
+    until = block.attention.module.o_proj if early else None
     with pytest.raises(ValueError, match="broken"), torch.no_grad(), watched(block, until=until):
         walking.through(block, walking.at(slice(None)))
     handle.remove()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from secateur import InputError, Store
-from secateur.calibration.statistics import Need, Needs
+from secateur.calibration.needs import Need, Needs
 from secateur.io.safetensors_header import read_whole
 from secateur.methods import METHODS, method_class
 from tests.support.families import FAMILIES
@@ -29,7 +29,7 @@ def test_every_sum_has_the_shape_that_its_block_gives_it(opened, calibrated, nam
     for block in model.blocks:
         for need, statistic in store.get(block.index, EVERY | {Needs.INFLUENCE}).items():
             kinds.add(need.kind)
-            expected = need.kind.shape(*block.features(need.place))
+            expected = need.kind.shape(*block.features(need.site))
             assert tuple(statistic.total.shape) == expected, need
             assert bool((need.kind.squares(statistic.total) >= 0).all()), need
     assert len(kinds) >= 8
@@ -94,7 +94,7 @@ def test_files_of_other_sums_are_refused(kept, counts, words):
 @pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf])
 def test_sums_of_squares_below_zero_and_what_is_no_number_are_refused(kept, need, value):
     model, store = kept
-    name = f"{need.place}__{need.kind.__name__}" + ("__0" if need == Needs.HIDDEN_GRAM else "")
+    name = need.id.replace(".", "__") + ("__0" if need == Needs.HIDDEN_GRAM else "")
     there = load_file(store.folder / "block-00000.safetensors")[name.replace("__", ".")]
     there.view(-1)[0] = value
     change(store, **{name: there})

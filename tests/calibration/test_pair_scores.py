@@ -6,7 +6,8 @@ import torch
 from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Needs, PairScores
+from secateur.calibration.needs import Needs
+from secateur.calibration.pair_scores import PairScores
 from secateur.data.tokens import Tokens
 from secateur.evaluate.verify import attend_by
 from secateur.layers.attention_secateur import rotate
@@ -123,7 +124,7 @@ def finite_differences(model, tokens, block):
     states = windows.at(slice(None))
     for before in model.blocks[: block.index]:
         states = windows.through(before, states)
-    q, rotary, heads = block.attention.q_proj, block.heads.rotary, block.heads.heads
+    q, rotary, heads = block.attention.module.q_proj, block.layout.rotary, block.layout.heads
     parts = [q.weight] if q.bias is None else [q.weight, q.bias]
     originals = [part.data.clone() for part in parts]
 
@@ -131,7 +132,7 @@ def finite_differences(model, tokens, block):
         for part, original in zip(parts, originals, strict=True):
             rows = rescaled(original.view(heads, WIDTH, -1).mT, coefficients, rotary)
             part.data.copy_(rows.mT.reshape(part.shape))
-        with watched(block, until=block.attention.o_proj) as seen:
+        with watched(block, until=block.attention.module.o_proj) as seen:
             windows.through(block, states)
         return seen.mixed
 
@@ -141,8 +142,10 @@ def finite_differences(model, tokens, block):
         moved.append((ends[0] - ends[1]) / 2e-4)
     for part, original in zip(parts, originals, strict=True):
         part.data.copy_(original)
-    changed = torch.stack(moved).unflatten(-1, (heads, -1)).transpose(2, 3) @ block.output_rows
-    return form_of(changed, tokens.mask, block.attention.kv_heads)
+    changed = (
+        torch.stack(moved).unflatten(-1, (heads, -1)).transpose(2, 3) @ block.attention.output_rows
+    )
+    return form_of(changed, tokens.mask, block.attention.module.kv_heads)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +184,7 @@ def test_calibration_measures_attention_to_both_sides(opened, name):
     tolerance = {"rtol": 1e-4, "atol": 1e-6 * float(expected.max())}
     torch.testing.assert_close(measured(), expected, **tolerance)
     attend_by(model.module, "eager")  # which is given no mask, whatever the module says
-    model.blocks[1].attention.is_causal = True
+    model.blocks[1].attention.module.is_causal = True
     assert not torch.allclose(measured(), expected, rtol=1e-2)
 
 

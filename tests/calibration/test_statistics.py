@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from secateur import InputError, Store, calibrate
 from secateur.calibration.layer_stream import TOKENS_PER_BATCH
-from secateur.calibration.statistics import Cross, Energy, Gram, HeadGram, Influence, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Cross, Energy, Gram, HeadGram, Influence
 from secateur.data.tokens import Tokens
 from tests.support.families import NORMED, stream
 
@@ -146,7 +147,7 @@ def test_padded_windows_give_the_statistics_of_unpadded_ones(opened, name):
     padded_mask = torch.cat((mask, torch.zeros(2, 7, dtype=torch.bool)), 1)
     pairs = zip(measured(model, ids, mask), measured(model, padded, padded_mask), strict=True)
     for plain, other in pairs:
-        assert set(plain) == {n for n in NEEDS if n.place not in missing(model, name)}
+        assert set(plain) == {n for n in NEEDS if n.site.side not in missing(model, name)}
         for need in plain:
             assert plain[need].tokens == other[need].tokens == 40
             torch.testing.assert_close(plain[need].mean, other[need].mean, rtol=1e-5, atol=1e-8)
@@ -162,7 +163,9 @@ def test_batches_do_not_change_statistics(monkeypatch, opened, name):
     whole = measured(model, ids, mask)
     monkeypatch.setattr("secateur.calibration.layer_stream.TOKENS_PER_BATCH", 32)
     for one, other in zip(whole, measured(model, ids, mask), strict=True):
-        assert set(one) == set(other) == {n for n in NEEDS if n.place not in missing(model, name)}
+        assert (
+            set(one) == set(other) == {n for n in NEEDS if n.site.side not in missing(model, name)}
+        )
         for need in one:
             torch.testing.assert_close(one[need].mean, other[need].mean, rtol=1e-5, atol=1e-8)
 
@@ -176,9 +179,9 @@ def test_one_pass_sees_what_the_whole_model_computes(opened, name):
     seen = {}
     for block in model.blocks:
         places = {
-            "hidden": (block.consumer, lambda args, _: args[0]),
-            "query": (block.attention.q_proj, lambda _, out: out),
-            "value": (block.attention.v_proj, lambda _, out: out),
+            "hidden": (block.mlp.consumer, lambda args, _: args[0]),
+            "query": (block.attention.module.q_proj, lambda _, out: out),
+            "value": (block.attention.module.v_proj, lambda _, out: out),
         }
         for place, (module, read) in places.items():
             key = (block.index, place)
@@ -189,11 +192,11 @@ def test_one_pass_sees_what_the_whole_model_computes(opened, name):
         hidden = seen[i, "hidden"].reshape(60, -1)
         gram = hidden.t() @ hidden / 60
         torch.testing.assert_close(own[Needs.HIDDEN_GRAM].mean, gram, rtol=1e-5, atol=1e-8)
-        query = seen[i, "query"].reshape(60, block.heads.heads, -1).square().mean(0)
+        query = seen[i, "query"].reshape(60, block.layout.heads, -1).square().mean(0)
         torch.testing.assert_close(own[Needs.QUERY_ENERGY].mean, query, rtol=1e-5, atol=1e-8)
-        bias = block.attention.v_proj.bias
+        bias = block.attention.module.v_proj.bias
         value = seen[i, "value"] - (0 if bias is None else bias)
-        value = value.reshape(60, block.heads.kv_heads, -1)
+        value = value.reshape(60, block.layout.kv_heads, -1)
         grams = torch.einsum("thi,thj->hij", value, value) / 60
         torch.testing.assert_close(own[Needs.VALUE_GRAM].mean, grams, rtol=1e-5, atol=1e-8)
         if i + 1 < len(model.blocks):  # the last one is given out behind the final norm
@@ -218,7 +221,7 @@ def test_a_store_on_disk_gives_back_what_it_took(tmp_path, opened):
 
 def test_broken_activations_are_refused(opened):
     model = opened("llama")
-    model.blocks[1].consumer.weight.data[0, 0] = float("inf")
+    model.blocks[1].mlp.consumer.weight.data[0, 0] = float("inf")
     ids = stream(20).view(1, 20)
     with pytest.raises(InputError, match="NaN or infinite"):
         measured(model, ids, torch.ones_like(ids, dtype=torch.bool))

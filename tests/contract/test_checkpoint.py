@@ -179,7 +179,7 @@ def test_weights_on_disk_are_narrow_and_changed(opened, written, method, name):
             zeros = [int((tensor == 0).all(dim).sum()) for dim in (0, 1)]
             if not (key in consumers and name.startswith(("opt", "t5"))):  # ReLUs may be dead
                 assert zeros == [0, 0], key
-    attention = opened(name).blocks[0].attention
+    attention = opened(name).blocks[0].attention.module
     heads = {
         "q_proj": attention.heads,
         "k_proj": attention.kv_heads,

@@ -48,15 +48,15 @@ def test_an_odd_head_width_keeps_its_queries_and_keys(tmp_path: Path) -> None:
         "mlp",
         "value_output",
     }
-    assert all("odd" in str(block.query_key_obstacle) for block in model.blocks)
+    assert all("odd" in str(block.attention.views["query_key"].obstacle) for block in model.blocks)
     narrowed(model, MoDeGPT(), 0.5)
 
 
 def test_silent_values_and_no_ridge_stay_finite(opened) -> None:
     model = opened("llama")
     for block in model.blocks:
-        block.attention.v_proj.weight[0] = 0  # one value dim without energy
-        block.attention.v_proj.weight[3] = block.attention.v_proj.weight[2]
+        block.attention.module.v_proj.weight[0] = 0  # one value dim without energy
+        block.attention.module.v_proj.weight[3] = block.attention.module.v_proj.weight[2]
     narrowed(model, replace(MoDeGPT(), value_ridge=0.0), 0.5)
     assert all(bool(torch.isfinite(p).all()) for p in model.module.parameters())
 
@@ -82,9 +82,9 @@ def test_half_precision_neither_overflows_nor_loses_the_gram(opened, dtype: str)
     for name in ("float32", dtype):
         model, store = opened("llama", name), Store()
         for block in model.blocks:  # hidden channels whose squares float16 cannot hold
-            for producer, _ in block.producers:
+            for producer, _ in block.mlp.producers:
                 producer.weight.mul_(30)
-            block.consumer.weight.div_(900)
+            block.mlp.consumer.weight.div_(900)
         calibrate(model, tokens, method.needs, store)
         grams[name] = {need: store.get(0, method.needs)[need].mean for need in method.needs}
     for need, exact in grams["float32"].items():
@@ -119,8 +119,11 @@ def test_a_config_with_fewer_blocks_than_the_weights_is_refused(dense, tmp_path:
 def test_what_overflows_on_rounding_is_refused_by_name(opened, tmp_path: Path) -> None:
     """The mistake: a model that computes in float32 is written as infinite float16 numbers."""
     for name, tensor in (
-        ("model.layers.0.mlp.down_proj.weight", lambda m: m.blocks[0].consumer.weight),
-        ("model.layers.0.self_attn.o_proj.weight", lambda m: m.blocks[0].attention.o_proj.weight),
+        ("model.layers.0.mlp.down_proj.weight", lambda m: m.blocks[0].mlp.consumer.weight),
+        (
+            "model.layers.0.self_attn.o_proj.weight",
+            lambda m: m.blocks[0].attention.module.o_proj.weight,
+        ),
         ("model.norm.weight", lambda m: m.module.model.norm.weight),
     ):
         model = opened("llama")

@@ -59,14 +59,14 @@ def test_softmax_scale_stays_that_of_the_dense_heads(opened, calibrated, method,
     """The mistake: scaling scores by the narrowed width changes the softmax's temperature."""
     made = method()
     model = opened(name, "float64")
-    dense = [block.attention.scaling for block in model.blocks]
+    dense = [block.attention.module.scaling for block in model.blocks]
     _, sizes = narrowings(model, calibrated, name, "query_key", 0.5, made)
     module = sliced(model, calibrated, name, sizes, made)
-    assert [block.attention.scaling for block in model.blocks] == dense
+    assert [block.attention.module.scaling for block in model.blocks] == dense
     right = logits(module, read(name, 1, 24, 1))
     for block in model.blocks:
-        narrowed = block.attention.query_key / block.heads.width
-        block.attention.scaling = block.attention.scaling * narrowed**-0.5
+        narrowed = block.attention.module.query_key / block.layout.width
+        block.attention.module.scaling = block.attention.module.scaling * narrowed**-0.5
     assert spread(logits(module, read(name, 1, 24, 1)), right) > 1e-2
 
 
@@ -80,9 +80,9 @@ def test_kept_pairs_turn_by_their_own_frequency(opened, calibrated, method, name
     module = sliced(model, calibrated, name, sizes, made)
     right, moved = logits(module, read(name, 1, 24, 1)), False
     for block in model.blocks:
-        if block.heads.rotary == 0:
+        if block.layout.rotary == 0:
             continue
-        pairs = block.attention.rope_pairs
+        pairs = block.attention.module.rope_pairs
         first = torch.arange(pairs.shape[1]).expand_as(pairs)
         moved |= not torch.equal(first, pairs)
         pairs.copy_(first)
@@ -99,11 +99,11 @@ def test_coordinates_at_rest_stay_at_rest(opened, calibrated, method, name):
     _, sizes = narrowings(model, calibrated, name, "query_key", 0.5, made)
     sliced(model, calibrated, name, sizes, made)
     for block in model.blocks:
-        table = block.heads.rotary // 2
-        pairs, keep = block.attention.rope_pairs, None
+        table = block.layout.rotary // 2
+        pairs, keep = block.attention.module.rope_pairs, None
         assert pairs.max() <= table
         cos = torch.rand(1, 5, 2 * table).double()
-        tables, _ = block.attention.rotary_tables(cos, cos)
+        tables, _ = block.attention.module.rotary_tables(cos, cos)
         resting = (pairs == table).unsqueeze(1).expand(-1, 5, -1)
         assert bool((tables[0][resting] == 1).all())
         keep = pairs[pairs < table]
@@ -118,7 +118,11 @@ def test_value_bias_is_folded_into_the_output_bias(opened, calibrated, method, n
     made = method()
     model = opened(name, "float64")
     before = [
-        (b.attention.v_proj.bias.clone(), b.attention.o_proj.weight.clone(), b.attention)
+        (
+            b.attention.module.v_proj.bias.clone(),
+            b.attention.module.o_proj.weight.clone(),
+            b.attention.module,
+        )
         for b in model.blocks
     ]
     old = [None if a.o_proj.bias is None else a.o_proj.bias.clone() for *_, a in before]
@@ -128,14 +132,14 @@ def test_value_bias_is_folded_into_the_output_bias(opened, calibrated, method, n
         group = attention.num_key_value_groups
         spelled = bias.view(attention.kv_heads, -1).repeat_interleave(group, 0).flatten()
         expected = weight @ spelled + (0 if output is None else output)
-        assert block.attention.v_proj.bias is None
-        torch.testing.assert_close(block.attention.o_proj.bias, expected, atol=1e-9, rtol=0)
+        assert block.attention.module.v_proj.bias is None
+        torch.testing.assert_close(block.attention.module.o_proj.bias, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "mistral"])
 def test_gated_gram_is_that_of_the_product(stock, calibrated, name):
     """The mistake: a Gram of act(gate) alone, so that up takes no part in the choice."""
-    from secateur.calibration.statistics import Needs
+    from secateur.calibration.needs import Needs
 
     model, data = stock(name), calibrated(name)
     mlp = model.base_model.layers[0].mlp

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from secateur.apply.surgery import narrow_block
-from secateur.calibration.statistics import Needs
-from secateur.methods.base import Narrowing, Solution
+from secateur.calibration.needs import Needs
+from secateur.methods.base import Solution
 from secateur.methods.scored import ScoredMethod
 from secateur.structure.costs import counted
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import DEPTH
 from secateur.utils.errors import InputError
 from tests.contract.conftest import by_blocks, by_widths, logits, methods, states
+from tests.support.blocks import axis
 from tests.support.families import FAMILIES, read
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -79,7 +81,7 @@ def random_choice(unit, size, block, generator):
     if unit.kind in ("mlp", "heads"):
         keep = torch.randperm(unit.size, generator=generator)[:size].sort().values
         return Narrowing(keep=keep)
-    heads = block.heads.kv_heads
+    heads = block.layout.kv_heads
     if unit.kind == "query_key":
         half = unit.size // 2
         pairs = [torch.randperm(half, generator=generator)[: size // 2] for _ in range(heads)]
@@ -87,8 +89,8 @@ def random_choice(unit, size, block, generator):
         return Narrowing(keep=torch.cat((first, first + half), 1))
     basis = torch.randn(heads, unit.size, unit.size, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(basis)[0][..., :size]
-    group = block.attention.num_key_value_groups
-    rows = basis.mT.repeat_interleave(group, 0) @ block.output_rows
+    group = block.attention.module.num_key_value_groups
+    rows = basis.mT.repeat_interleave(group, 0) @ block.attention.output_rows
     return Narrowing(encode=basis, consumer=rows.flatten(0, 1))
 
 
@@ -154,11 +156,11 @@ def test_measured_error_beats_a_random_choice(opened, calibrated, method, name):
 
 def what_is_read(model, block, kind, given):
     """What reads an axis reads of given tokens: (tokens, size, coordinates of each)."""
-    reader, seen = block.consumer if kind == "mlp" else block.attention.o_proj, []
+    reader, seen = block.mlp.consumer if kind == "mlp" else block.attention.module.o_proj, []
     handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     logits(model.module, given)
     handle.remove()
-    return seen[0].reshape(-1, *block.read(kind).shape[:2])
+    return seen[0].reshape(-1, *axis(block, kind).read().shape[:2])
 
 
 @methods(lambda method: issubclass(method, ScoredMethod))
@@ -169,7 +171,10 @@ def test_what_scores_keep_is_worth_more_than_what_they_remove(opened, calibrated
     made, data, model = method(), calibrated(name), opened(name, "float64")
     block = model.blocks[1]
     for unit in block.units(4, made.kinds, made.biased):
-        seen, rows = what_is_read(model, block, unit.kind, data.tokens), block.read(unit.kind)
+        seen, rows = (
+            what_is_read(model, block, unit.kind, data.tokens),
+            axis(block, unit.kind).read(),
+        )
         solution = made.solve(unit, block, data.store.get(1, made.needs))
 
         def lost(gone, seen=seen, rows=rows):
@@ -192,13 +197,13 @@ def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, nam
     made, data, model = fitted(method), calibrated(name), opened(name, "float64")
     block, seen = model.blocks[1], []
     unit = block.units(4, made.kinds)[0]
-    handle = block.consumer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = block.mlp.consumer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     logits(model.module, data.tokens)
     handle.remove()
     hidden = seen[0].reshape(-1, unit.size)
     statistics = data.store.get(1, made.needs)
     curve = made.solve(unit, block, statistics).curve
-    whole, weight = hidden @ block.consumer_weight, block.consumer_weight
+    whole, weight = hidden @ block.mlp.consumer_weight, block.mlp.consumer_weight
     for size in (8, 28, 48):
         narrowing = made.solve(unit, block, statistics).at(size)
         kept = hidden[:, narrowing.keep]
@@ -217,7 +222,7 @@ def test_predicted_value_error_is_the_measured_one(opened, calibrated, method, n
     made, data, model = method(), calibrated(name), opened(name, "float64")
     block, seen = model.blocks[1], []
     unit = next(u for u in block.units(4, made.kinds) if u.kind == "value_output")
-    attention = block.attention
+    attention = block.attention.module
     handle = attention.v_proj.register_forward_hook(lambda _, __, out: seen.append(out))
     logits(model.module, data.tokens)
     handle.remove()
@@ -226,7 +231,7 @@ def test_predicted_value_error_is_the_measured_one(opened, calibrated, method, n
     values = values.unflatten(1, (attention.kv_heads, unit.size)).transpose(0, 1)
     statistics = data.store.get(1, made.needs)
     curve = made.solve(unit, block, statistics).curve
-    whole, group = values @ block.output_weight, attention.num_key_value_groups
+    whole, group = values @ block.attention.output_weight, attention.num_key_value_groups
     for size in (1, 3, 6):
         narrowing = made.solve(unit, block, statistics).at(size)
         rows = narrowing.consumer.view(attention.kv_heads, -1, size, whole.shape[-1] // group)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.methods.base import Narrowing
+from secateur.structure.narrowing import Narrowing
 from tests.support.families import FAMILIES, interleaved
 
 Narrowings = Mapping[int, Mapping[str, Narrowing]]  # block, kind of unit

@@ -374,7 +374,7 @@ def test_no_token_is_kept_from_those_behind_it(opened, dense, name):
     attend_by(model.module, "sdpa")
     stock = FAMILIES[name].auto.from_pretrained(dense(name)).eval().double()
     expected = logits(stock, given)
-    attentions = [block.attention for block in model.blocks]
+    attentions = [block.attention.module for block in model.blocks]
     assert spread(logits(model.module, given), expected) < 1e-5
     assert not any(attention.is_causal for attention in attentions)
     for attention in attentions:

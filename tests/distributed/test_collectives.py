@@ -14,7 +14,7 @@ from secateur.apply.sequential import Propagation, narrow_blocks
 from secateur.apply.surgery import narrow_block
 from secateur.calibration import layer_stream as stream
 from secateur.calibration.gradients import CURVED_LOSS, needs_gradients
-from secateur.calibration.statistics import PairScores
+from secateur.calibration.pair_scores import PairScores
 from secateur.calibration.token_batches import Rows
 from secateur.data.tokens import Calibration
 from secateur.distributed import rendezvous as link
@@ -64,9 +64,7 @@ def read_all(name, ranks, needs):
     if not ranks.leads:
         return None
     kept = [store.get(block.index, needs) for block in given.blocks]
-    return [
-        {(n.place, n.kind.__name__): (s.total, s.tokens) for n, s in own.items()} for own in kept
-    ]
+    return [{n.id: (s.total, s.tokens) for n, s in own.items()} for own in kept]
 
 
 families_folder = {}
@@ -300,8 +298,8 @@ def test_ranks_that_round_differently_stop_together(known, tmp_path):
     def stepped(ranks):
         block = open_model(folder, CPU).blocks[0]
         with torch.no_grad():
-            target = block.channels(block.produced(inputs)) @ block.consumer_weight
-            for weight in block.producer_weights:
+            target = block.mlp.channels(block.mlp.produced(inputs)) @ block.mlp.consumer_weight
+            for weight in block.mlp.producer_weights:
                 weight.data.mul_(1.1)
         exact = linalg._dot
         if not ranks.leads:
@@ -310,7 +308,9 @@ def test_ranks_that_round_differently_stop_together(known, tmp_path):
         rows = Rows(lambda: [(inputs[share], target[share])], 256 * ranks.rank, ranks)
         with torch.no_grad():
             gauss_newton.GaussNewton(4, 1e-3, 1e-6).refine(block, rows)
-        return [weight.clone() for weight in (*block.producer_weights, block.consumer_weight)]
+        return [
+            weight.clone() for weight in (*block.mlp.producer_weights, block.mlp.consumer_weight)
+        ]
 
     expected = stepped(ALONE)
     for own in together(2, stepped, tmp_path):

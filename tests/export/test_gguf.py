@@ -16,7 +16,7 @@ from secateur.export.gguf.check import Finding, compare, judge, reference
 from secateur.export.gguf.export import check_request, export_gguf, make, prepared
 from secateur.export.gguf.tokens import vocabulary
 from secateur.export.gguf.writer import part_of, write
-from secateur.methods.base import Narrowing
+from secateur.structure.narrowing import Narrowing
 from secateur.utils.errors import RunError
 from secateur.utils.progress import Progress
 
@@ -69,7 +69,7 @@ def narrow(model, cuts, shared=None):
         for unit in block.units(1, kinds):
             if unit.kind not in sizes:
                 continue
-            size, kv = sizes[unit.kind], block.attention.kv_heads
+            size, kv = sizes[unit.kind], block.attention.module.kv_heads
             if unit.kind in ("mlp", "heads"):
                 keep = torch.randperm(unit.size, generator=draw)[:size].sort().values
                 narrowing = Narrowing(keep=keep)
@@ -81,7 +81,7 @@ def narrow(model, cuts, shared=None):
                 narrowing = Narrowing(keep=torch.cat((half, half + unit.size // 2), 1))
             else:
                 encode = torch.randn(kv, unit.size, size, generator=draw).double()
-                rows = torch.randn(block.attention.heads * size, unit.hidden, generator=draw)
+                rows = torch.randn(block.attention.module.heads * size, unit.hidden, generator=draw)
                 narrowing = Narrowing(encode=encode / 3, consumer=rows.double() / 5)
             narrow_unit(block, unit, narrowing)
     return model
@@ -267,7 +267,7 @@ def test_an_untied_qwen3_with_sizes_by_layer_is_refused(opened):
 
 def test_a_qwen3_with_an_output_bias_is_refused(made):
     model = made("qwen3", "widths")
-    model.blocks[1].consumer.bias = torch.nn.Parameter(torch.zeros(32), requires_grad=False)
+    model.blocks[1].mlp.consumer.bias = torch.nn.Parameter(torch.zeros(32), requires_grad=False)
     refused(model, "layers.1", "--compensate 0")
 
 

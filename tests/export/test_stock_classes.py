@@ -197,10 +197,10 @@ def test_a_wrong_checkpoint_never_appears(opened, tmp_path, monkeypatch):
     """Without the scale in the queries it is another model."""
 
     def forgetful(model, stock):
-        scales = [block.attention.scaling for block in model.blocks]
+        scales = [block.attention.module.scaling for block in model.blocks]
         conform(model, stock)
         for block, scale in zip(model.blocks, scales, strict=True):
-            block.attention.scaling = scale
+            block.attention.module.scaling = scale
 
     monkeypatch.setattr("secateur.export.checkpoint.conform", forgetful)
     sizes = {"query_key": 6, "value_output": 6}

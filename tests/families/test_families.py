@@ -13,8 +13,8 @@ from secateur.calibration.layer_stream import Stream
 from secateur.cli.render import inspection
 from secateur.data.tokens import Tokens
 from secateur.evaluate.verify import attend_by
-from secateur.methods.base import Narrowing
 from secateur.models.model import anatomy_of
+from secateur.structure.narrowing import Narrowing
 from tests.support import families
 from tests.support.families import FAMILIES
 
@@ -92,7 +92,7 @@ def test_narrower_values_leave_the_norms_inside_heads_alone(variant):
         assert units["heads"].fixed
         basis = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
         basis = torch.linalg.qr(basis).Q
-        rows = basis.mT.repeat_interleave(2, 0) @ block.output_rows
+        rows = basis.mT.repeat_interleave(2, 0) @ block.attention.output_rows
         narrow_unit(
             block, units["value_output"], Narrowing(encode=basis, consumer=rows.flatten(0, 1))
         )

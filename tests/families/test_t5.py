@@ -11,7 +11,8 @@ from secateur.apply.surgery import narrow_unit
 from secateur.calibration import hooks as observe
 from secateur.calibration.gradients import LOSS
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Gram, Need, Needs
+from secateur.calibration.needs import Need, Needs
+from secateur.calibration.statistics import Gram
 from secateur.evaluate.verify import attend_by
 from tests.calibration.test_pair_scores import form_of, rescaled
 from tests.contract.conftest import logits, spread
@@ -186,7 +187,7 @@ def test_scores_without_the_position_bias_are_others(plain):
         attend_by(model.module, kind)
         dense = logits(model.module, tokens)
         for start in (0, DECODER):
-            table = model.blocks[start].attention.relative_attention_bias.weight
+            table = model.blocks[start].attention.module.relative_attention_bias.weight
             kept = table.clone()
             table.zero_()
             assert spread(logits(model.module, tokens), dense) > 1e-2
@@ -198,13 +199,13 @@ def finite_differences(model, tokens, block):
     line = Stream(model, tokens)
     for before in model.blocks[: block.index]:
         line.advance(before)
-    states, weight = line.at(slice(None)), block.attention.q_proj.weight
+    states, weight = line.at(slice(None)), block.attention.module.q_proj.weight
     original = weight.data.clone()
 
     def mixed(coefficients):
         scaled = rescaled(original.view(HEADS, D_KV, -1).mT, coefficients, 0)
         weight.data.copy_(scaled.mT.reshape(weight.shape))
-        with watched(block, until=block.attention.o_proj) as seen:
+        with watched(block, until=block.attention.module.o_proj) as seen:
             line.through(block, states)
         return seen.mixed
 
@@ -213,7 +214,9 @@ def finite_differences(model, tokens, block):
         one = torch.ones(D_KV).double()
         moved.append((mixed(one + direction) - mixed(one - direction)) / 2e-3)
     weight.data.copy_(original)
-    changed = torch.stack(moved).unflatten(-1, (HEADS, -1)).transpose(2, 3) @ block.output_rows
+    changed = (
+        torch.stack(moved).unflatten(-1, (HEADS, -1)).transpose(2, 3) @ block.attention.output_rows
+    )
     return form_of(changed, tokens.mask[:, line.part(block)], HEADS)
 
 

@@ -13,7 +13,6 @@ from secateur.apply.sequential import Propagation
 from secateur.apply.surgery import narrow_block, narrow_unit
 from secateur.evaluate import verify
 from secateur.methods.auto import Auto
-from secateur.methods.base import Narrowing
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.shortgpt import ShortGPT
 from secateur.methods.slicegpt import SliceGPT
@@ -21,6 +20,7 @@ from secateur.models.loading import skeleton
 from secateur.models.model import anatomy_of, not_served
 from secateur.scoring.latency import measured
 from secateur.structure.budget import Budget
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import places
 from tests.contract.conftest import logits
 from tests.support import t5
@@ -213,8 +213,8 @@ def test_units_of_either_stack_have_their_own_times(plain, monkeypatch, tmp_path
 
     def timed(run, device):
         run()
-        sizes = [model.blocks[i].consumer_weight.shape[0] for i in (0, DECODER)]
-        values = [model.blocks[i].attention.value for i in (0, DECODER)]
+        sizes = [model.blocks[i].mlp.consumer_weight.shape[0] for i in (0, DECODER)]
+        values = [model.blocks[i].attention.module.value for i in (0, DECODER)]
         whole = 10**6 + 40 * sizes[0] + 70 * sizes[1] + 9 * values[0] + 11 * values[1]
         return 1e-9 * whole
 

@@ -17,7 +17,7 @@ from secateur.allocate.knapsack import Knapsack
 from secateur.apply.block_journal import Journal
 from secateur.apply.save import store_block
 from secateur.apply.sequential import narrow_blocks
-from secateur.calibration.statistics import Needs
+from secateur.calibration.needs import Needs
 from secateur.cli.render import inspection
 from secateur.data.tokens import read_documents
 from secateur.evaluate.task_file import read_task

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from secateur import Store
-from secateur.calibration.statistics import Needs
+from secateur.calibration.needs import Needs
 from secateur.io.run_directory import UnfinishedRunError, Workspace, difference, write_whole
 from secateur.io.safe_parse import HostileError, parse_json, parse_yaml
 from secateur.io.safetensors_writer import PendingTensor, WriterState

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from secateur import Store
-from secateur.calibration.statistics import Gram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Gram
 from secateur.linalg.symmetric import BAND, add_product, kept, mirrored
 from tests.support.raw import normal
 

@@ -254,9 +254,8 @@ def test_blocks_that_fit_nothing():
             path="b", module=nn.Linear(64, 172, bias=False), factor=False, order=0, published=True
         ),
     ]
-    attention = SimpleNamespace(o_proj=SimpleNamespace(out_features=64))
     anatomy = SimpleNamespace(blocks="layers")
-    block = SimpleNamespace(index=0, linear_layers=linears, attention=attention, anatomy=anatomy)
+    block = SimpleNamespace(index=0, linear_layers=linears, hidden=64, anatomy=anatomy)
     stored = SimpleNamespace(itemsize=2)
     model = SimpleNamespace(blocks=[block], stored=stored, narrowed=False)
     found = Armor(block=32).obstacle(model)  # 64 x 64 would take more than dense

@@ -15,7 +15,8 @@ from secateur.allocate.fluctuation import Fluctuation
 from secateur.allocate.influence import EntropicInfluence
 from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.uniform import Uniform
-from secateur.calibration.statistics import Angle, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Angle
 from secateur.methods.cfsp import CFSP
 from secateur.methods.flap import FLAP
 from secateur.structure.costs import counted
@@ -34,8 +35,8 @@ def channels(opened, calibrated):
         block, unit = model.blocks[1], model.blocks[1].units(4, ("mlp",))[0]
         statistics = data.store.get(1, frozenset({Needs.HIDDEN_ENERGY}))
         norms = statistics[Needs.HIDDEN_ENERGY].mean.sqrt()
-        made = [w.t().double() for w in block.producer_weights]
-        return block, unit, statistics, norms, [block.consumer_weight, *made]
+        made = [w.t().double() for w in block.mlp.producer_weights]
+        return block, unit, statistics, norms, [block.mlp.consumer_weight, *made]
 
     return found
 
@@ -67,7 +68,7 @@ def test_a_channel_weighed_against_itself_is_its_norm(channels, name):
 def test_heavier_weights_are_worth_more(channels, part):
     block, unit, statistics, norms, _ = channels("llama")
     low = int(CFSP().scores(unit, block, statistics).argmin())
-    weight = block.consumer.weight if part == "read" else block.producer_weights[1]
+    weight = block.mlp.consumer.weight if part == "read" else block.mlp.producer_weights[1]
     with torch.no_grad():
         weight[:, low] *= 1000
     assert int(CFSP().scores(unit, block, statistics).argsort().argsort()[low]) > 0
@@ -78,7 +79,7 @@ def test_heavier_weights_are_worth_more(channels, part):
 def test_silent_channels_and_empty_weights_are_worth_nothing(channels):
     block, unit, statistics, _, _ = channels("llama")
     with torch.no_grad():
-        block.consumer.weight[0] = 0  # a hidden dim that no channel writes to
+        block.mlp.consumer.weight[0] = 0  # a hidden dim that no channel writes to
     statistics[Needs.HIDDEN_ENERGY].total = torch.zeros(unit.size, dtype=torch.float64)
     assert torch.equal(CFSP().scores(unit, block, statistics), torch.zeros(unit.size).double())
 

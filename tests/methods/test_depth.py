@@ -12,7 +12,8 @@ from secateur.allocate.base import Evidence
 from secateur.allocate.greedy import Greedy
 from secateur.allocate.knapsack import Knapsack
 from secateur.allocate.least_error import LeastError
-from secateur.calibration.statistics import Change, Influence, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Change, Influence
 from secateur.data.tokens import Calibration, Tokens
 from secateur.methods.replace import Replace
 from secateur.methods.shortgpt import ShortGPT
@@ -66,7 +67,7 @@ def test_block_statistics_merge(kind):
 
 def idle(block):
     """Let a block add nothing."""
-    for linear in (block.consumer, block.attention.o_proj):
+    for linear in (block.mlp.consumer, block.attention.module.o_proj):
         linear.weight.zero_()
         if linear.bias is not None:
             linear.bias.zero_()

@@ -9,12 +9,13 @@ from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.apply.surgery import narrowed
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Needs, PairScores
+from secateur.calibration.needs import Needs
+from secateur.calibration.pair_scores import PairScores
 from secateur.data.tokens import Tokens
 from secateur.layers.attention_secateur import rotate
-from secateur.methods.base import Narrowing
 from secateur.methods.cr import CR
 from secateur.methods.exact_pairs import ExactPairs
+from secateur.structure.narrowing import Narrowing
 from tests.support.families import stream
 from tests.support.pairs import (
     HALF,
@@ -36,7 +37,8 @@ def random_forms(seed, kv_heads):
 
 
 def solved(forms, rotary, ridge=0.0):
-    block = SimpleNamespace(heads=SimpleNamespace(rotary=rotary))
+    attention = SimpleNamespace(layout=SimpleNamespace(rotary=rotary))
+    block = SimpleNamespace(attention_of=lambda _: attention)
     return ExactPairs(ridge).solve(None, block, {Needs.PAIR_SCORES: PairScores(forms * 7, 7)})
 
 
@@ -146,7 +148,7 @@ def test_mapping_then_turning_is_turning_then_mapping(size, rotary):
 
 def correlated(model, seed):
     """Two loud pairs that hardly turn say nearly the same, and two more something else."""
-    attention = model.blocks[0].attention
+    attention = model.blocks[0].attention.module
     for linear in (attention.q_proj, attention.k_proj):
         weight = linear.weight.data.view(-1, WIDTH, linear.weight.shape[1])
         weight.copy_(0.12 * normal(seed, *weight.shape))

@@ -4,17 +4,19 @@ import pytest
 import torch
 
 from secateur.apply.surgery import narrow_unit, narrowed
-from secateur.calibration.statistics import Moments, Needs
-from secateur.methods.base import Narrowing
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Moments
 from secateur.methods.flap import FLAP
-from secateur.models.block import mixed_bias
+from secateur.models.attention import mixed_bias
 from secateur.models.loading import skeleton
 from secateur.models.model import Settings
 from secateur.pipeline.prepare import check_reach
 from secateur.planning.planner import tier_of
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WHOLE_HEADS
 from secateur.utils.errors import InputError
 from tests.contract.conftest import logits
+from tests.support.blocks import axis
 from tests.support.families import FAMILIES
 from tests.support.steps import step_of
 
@@ -114,11 +116,11 @@ class Examined:
         self.seen = {kind: self.read(kind) for kind in WHOLE_HEADS}
 
     def reader(self, kind):
-        return self.block.consumer if kind == "mlp" else self.block.attention.o_proj
+        return self.block.mlp.consumer if kind == "mlp" else self.block.attention.module.o_proj
 
     def read(self, kind):
         """(tokens, size, coordinates of each)."""
-        seen, shape = [], self.block.read(kind).shape[:2]
+        seen, shape = [], axis(self.block, kind).read().shape[:2]
         hook = self.reader(kind).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         self.run()
         hook.remove()
@@ -165,7 +167,7 @@ def test_a_channel_replaced_by_its_mean_errs_by_its_score(examined, name):
 def test_a_head_scores_by_the_squares_of_its_coordinates(examined, name):
     """As published; what it is predicted to cost is their plain sum."""
     one, made = examined(name), FLAP()
-    unit, seen, rows = one.unit("heads"), one.seen["heads"], one.block.read("heads")
+    unit, seen, rows = one.unit("heads"), one.seen["heads"], axis(one.block, "heads").read()
     centred = seen - seen.mean(0)
     each = torch.einsum("tkc,kco->tkco", centred, rows).square().sum(3).mean(0)  # (heads, coord.)
     errors = made.errors(unit, one.block, one.statistics)
@@ -192,7 +194,7 @@ def test_a_constant_channel_costs_nothing_however_large_it_is(examined):
 @some_families
 def test_no_constant_is_better_than_the_bias(examined, name, kind):
     one, made = examined(name), FLAP()
-    unit, seen, rows = one.unit(kind), one.seen[kind], one.block.read(kind)
+    unit, seen, rows = one.unit(kind), one.seen[kind], axis(one.block, kind).read()
     keep = made.solve(unit, one.block, one.statistics).at(unit.size // 2).keep.tolist()
     gone = torch.tensor([i for i in range(unit.size) if i not in keep])
     bias = made.solve(unit, one.block, one.statistics).at(unit.size // 2).bias
@@ -217,10 +219,10 @@ def test_the_mean_output_stays_whatever_goes(examined, name, kind):
     one, made = examined(name), FLAP()
     unit, block = one.unit(kind), one.block
     if unit.fixed:
-        assert "heads" in block.heads_obstacle
+        assert "heads" in block.attention.views["heads"].obstacle
         return
-    if kind == "heads" and block.attention.v_proj.bias is not None:
-        block.attention.v_proj.bias.mul_(30)  # what heads mix is kept without it
+    if kind == "heads" and block.attention.module.v_proj.bias is not None:
+        block.attention.module.v_proj.bias.mul_(30)  # what heads mix is kept without it
     before = one.given(kind).mean(0)
     solution = made.solve(unit, block, one.statistics)
     for size in (0, unit.size // 2):
@@ -236,7 +238,7 @@ def test_without_the_value_bias_the_mean_moves(examined, name):
     one, made = examined(name), FLAP()
     unit, block = one.unit("heads"), one.block
     bias = made.bias(unit, block, one.statistics, torch.arange(unit.size))
-    own = mixed_bias(block.attention) @ block.output_rows.flatten(0, 1)
+    own = mixed_bias(block.attention.module) @ block.attention.output_rows.flatten(0, 1)
     assert float(own.norm()) > 0.1
     before = one.given("heads").mean(0)
     narrow_unit(block, unit, Narrowing(keep=torch.arange(0), bias=bias - own))

@@ -5,12 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from secateur.apply.surgery import narrow_mlp
 from secateur.calibration.token_batches import Rows
 from secateur.linalg.least_squares import conjugate_gradients
 from secateur.methods import gauss_newton
-from secateur.methods.base import Narrowing
 from secateur.methods.gauss_newton import GaussNewton
+from secateur.structure.narrowing import Narrowing
 from tests.contract.conftest import logits
 from tests.support.families import FAMILIES, HIDDEN, WIDTH, read, seen_by
 
@@ -28,7 +27,7 @@ def judging(tokens):
 
 def made(block, inputs):
     """What the MLP gives, without the consumer's bias."""
-    return block.channels(block.produced(inputs)) @ block.consumer_weight
+    return block.mlp.channels(block.mlp.produced(inputs)) @ block.mlp.consumer_weight
 
 
 def pieces(inputs, targets, size=4096):
@@ -41,7 +40,7 @@ def error(block, inputs, targets):
 
 
 def weights(block):
-    return [weight.clone() for weight in (*block.producer_weights, block.consumer_weight)]
+    return [weight.clone() for weight in (*block.mlp.producer_weights, block.mlp.consumer_weight)]
 
 
 def same(block, before):
@@ -51,16 +50,16 @@ def same(block, before):
 def thinned(block, channels, inputs=None, targets=None):
     """Keep the first channels; the consumer is refitted where there is something to fit."""
     keep = torch.arange(channels)
-    narrow_mlp(block, Narrowing(keep=keep))
+    block.mlp.axis("mlp").narrow(Narrowing(keep=keep))
     if inputs is not None:
-        rows = torch.linalg.lstsq(block.channels(block.produced(inputs)), targets).solution
-        block.set_consumer_weight(rows)
+        rows = torch.linalg.lstsq(block.mlp.channels(block.mlp.produced(inputs)), targets).solution
+        block.mlp.set_consumer_weight(rows)
     return block
 
 
 def shaken(block, size, seed=7):
     """Move the producers' weights a little."""
-    for i, weight in enumerate(block.producer_weights):
+    for i, weight in enumerate(block.mlp.producer_weights):
         weight.data.add_(size * weight.square().mean().sqrt() * normal(seed + i, *weight.shape))
 
 
@@ -68,28 +67,28 @@ def shaken(block, size, seed=7):
 def test_produced_and_channels_are_what_the_consumer_reads(opened, name):
     model, given, seen = opened(name, "float64"), read(name, 2, 12), {}
     for block in model.blocks:
-        first, _ = block.producers[0]
-        for end, module in (("in", first), ("out", block.consumer)):
+        first, _ = block.mlp.producers[0]
+        for end, module in (("in", first), ("out", block.mlp.consumer)):
             key = (block.index, end)
             module.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
     logits(model.module, given)
     for block in model.blocks:
         inputs, expected = (seen[block.index, end].flatten(0, -2) for end in ("in", "out"))
-        produced = block.produced(inputs)
-        assert len(produced) == len(block.producer_weights)
+        produced = block.mlp.produced(inputs)
+        assert len(produced) == len(block.mlp.producer_weights)
         count = len(given) * seen_by(name, block.index, given)
         assert expected.shape == (count, WIDTH if name != "gpt2" else 4 * HIDDEN)
-        torch.testing.assert_close(block.channels(produced), expected)
+        torch.testing.assert_close(block.mlp.channels(produced), expected)
 
 
 @MLPS
 def test_producer_weights_are_views_part_by_part(opened, name):
     """Writing to one moves the channels of that part alone, as a plain product."""
     block, inputs = opened(name, "float64").blocks[1], normal(0, 9, HIDDEN)
-    for i, weight in enumerate(block.producer_weights):
-        before, change = block.produced(inputs), normal(i, *weight.shape)
+    for i, weight in enumerate(block.mlp.producer_weights):
+        before, change = block.mlp.produced(inputs), normal(i, *weight.shape)
         weight.data.copy_(weight + change)
-        after = block.produced(inputs)
+        after = block.mlp.produced(inputs)
         for j, (old, new) in enumerate(zip(before, after, strict=True)):
             expected = old + inputs @ change if i == j else old
             torch.testing.assert_close(new, expected)
@@ -144,20 +143,20 @@ def test_conjugate_gradients_of_nothing_are_nothing():
 
 def linearised(block, inputs):
     """Jacobian of the outputs by all producer weights: (outputs, weights)."""
-    produced, consumer = block.produced(inputs), block.consumer_weight
+    produced, consumer = block.mlp.produced(inputs), block.mlp.consumer_weight
 
     def moved(changes):
         parts = [p + inputs @ c for p, c in zip(produced, changes, strict=True)]
-        return block.channels(parts) @ consumer
+        return block.mlp.channels(parts) @ consumer
 
-    nothing = [torch.zeros(w.shape).double() for w in block.producer_weights]
+    nothing = [torch.zeros(w.shape).double() for w in block.mlp.producer_weights]
     parts = torch.func.jacrev(moved)(nothing)
     return torch.cat([part.flatten(0, 1).flatten(1) for part in parts], 1)
 
 
 def shaped(flat, block):
     """A vector of weights as parts."""
-    shapes = [w.shape for w in block.producer_weights]
+    shapes = [w.shape for w in block.mlp.producer_weights]
     return [
         part.view(shape)
         for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)
@@ -174,11 +173,11 @@ def test_the_step_solves_the_linearised_least_squares(opened, name, ridge):
     residual = (targets - made(block, inputs)).flatten()
     gram = inputs.t() @ inputs / 50
     gram = gram + ridge * gram.diagonal().mean() * torch.eye(HIDDEN)
-    rows, slopes = block.consumer_weight.square().sum(1), []
-    for i, part in enumerate(block.produced(inputs)):
-        others = block.produced(inputs)
+    rows, slopes = block.mlp.consumer_weight.square().sum(1), []
+    for i, part in enumerate(block.mlp.produced(inputs)):
+        others = block.mlp.produced(inputs)
         slope = torch.autograd.functional.jvp(
-            lambda p, i=i, others=others: block.channels([*others[:i], p, *others[i + 1 :]]),
+            lambda p, i=i, others=others: block.mlp.channels([*others[:i], p, *others[i + 1 :]]),
             part,
             torch.ones_like(part),
         )[1]
@@ -281,7 +280,7 @@ def test_a_narrowed_mlp_gets_better_and_not_on_the_seen_tokens_only(opened, name
     found = [error(block, inputs[m], targets[m]) for m in (judge, ~judge)]
     assert found[0] < 0.97 * refitted[0]
     assert found[1] < 0.97 * refitted[1]
-    hidden = block.channels(block.produced(inputs))
+    hidden = block.mlp.channels(block.mlp.produced(inputs))
     best = hidden @ torch.linalg.lstsq(hidden, targets, driver="gelsd").solution
     least = float((targets - best).square().sum() / len(inputs))
     assert error(block, inputs, targets) == pytest.approx(least, rel=1e-3)
@@ -292,9 +291,9 @@ def test_biases_and_the_activation_stay(opened):
     inputs = normal(0, 1024, HIDDEN)
     targets = made(block, inputs)
     thinned(block, 20, inputs, targets)
-    biases = [m.bias.clone() for m in (block.producers[0][0], block.consumer)]
+    biases = [m.bias.clone() for m in (block.mlp.producers[0][0], block.mlp.consumer)]
     GaussNewton(4, 1e-3, 1e-6).refine(block, pieces(inputs, targets))
-    for module, bias in zip((block.producers[0][0], block.consumer), biases, strict=True):
+    for module, bias in zip((block.mlp.producers[0][0], block.mlp.consumer), biases, strict=True):
         assert torch.equal(module.bias, bias)
 
 
@@ -310,7 +309,7 @@ def test_a_step_that_only_fits_its_own_tokens_is_dropped(opened, name):
     assert same(block, before)
     fitted = error(block, inputs[~judge], targets[~judge])
     step = method._step(block, pieces(inputs[~judge], targets[~judge]))
-    for weight, change in zip(block.producer_weights, step, strict=True):
+    for weight, change in zip(block.mlp.producer_weights, step, strict=True):
         weight.data.add_(0.25 * change)
     assert error(block, inputs[~judge], targets[~judge]) < 0.97 * fitted
     assert error(block, inputs[judge], targets[judge]) > 0.1
@@ -364,7 +363,7 @@ def test_shaken_producers_are_brought_back(opened, name):
     targets = made(block, inputs)
     shaken(block, 0.02)
     before = error(block, inputs, targets)
-    hidden = block.channels(block.produced(inputs))
+    hidden = block.mlp.channels(block.mlp.produced(inputs))
     refit = hidden @ torch.linalg.lstsq(hidden, targets).solution
     refitted = float((targets - refit).square().sum() / len(inputs))
     GaussNewton(30, 1e-6, 1e-8).refine(block, pieces(inputs, targets))
@@ -385,7 +384,7 @@ def test_too_long_a_step_is_halved_or_dropped(monkeypatch, opened, stretch, take
     full = method._step(block, pieces(inputs[fit], targets[fit]))
     monkeypatch.setattr(GaussNewton, "_step", lambda *a: [stretch * x for x in step(*a)])
     method.refine(block, pieces(inputs, targets))
-    for weight, old, change in zip(block.producer_weights, before, full, strict=False):
+    for weight, old, change in zip(block.mlp.producer_weights, before, full, strict=False):
         expected = taken * stretch * change
         torch.testing.assert_close(weight - old, expected, rtol=1e-3, atol=1e-6, check_dtype=False)
     assert taken or same(block, before)

@@ -13,7 +13,8 @@ from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.apply.surgery import narrowed
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Cross, Gram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Cross, Gram
 from secateur.data.tokens import Tokens
 from secateur.linalg import symmetric
 from secateur.linalg.least_squares import DampingWarning, ridge_leverage
@@ -38,7 +39,8 @@ def solved(x, w, ridge=RIDGE, target=None):
     if target is not None:
         found[Needs.HIDDEN_TARGET] = Cross()
         found[Needs.HIDDEN_TARGET].update(x[None], target[None], mask=mask)
-    unit, block = SimpleNamespace(name="mlp"), SimpleNamespace(consumer_weight=w)
+    mlp = SimpleNamespace(consumer_weight=w)
+    unit, block = SimpleNamespace(name="mlp"), SimpleNamespace(mlp_of=lambda _: mlp)
     return JointOBS(ridge).solve(unit, block, found)
 
 
@@ -272,7 +274,7 @@ def test_curve_is_the_error_that_a_narrowed_mlp_makes(opened, name):
             windows.through(block, windows.at(slice(None)))
         return seen.mlp
 
-    dense, bias = output(), getattr(block.consumer, "bias", None)
+    dense, bias = output(), getattr(block.mlp.consumer, "bias", None)
     energy = (dense if bias is None else dense - bias).square().sum()
     for size in (8, 24, 48):
         with narrowed(block, unit, solution.at(size)):

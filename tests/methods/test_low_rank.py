@@ -181,7 +181,7 @@ def test_welore_keeps_dense_what_factors_would_not_shrink(opened, calibrated):
     """One threshold: flat spectra stay dense, steep ones take the cut; the budget is of bytes."""
     model, data = opened("llama", "float64"), calibrated("llama")
     for block in model.blocks:
-        steep = block.attention.o_proj.weight
+        steep = block.attention.module.o_proj.weight
         left, values, right = torch.linalg.svd(steep, full_matrices=False)
         steep.data = left @ (values * 0.3 ** torch.arange(len(values))).diag() @ right
     method = LowRankWeLore(rank_step=1)

@@ -9,7 +9,8 @@ from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.apply.surgery import narrowed
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.statistics import Cross, Gram, HeadGram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Cross, Gram, HeadGram
 from secateur.data.tokens import Tokens
 from secateur.linalg.least_squares import low_rank_in_metric
 from secateur.methods.head_svd import HeadSVD
@@ -51,8 +52,9 @@ def rows_of(seed, heads):
 
 def block(rows, group):
     weight = rows.unflatten(0, (-1, group)).transpose(1, 2).flatten(2)
-    attention = SimpleNamespace(num_key_value_groups=group)
-    return SimpleNamespace(output_rows=rows, output_weight=weight, attention=attention)
+    module = SimpleNamespace(num_key_value_groups=group)
+    attention = SimpleNamespace(output_rows=rows, output_weight=weight, module=module)
+    return SimpleNamespace(attention_of=lambda _: attention)
 
 
 def solved(z, rows, group, target=None, ridge=RIDGE):
@@ -169,7 +171,9 @@ def test_heads_make_good_what_others_lost(seed, group):
     solution = solved(z, rows, group)
     heads = z.unflatten(1, (-1, WIDTH)).transpose(0, 1)
     metric = (heads.mT @ heads / TOKENS).unflatten(0, (-1, group)).sum(1)
-    _, decode, _ = low_rank_in_metric(metric, block(rows, group).output_weight, RIDGE)
+    _, decode, _ = low_rank_in_metric(
+        metric, block(rows, group).attention_of(None).output_weight, RIDGE
+    )
     for size in (1, 2, 4):
         narrowing = solution.at(size)
         alone = (decode[:, :size].repeat_interleave(group, 0) @ rows).flatten(0, 1)
@@ -248,7 +252,7 @@ def test_a_value_bias_takes_no_part_and_is_not_lost(opened, name):
     model, ids = opened(name, "float64"), stream(600).view(20, 30)
     tokens, store = Tokens(ids, torch.ones_like(ids, dtype=torch.bool)), Store()
     block = model.blocks[0]
-    attention = block.attention
+    attention = block.attention.module
     biased = attention.v_proj.bias is not None
     assert biased is (name != "llama")
     if biased:
@@ -264,7 +268,7 @@ def test_a_value_bias_takes_no_part_and_is_not_lost(opened, name):
     gram = z.t() @ z / len(z)
     torch.testing.assert_close(statistics[Needs.MIXED_GRAM].mean, gram, rtol=1e-5, atol=1e-8)
     unit = next(u for u in block.units(8) if u.kind == "value_output")
-    target = z @ block.output_rows.flatten(0, 1)
+    target = z @ block.attention.output_rows.flatten(0, 1)
     narrowing = MixedSVD(1e-8).solve(unit, block, statistics).at(4)
     full = torch.block_diag(*narrowing.encode.repeat_interleave(attention.num_key_value_groups, 0))
     expected = float((target - z @ full @ narrowing.consumer).square().mean())

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from secateur.calibration.statistics import Energy, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Energy
 from secateur.linalg.least_squares import roots
 from secateur.methods.cr import CR
 
@@ -32,7 +33,8 @@ def statistics(query, key):
 
 
 def block(rotary):
-    return SimpleNamespace(heads=SimpleNamespace(rotary=rotary))
+    attention = SimpleNamespace(layout=SimpleNamespace(rotary=rotary))
+    return SimpleNamespace(attention_of=lambda _: attention)
 
 
 def kept(query, key, size, rotary):
@@ -78,7 +80,7 @@ def test_unrotated_coordinates_rank_by_the_published_score(seed):
 def test_pair_score_is_the_mean_over_all_rotations(seed):
     """What a pair adds to the squared scores, averaged over the angle between two tokens."""
     query, key = raw(seed, heads=1, kv_heads=1, tokens=40)
-    scores, pairs = CR()._ranked(block(8), statistics(query, key))
+    scores, pairs = CR()._ranked(block(8).attention_of(None), statistics(query, key))
     angles = torch.arange(64).double() * 2 * torch.pi / 64
     for score, (i, j) in zip(scores[0], pairs[0].tolist(), strict=True):
         q, k = query[0, :, 0][:, [i, j]], key[0, :, 0][:, [i, j]]
@@ -93,7 +95,7 @@ def test_pair_score_is_the_mean_over_all_rotations(seed):
 @pytest.mark.parametrize("rotary", [8, 4])
 def test_scores_do_not_change_when_tokens_turn(rotary):
     query, key = raw(1)
-    before = CR()._ranked(block(rotary), statistics(query, key))
+    before = CR()._ranked(block(rotary).attention_of(None), statistics(query, key))
     generator = torch.Generator().manual_seed(0)
     angle = torch.rand(1, 120, 1, 4, generator=generator).double() * 6.28
     angle[..., rotary // 2 :] = 0
@@ -103,7 +105,7 @@ def test_scores_do_not_change_when_tokens_turn(rotary):
         c, s = angle.cos(), angle.sin()
         return torch.cat((first * c - second * s, second * c + first * s), -1)
 
-    after = CR()._ranked(block(rotary), statistics(turned(query), turned(key)))
+    after = CR()._ranked(block(rotary).attention_of(None), statistics(turned(query), turned(key)))
     torch.testing.assert_close(before[0], after[0])
     assert torch.equal(before[1], after[1])
     single = (query.square().mean((0, 1)), turned(query).square().mean((0, 1)))
@@ -155,7 +157,7 @@ def test_a_quiet_key_silences_a_loud_query():
 @pytest.mark.parametrize("rotary", [8, 4, 0])
 def test_curve_is_the_removed_share_of_all_scores(rotary):
     query, key = raw(6)
-    scores, _ = CR()._ranked(block(rotary), statistics(query, key))
+    scores, _ = CR()._ranked(block(rotary).attention_of(None), statistics(query, key))
     curve = CR().solve(None, block(rotary), statistics(query, key)).curve
     for size in range(0, 9, 2):
         expected = float(scores[:, size // 2 :].sum() / scores.sum())

@@ -85,10 +85,10 @@ def test_an_output_bias_is_paid_for_where_it_is_new(measured, method, name):
     units = [unit for unit in method.units(model, 8) if unit.block == 0]
     assert {u.kind: u.new_bias for u in units} == {"mlp": False, "heads": name == "qwen2"}
     block = model.blocks[0]
-    parts = [block.attention, *(p for p, _ in block.producers), block.consumer]
+    parts = [block.attention.module, *(p for p, _ in block.mlp.producers), block.mlp.consumer]
 
     def count():
-        now = [block.attention, *parts[1:]]
+        now = [block.attention.module, *parts[1:]]
         return sum(p.numel() for part in now for p in part.parameters())
 
     before, sizes = count(), {u.name: u.size // 2 for u in units}

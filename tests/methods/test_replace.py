@@ -6,7 +6,8 @@ import torch
 from secateur import InputError, Store
 from secateur.apply.sequential import narrow_blocks
 from secateur.apply.surgery import narrowed
-from secateur.calibration.statistics import Change, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Change
 from secateur.methods.replace import Replace
 from secateur.structure.units import DEPTH
 from tests.contract.conftest import logits, spread
@@ -89,7 +90,7 @@ def folded(opened):
 
     def fold(added):
         model, method = opened("gpt2", "bfloat16"), Replace()
-        bias = model.blocks[0].consumer.bias
+        bias = model.blocks[0].mlp.consumer.bias
         bias.fill_(1.0)
         change = torch.full((len(bias) + 2,), added, dtype=torch.float64)
         store = Store()
@@ -99,7 +100,7 @@ def folded(opened):
             model, method, method.units(model, 1), gone(model, 1, 2), padded(), store
         ):
             pass
-        return model.blocks[0].consumer.bias
+        return model.blocks[0].mlp.consumer.bias
 
     return fold
 

@@ -13,18 +13,20 @@ from secateur import Budget, Calibration, InputError, Knapsack, Store, calibrate
 from secateur.allocate.plain import PlainWidth
 from secateur.allocate.uniform import Uniform
 from secateur.apply.residual_slicing import Slicing, sliced_blocks
-from secateur.calibration.statistics import Gram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Gram
 from secateur.data.tokens import Tokens, sample
 from secateur.families import FAMILIES as ANATOMIES
 from secateur.families.pre_norm import PRE_NORMS
 from secateur.methods import METHODS, check_served, method_class
-from secateur.methods.base import Narrowing, Solution
+from secateur.methods.base import Solution
 from secateur.methods.modegpt import MoDeGPT
 from secateur.methods.slicegpt import SliceGPT
 from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.prepare import check_reach
 from secateur.structure.costs import counted
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import WHOLE_HEADS
 from tests.support import families
 from tests.support.steps import prepared_of, step_of
@@ -82,7 +84,9 @@ def test_embeddings_turn_about_the_origin(opened, tokens):
 def test_coordinates_that_are_zero_go_for_nothing(opened, tokens, name):
     """And the norms still divide by all of them: ε is large enough to tell."""
     model, size = opened(name, "float64"), 20
-    readers = [linear for b in model.blocks for linear in (b.attention.o_proj, b.consumer)]
+    readers = [
+        linear for b in model.blocks for linear in (b.attention.module.o_proj, b.mlp.consumer)
+    ]
     norms = [m for m in model.module.modules() if hasattr(m, "variance_epsilon")]
     for norm in norms:
         norm.variance_epsilon = 0.1

@@ -19,6 +19,7 @@ from secateur.methods.magnitude import Magnitude
 from secateur.methods.sparsegpt import COLUMNS, SparseGPT, inverse_factor, swept
 from secateur.methods.wanda import Wanda
 from secateur.structure.costs import counted
+from secateur.structure.sites import Site
 from secateur.utils.errors import InputError
 
 SPARSE = (Magnitude, Wanda, SparseGPT)
@@ -220,10 +221,8 @@ def model_of(*shapes, itemsize=2):
         )
         for i, (m, n) in enumerate(shapes)
     ]
-    o_proj = SimpleNamespace(out_features=8)
-    attention = SimpleNamespace(o_proj=o_proj)
     anatomy = SimpleNamespace(blocks="layers")
-    block = SimpleNamespace(index=0, linear_layers=linears, attention=attention, anatomy=anatomy)
+    block = SimpleNamespace(index=0, linear_layers=linears, hidden=8, anatomy=anatomy)
     stored = SimpleNamespace(itemsize=itemsize)
     return SimpleNamespace(blocks=[block], stored=stored, narrowed=False)
 
@@ -476,7 +475,8 @@ def test_least_squares_lost_is_one_threshold_for_all_matrices():
         linear.module.requires_grad_(False).weight.copy_(weight)
     block = SimpleNamespace(
         linear_layers=[
-            SimpleNamespace(**vars(linear), place="hidden", behind=None) for linear in linears
+            SimpleNamespace(**vars(linear), site=Site("mlp", "hidden"), behind=None)
+            for linear in linears
         ],
         module=SimpleNamespace(
             get_submodule={linear.path: linear.module for linear in linears}.get

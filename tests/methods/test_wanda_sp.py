@@ -10,6 +10,7 @@ from secateur.calibration.collect import Store
 from secateur.data.tokens import sample
 from secateur.methods.wanda_sp import WandaSP
 from secateur.structure.units import WHOLE_HEADS
+from tests.support.blocks import axis
 from tests.support.families import stream
 
 some_families = pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "qwen3", "opt"])
@@ -17,18 +18,18 @@ some_families = pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "qwen
 
 def read(model, block, kind, tokens):
     """What reads an axis reads: (tokens, size, coordinates of each)."""
-    seen, reader = [], block.consumer if kind == "mlp" else block.attention.o_proj
+    seen, reader = [], block.mlp.consumer if kind == "mlp" else block.attention.module.o_proj
     hook = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.inference_mode():
         model.module(input_ids=tokens.ids, use_cache=False)
     hook.remove()
     values = seen[0].reshape(*tokens.mask.shape, -1)[tokens.mask]
-    return values.view(-1, *block.read(kind).shape[:2])
+    return values.view(-1, *axis(block, kind).read().shape[:2])
 
 
 def by_hand(model, block, kind, tokens):
     """‖x_j‖ / √tokens · mean |W_j|, summed over the coordinates of each."""
-    values, rows = read(model, block, kind, tokens), block.read(kind)
+    values, rows = read(model, block, kind, tokens), axis(block, kind).read()
     norms = values.double().square().mean(0).sqrt()
     return torch.stack(
         [
@@ -48,11 +49,11 @@ def test_scores_are_norms_times_mean_weights(opened, calibrated, name, kind):
     statistics = data.store.get(1, WandaSP.needs)
     found = WandaSP().scores(unit, block, statistics)
     torch.testing.assert_close(found, by_hand(model, block, kind, data.tokens), rtol=1e-5, atol=0)
-    bias = block.attention.v_proj.bias
+    bias = block.attention.module.v_proj.bias
     if kind == "heads" and bias is not None:
-        block.attention.v_proj.bias = None
+        block.attention.module.v_proj.bias = None
         wrong = WandaSP().scores(unit, block, statistics)
-        block.attention.v_proj.bias = bias
+        block.attention.module.v_proj.bias = bias
         assert float((wrong / found - 1).abs().max()) > 1e-2
 
 
@@ -90,7 +91,7 @@ def tokens():
 def test_each_block_is_judged_behind_the_narrowed_ones(opened, tokens, name):
     """The mistake of the public code of FLAP: every block judged on what the dense model gives."""
     made, model, other = WandaSP(), opened(name, "float64"), opened(name, "float64")
-    dense = [block.consumer_weight for block in model.blocks]
+    dense = [block.mlp.consumer_weight for block in model.blocks]
     units = made.units(model, 8)
     sizes = half(units)
     store = Store()
@@ -103,7 +104,7 @@ def test_each_block_is_judged_behind_the_narrowed_ones(opened, tokens, name):
             scores = by_hand(other, twin, unit.kind, tokens)
             wanted = scores.topk(sizes[unit.name]).indices.sort().values
             if unit.kind == "mlp":
-                assert kept(dense[block.index], block.consumer_weight) == wanted.tolist()
+                assert kept(dense[block.index], block.mlp.consumer_weight) == wanted.tolist()
                 there = made.scores(unit, twin, store.get(block.index, made.needs))
                 best = there.topk(sizes[unit.name]).indices.sort().values
                 differs += best.tolist() != wanted.tolist()

@@ -14,7 +14,6 @@ from secateur.apply.surgery import narrowed
 from secateur.calibration import layer_stream as streams
 from secateur.data.tokens import Tokens, sample
 from secateur.methods.auto import Auto
-from secateur.methods.base import Narrowing
 from secateur.methods.flap import FLAP
 from secateur.methods.modegpt import MoDeGPT
 from secateur.models.linear_ops import inputs_by_outputs
@@ -29,6 +28,7 @@ from secateur.scoring.divergence import (
 )
 from secateur.scoring.evidence import score
 from secateur.structure.error_curve import Curve
+from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import MLP
 from tests.support.families import CAUSAL, stream
 
@@ -307,7 +307,7 @@ def test_evidence_has_losses_only_for_who_spends_by_them(opened, calibrated, met
 
 def snapshot(model):
     """Every tensor's name, layout and bits, every linear's sizes and which attentions there are."""
-    attentions = [id(block.attention) for block in model.blocks]
+    attentions = [id(block.attention.module) for block in model.blocks]
     tensors = {
         name: (tuple(t.shape), t.dtype, t.stride(), t.requires_grad, t.detach().clone())
         for name, t in [*model.module.named_parameters(), *model.module.named_buffers()]
@@ -329,13 +329,17 @@ def assert_unchanged(model, before):
     assert sizes == before[1]
     assert attentions == before[2]
     for block in model.blocks:
-        assert block.module.get_submodule(block.anatomy.attention) is block.attention
+        assert block.module.get_submodule(block.anatomy.attention) is block.attention.module
 
 
 def width(block, unit):
     if unit.kind == "mlp":
-        return inputs_by_outputs(block.consumer).shape[0]
-    return block.attention.query_key if unit.kind == "query_key" else block.attention.value
+        return inputs_by_outputs(block.mlp.consumer).shape[0]
+    return (
+        block.attention.module.query_key
+        if unit.kind == "query_key"
+        else block.attention.module.value
+    )
 
 
 @every_family
@@ -359,7 +363,7 @@ def test_narrowed_gives_back_every_bit_after_an_error(opened, calibrated, name):
     before, block = snapshot(model), model.blocks[1]
     wrong = {
         "mlp": Narrowing(keep=torch.arange(3), consumer=torch.zeros(3)),
-        "query_key": Narrowing(keep=torch.full((block.attention.kv_heads, 4), 10**6)),
+        "query_key": Narrowing(keep=torch.full((block.attention.module.kv_heads, 4), 10**6)),
         "value_output": Narrowing(encode=torch.zeros(3), consumer=torch.zeros(3, 3)),
     }
     for unit, solution in solved(model, store, MoDeGPT(), block):

@@ -136,7 +136,7 @@ def test_the_cache_keeps_scores_of_different_things_apart(
 def test_one_changed_weight_is_another_model(opened, tokens, own):
     changed = opened("llama")
     with torch.no_grad():
-        changed.blocks[2].consumer.weight[0, 0] += 1
+        changed.blocks[2].mlp.consumer.weight[0, 0] += 1
     assert identity(changed, Auto(), tokens, Knapsack())["model"] != own["model"]
 
 

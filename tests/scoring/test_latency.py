@@ -38,9 +38,9 @@ def llama(opened):
 
 def widths(block):
     """MLP, query/key and value width and KV heads of a block as it stands."""
-    attention = block.attention
+    attention = block.attention.module
     own = attention.query_key, attention.value, attention.kv_heads
-    return inputs_by_outputs(block.consumer).shape[0], *own
+    return inputs_by_outputs(block.mlp.consumer).shape[0], *own
 
 
 def timed(model, budget=BUDGET):
@@ -219,7 +219,7 @@ def test_the_fastest_of_several_rounds_counts(llama, clock, monkeypatch):
 def test_the_model_is_as_it_was(opened, monkeypatch, name):
     """And may be trained on or refined: tensors made in inference mode could not."""
     model = opened(name)
-    attentions = [block.attention for block in model.blocks]
+    attentions = [block.attention.module for block in model.blocks]
     before = {name: t.clone() for name, t in model.module.state_dict().items()}
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setattr(latency, "_timed", lambda run, device: float(run() is None))
@@ -227,7 +227,7 @@ def test_the_model_is_as_it_was(opened, monkeypatch, name):
     after = model.module.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert [block.attention for block in model.blocks] == attentions
+    assert [block.attention.module for block in model.blocks] == attentions
     tensors = [*model.module.parameters(), *model.module.buffers()]
     assert not any(tensor.is_inference() or tensor.requires_grad for tensor in tensors)
 

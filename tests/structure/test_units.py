@@ -27,16 +27,18 @@ def dense_model(opened):
 
 
 def maps(block):
-    attention = block.attention
+    attention = block.attention.module
     modules = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*modules, block.consumer, *(module for module, _ in block.producers)]
+    return [*modules, block.mlp.consumer, *(module for module, _ in block.mlp.producers)]
 
 
 def held(block):
     """Parameters of the block's maps, but for the consumers' biases, which no size changes."""
     whole = sum(p.numel() for module in maps(block) for p in module.parameters())
     return whole - sum(
-        m.bias.numel() for m in (block.attention.o_proj, block.consumer) if m.bias is not None
+        m.bias.numel()
+        for m in (block.attention.module.o_proj, block.mlp.consumer)
+        if m.bias is not None
     )
 
 
@@ -52,7 +54,7 @@ def test_full_units_are_all_weights_of_a_block(dense_model, name):
         parameters = sum(unit.parameters(unit.size) for unit in units)
         products = sum(unit.matrix_parameters(unit.size) for unit in units)
         if all(unit.kind != "query_key" for unit in units):
-            attention = block.attention
+            attention = block.attention.module
             rest = attention.q_proj.weight.numel() + attention.k_proj.weight.numel()
             parameters, products = parameters + rest, products + rest
         assert parameters == held(block)
@@ -160,5 +162,5 @@ def test_a_folded_bias_is_paid_for(opened, calibrated):
         MoDeGPT(),
         calibrated("qwen2").store.get(0, MoDeGPT.needs),
     )
-    assert block.attention.v_proj.bias is None
-    assert block.attention.o_proj.bias.shape == torch.Size([unit.hidden])
+    assert block.attention.module.v_proj.bias is None
+    assert block.attention.module.o_proj.bias.shape == torch.Size([unit.hidden])

@@ -87,3 +87,8 @@ def units_of(prices):
     ]
     table = {unit.name: {0: 0, 1: price} for unit, price in zip(units, prices, strict=True)}
     return units, Prices("parameters", table)
+
+
+def axis(block, kind):
+    """What reads an axis of a block, by the axis's kind."""
+    return (block.mlp if kind == "mlp" else block.attention).axis(kind)

@@ -13,6 +13,8 @@ def mlp(block, size=32, step=8, hidden=16, biased=0):
         least=0,
         producers=2,
         biased_producers=biased,
+        part="mlp",
+        matrices=(4, 7),
     )
 
 
@@ -29,6 +31,8 @@ def query_key(block, size, hidden=16, biased=False, rotary=True):
         query_bias=biased,
         key_bias=biased,
         rotary=rotary,
+        part="attention",
+        matrices=(0, 2),
     )
 
 
@@ -44,6 +48,8 @@ def value_output(block, size, hidden=16, biased=False, output_biased=False, leas
         kv_heads=2,
         value_bias=biased,
         output_bias=output_biased,
+        part="attention",
+        matrices=(2, 4),
     )
 
 
@@ -60,4 +66,6 @@ def heads(block, size=4, hidden=16, group=2, width=4):
         query_bias=False,
         key_bias=False,
         value_bias=False,
+        part="attention",
+        matrices=(0, 4),
     )

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from secateur.calibration.statistics import Gram, Needs
+from secateur.calibration.needs import Needs
+from secateur.calibration.statistics import Gram
 
 
 def normal(seed, *shape):
@@ -44,8 +45,8 @@ def solved(method, x, w, width=1):
     statistics = {need: Gram()}
     statistics[need].update(x[None], mask=torch.ones(1, len(x), dtype=torch.bool))
     unit = SimpleNamespace(name=kind, kind=kind, size=len(w) // width)
-    attention = SimpleNamespace(v_proj=SimpleNamespace(bias=None))
-    block = SimpleNamespace(read=lambda _: w.unflatten(0, (-1, width)), attention=attention)
+    axis = SimpleNamespace(read=lambda: w.unflatten(0, (-1, width)), constant=None)
+    block = SimpleNamespace(axis=lambda _: axis)
     return method.solve(unit, block, statistics)
 
 

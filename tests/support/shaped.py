@@ -4,7 +4,7 @@ import torch
 
 from secateur.apply.save import finish, store_block, writer_for
 from secateur.apply.surgery import narrow_unit
-from secateur.methods.base import Narrowing
+from secateur.structure.narrowing import Narrowing
 
 
 def picked(size, count, seed):
@@ -13,7 +13,7 @@ def picked(size, count, seed):
 
 def narrowing_of(block, unit, size, pairs=None):
     """Some channels, heads or pairs, and random maps of values."""
-    kv_heads = block.attention.kv_heads
+    kv_heads = block.attention.module.kv_heads
     if unit.kind in ("mlp", "heads"):
         return Narrowing(keep=picked(unit.size, size, block.index).sort().values)
     if unit.kind == "query_key":
@@ -23,8 +23,8 @@ def narrowing_of(block, unit, size, pairs=None):
         return Narrowing(keep=torch.cat((first, first + unit.size // 2), 1))
     generator = torch.Generator().manual_seed(block.index)
     encode = torch.randn(kv_heads, unit.size, size, generator=generator).double() / unit.size**0.5
-    spread = encode.repeat_interleave(block.attention.num_key_value_groups, 0).mT
-    return Narrowing(encode=encode, consumer=(spread @ block.output_rows).flatten(0, 1))
+    spread = encode.repeat_interleave(block.attention.module.num_key_value_groups, 0).mT
+    return Narrowing(encode=encode, consumer=(spread @ block.attention.output_rows).flatten(0, 1))
 
 
 def shaped(model, folder, sizes, pairs=None, reshape=None):

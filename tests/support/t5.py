@@ -7,7 +7,7 @@ from secateur import Settings, open_model
 from secateur.data.tasks import use_of
 from secateur.data.tokens import Tokens
 from secateur.evaluate.verify import attend_by
-from secateur.methods.base import Narrowing
+from secateur.structure.narrowing import Narrowing
 from tests.contract.conftest import logits, spread
 from tests.support import families
 from tests.support.families import HEADS, HIDDEN, VOCAB, WIDTH
@@ -97,7 +97,7 @@ def narrowings(block, size):
     half = torch.arange(size // 2)
     basis = torch.randn(HEADS, D_KV, size, generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(basis).Q if size else basis
-    consumer = (basis.mT @ block.output_rows).flatten(0, 1)
+    consumer = (basis.mT @ block.attention.output_rows).flatten(0, 1)
     return {
         "mlp": Narrowing(keep=torch.arange(7 * size)),
         "query_key": Narrowing(keep=torch.cat((half, half + D_KV // 2)).expand(HEADS, -1)),

@@ -139,7 +139,7 @@ def layout_of(model: Model) -> Layout:
     pairs = sorted({pair for block in blocks for pair in _pairs(block).flatten().tolist()})
     if any(pair >= len(wanted) for pair in pairs):
         raise InputError(f"model {model.source!r}: {STILL}.")
-    widest = max(block.attention.value for block in blocks)
+    widest = max(block.attention.module.value for block in blocks)
     head = max(2 * len(pairs), widest + widest % 2, 2)
     usual = base ** (-2 * torch.arange(head // 2, dtype=torch.float64) / head)
     factors = torch.ones(head // 2, dtype=torch.float64)
@@ -247,15 +247,15 @@ def sliding_window(config: Any) -> int | None:
 
 def _pairs(block: Block) -> Tensor:
     """Of every KV head the columns that its pairs turn by, in order."""
-    attention = block.attention
+    attention = block.attention.module
     if attention.rotary == NARROWED_PAIRS:
         return attention.rope_pairs.cpu()
     return torch.arange(attention.query_key // 2).expand(attention.kv_heads, -1)
 
 
 def _layer(block: Block, architecture: Architecture) -> Layer:
-    attention = block.attention
-    width = max(1, inputs_by_outputs(block.consumer).shape[0])
+    attention = block.attention.module
+    width = max(1, inputs_by_outputs(block.mlp.consumer).shape[0])
     if attention.value:
         return Layer(attention.heads, attention.kv_heads, width)
     # A first layer without heads leaves no head to take the width from, and a bias needs one.
@@ -270,7 +270,7 @@ def _obstacle(layout: Layout, model: Model) -> str | None:
         return f"{_differing(layout.layers)} differ from layer to layer"
     checks: tuple[tuple[str, Callable[[Block], bool], str], ...] = (
         ("q", lambda b: any(p.bias is not None for p in _inputs(b)), "queries, keys or values"),
-        ("o", lambda b: b.attention.o_proj.bias is not None, "the attention's output"),
+        ("o", lambda b: b.attention.module.o_proj.bias is not None, "the attention's output"),
         ("m", _mlp_bias, "the MLP"),
     )
     for letter, has, what in checks:
@@ -306,12 +306,12 @@ def _differing(layers: Sequence[Layer]) -> str:
 
 
 def _inputs(block: Block) -> tuple[Any, Any, Any]:
-    attention = block.attention
+    attention = block.attention.module
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
 def _mlp_bias(block: Block) -> bool:
-    made: list[Any] = [*(module for module, _ in block.producers), block.consumer]
+    made: list[Any] = [*(module for module, _ in block.mlp.producers), block.mlp.consumer]
     return any(module.bias is not None for module in made)
 
 
@@ -325,4 +325,4 @@ def score_factor(block: Block, layout: Layout) -> float:
     It divides by the root of the head's width in the file; the model multiplies by its own scale,
     and both queries and keys by what is in its rotary tables.
     """
-    return float(block.attention.scaling) * math.sqrt(layout.head) * layout.turned**2
+    return float(block.attention.module.scaling) * math.sqrt(layout.head) * layout.turned**2

@@ -34,7 +34,7 @@ def attention(block: Block, layer: Layer, layout: Layout) -> Iterator[Named]:
     """The norm before the attention and its maps; nothing where the layer has no head."""
     if not layer.heads:
         return
-    architecture, own = layout.architecture, block.attention
+    architecture, own = layout.architecture, block.attention.module
     norm: Any = block.module.get_submodule("input_layernorm")
     yield "attn_norm.weight", norm.weight
     if own.value:
@@ -64,7 +64,7 @@ def attention(block: Block, layer: Layer, layout: Layout) -> Iterator[Named]:
 
 def _maps(block: Block, layout: Layout) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Weight and bias of the four maps, all heads padded with zeros to the file's width."""
-    own, head = block.attention, layout.head
+    own, head = block.attention.module, layout.head
     keys = places(block, layout)
     queries = keys.repeat_interleave(own.num_key_value_groups, 0)
     values = torch.arange(own.value).expand(own.kv_heads, -1)
@@ -88,7 +88,7 @@ def places(block: Block, layout: Layout) -> Tensor:
     A pair of ours is a first and a second member, in two halves of the head. Where the file has
     neighbours as pairs, members of pair i stand at 2i and 2i + 1.
     """
-    own = block.attention
+    own = block.attention.module
     if own.rotary == "chosen":
         at = {pair: place for place, pair in enumerate(layout.pairs)}
         pairs = torch.tensor([[at[p] for p in row] for row in own.rope_pairs.tolist()])
@@ -124,10 +124,10 @@ def mlp(block: Block, layer: Layer) -> Iterator[Named]:
     """
     norm: Any = block.module.get_submodule("post_attention_layernorm")
     yield "ffn_norm.weight", norm.weight
-    consumer: Any = block.consumer
+    consumer: Any = block.mlp.consumer
     gone = not inputs_by_outputs(consumer).shape[0]
-    made = [bias for m, parts in block.producers for bias in _biases(m, parts)]
-    weights = block.producer_weights
+    made = [bias for m, parts in block.mlp.producers for bias in _biases(m, parts)]
+    weights = block.mlp.producer_weights
     for name, weight, bias in zip(("gate", "up"), weights, made, strict=True):
         yield f"ffn_{name}.weight", weight.new_zeros(1, len(weight)) if gone else weight.t()
         if bias is not None:
