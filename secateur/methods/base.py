@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from torch import Tensor
+
 from secateur.calibration.needs import BlockStatistics, Need
 from secateur.calibration.token_batches import Rows
 from secateur.models.block import Block
