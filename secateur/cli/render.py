@@ -22,6 +22,7 @@ from secateur.evaluate.significance import doubts
 from secateur.families import FAMILIES, find
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
+from secateur.methods.fitted import FittedMethod
 from secateur.models.loading import DEMO, skeleton
 from secateur.models.model import Settings, not_served
 from secateur.planning.plan import Plan
@@ -43,10 +44,15 @@ def catalogue() -> dict[str, Any]:
     methods = [method_class(name) for name in METHODS]
     allocators = [allocator_class(name) for name in ALLOCATORS]
     return {
-        "methods": [_entry(m) | {"allocator": m().allocator.name} for m in methods],
+        "methods": [_entry(m) | {"allocator": _allocator(m)} for m in methods],
         "allocators": [_entry(allocator) for allocator in allocators],
         "families": [{"name": f.family, "model_types": f.model_types} for f in FAMILIES],
     }
+
+
+def _allocator(method: type[Method]) -> str | None:
+    """The name of a method's usual allocator; None where it decides the sizes itself."""
+    return None if issubclass(method, FittedMethod) else method().allocator.name
 
 
 def _entry(kind: type[Method] | type[Allocator]) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def show_catalogue(content: dict[str, Any]) -> None:
                 flag = "--" + name.replace("_", "-")
                 default = shown(field["default"])
                 console.print(f"    {flag:<18} {field['help']}  (default {default})")
-            if group == "methods":
+            if entry.get("allocator"):
                 console.print(f"    {'--allocator':<18} by default {entry['allocator']}")
         console.print()
     console.print("[bold]families[/]")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.models.attention import Attention, Map
 from secateur.models.linear_ops import with_constant
@@ -196,6 +196,10 @@ class WholeHeads(AxisView):
 
     def arbitrary(self, size: int) -> Narrowing:
         return Narrowing(keep=torch.arange(size, device=self.part.device))
+
+    @property
+    def reader(self) -> nn.Module:
+        return self.part.module.o_proj
 
     def read(self) -> Tensor:
         """The coordinates of a KV head are those of all query heads that read it."""
