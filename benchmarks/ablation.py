@@ -10,7 +10,16 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from secateur import Auto, Calibration, Goal, Store, calibrate, calibration_tokens, make_plan, score
+from secateur import (
+    Auto,
+    Budget,
+    Calibration,
+    Store,
+    calibrate,
+    calibration_tokens,
+    make_plan,
+    score,
+)
 from secateur.allocate.base import Allocator
 from secateur.allocate.influence import EntropicInfluence
 from secateur.allocate.knapsack import Knapsack
@@ -25,6 +34,7 @@ from secateur.methods.base import Method, Solution
 from secateur.methods.cr import CR
 from secateur.methods.head_svd import HeadSVD
 from secateur.methods.nystrom import Nystrom
+from secateur.methods.step import Step
 from secateur.models.block import Block
 from secateur.models.loading import open_model
 from secateur.structure.units import Unit
@@ -120,7 +130,7 @@ def main() -> None:
         token_stream(read_documents(arguments.held), model.tokenizer), LENGTH, WINDOWS
     )
     calibrate(model, tokens, ALL, store)
-    goal, evidence = Goal(multiple_of=arguments.multiple_of), {}
+    evidence = {}
     print(f"dense {perplexity(model.module, held):.2f}\n")
     print("| variant | " + " | ".join(f"keep {keep:g}" for keep in arguments.keeps) + " |")
     print("|---" * (1 + len(arguments.keeps)) + "|", flush=True)
@@ -130,17 +140,26 @@ def main() -> None:
             evidence[key] = score(model, variant.method, store, tokens)
         cells = []
         for keep in arguments.keeps:
-            small, method = open_model(arguments.model), replace(variant.method, keep=keep)
+            small, method = open_model(arguments.model), variant.method
+            step = Step.of(
+                method, Budget(keep=keep, multiple_of=arguments.multiple_of), variant.allocator
+            )
             try:
                 plan = make_plan(
-                    small, method, evidence[key], calibration, tokens, goal, variant.allocator
+                    small,
+                    method,
+                    evidence[key],
+                    calibration,
+                    tokens,
+                    budget=step.budget,
+                    allocator=step.allocator,
                 )
             except ValueError:
                 cells.append("out of reach")
                 continue
             narrowing = method if variant.sequential else OnePass(inner=method)
-            units = method.units(small, goal.multiple_of)
-            list(narrow_blocks(small, narrowing, units, plan.sizes, tokens, store))
+            given = (step.units(small), plan.sizes)
+            list(narrow_blocks(small, narrowing, *given, tokens=tokens, store=store))
             cells.append(f"{perplexity(small.module, held):.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 

@@ -18,8 +18,9 @@ from statistics import mean
 from rows import Row, add, read
 
 from secateur import (
+    Budget,
     Calibration,
-    Goal,
+    Step,
     Store,
     calibrate,
     calibration_tokens,
@@ -40,7 +41,6 @@ from secateur.data.tokens import (
 from secateur.evaluate.evaluator import quiet
 from secateur.evaluate.perplexity import perplexity
 from secateur.methods import METHODS, method_class
-from secateur.planning.plan import usual_allocator
 
 
 def main() -> None:
@@ -129,17 +129,18 @@ def measured(
     model = open_model(arguments.model)
     row: Row = {}
     if source is not None:
-        method = method_class(arguments.method)(keep=arguments.keep)
-        goal = Goal(multiple_of=arguments.multiple_of)
-        allocator = usual_allocator(method, goal)
+        method = method_class(arguments.method)()
+        budget = Budget(keep=arguments.keep, multiple_of=arguments.multiple_of)
+        step = Step.of(method, budget)
+        allocator = step.allocator
         calibration = Calibration(source, samples, arguments.length, seed, select)
-        calibration = select_calibration(model, calibration, method, goal)
+        calibration = select_calibration(model, calibration, method, budget)
         tokens, store = calibration_tokens(calibration, model.tokenizer), Store()
         calibrate(model, tokens, method.needs | allocator.needs, store)
         evidence = score(model, method, store, tokens, allocator)
-        plan = make_plan(model, method, evidence, calibration, tokens, goal, allocator)
-        units = method.units(model, goal.multiple_of)
-        list(narrow_blocks(model, method, units, plan.sizes, tokens, store))
+        plan = make_plan(model, method, evidence, calibration, tokens, budget=budget)
+        given = (step.units(model), plan.sizes)
+        list(narrow_blocks(model, method, *given, tokens=tokens, store=store))
         row["reached"] = plan.budget.reached
     found = {name: perplexity(model.module, tokens) for name, tokens in texts.items()}
     return row | {"perplexity": found}

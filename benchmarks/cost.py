@@ -13,7 +13,17 @@ from statistics import median
 
 import torch
 
-from secateur import Calibration, Store, calibrate, calibration_tokens, make_plan, open_model, score
+from secateur import (
+    Budget,
+    Calibration,
+    Step,
+    Store,
+    calibrate,
+    calibration_tokens,
+    make_plan,
+    open_model,
+    score,
+)
 from secateur.apply.sequential import narrow_blocks
 from secateur.calibration.layer_stream import TOKENS_PER_BATCH
 from secateur.evaluate.evaluator import quiet
@@ -49,7 +59,7 @@ def once(arguments: argparse.Namespace) -> dict[str, float]:
     model, store = open_model(arguments.model), Store()
     calibration = Calibration(arguments.calibration, arguments.samples, arguments.length)
     tokens = calibration_tokens(calibration, model.tokenizer)
-    method = method_class(arguments.method)(keep=arguments.keep)
+    method = method_class(arguments.method)()
     seconds: dict[str, float] = {}
     rows = max(1, TOKENS_PER_BATCH // arguments.length)
     with torch.inference_mode():
@@ -69,9 +79,11 @@ def once(arguments: argparse.Namespace) -> dict[str, float]:
     lap("statistics")
     evidence = score(model, method, store, tokens)
     lap("scores")
-    plan = make_plan(model, method, evidence, calibration, tokens)
+    budget = Budget(keep=arguments.keep)
+    plan = make_plan(model, method, evidence, calibration, tokens, budget=budget)
     lap("allocation")
-    list(narrow_blocks(model, method, model.units(plan.multiple_of), plan.sizes, tokens, store))
+    units = Step.of(method, budget).units(model)
+    list(narrow_blocks(model, method, units, plan.sizes, tokens=tokens, store=store))
     lap("narrowing")
     seconds["compression"] = sum(v for stage, v in seconds.items() if stage != "forward pass")
     return seconds

@@ -30,7 +30,18 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from secateur import Calibration, InputError, Store, Text, calibrate, make_plan, open_model, score
+from secateur import (
+    Budget,
+    Calibration,
+    InputError,
+    Step,
+    Store,
+    Text,
+    calibrate,
+    make_plan,
+    open_model,
+    score,
+)
 from secateur.apply.sequential import narrow_blocks
 from secateur.data.tasks import use_of
 from secateur.data.tokens import calibration_stream
@@ -96,16 +107,19 @@ def judge(
         calibrate(model, tokens, made.needs | made.allocator.needs, store)
         evidence = score(model, made, store, tokens)
         for keep in arguments.keeps:
-            method, small = method_class(method_name)(keep=keep), open_model(folder)
+            method, small = method_class(method_name)(), open_model(folder)
+            budget = Budget(keep=keep)
             try:
-                plan = make_plan(small, method, evidence, record, tokens, store=store)
+                plan = make_plan(
+                    small, method, evidence, record, tokens, budget=budget, store=store
+                )
             except InputError as error:
                 if "out of reach" not in str(error):
                     raise
                 print(f"| {name} | {method.name} | {keep:g} | out of reach | | | | |", flush=True)
                 continue
-            units = method.units(small, plan.multiple_of)
-            list(narrow_blocks(small, method, units, plan.sizes, tokens, store))
+            given = (Step.of(method, budget).units(small), plan.sizes)
+            list(narrow_blocks(small, method, *given, tokens=tokens, store=store))
             value, right = answered(small, held)
             found = agreement(dense, outputs(small, held))
             print(

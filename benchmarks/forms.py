@@ -135,8 +135,8 @@ def reshaped(
     keeps: tuple[float, ...],
 ) -> Iterator[Row]:
     from secateur import (
+        Budget,
         Calibration,
-        Goal,
         InputError,
         Store,
         calibrate,
@@ -156,16 +156,18 @@ def reshaped(
     evidence = score(model, own, store, tokens)
     before = time.perf_counter() - start
     for keep in keeps:
-        small, chosen = open_model(dense), kind(keep=keep, **options)
+        small, chosen = open_model(dense), kind(**options)
+        budget = Budget(keep=keep or "least")
         start = time.perf_counter()
         try:
             plan = make_plan(
-                small, chosen, evidence, calibration, tokens, Goal("bytes"), store=store
+                small, chosen, evidence, calibration, tokens, budget=budget, store=store
             )
         except InputError as error:  # out of its reach
             print(f"{name}, keep {keep:g}: {error}", file=sys.stderr)
             continue
-        list(narrow_blocks(small, chosen, chosen.units(small, 8), plan.sizes, tokens, store))
+        given = (chosen.units(small, 8), plan.sizes)
+        list(narrow_blocks(small, chosen, *given, tokens=tokens, store=store))
         seconds = before + time.perf_counter() - start
         found = perplexity_of(arguments, small)
         yield {
@@ -179,23 +181,21 @@ def reshaped(
 
 def followed(arguments: argparse.Namespace, dense: str, out: Path, name: str, keep: float) -> Row:
     """Widths by the default method, then integers of four bits."""
-    from secateur import GPTQ, Auto, Calibration, Goal, Questions
-    from secateur.pipeline.multi_step import compress_in_steps
-    from secateur.planning.recipe import Recipe, Step
+    from secateur import GPTQ, Auto, Budget, Calibration, Questions, Recipe, Step, compress
 
     grain = int(arguments.group.split(",")[-1])
     groups = f"0,16,32,{arguments.group}"
     steps = (
-        Step.of(Auto(), goal=Goal("bytes", multiple_of=grain)),
+        Step.of(Auto(), Budget(multiple_of=grain)),
         Step.of(GPTQ(bits="4", group=groups)),
     )
     start = time.perf_counter()
-    report = compress_in_steps(
+    report = compress(
         dense,
         out,
         Recipe(steps, keep),
-        Calibration(arguments.calibration, 128, LENGTH, 0),
-        Questions((), speed=False),
+        calibration=Calibration(arguments.calibration, 128, LENGTH, 0),
+        questions=Questions((), speed=False),
         overwrite=True,
     )
     seconds = time.perf_counter() - start

@@ -64,9 +64,10 @@ def parsed() -> argparse.Namespace:
 def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Row]:
     """One row a budget and temperature; statistics and scores are shared between budgets."""
     from secateur import (
+        Budget,
         Calibration,
-        Goal,
         InputError,
+        Step,
         Store,
         calibrate,
         calibration_tokens,
@@ -105,24 +106,32 @@ def measured(arguments: argparse.Namespace, name: str, seed: int) -> Iterator[Ro
         allocators = [EntropicInfluence(t) for t in arguments.temperatures]
     calibration = Calibration(arguments.calibration, 128, LENGTH, seed)
     tokens = calibration_tokens(calibration, model.tokenizer)
-    goal = Goal(multiple_of=arguments.multiple_of)
     start, store = time.perf_counter(), Store()
     calibrate(model, tokens, kind().needs | allocators[0].needs, store)
     evidence = score(model, kind(), store, tokens, allocators[0])
     before = time.perf_counter() - start
     for keep in arguments.keeps:
         for allocator in allocators:
-            small, method = open_model(arguments.model), kind(keep=keep)
+            small, method = open_model(arguments.model), kind()
+            budget = Budget(keep=keep, multiple_of=arguments.multiple_of)
             start = time.perf_counter()
             try:
                 plan = make_plan(
-                    small, method, evidence, calibration, tokens, goal, allocator, store=store
+                    small,
+                    method,
+                    evidence,
+                    calibration,
+                    tokens,
+                    budget=budget,
+                    allocator=allocator,
+                    store=store,
                 )
             except InputError as error:  # out of its reach
                 print(f"{name}, keep {keep:g}: {error}", file=sys.stderr)
                 continue
-            units = method.units(small, goal.multiple_of)
-            list(narrow_blocks(small, method, units, plan.sizes, tokens, store))
+            units = Step.of(method, budget, allocator).units(small)
+            given = {"tokens": tokens, "store": store}
+            list(narrow_blocks(small, method, units, plan.sizes, **given))
             seconds = before + time.perf_counter() - start
             yield {
                 "method": name,

@@ -129,10 +129,11 @@ def measured(arguments: argparse.Namespace, job: Row) -> Row:
         report = secateur.compress(
             folder,
             Path(place, "out"),
-            method_class(job["method"])(keep=job["keep"]),
-            secateur.Calibration(str(text), samples=shape.samples, length=shape.length),
-            Questions((), speed=False),
-            secateur.Settings(device=job["device"], stream=job["stream"]),
+            method_class(job["method"])(),
+            secateur.Budget(keep=job["keep"]),
+            calibration=secateur.Calibration(str(text), samples=shape.samples, length=shape.length),
+            questions=Questions((), speed=False),
+            settings=secateur.Settings(device=job["device"], stream=job["stream"]),
         )
         peak = peak_bytes(torch.device("cpu"))
         on_gpu = peak_bytes(device) if device.type == "cuda" else 0

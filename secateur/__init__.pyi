@@ -25,6 +25,8 @@ from .export.checkpoint import export_dense as export_dense
 from .export.checkpoint import export_plain as export_plain
 from .export.gguf.export import export_gguf as export_gguf
 from .export.onnx import export_onnx as export_onnx
+from .export.stages import DenseExport as DenseExport
+from .export.stages import PlainExport as PlainExport
 from .methods.armor import Armor as Armor
 from .methods.auto import Auto as Auto
 from .methods.base import Method as Method

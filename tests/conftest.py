@@ -16,7 +16,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="secateur-tests-")  # not
 
 from secateur import Calibration, Model, Settings, Store, calibrate, open_model
 from secateur.data.tokens import Tokens
-from secateur.methods import METHODS, method_class
+from secateur.methods import method_classes
 from tests.support import families
 
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def opened(dense: Callable[[str], Path]) -> Callable[..., Model]:
 def calibrated(opened: Callable[..., Model]) -> Callable[[str], Calibrated]:
     """Variant name to statistics for all methods and their allocators; not to be changed."""
     needs = frozenset()
-    for method in map(method_class, METHODS):
+    for method in method_classes().values():
         needs |= method().needs | method().allocator.needs
 
     @cache

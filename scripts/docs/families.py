@@ -14,13 +14,13 @@ import transformers
 
 from scripts.docs.markdown import table
 from secateur import families as anatomies
-from secateur.allocate.base import Allocator
 from secateur.families import Anatomy
 from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
+from secateur.methods.step import Step
 from secateur.models.model import Model, anatomy_of
-from secateur.pipeline.prepare import check_reach, chosen_allocator
-from secateur.structure.budget import Goal
+from secateur.pipeline.prepare import check_reach
+from secateur.structure.budget import Budget
 from secateur.utils.errors import InputError
 from tests.families.test_families import MORE
 from tests.support.families import FAMILIES, Family
@@ -213,10 +213,8 @@ def kinds(method: Method) -> list[str]:
 
 def goes_plain(method: Method, model: Model) -> bool:
     """Whether ``--tier plain`` is refused before any weight is read."""
-    goal = Goal(method.target, "plain")
     try:
-        allocator: Allocator = chosen_allocator(method, goal, None)
-        check_reach(model, method, goal, allocator)
+        check_reach(model, Step.of(method, Budget(tier="plain")))
     except InputError:
         return False
     return True

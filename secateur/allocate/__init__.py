@@ -5,9 +5,9 @@ Names serve the command line and plans; in Python, pass the object. May import t
 """
 
 from secateur.allocate.base import Allocator
-from secateur.utils.registry import by_name
+from secateur.utils.registry import Registry
 
-#: name → "module:class". Imported only when asked for.
+#: name → "module:class" of the project's own. Imported only when asked for.
 ALLOCATORS = {
     "uniform": "secateur.allocate.uniform:Uniform",
     "influence": "secateur.allocate.influence:EntropicInfluence",
@@ -26,11 +26,14 @@ ALLOCATORS = {
 }
 
 
-def allocator_class(name: str) -> type[Allocator]:
-    """The allocator class of a name.
+REGISTRY = Registry("allocator", "secateur.allocators", ALLOCATORS, Allocator)
+
+
+def allocator_class(name: str, package: str | None = None) -> type[Allocator]:
+    """The allocator class of a name; ``package`` is what a plan says that declares it.
 
     Raises:
-        InputError: no allocator has it.
+        InputError: no package here declares the name, several do, or its class can't be used.
     """
-    found: type[Allocator] = by_name(ALLOCATORS, name, "allocator")
+    found: type[Allocator] = REGISTRY.get(name, package)
     return found

@@ -1,5 +1,6 @@
 """Commands on what there is already. Nothing heavy is imported before a command needs it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,7 @@ def export(
     **rest: Any,
 ) -> None:
     """Write MODEL, a compressed checkpoint, to OUT for readers that know less."""
-    from dataclasses import asdict
-
-    from secateur.cli import render as present
     from secateur.evaluate.evaluator import quiet
-    from secateur.export.checkpoint import export_dense, export_plain
-    from secateur.utils.progress import for_terminal
 
     if dense == (to is not None):
         raise InputError(
@@ -137,37 +133,42 @@ def export(
             flag = {"kind": "type"}.get(name, name.replace("_", "-"))
             raise InputError(f"--{flag} is for --to gguf; leave it out.")
     quiet()
+    given = {"settings": asked.settings(rest), "overwrite": overwrite}
+    if to == "gguf":
+        given |= {"kind": kind, "tokenizer": not no_tokenizer, "checked": not unchecked}
+    content, show = _exported(model, out, to, given)
+    if as_json:
+        asked.print_json({"out": str(out), **content})
+    else:
+        show()
+
+
+def _exported(
+    model: str, out: Path, to: str | None, given: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """What is written, as plain data, and what shows it."""
+    from dataclasses import asdict
+
+    from secateur.cli import render as present
+    from secateur.export.checkpoint import export_dense, export_plain
+    from secateur.utils.progress import for_terminal
+
+    given["progress"] = for_terminal()
     if to == "gguf":
         from secateur.export.gguf.export import export_gguf
 
-        given = (asked.settings(rest), overwrite, not no_tokenizer, not unchecked, for_terminal())
-        made = export_gguf(model, out, kind, *given)
-        if as_json:
-            asked.print_json({"out": str(out), **asdict(made)})
-        else:
-            present.show_gguf(out, made)
-        return
+        made = export_gguf(model, out, **given)
+        return asdict(made), lambda: present.show_gguf(out, made)
     if to == "plain":
-        plain = export_plain(model, out, asked.settings(rest), overwrite, for_terminal())
-        if as_json:
-            asked.print_json({"out": str(out), **asdict(plain)})
-        else:
-            present.show_plain(out, plain.model_type)
-        return
+        plain = export_plain(model, out, **given)
+        return asdict(plain), lambda: present.show_plain(out, plain.model_type)
     if to == "onnx":
         from secateur.export.onnx import export_onnx
 
-        graph = export_onnx(model, out, asked.settings(rest), overwrite, for_terminal())
-        if as_json:
-            asked.print_json({"out": str(out), **asdict(graph)})
-        else:
-            present.show_graph(out, graph)
-        return
-    tier = export_dense(model, out, asked.settings(rest), overwrite, for_terminal())
-    if as_json:
-        asked.print_json({"out": str(out), "tier": tier})
-    else:
-        present.show_export(out, tier)
+        graph = export_onnx(model, out, **given)
+        return asdict(graph), lambda: present.show_graph(out, graph)
+    tier = export_dense(model, out, **given)
+    return {"tier": tier}, lambda: present.show_export(out, tier)
 
 
 COMMANDS = (export, compare, report, push)

@@ -1,6 +1,6 @@
 """The options that commands share, and those that come from a method's fields."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from secateur.structure.budget import LEAST, Budget, Keep, flag_of, key_of
+from secateur.utils.errors import InputError
 
 if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
@@ -52,8 +53,18 @@ class MethodCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """The command's own parameters and the fields of the method and the allocator."""
-        kinds = (ctx.meta.get(key) for key in (METHOD_KEY, ALLOCATOR_KEY))
-        return [*super().get_params(ctx), *(o for kind in kinds for o in field_options(kind))]
+        found = super().get_params(ctx)
+        for what, key in (("method", METHOD_KEY), ("allocator", ALLOCATOR_KEY)):
+            if (kind := ctx.meta.get(key)) is not None:
+                added = field_options(kind)
+                taken = {flag for parameter in found for flag in parameter.opts}
+                if double := taken & {flag for option in added for flag in option.opts}:
+                    raise InputError(
+                        f"{what} {kind.name!r}: its option {min(double)} has the name of another "
+                        f"one of this command; its package has to rename the field."
+                    )
+                found = [*found, *added]
+        return found
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Say where the method's options are, unless they are shown."""
@@ -82,15 +93,12 @@ def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.P
 
 def owners_of(option: str) -> str:
     """The methods and allocators that have an option, in words; empty where none has."""
-    from secateur.allocate import ALLOCATORS, allocator_class
-    from secateur.methods import METHODS, method_class
+    from secateur import allocate, methods
 
     found = []
-    for what, names, of in (
-        ("method", METHODS, method_class),
-        ("allocator", ALLOCATORS, allocator_class),
-    ):
-        having = [n for n in names if any(option in o.opts for o in field_options(of(n)))]
+    for what, registry in (("method", methods.REGISTRY), ("allocator", allocate.REGISTRY)):
+        kinds = registry.survey()[0].items()
+        having = [n for n, kind in kinds if any(option in o.opts for o in field_options(kind))]
         found += [f"{what} {' or '.join(having)}"] if having else []
     return " or ".join(found)
 
@@ -100,7 +108,7 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def stacked(decorators: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     """One decorator from several, so that commands can share a group of options."""
 
     def decorate(function: Any) -> Any:
@@ -114,20 +122,24 @@ def stacked(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 model_argument = click.argument("model")
 
 open_options = stacked(
-    click.option(
-        "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
-    ),
-    click.option(
-        "--dtype",
-        default="auto",
-        show_default=True,
-        help="Number format to compute in; auto is float32 on a CPU, the stored one elsewhere.",
-    ),
-    click.option("--revision", help="Branch, tag or commit of a hub model."),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Run the code that the checkpoint brings along."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
+    [
+        click.option(
+            "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
+        ),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            help="Number format to compute in; auto is float32 on a CPU, the stored one elsewhere.",
+        ),
+        click.option("--revision", help="Branch, tag or commit of a hub model."),
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Run the code that the checkpoint brings along.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
+    ]
 )
 
 stream_option = click.option(
@@ -140,42 +152,44 @@ stream_option = click.option(
 )
 
 text_options = stacked(
-    click.option(
-        "--calibration",
-        default="bundled",
-        show_default=True,
-        help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
-        '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
-    ),
-    click.option(
-        "--samples",
-        default=128,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Windows of that text, drawn at random.",
-    ),
-    click.option(
-        "--length",
-        default=256,
-        show_default=True,
-        type=click.IntRange(2),
-        help="Tokens in a window.",
-    ),
-    click.option(
-        "--seed",
-        default=0,
-        show_default=True,
-        type=click.IntRange(-(2**63), 2**63 - 1),
-        help="Of the choice of samples.",
-    ),
-    click.option(
-        "--select-calibration",
-        default="none",
-        show_default=True,
-        help="How to choose the windows: none (at random), kl (of several random draws the one "
-        "whose cheaply narrowed model is nearest to the dense one), leverage (windows with tokens "
-        "that others don't explain), dpp (windows unlike each other).",
-    ),
+    [
+        click.option(
+            "--calibration",
+            default="bundled",
+            show_default=True,
+            help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
+            '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
+        ),
+        click.option(
+            "--samples",
+            default=128,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Windows of that text, drawn at random.",
+        ),
+        click.option(
+            "--length",
+            default=256,
+            show_default=True,
+            type=click.IntRange(2),
+            help="Tokens in a window.",
+        ),
+        click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(-(2**63), 2**63 - 1),
+            help="Of the choice of samples.",
+        ),
+        click.option(
+            "--select-calibration",
+            default="none",
+            show_default=True,
+            help="How to choose the windows: none (at random), kl (of several random draws the one "
+            "whose cheaply narrowed model is nearest to the dense one), leverage (windows with "
+            "tokens that others don't explain), dpp (windows unlike each other).",
+        ),
+    ]
 )
 
 
@@ -209,69 +223,76 @@ def _budget_option(field: Any) -> Callable[[Any], Any]:
     )
 
 
-budget_options = stacked(*(_budget_option(field) for field in fields(Budget)))
+budget_options = stacked([_budget_option(field) for field in fields(Budget)])
 
 calibration_options = stacked(
-    click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
-    budget_options,
-    click.option(
-        "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
-    ),
-    click.option(
-        "--scores",
-        type=click.Path(path_type=Path, dir_okay=False),
-        help="File to read the units' scores from, or to write them to  [default: a cache]",
-    ),
-    click.option(
-        "--statistics",
-        type=click.Path(path_type=Path, file_okay=False),
-        help="Folder to keep the calibration's statistics in, or to find them in.",
-    ),
-    text_options,
+    [
+        click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
+        budget_options,
+        click.option(
+            "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
+        ),
+        click.option(
+            "--scores",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="File to read the units' scores from, or to write them to  [default: a cache]",
+        ),
+        click.option(
+            "--statistics",
+            type=click.Path(path_type=Path, file_okay=False),
+            help="Folder to keep the calibration's statistics in, or to find them in.",
+        ),
+        text_options,
+    ]
 )
 
 judge_options = stacked(
-    click.option(
-        "--eval",
-        "texts",
-        multiple=True,
-        metavar="TEXT",
-        help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
-        "calibration text that is set aside, and the bundled text.",
-    ),
-    click.option(
-        "--eval-length",
-        type=click.IntRange(2),
-        help="Tokens a window  [default: as calibration, else 256]",
-    ),
-    click.option(
-        "--eval-windows",
-        default=256,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Windows of each text to judge on, at most.",
-    ),
-    click.option(
-        "--prompt", help="Text that the model continues  [default: the beginning of the first text]"
-    ),
-    click.option(
-        "--new-tokens", type=click.IntRange(1), help="Tokens to continue it by  [default: 40]"
-    ),
-    click.option("--no-speed", is_flag=True, help="Don't time the model."),
-    click.option(
-        "--tasks",
-        multiple=True,
-        metavar="TASKS",
-        help="Tasks to answer, by commas: task files (.jsonl, see docs/evaluation.md), or names "
-        "that lm-evaluation-harness knows, such as arc_easy,piqa; may be repeated.",
-    ),
-    click.option(
-        "--task-limit", type=click.IntRange(2), help="Items of each task, at most  [default: all]"
-    ),
-    click.option(
-        "--damage",
-        is_flag=True,
-        help="Measure what perplexity does not show: calibration of probabilities, repetition, "
-        "recall of planted keys, accuracy class by class.",
-    ),
+    [
+        click.option(
+            "--eval",
+            "texts",
+            multiple=True,
+            metavar="TEXT",
+            help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
+            "calibration text that is set aside, and the bundled text.",
+        ),
+        click.option(
+            "--eval-length",
+            type=click.IntRange(2),
+            help="Tokens a window  [default: as calibration, else 256]",
+        ),
+        click.option(
+            "--eval-windows",
+            default=256,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Windows of each text to judge on, at most.",
+        ),
+        click.option(
+            "--prompt",
+            help="Text that the model continues  [default: the beginning of the first text]",
+        ),
+        click.option(
+            "--new-tokens", type=click.IntRange(1), help="Tokens to continue it by  [default: 40]"
+        ),
+        click.option("--no-speed", is_flag=True, help="Don't time the model."),
+        click.option(
+            "--tasks",
+            multiple=True,
+            metavar="TASKS",
+            help="Tasks to answer, by commas: task files (.jsonl, see docs/evaluation.md), or "
+            "names that lm-evaluation-harness knows, such as arc_easy,piqa; may be repeated.",
+        ),
+        click.option(
+            "--task-limit",
+            type=click.IntRange(2),
+            help="Items of each task, at most  [default: all]",
+        ),
+        click.option(
+            "--damage",
+            is_flag=True,
+            help="Measure what perplexity does not show: calibration of probabilities, repetition, "
+            "recall of planted keys, accuracy class by class.",
+        ),
+    ]
 )

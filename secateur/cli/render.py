@@ -13,14 +13,13 @@ from rich.text import Text
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.allocate import ALLOCATORS, allocator_class
+from secateur import allocate, methods
 from secateur.allocate.base import Allocator
 from secateur.cli.options import DEFAULT_METHOD, shown
 from secateur.data.tasks import PREFIX
 from secateur.evaluate.evaluator import Verdict
 from secateur.evaluate.significance import doubts
 from secateur.families import FAMILIES, find
-from secateur.methods import METHODS, method_class
 from secateur.methods.base import Method
 from secateur.methods.fitted import FittedMethod
 from secateur.models.loading import DEMO, skeleton
@@ -31,6 +30,8 @@ from secateur.report import task_tables as outcome
 from secateur.report.console import terminal
 from secateur.report.report import TIERS, Report, count, size
 from secateur.structure.units import WIDTHS
+from secateur.utils.errors import printable
+from secateur.utils.registry import Registry
 
 if TYPE_CHECKING:
     from secateur.export.gguf.export import Exported
@@ -40,22 +41,32 @@ SIDES = ("dense", "compressed")
 
 
 def catalogue() -> dict[str, Any]:
-    """Methods and allocators with their options, and families."""
-    methods = [method_class(name) for name in METHODS]
-    allocators = [allocator_class(name) for name in ALLOCATORS]
+    """Methods and allocators with their options, families, and which extensions can't be used."""
+    found, problems = methods.REGISTRY.survey()
+    spenders, others = allocate.REGISTRY.survey()
     return {
-        "methods": [_entry(m) | {"allocator": _allocator(m)} for m in methods],
-        "allocators": [_entry(allocator) for allocator in allocators],
+        "methods": [_entry(kind, methods.REGISTRY) | _usual(kind) for kind in found.values()],
+        "allocators": [_entry(kind, allocate.REGISTRY) for kind in spenders.values()],
         "families": [{"name": f.family, "model_types": f.model_types} for f in FAMILIES],
+        "problems": [*problems, *others],
     }
 
 
-def _allocator(method: type[Method]) -> str | None:
-    """The name of a method's usual allocator; None where it decides the sizes itself."""
-    return None if issubclass(method, FittedMethod) else method().allocator.name
+def _usual(kind: type[Method]) -> dict[str, Any]:
+    """What a method keeps, of what, and who spends that, where nothing else is asked for.
+
+    A method that decides all sizes itself has no allocator.
+    """
+    fitted = issubclass(kind, FittedMethod)
+    return {
+        "keep": kind.usual_keep,
+        "target": kind.target,
+        "allocator": None if fitted else kind().allocator.name,
+    }
 
 
-def _entry(kind: type[Method] | type[Allocator]) -> dict[str, Any]:
+def _entry(kind: type[Method] | type[Allocator], registry: Registry) -> dict[str, Any]:
+    package = registry.package(kind.name)
     return {
         "name": kind.name,
         "summary": kind.summary,
@@ -63,7 +74,7 @@ def _entry(kind: type[Method] | type[Allocator]) -> dict[str, Any]:
         "options": {
             f.name: {"default": f.default, "help": f.metadata["help"]} for f in fields(kind)
         },
-    }
+    } | ({} if package is None else {"package": package})
 
 
 def show_catalogue(content: dict[str, Any]) -> None:
@@ -72,17 +83,26 @@ def show_catalogue(content: dict[str, Any]) -> None:
     for group in ("methods", "allocators"):
         console.print(f"[bold]{group}[/]")
         for entry in content[group]:
-            console.print(f"  [bold]{entry['name']}[/]  {entry['summary']}  ({entry['source']})")
+            said = f"{entry['summary']}  ({entry['source']})"
+            said += f"  from {entry['package']}" if "package" in entry else ""
+            console.print(f"  [bold]{entry['name']}[/]  {escape(said)}")
             for name, field in entry["options"].items():
                 flag = "--" + name.replace("_", "-")
                 default = shown(field["default"])
                 console.print(f"    {flag:<18} {field['help']}  (default {default})")
+            if group == "methods":
+                asked = f"{entry['keep']} of the {entry['target']}"
+                console.print(f"    {'--keep':<18} by default {asked}")
             if entry.get("allocator"):
                 console.print(f"    {'--allocator':<18} by default {entry['allocator']}")
         console.print()
     console.print("[bold]families[/]")
     for family in content["families"]:
         console.print(f"    {family['name']:<18} model_type {', '.join(family['model_types'])}")
+    if content["problems"]:
+        console.print("\n[bold]extensions that can't be used[/]")
+    for problem in content["problems"]:
+        console.print(f"    {escape(printable(problem))}")
 
 
 def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, Any]:
@@ -188,7 +208,7 @@ def show_spectrum(content: dict[str, Any]) -> None:
 def show_plan(plan: Plan, written: Path | None) -> None:
     """Print a plan, one line a unit."""
     console = terminal()
-    curve = method_class(plan.method.name).curve
+    curve = methods.method_class(plan.method.name).curve
     told = curve.partition(":")[0] if plan.predicted_loss is None else "predicted loss"
     own = [row.unit.rpartition(".")[0] for row in plan.units]  # the block of each
     several = len(set(own)) < len(own)

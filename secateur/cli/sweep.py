@@ -13,6 +13,7 @@ from secateur.utils.errors import InputError
 
 if TYPE_CHECKING:
     from secateur.sweeps.grid import SweepRecord
+    from secateur.sweeps.sweep import Sweep
 
 BUDGET = {key_of(field): field for field in fields(Budget)}
 #: what a sweep file says by itself
@@ -108,14 +109,10 @@ def sweep(
     scores serve all runs that need the same. Typed again, what is finished stays, and what is not
     goes on. OUT is by default named after the sweep file.
     """
-    from secateur.data.tasks import use_of
     from secateur.evaluate.evaluator import quiet
-    from secateur.models.loading import read_config
-    from secateur.pipeline import input_checks as inputs
     from secateur.sweeps.on_ray import Cluster
     from secateur.sweeps.show import show_list, show_outcome
-    from secateur.sweeps.sweep import Sweep, by_ray, locally
-    from secateur.utils.progress import for_terminal
+    from secateur.sweeps.sweep import by_ray, locally
 
     for name in ("cpus", "gpus"):
         if ray is None and asked.typed(ctx, name):
@@ -125,36 +122,17 @@ def sweep(
             "--jobs and --ray exclude each other; Ray runs what --cpus leaves room for."
         )
     quiet()
-    record = _record(ctx, source, rest)
-    model = record.model or source
-    if out is None:
-        if record.model is None:
-            raise InputError("name the folder that the runs go to: secateur sweep MODEL OUT …")
-        out = Path(Path(source).stem)
-    rest |= {k: v for k, v in record.options().items() if not asked.typed(ctx, k)}
-    calibration, settings = asked.calibration(rest), asked.settings(rest)
-    asked.refuse_lengths(ctx, use := use_of(read_config(model, settings)))
-    questions = asked.questions(rest, inputs.default_texts(calibration, use), calibration.length)
-    progress = for_terminal()
-    runs = record.asked()
-    planned = Sweep.of(
-        model,
-        out,
-        runs,
-        calibration=calibration,
-        questions=questions,
-        settings=settings,
-        context=asked.context(ctx),
-    )
+    planned = _planned(ctx, source, out, rest)
     if dry_run:
         content = planned.listed()
         asked.print_json(content) if as_json else show_list(content)
         return
+    progress = planned.inputs.context.progress
     if ray is not None:
         way = by_ray(progress, Cluster(ray, cpus, gpus))
     else:
         way = locally(progress, planned.folder, jobs)
-    if questions.speed and (jobs > 1 or ray is not None):
+    if planned.inputs.questions.speed and (jobs > 1 or ray is not None):
         progress.say(
             "note: runs side by side disturb each other's times; --no-speed leaves them out"
         )
@@ -162,9 +140,41 @@ def sweep(
     asked.print_json(content) if as_json else show_outcome(content)
     if failed := content["failed"]:
         raise InputError(
-            f"{len(failed)} of {len(runs)} runs could not be done: {', '.join(failed)}. The others "
-            f"are in {str(out)!r}."
+            f"{len(failed)} of {len(planned.runs)} runs could not be done: {', '.join(failed)}. "
+            f"The others are in {str(planned.folder.out)!r}."
         )
+
+
+def _planned(ctx: click.Context, source: str, out: Path | None, options: dict[str, Any]) -> "Sweep":
+    """The sweep that a file or the flags ask for, looked at and not started.
+
+    Raises:
+        InputError: anything wrong with it.
+    """
+    from secateur.data.tasks import use_of
+    from secateur.models.loading import read_config
+    from secateur.pipeline import input_checks as inputs
+    from secateur.sweeps.sweep import Sweep
+
+    record = _record(ctx, source, options)
+    model = record.model or source
+    if out is None:
+        if record.model is None:
+            raise InputError("name the folder that the runs go to: secateur sweep MODEL OUT …")
+        out = Path(Path(source).stem)
+    options |= {k: v for k, v in record.options().items() if not asked.typed(ctx, k)}
+    calibration, settings = asked.calibration(options), asked.settings(options)
+    asked.refuse_lengths(ctx, use := use_of(read_config(model, settings)))
+    texts = inputs.default_texts(calibration, use)
+    return Sweep.of(
+        model,
+        out,
+        record.asked(),
+        calibration=calibration,
+        questions=asked.questions(options, texts, calibration.length),
+        settings=settings,
+        context=asked.context(ctx),
+    )
 
 
 def _record(ctx: click.Context, source: str, options: dict[str, Any]) -> "SweepRecord":

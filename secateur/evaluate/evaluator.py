@@ -116,50 +116,20 @@ def judge(
 
     ``outputs_of_dense`` is where its outputs are kept or, where there are some, compared with them.
     """
-    room = model.positions or sys.maxsize
-    length = questions.length or min(DEFAULT_LENGTH, room)
-    if length > room:
-        raise InputError(f"--eval-length {length} is more than the model's {room} positions.")
-    use, limit = model.use, questions.windows
-    if not use.writes and (questions.prompt is not None or questions.new_tokens is not None):
-        raise InputError(
-            f"--prompt and --new-tokens: this {use.what} writes nothing; leave them out."
-        )
-    check_tasks(use, questions.tasks)
+    room, use = model.positions or sys.maxsize, model.use
+    length = _checked_length(model, questions, room)
     loaded = lm_eval.load([task for task in questions.tasks if not is_file(task)])
-    held = {t.name: use.held(t, model.tokenizer, length, limit) for t in questions.texts}
-    values, tasks = {}, {}
-    for name, tokens in held.items():
-        with progress.stage(f"perplexity: {name}"[:28], len(tokens)) as advance:
-            values[name], right = answered(model, tokens, advance)
-        if use.share is not None:
-            tasks[f"{use.share}, {name}"] = right
+    texts = questions.texts
+    held = {t.name: use.held(t, model.tokenizer, length, questions.windows) for t in texts}
+    values, tasks = _answered(model, held, progress)
     first = next(iter(held.values()), None)
     prompt, sample = _sampled(model, questions, held, room) if use.writes else ("", "")
-    speed: dict[str, float] = {}
-    if questions.speed and model.residence is not None:
-        progress.say("note: it is read from disk block by block, so its speed is not measured")
-    elif questions.speed and first is not None:
-        new = min(32, room // 2) if use.writes else 0
-        with progress.stage("speed", 1) as advance:
-            timed = measure_speed(model, use.beginning(first, min(length, room - new)), new)
-            speed = {k: value for k, value in asdict(timed).items() if value is not None}
-            advance(1)
+    speed = {} if first is None else _speed(model, questions, first, length, progress)
     peak = max(0, peak_bytes(model.device) - before)
     scores, kept = _tasks(model, questions, loaded, progress)
     if first is not None and outputs_of_dense is not None:
         kept |= {"outputs": outputs(model, first)} | ({"text": first.ids} if use.reads_text else {})
-    agrees: dict[str, float] = {}
-    changed: dict[str, Figures] = {}
-    if outputs_of_dense is not None and outputs_of_dense.exists():
-        dense = load_file(outputs_of_dense)
-        if first is not None:
-            _check_alike(dense, kept)
-            agrees = agreement(dense["outputs"], kept["outputs"])
-        changed = {name: changes(name, dense, kept) for name in scores}
-    elif outputs_of_dense is not None:
-        with whole(outputs_of_dense) as partial:
-            save_file(kept, partial)
+    agrees, changed = _compared(kept, scores, outputs_of_dense)
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
@@ -178,6 +148,70 @@ def judge(
         damage=found,
         texts={name: tokens.fingerprint for name, tokens in held.items()},
     )
+
+
+def _checked_length(model: Model, questions: Questions, room: int) -> int:
+    """Tokens in a window.
+
+    Raises:
+        InputError: the model reads fewer, or can't be asked what the questions ask.
+    """
+    length, use = questions.length or min(DEFAULT_LENGTH, room), model.use
+    if length > room:
+        raise InputError(f"--eval-length {length} is more than the model's {room} positions.")
+    if not use.writes and (questions.prompt is not None or questions.new_tokens is not None):
+        raise InputError(
+            f"--prompt and --new-tokens: this {use.what} writes nothing; leave them out."
+        )
+    check_tasks(use, questions.tasks)
+    return length
+
+
+def _answered(
+    model: Model, held: dict[str, Tokens], progress: Progress
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Perplexity on each text and, of a model that gives answers, the share that is right."""
+    values, tasks = {}, {}
+    for name, tokens in held.items():
+        with progress.stage(f"perplexity: {name}"[:28], len(tokens)) as advance:
+            values[name], right = answered(model, tokens, advance)
+        if model.use.share is not None:
+            tasks[f"{model.use.share}, {name}"] = right
+    return values, tasks
+
+
+def _speed(
+    model: Model, questions: Questions, first: Tokens, length: int, progress: Progress
+) -> dict[str, float]:
+    """Prefill and decode, unless that is not asked for or the model is read from disk."""
+    if not questions.speed:
+        return {}
+    if model.residence is not None:
+        progress.say("note: it is read from disk block by block, so its speed is not measured")
+        return {}
+    use, room = model.use, model.positions or sys.maxsize
+    new = min(32, room // 2) if use.writes else 0
+    with progress.stage("speed", 1) as advance:
+        timed = measure_speed(model, use.beginning(first, min(length, room - new)), new)
+        advance(1)
+    return {name: value for name, value in asdict(timed).items() if value is not None}
+
+
+def _compared(
+    kept: dict[str, Tensor], scores: dict[str, Figures], outputs_of_dense: Path | None
+) -> tuple[dict[str, float], dict[str, Figures]]:
+    """Agreement with the dense model and changes of tasks; of that model itself, keep outputs."""
+    if outputs_of_dense is None:
+        return {}, {}
+    if not outputs_of_dense.exists():
+        with whole(outputs_of_dense) as partial:
+            save_file(kept, partial)
+        return {}, {}
+    dense, agrees = load_file(outputs_of_dense), {}
+    if "outputs" in kept:
+        _check_alike(dense, kept)
+        agrees = agreement(dense["outputs"], kept["outputs"])
+    return agrees, {name: changes(name, dense, kept) for name in scores}
 
 
 def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from secateur.methods.base import Method
 from secateur.utils.errors import InputError
-from secateur.utils.registry import by_name
+from secateur.utils.registry import Registry
 
 if TYPE_CHECKING:
     from secateur.models.model import Model
 
-#: name → "module:class". Imported only when asked for, as importing a method imports torch.
+#: name → "module:class" of the project's own. Imported only when asked for, as that imports torch.
 METHODS = {
     "auto": "secateur.methods.auto:Auto",
     "modegpt": "secateur.methods.modegpt:MoDeGPT",
@@ -50,14 +50,22 @@ METHODS = {
 }
 
 
-def method_class(name: str) -> type[Method]:
-    """The method class of a name.
+REGISTRY = Registry("method", "secateur.methods", METHODS, Method)
+
+
+def method_class(name: str, package: str | None = None) -> type[Method]:
+    """The method class of a name; ``package`` is what a plan says that declares it.
 
     Raises:
-        InputError: no method has it.
+        InputError: no package here declares the name, several do, or its class can't be used.
     """
-    found: type[Method] = by_name(METHODS, name, "method")
+    found: type[Method] = REGISTRY.get(name, package)
     return found
+
+
+def method_classes() -> dict[str, type[Method]]:
+    """All methods that can be used, by name: the project's own and those of installed packages."""
+    return REGISTRY.survey()[0]
 
 
 def check_served(method: Method, model: "Model") -> None:
@@ -68,7 +76,7 @@ def check_served(method: Method, model: "Model") -> None:
     """
     obstacle = method.obstacle(model)
     if obstacle is not None:
-        able = [name for name in METHODS if method_class(name)().obstacle(model) is None]
+        able = [n for n, kind in method_classes().items() if kind().obstacle(model) is None]
         raise InputError(
             f"method {method.name!r} can't serve a model of type {model.config.model_type!r}: "
             f"{obstacle}. Methods that can: {', '.join(able)}."

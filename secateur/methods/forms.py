@@ -16,7 +16,6 @@ from secateur.models.block import Linear
 from secateur.structure.units import Form
 from secateur.utils.errors import InputError, nearest
 from secateur.utils.options import option
-from secateur.utils.registry import by_name
 
 if TYPE_CHECKING:
     from secateur.models.model import Model
@@ -51,11 +50,11 @@ class Forms(FormMethod):
     @cached_property
     def parts(self) -> dict[str, FormMethod]:
         """The methods by name."""
-        from secateur.methods import METHODS
+        from secateur.methods import method_class
 
         found = {}
         for name in filter(None, map(str.strip, self.of.split(","))):
-            kind = by_name(METHODS, name, "method")
+            kind = method_class(name)
             if kind is Forms or not issubclass(kind, FormMethod):
                 raise InputError(f"forms: {name!r} keeps no width. {nearest(name, reshaping())}")
             found[name] = kind.among_others()
@@ -118,7 +117,10 @@ class Forms(FormMethod):
 
 def reshaping() -> list[str]:
     """The names of all methods whose forms can compete."""
-    from secateur.methods import METHODS
+    from secateur.methods import method_classes
 
-    kinds = {name: by_name(METHODS, name, "method") for name in METHODS}
-    return [n for n, kind in kinds.items() if issubclass(kind, FormMethod) and kind is not Forms]
+    return [
+        n
+        for n, kind in method_classes().items()
+        if issubclass(kind, FormMethod) and kind is not Forms
+    ]

@@ -1,6 +1,6 @@
 """The main job: check, measure, calibrate, plan, apply, write, reload, measure again, report."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,10 @@ def run(config: RunConfig, context: RunContext | None = None) -> Report:
     inputs = RunInputs.of(config, context)
     _check(config, step, skeleton(inputs.source, inputs.settings))
     asked = inputs.fingerprint(
-        plan=None if config.plan is None else config.plan.sizes, step=step.as_dict()
+        method={"name": step.method.name, **asdict(step.method)},
+        plan=None if config.plan is None else config.plan.sizes,
+        budget=step.budget.as_dict(),
+        allocator={"name": step.allocator.name, **asdict(step.allocator)},
     )
     workspace = inputs.workspace
     context = replace(context, watch=Stopwatch(), directory=workspace)

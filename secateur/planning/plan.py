@@ -1,25 +1,25 @@
 """The plan: which unit gets which size. Plain data, readable, editable, replayable."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
-from secateur.allocate import allocator_class
+from secateur import allocate, methods
 from secateur.allocate.base import Allocator
 from secateur.data.tokens import Calibration
 from secateur.io.run_directory import write_whole
 from secateur.io.schema import Parts, Record, read_record
 from secateur.layers.forms_secateur import FORMS
 from secateur.layers.integers import INTEGERS, LIBRARY
-from secateur.methods import method_class
 from secateur.methods.base import Method
 from secateur.methods.step import Step
 from secateur.structure.budget import LEAST, Budget, Target, Tier, Written
 from secateur.structure.selection import Selection
 from secateur.utils.errors import InputError, shown
 from secateur.utils.options import built
+from secateur.utils.registry import Registry
 
 MAX_PLAN_BYTES = 64 * 2**20
 #: Nine digits: threads that add in another order change the last ones, and plans must not differ.
@@ -58,15 +58,30 @@ class CalibrationRecord(Record):
     def choice(self) -> Calibration:
         """The choice of text that led to these tokens."""
         return Calibration(
-            self.source, self.samples, self.length, self.seed, self.select, self.windows
+            source=self.source,
+            samples=self.samples,
+            length=self.length,
+            seed=self.seed,
+            select=self.select,
+            windows=self.windows,
         )
 
 
 class Choice(Record):
-    """The name of a method or an allocator, and all of its fields."""
+    """The name of a method or an allocator, and all of its fields.
+
+    ``package`` is what declares it, with its version, where that is another package than secateur.
+    """
 
     name: str
     options: dict[str, int | float | str]
+    package: str | None = Field(default=None, exclude_if=lambda package: package is None)
+
+    @classmethod
+    def of(cls, chosen: Method | Allocator, registry: Registry) -> "Choice":
+        """That of an object."""
+        package = registry.package(chosen.name)
+        return cls(name=chosen.name, options=asdict(chosen), package=package)
 
 
 class BudgetRecord(Record):
@@ -210,14 +225,22 @@ class Plan(Record):
     def build_method(self) -> Method:
         """The method object that this plan was made with."""
         choice = self.method
-        return built(method_class(choice.name), choice.options, f"plan: {choice.name}")
+        return built(
+            methods.method_class(choice.name, choice.package),
+            choice.options,
+            f"plan: {choice.name}",
+        )
 
     def build_allocator(self) -> Allocator:
         """The allocator object that this plan was made with."""
         choice = self.allocator
         if choice is None:
             return self.build_method().allocator
-        return built(allocator_class(choice.name), choice.options, f"plan: {choice.name}")
+        return built(
+            allocate.allocator_class(choice.name, choice.package),
+            choice.options,
+            f"plan: {choice.name}",
+        )
 
     def to_json(self) -> str:
         """Indented JSON, one field a line."""

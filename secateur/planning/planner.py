@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from secateur import allocate, methods
 from secateur.allocate.base import Allocator, Evidence
 from secateur.calibration.collect import Store
 from secateur.data.tokens import Calibration, Tokens
@@ -83,7 +84,7 @@ def make_plan(
         calibration=CalibrationRecord(
             **calibration.as_dict(), tokens=tokens.count, fingerprint=tokens.fingerprint
         ),
-        method=Choice(name=method.name, options=asdict(method)),
+        method=Choice.of(method, methods.REGISTRY),
         allocator=_allocator(step),
         asked=step.budget.as_dict(),
         budget=_spent(units, sizes, prices, step.budget),
@@ -96,7 +97,7 @@ def make_plan(
 def _allocator(step: Step) -> Choice | None:
     if isinstance(step.method, FittedMethod):
         return None
-    return Choice(name=step.allocator.name, options=asdict(step.allocator))
+    return Choice.of(step.allocator, allocate.REGISTRY)
 
 
 def _stitched(

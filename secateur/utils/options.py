@@ -15,6 +15,17 @@ def option(default: Any, help: str, low: float | None = None, high: float | None
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
+def undeclared(kind: type) -> str | None:
+    """Why the fields of a class can't be flags, or None."""
+    parameters = vars(kind).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        return f"{kind.__name__} is no frozen dataclass"
+    for f in fields(kind):
+        if "help" not in f.metadata or type(f.default) not in (int, float, str):
+            return f"its field {f.name} is not declared as `{f.name}: int = option(default, help)`"
+    return None
+
+
 def built(
     kind: type[Built], options: Mapping[str, Any], what: str, beside: Collection[str] = ()
 ) -> Built:

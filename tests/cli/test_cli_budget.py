@@ -13,9 +13,10 @@ def test_the_defaults_are_auto_and_knapsack(run, model, given, room, monkeypatch
     monkeypatch.chdir(room)
     run("plan", model, *given).succeeded()
     written = json.loads((room / "plan.json").read_text())
-    assert written["version"] == 2
+    assert written["version"] == 3
     assert written["method"]["name"] == "auto"
-    assert written["method"]["options"]["keep"] == 0.8
+    assert written["method"]["options"].keys() == {"ridge", "iterations"}
+    assert written["asked"]["keep"] == written["budget"]["keep"] == 0.8
     assert written["allocator"] == {"name": "knapsack", "options": {"cells": 20_000}}
     assert written["budget"]["of"] == "parameters"
     assert (written["budget"]["batch"], written["budget"]["length"]) == (1, 256)
@@ -136,7 +137,7 @@ def test_more_tokens_than_positions_can_not_be_timed(refused, machine):
 def test_widths_are_multiples(plan, allocator):
     flags = ("--tier", "plain") if allocator is None else ("--allocator", allocator)
     made = plan("--multiple-of", 24, "--keep", 0.75, *flags)
-    assert made["multiple_of"] == 24
+    assert made["asked"]["multiple_of"] == 24
     widths = sizes(made, "mlp").values()
     assert set(widths) <= {0, 24, 48, 64}
     assert min(widths) < 64

@@ -41,9 +41,9 @@ def test_ls_json(run):
     assert list(methods) == list(METHODS)
     for name, method in methods.items():
         reshapes = method_class(name).kinds == MATRICES
-        assert method["options"]["keep"]["default"] == (0 if reshapes else 0.8)
-    assert set(methods["auto"]["options"]) == {"keep", "ridge", "iterations"}
-    assert set(methods["flap"]["options"]) == {"keep", "compensate"}
+        assert method["keep"] == ("least" if reshapes else 0.8)
+    assert set(methods["auto"]["options"]) == {"ridge", "iterations"}
+    assert set(methods["flap"]["options"]) == {"compensate"}
     allocators = {"auto": "knapsack", "modegpt": "influence", "flap": "fluctuation"}
     assert {name: methods[name]["allocator"] for name in allocators} == allocators
     options = {a["name"]: set(a["options"]) for a in content["allocators"]}
@@ -190,7 +190,7 @@ def test_plan_takes_the_options_of_the_default_method(run, model, text):
     given += ["--ridge", 0.5, "--iterations", 1, "--cells", 300]
     plan = json.loads(run(*given).succeeded().out)
     assert plan["method"]["name"] == "auto"
-    assert plan["method"]["options"] == {"keep": 0.8, "ridge": 0.5, "iterations": 1}
+    assert plan["method"]["options"] == {"ridge": 0.5, "iterations": 1}
     assert plan["allocator"] == {"name": "knapsack", "options": {"cells": 300}}
 
 
@@ -210,7 +210,7 @@ def test_plan_does_not_replace_a_file_unasked(run, model, text, room):
     run(*given).refused("p.json", "exists", "--overwrite")
     assert (room / "p.json").read_text() == "mine"
     run(*given, "--overwrite").succeeded()
-    assert json.loads((room / "p.json").read_text())["version"] == 2
+    assert json.loads((room / "p.json").read_text())["version"] == 3
 
 
 def test_eval_shows_a_table_and_a_sample(run, model, held, near):

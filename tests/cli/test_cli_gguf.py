@@ -22,7 +22,7 @@ runs = pytest.mark.skipif(
 def test_every_plan_has_sizes_of_the_runtime(plan, allocator):
     method = "flap" if allocator == "fluctuation" else "modegpt"
     content = plan("--for", "gguf", "--keep", "0.8", "--allocator", allocator, "--method", method)
-    assert content["runtime"] == "gguf"
+    assert content["asked"]["runtime"] == "gguf"
     for row in content["units"]:
         assert row["after"] == row["before"] or (row["kind"] == "mlp" and row["after"] == 32)
     assert any(row["after"] != row["before"] for row in content["units"])

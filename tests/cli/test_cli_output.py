@@ -158,16 +158,16 @@ def test_a_disk_too_small_for_the_run(compress, small_disk):
 def test_a_wrong_reload_is_no_result(compress, room, monkeypatch):
     from safetensors.torch import load_file, save_file
 
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import run_record as pipeline
 
     judge = pipeline.judge_apart
 
-    def corrupted(source, questions, settings, progress, memory=None, *others, **named):
-        if memory is not None:
+    def corrupted(source, *given, said=None, **named):
+        if said is not None:
             tensors = load_file(Path(source) / WEIGHTS)
             tensors["model.layers.1.mlp.down_proj.weight"][0] += 1
             save_file(tensors, Path(source) / WEIGHTS, metadata={"format": "pt"})
-        return judge(source, questions, settings, progress, memory, *others, **named)
+        return judge(source, *given, said=said, **named)
 
     monkeypatch.setattr(pipeline, "judge_apart", corrupted)
     found = compress()
@@ -192,7 +192,7 @@ def test_a_crashed_measuring_process_is_reported(compress, room, monkeypatch, ne
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(compress, room, monkeypatch):
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     write = pipeline.write
 

@@ -115,7 +115,7 @@ def earlier_version(plan):
 
 
 def later_version(plan):
-    plan["version"] = 3
+    plan["version"] = 4
 
 
 def no_text(plan):

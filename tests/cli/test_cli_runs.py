@@ -46,7 +46,7 @@ def test_a_page_that_fails_loses_no_run(compress, room, monkeypatch, error):
     """The mistake: hours of work gone for a picture."""
     from jinja2 import TemplateError
 
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import run_record as pipeline
 
     def fail(*_):
         raise TemplateError("bad") if error == "template" else error

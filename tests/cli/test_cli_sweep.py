@@ -111,14 +111,14 @@ def test_what_is_finished_is_not_done_again(sweep, room, near, monkeypatch):
     sweep(*given, "0.9,0.7").succeeded()
     assert len(near) == 1  # the other run, and no dense model
     assert weights.stat().st_mtime_ns == then
-    monkeypatch.setattr(job, "compress", lambda *_, **__: pytest.fail("done again"))
+    monkeypatch.setattr(job, "run", lambda *_, **__: pytest.fail("done again"))
     near.clear()
     assert "modegpt-0.7" in sweep(*given, "0.9,0.7").succeeded().out
     assert near == []
 
 
 def test_an_interrupted_sweep_goes_on_and_gives_the_same_bytes(sweep, room, monkeypatch, forget):
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     given = ["--method", "modegpt", "--keep", "0.9,0.7"]
     forget()

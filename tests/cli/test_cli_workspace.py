@@ -40,7 +40,7 @@ def undisturbed(compress, tmp_path, forget):
 @pytest.fixture
 def stopped(compress, room, monkeypatch, near):
     """A function that interrupts ``compress`` where a module or class calls one of its names."""
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     def stop(name="write", owner=pipeline, after=0, args=()):
         original, calls = getattr(owner, name), []
@@ -217,7 +217,7 @@ def test_a_read_error_in_a_first_run_leaves_what_it_finished(
 ):
     """One header of statistics can't be read for once. The mistake: hours of work removed."""
     from secateur.io import safetensors_header as header
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     write, opened = pipeline.write, header.opened
 
@@ -245,6 +245,7 @@ def test_a_text_that_is_away_at_the_end_leaves_what_was_finished(
     compress, room, near, held, monkeypatch
 ):
     from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage
 
     judged, away = pipeline.judge_result, held.with_suffix(".away")
 
@@ -257,7 +258,7 @@ def test_a_text_that_is_away_at_the_end_leaves_what_was_finished(
         compress().refused(held.name)
     away.rename(held)
     assert (room / ".out.partial" / "written.json").exists()
-    monkeypatch.setattr(pipeline, "write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(compress_stage, "write", lambda *_: pytest.fail("written again"))
     compress().succeeded()
 
 
@@ -266,7 +267,7 @@ def test_a_read_error_in_the_midst_of_a_shard_halts_a_streamed_run(
 ):
     """A weight of the second block, half read. The run goes on when the disk does."""
     from secateur.io import safetensors_reader as shelf
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     compress("--stream", "on", out=tmp_path / "undisturbed" / "out").succeeded()
     write, fill, calls = pipeline.write, shelf._fill, []
@@ -399,7 +400,7 @@ def test_damaged_scores_of_a_block_are_measured_again(undisturbed, stopped, comp
 def test_wrong_input_later_leaves_what_was_finished(stopped, compress, room, monkeypatch):
     """A device that is away for now. The mistake: hours of work removed."""
     from secateur import InputError
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     def away(*_, **__):
         raise InputError("no such device")
@@ -430,12 +431,12 @@ def test_an_interrupted_overwrite_leaves_the_old_output(compress, room, monkeypa
 @pytest.mark.parametrize(
     ("flags", "field"),
     [
-        (("--keep", "0.5"), "method"),
+        (("--keep", "0.5"), "budget: keep"),
         (("--seed", "1"), "calibration"),
         (("--samples", "3"), "calibration"),
         (("--eval-windows", "1"), "questions"),
-        (("--multiple-of", "4"), "multiple_of"),
-        (("--target", "bytes"), "goal: target"),
+        (("--multiple-of", "4"), "budget: multiple_of"),
+        (("--target", "bytes"), "budget: target"),
         (("--tier", "plain"), "another"),
         (("--allocator", "uniform"), "allocator: "),
         (("--cells", "200"), "allocator: cells"),

@@ -20,7 +20,7 @@ from secateur import Budget, Model, Plan, make_plan, score
 from secateur.allocate.base import Evidence
 from secateur.data.tasks import use_of
 from secateur.data.tokens import Tokens
-from secateur.methods import METHODS, method_class
+from secateur.methods import method_class, method_classes
 from secateur.methods.base import Method
 from secateur.models.model import anatomy_of
 from secateur.pipeline.compress_stage import write
@@ -38,8 +38,9 @@ KINDS = ("full", "plain", "layered", "mixed", "gone")
 #: without biases, one with biases everywhere, one with norms in its heads. The rest is slow.
 EVERYWHERE = "auto"
 ALWAYS = ("llama", "gpt2", "qwen3")
-#: methods that narrow; those that keep widths have tests of their own (test_forms.py)
-NARROWING = [name for name in METHODS if method_class(name).kinds != MATRICES]
+#: methods that narrow, of extensions too; those that keep widths have tests of their
+#: own (test_forms.py)
+NARROWING = [name for name, kind in method_classes().items() if kind.kinds != MATRICES]
 
 
 @pytest.hookimpl(tryfirst=True)  # before markers are looked at

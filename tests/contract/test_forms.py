@@ -11,7 +11,7 @@ from transformers import AutoModel
 from secateur import Budget, Settings, make_plan, open_model, score
 from secateur.allocate.uniform import Uniform
 from secateur.apply.surgery import narrowed
-from secateur.methods import METHODS, method_class
+from secateur.methods import method_class, method_classes
 from secateur.models.linear_ops import dense_weight, inputs_by_outputs
 from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
@@ -22,7 +22,7 @@ from tests.contract.variants import VARIANTS
 from tests.support.families import AUTO, FAMILIES
 from tests.support.steps import prepared_of
 
-RESHAPING = [name for name in METHODS if method_class(name).kinds == MATRICES]
+RESHAPING = [name for name, kind in method_classes().items() if kind.kinds == MATRICES]
 RESHAPING += [name for name in VARIANTS if " " in name]  # with other options
 SHOWN = ("llama", "gpt2")  # one without biases, one with transposed weights and biases
 SPECIAL = [name for name in FAMILIES if name not in ALWAYS]

@@ -28,7 +28,7 @@ from secateur.methods import check_served, method_class
 from secateur.methods.auto import Auto
 from secateur.models.loading import skeleton
 from secateur.models.model import Model
-from secateur.pipeline.compress import write
+from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.prepare import check_reach
 from secateur.planning.plan import match_units, read_plan

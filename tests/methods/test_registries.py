@@ -1,12 +1,12 @@
-"""What every entry of METHODS and ALLOCATORS owes to its users."""
+"""What every method and allocator owes to its users; those of installed extensions, too."""
 
 import pytest
 
 import secateur
-from secateur.allocate import ALLOCATORS, allocator_class
+from secateur.allocate import ALLOCATORS, REGISTRY, allocator_class
 from secateur.cli.main import cli
 from secateur.cli.options import field_options
-from secateur.methods import METHODS, method_class
+from secateur.methods import METHODS, method_class, method_classes
 
 CLASSES = [
     *(pytest.param(method_class, name, id=name) for name in METHODS),
@@ -38,8 +38,8 @@ def test_no_option_has_two_meanings(command):
         return {name for option in options for name in (option.name, *option.opts)}
 
     own = names(cli.commands[command].params)
-    methods = {name: names(field_options(method_class(name))) for name in METHODS}
-    allocators = {name: names(field_options(allocator_class(name))) for name in ALLOCATORS}
+    methods = {n: names(field_options(kind)) for n, kind in method_classes().items()}
+    allocators = {n: names(field_options(kind)) for n, kind in REGISTRY.survey()[0].items()}
     for method, options in methods.items():
         assert not options & own, method
         for allocator, others in allocators.items():
