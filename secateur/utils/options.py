@@ -1,13 +1,29 @@
-"""Fields of a frozen dataclass that are also flags: bounds, help text and their check."""
+"""Fields of a frozen dataclass that are also flags: bounds, help text and their check.
 
-import math
+Pydantic checks the values. The dataclasses are those of the standard library all the same: those of
+pydantic raise their own error from the constructor, and store 1 as 1.0, so that the options in a
+plan, and the names of kept scores, would differ from what was asked for. Pydantic is imported when
+the first value is checked, as ``secateur --help`` checks none and would take twice the time.
+"""
+
 from collections.abc import Collection, Mapping
 from dataclasses import field, fields
-from typing import Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from secateur.utils.errors import InputError, nearest, shown
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 Built = TypeVar("Built")
+#: what a value should be, by the name of pydantic's complaint; others are about the interval
+WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "finite_number": "finite",
+}
 
 
 def option(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -51,26 +67,35 @@ def flags_of(thing: Any) -> list[str]:
 def checked(thing: Any) -> None:
     """Hold the fields of a dataclass with a ``name`` against their defaults' types and intervals.
 
+    Values stay as they are given: a whole number for a fraction is no fraction afterwards.
+
     Raises:
         InputError: a value is of another type, or outside its interval.
     """
+    from pydantic import ValidationError
+
     for f in fields(thing):
         value, low, high = getattr(thing, f.name), f.metadata.get("low"), f.metadata.get("high")
-        expected = type(f.default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            if isinstance(value, expected):
-                continue
-            wanted = {int: "a whole number", float: "a number"}.get(expected, "text")
-            raise InputError(f"{thing.name}: {f.name}={shown(value)} should be {wanted}.")
-        if expected is str:
-            raise InputError(f"{thing.name}: {f.name}={value!r} should be text.")
-        if expected is int and not isinstance(value, int):
-            raise InputError(f"{thing.name}: {f.name}={value!r} should be a whole number.")
-        if not math.isfinite(value):
-            raise InputError(f"{thing.name}: {f.name}={value!r} should be finite.")
-        if not (low is None or value >= low) or not (high is None or value <= high):
-            bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-            raise InputError(f"{thing.name}: {f.name}={value!r} should be {bounds}.")
+        kind: type = type(f.default)
+        try:
+            _validator(kind, low, high).validate_python(value)
+        except ValidationError as error:
+            wanted = WANTED.get(error.errors(include_url=False)[0]["type"])
+            if wanted is None:
+                wanted = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+            raise InputError(
+                f"{thing.name}: {f.name}={shown(value)} should be {wanted}."
+            ) from error
+
+
+@cache
+def _validator(kind: type, low: float | None, high: float | None) -> "TypeAdapter[Any]":
+    """Takes values of one type within an interval, and changes none into another type."""
+    from pydantic import Field, TypeAdapter
+
+    unbounded = False if kind is float else None  # infinity and NaN are questions to floats alone
+    bounds = Field(strict=True, ge=low, le=high, allow_inf_nan=unbounded)
+    return TypeAdapter(Annotated[kind, bounds])  # type: ignore[arg-type]
 
 
 def whole_numbers(thing: Any, name: str, low: int, high: int) -> tuple[int, ...]:
