@@ -91,7 +91,8 @@ def _window_gradients(
         for block, site in sites:
             view = view_of(block, site)
             size, width, _ = view.read().shape
-            mask = torch.ones(size, device=model.device, requires_grad=True)
+            dtype = torch.promote_types(model.module.dtype, torch.float32)
+            mask = torch.ones(size, dtype=dtype, device=model.device, requires_grad=True)
             handle = view.reader.register_forward_pre_hook(_multiplied(mask, width))
             stack.callback(handle.remove)
             masks[block.index, site] = mask

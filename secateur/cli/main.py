@@ -130,11 +130,11 @@ def plan(
     from secateur.calibration.collect import Store
     from secateur.cli import render as present
     from secateur.evaluate.evaluator import quiet
-    from secateur.io.run_directory import write_whole
     from secateur.methods.step import Step
     from secateur.models.loading import skeleton
     from secateur.pipeline.prepare import check_reach, prepare
     from secateur.pipeline.run_inputs import Inputs
+    from secateur.planning.plan import write_plan
 
     path = Path(output)
     if not dry_run and path.exists() and not overwrite:
@@ -155,7 +155,7 @@ def plan(
         context = asked.context(ctx)
         made = prepare(inputs, step, context, store=store, scores=scores, only_plan=True).plan
     if not dry_run:
-        write_whole(path, made.to_json())
+        write_plan(made, path)
     if as_json:
         print(made.to_json(), end="")
     else:

@@ -37,7 +37,8 @@ class FisherMask(FittedMethod, RefittedMethod):
 
         Σ_{i, j gone} F'_ij,   F' = (1 − shrink) F + shrink · diag F
 
-    falls. What reads the kept ones is refitted as in ZipLM, in place of the published scaling of
+    falls; by default it is left out, as with few windows F beside its diagonal is mostly noise.
+    What reads the kept ones is refitted as in ZipLM, in place of the published scaling of
     masks. Don't use it where a backward pass does not fit in memory, or with fewer windows than
     some 32: F is estimated from one gradient a window.
 
@@ -46,7 +47,7 @@ class FisherMask(FittedMethod, RefittedMethod):
     """
 
     shrink: float = option(
-        0.5, "weight of the diagonal in F when masks are rearranged; 1 leaves that out", 0.0, 1.0
+        1.0, "weight of the diagonal in F when masks are rearranged; 1 leaves that out", 0.0, 1.0
     )
     refit: int = option(1, "1 refits what reads the kept channels and heads, 0 does not", 0, 1)
 

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from secateur.allocate.base import Allocator, Evidence
 from secateur.calibration.collect import Store
-from secateur.calibration.needs import BlockStatistics, Need
 from secateur.data.tokens import Tokens
 from secateur.methods.base import Method
-from secateur.models.block import Block
 from secateur.structure.costs import Prices
 from secateur.structure.selection import Selection
 from secateur.structure.units import Unit
@@ -70,21 +68,11 @@ class OwnSizes(Allocator):
     name: ClassVar[str] = "own"
     summary: ClassVar[str] = "the method decides all sizes itself"
     source: ClassVar[str] = "own"
-    needs: ClassVar[frozenset[Need]] = frozenset()
 
     @property
     def flags(self) -> str:
         """None: it is not asked for."""
         return "the method"
-
-    @property
-    def reading(self) -> str:
-        """Nothing."""
-        return "nothing"
-
-    def read(self, block: Block, statistics: BlockStatistics) -> tuple[float, ...]:
-        """Nothing."""
-        return ()
 
     def allocate(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float

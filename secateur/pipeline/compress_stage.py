@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from secateur.apply.block_errors import Witness, observations
 from secateur.apply.block_journal import Journal
 from secateur.apply.save import finish, store_block, writer_for
@@ -18,6 +20,7 @@ from secateur.pipeline.prepare import Prepared, prepare
 from secateur.pipeline.run_inputs import Inputs
 from secateur.planning.plan import Plan
 from secateur.planning.stage import StageResult
+from secateur.structure.selection import Selection
 from secateur.structure.units import STREAM
 
 TESTIMONY_TOKENS = 24
@@ -79,18 +82,20 @@ def write(
     """Compress the model block by block into a checkpoint, and note what it then answers.
 
     Leaves the model in ``prepared`` compressed and, from those answers, in bfloat16, and there what
-    was observed. In ``kept`` it is noted after each block how far that is, so that it goes on from
-    there when it is called again.
+    was observed, and in its plan the selection of what units keep. In ``kept`` it is noted after
+    each block how far that is, so that it goes on from there when it is called again.
     """
     model, plan = prepared.model, prepared.plan
     writer = writer_for(model, plan.tier, folder)
     journal = None
     if kept is not None and prepared.step.method.kinds != STREAM:
         streamed, ranks = model.residence is not None, context.crew.ranks
-        journal = Journal(kept, writer, plan.sizes, streamed, ranks)
+        about = (kept, writer, plan.sizes)
+        journal = Journal(*about, streamed=streamed, ranks=ranks, selection=plan.selected)
     first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
     followers = _Followers.of(prepared, first, journal)
-    _write_blocks(prepared, context, writer, journal, followers)
+    stays = _write_blocks(prepared, context, writer, journal, followers)
+    prepared.plan = plan.with_selection(Selection(stays) if stays else None)
     with context.watch.measure("evaluate"):
         said = None if followers.passage is None else followers.passage.testimony()
         if prepared.evidence is not None:
@@ -149,9 +154,12 @@ def _write_blocks(
     writer: Writer,
     journal: Journal | None,
     followers: _Followers,
-) -> None:
-    """Bring every block to its sizes and write it, one after the other."""
+) -> dict[str, Tensor]:
+    """Bring every block to its sizes and write it, one after the other; say what units keep."""
     model, plan, watch = prepared.model, prepared.plan, context.watch
+    kept = {} if plan.selected is None else dict(plan.selected.kept)
+    if journal is not None:
+        kept = journal.kept
     narrowed = context.crew.narrow_blocks(
         model,
         prepared.step.method,
@@ -160,6 +168,7 @@ def _write_blocks(
         tokens=prepared.tokens,
         store=prepared.store,
         journal=journal,
+        kept=kept,
     )
     with context.progress.stage("narrowing and writing", len(model.blocks)) as advance:
         advance(journal.done if journal is not None else 0)
@@ -178,3 +187,4 @@ def _write_blocks(
             if model.residence is not None:
                 model.residence.leave(block)
             advance(1)
+    return kept

@@ -14,6 +14,7 @@ from secateur.calibration.layer_stream import TOKENS_PER_BATCH, Stream
 from secateur.data.tokens import Tokens
 from secateur.io.run_directory import Memo, at_once, for_good
 from secateur.methods import check_served
+from secateur.methods.fitted import FittedMethod
 from secateur.methods.step import Step
 from secateur.models.model import Model
 from secateur.pipeline.context import RunContext
@@ -141,7 +142,8 @@ def prepare(
         with for_good():
             step.allocator.check(units, prices, step.budget.share)
     inputs = _chosen_text(model, inputs, step, context, store)
-    only = only_plan and (plan is not None or not step.allocator.searches)
+    looks = step.allocator.searches or isinstance(step.method, FittedMethod)
+    only = only_plan and (plan is not None or not looks)
     measuring = _Measuring(model, inputs, step, context, store)
     evidence = measuring.evidence(scores, memo, only)
     with context.watch.measure("allocate"):
@@ -290,6 +292,7 @@ def check_streams(step: Step) -> None:
     reasons = {
         f"{method.name} turns the stream between all blocks": method.kinds == STREAM,
         "gradients take a backward pass of the whole model": any(map(needs_gradients, needed)),
+        f"{method.name} looks at all units at once": isinstance(method, FittedMethod),
         f"allocator {allocator.name} tries whole plans out": allocator.searches,
         "--target latency times the whole model": step.budget.target == "latency",
         f"{method.name} packs integers, which its result unpacks all at once": method.final,

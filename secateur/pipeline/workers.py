@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from secateur.allocate.base import Allocator, Evidence
 from secateur.apply.block_journal import States
 from secateur.apply.sequential import narrow_blocks
@@ -105,13 +107,16 @@ class Narrow:
     folder: Path
     states: Path | None
     done: int
+    kept: dict[str, Tensor]
 
     def follow(self, ranks: Ranks, model: Model | None) -> Model | None:
         """Likewise; the blocks are of no more use here."""
         assert model is not None
         given = (self.units, self.sizes, self.tokens, Store(self.folder))
         journal = None if self.states is None else States(self.states, self.done, ranks)
-        for block in narrow_blocks(model, self.method, *given, journal, ranks):
+        for block in narrow_blocks(
+            model, self.method, *given, journal=journal, ranks=ranks, kept=self.kept
+        ):
             if journal is not None:
                 journal.record(block)
         return None
@@ -188,6 +193,7 @@ class Crew:
         tokens: Tokens,
         store: Store,
         journal: States | None = None,
+        kept: dict[str, Tensor] | None = None,
     ) -> Iterator[Block]:
         """See :func:`~secateur.apply.sequential.narrow_blocks`."""
         if any(
@@ -195,10 +201,13 @@ class Crew:
         ):  # one thing, from the first to the last
             return narrow_blocks(model, method, units, sizes, tokens, store, journal)
         states = None if journal is None else journal.folder.absolute()
-        given = (method, units, dict(sizes), tokens)
+        given, told = (method, units, dict(sizes), tokens), dict(kept or {})
         done = 0 if journal is None else journal.done
-        self._order(lambda: Narrow(*given, _folder(store), states, done))
-        return narrow_blocks(model, method, units, sizes, tokens, store, journal, self.ranks)
+        self._order(lambda: Narrow(*given, _folder(store), states, done=done, kept=told))
+        more = (sizes, tokens, store)
+        return narrow_blocks(
+            model, method, units, *more, journal=journal, ranks=self.ranks, kept=kept
+        )
 
     def dismiss(self) -> None:
         """There is nothing more to do."""
