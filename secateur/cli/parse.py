@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
     from secateur.data.tasks import Use
     from secateur.data.tokens import Calibration
-    from secateur.evaluate.evaluator import Questions
+    from secateur.evaluate.measurements import Questions
     from secateur.methods.base import Method
     from secateur.models.model import Settings
     from secateur.pipeline.context import RunContext
@@ -90,7 +90,7 @@ def calibration(options: dict[str, Any]) -> "Calibration":
 def questions(options: dict[str, Any], default: Any, length: int | None) -> "Questions":
     """What to measure; ``default`` are the texts where none is given."""
     from secateur.data.tokens import Text
-    from secateur.evaluate.evaluator import Questions
+    from secateur.evaluate.measurements import Questions
 
     sources = list(dict.fromkeys(options["texts"]))
     names = [Path(source).name for source in sources]

@@ -18,7 +18,8 @@ from secateur.apply.save import (
 )
 from secateur.data.tasks import PREFIX
 from secateur.data.tokens import Tokens, expanded
-from secateur.evaluate.evaluator import Questions, judge_apart
+from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.measurements import Questions
 from secateur.evaluate.verify import Testimony, testimony
 from secateur.export.stock_classes import PAIRS, Stock, common_sizes, conform, held, stock_of
 from secateur.io.run_directory import Workspace

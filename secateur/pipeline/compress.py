@@ -6,7 +6,8 @@ from typing import Any
 
 from secateur.calibration.collect import Store
 from secateur.data.tokens import Tokens
-from secateur.evaluate.evaluator import Questions, judge_apart
+from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.measurements import Questions
 from secateur.io.run_directory import Workspace
 from secateur.io.safetensors_writer import settle
 from secateur.methods import check_served

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import Field, FiniteFloat, ValidationError
 from torch import nn
 
-from secateur.evaluate.evaluator import Verdict
+from secateur.evaluate.measurements import Verdict
 from secateur.io.run_directory import MAX_BYTES, FutileError, for_good, write_whole
 from secateur.io.safetensors_header import tensors
 from secateur.io.schema import Record, read_object, read_record

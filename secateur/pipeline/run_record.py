@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 
 from secateur.data.tokens import Calibration
 from secateur.evaluate.damage.domains import domains
-from secateur.evaluate.evaluator import Questions, Verdict, judge_apart
+from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.measurements import Questions, Verdict
 from secateur.evaluate.significance import doubts
 from secateur.evaluate.verify import Testimony
 from secateur.models.model import Settings
