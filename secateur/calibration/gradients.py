@@ -23,6 +23,7 @@ from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.models.parts import AxisView
 from secateur.structure.sites import Site
+from secateur.structure.units import READS
 from secateur.utils.errors import InputError
 from secateur.utils.precision import exact
 
@@ -78,7 +79,7 @@ class SecondOrder(FirstOrder):
         return torch.cat((super().summed(weights, gradient, mask=mask), both))
 
 
-PARTS = {"mlp": "mlp", "heads": "attention"}  #: kind of unit → the part that it is in
+PARTS = {kind: site.path for kind, site in READS.items()}  #: kind of unit → its part
 #: kind of unit → first-order statistic of the mean loss
 LOSS = {kind: Need(Site(part, f"loss:{kind}"), FirstOrder) for kind, part in PARTS.items()}
 #: the same with second order

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from secateur.calibration.needs import BlockStatistics
-
 if TYPE_CHECKING:
+    from secateur.calibration.needs import BlockStatistics
     from secateur.distributed.rendezvous import Link
 
 T = TypeVar("T")
@@ -70,7 +69,7 @@ class Ranks:
         first, last = (-(-batches * i // self.world) for i in (self.rank, self.rank + 1))
         return slice(first * rows, min(last * rows, windows))
 
-    def add_up(self, statistics: BlockStatistics) -> None:
+    def add_up(self, statistics: "BlockStatistics") -> None:
         """Let statistics be those of all tokens; each process has its part of them."""
         if self.link is None:
             return

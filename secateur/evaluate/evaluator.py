@@ -225,10 +225,10 @@ def judge_apart(
     outputs_of_dense: Path | None = None,
     scratch: Path | None = None,
 ) -> Verdict:
-    """Measure a checkpoint in a fresh process, which may use the folder ``scratch`` meanwhile.
+    """Evaluate a checkpoint in a fresh process, which can use the folder ``scratch``.
 
-    The checkpoint must testify what was ``said`` by a model in memory when it is reloaded there.
-    For ``outputs_of_dense`` see :func:`judge`.
+    The reloaded checkpoint must agree with ``said``, the testimony of the model in memory.
+    :func:`judge` describes ``outputs_of_dense``.
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.

@@ -9,7 +9,7 @@ from secateur.evaluate.significance import Figures
 
 @dataclass(frozen=True)
 class Questions:
-    """What to measure, the same for every model of a run.
+    """What to evaluate, equally for all models of a run.
 
     Attributes:
         texts: what to judge on.
@@ -36,15 +36,15 @@ class Questions:
 
 @dataclass
 class Verdict:
-    """What was measured. ``peak_memory_bytes`` counts from before the weights were loaded.
+    """The figures of one model. ``peak_memory_bytes`` counts from before the weights were loaded.
 
-    ``tokens`` says how many outputs each figure is of, ``counts`` what those are of: tokens, or
-    images; ``texts`` has the fingerprint of each text's tokens. ``tasks`` holds shares of right
-    answers; ``agreement``, of a compressed model, what
-    :func:`~secateur.evaluate.agreement.agreement` says of it on the first text. ``task_scores`` has
-    the figures of each task that was asked for; ``task_changes``, of a compressed model, what
-    :func:`~secateur.evaluate.significance.changes` says of each. ``damage`` is what
-    :func:`~secateur.evaluate.damage.summary.damage` found, if it was asked for.
+    ``tokens`` is the number of outputs of each figure, and ``counts`` their kind: tokens or images.
+    ``texts`` has the fingerprint of each text's tokens. ``tasks`` contains accuracies.
+    ``agreement`` (compressed models only) is the result of
+    :func:`~secateur.evaluate.agreement.agreement` on the first text. ``task_scores`` has the
+    figures of each requested task, and ``task_changes`` (compressed models only) the result of
+    :func:`~secateur.evaluate.significance.changes` for each. ``damage`` is the result of
+    :func:`~secateur.evaluate.damage.summary.damage`, if requested.
     """
 
     parameters: int

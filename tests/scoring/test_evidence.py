@@ -97,7 +97,7 @@ def others(opened, model, tokens):
     spending, fewer = Knapsack(), Tokens(tokens.ids[1:], tokens.mask[1:])
     here = identity(model, Auto(), tokens, spending)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "__version__", "0.0.1")
+        patch.setattr(module, "SINCE", "0.0.1")
         older = identity(model, Auto(), tokens, spending)
     yield "model", identity(opened("qwen2"), Auto(), tokens, spending)
     yield "calibration", identity(model, Auto(), fewer, spending)
