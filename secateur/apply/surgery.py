@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from secateur.apply.narrowing_messages import gather_narrowings
 from secateur.calibration.needs import BlockStatistics, of_unit
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.methods.base import Method
@@ -37,9 +38,9 @@ def narrow_block(
         own = {
             unit.name: solved(method, unit, block, statistics, size=sizes[unit.name], kept=kept)
             for place, unit in enumerate(changing)
-            if ranks.mine(block.index + place)
+            if ranks.owns(block.index + place)
         }
-    found = {name: narrowing for part in ranks.gathered(own) for name, narrowing in part.items()}
+    found = gather_narrowings(own, ranks)
     for unit in changing:
         narrow_unit(block, unit, found[unit.name])
         note_kept(kept, method, unit, found[unit.name])

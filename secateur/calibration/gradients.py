@@ -199,7 +199,7 @@ class _Sums:
     def add_up(self, ranks: Ranks) -> None:
         """Let them be those of all processes."""
         counts = torch.tensor([self.count, self.windows])
-        ranks.sum([counts, *self.first.values(), *self.second.values()])
+        ranks.all_reduce([counts, *self.first.values(), *self.second.values()])
         self.count, self.windows = map(int, counts)
 
     def mean_square(self, parameter: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def mask_gradients(
     for (block, site), own in zip(sites, rows.values(), strict=True):
         size = view_of(block, site).read().shape[0]
         mine = torch.stack(own) if own else torch.zeros(0, size, dtype=torch.float64)
-        found[block.index, site] = torch.cat([part.cpu() for part in ranks.gathered(mine)])
+        found[block.index, site] = torch.cat([part.cpu() for part in ranks.all_gather(mine)])
     if not len(next(iter(found.values()))):
         raise InputError(f"calibration: {model.use.lacking}")
     return found
