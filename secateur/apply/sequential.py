@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -10,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from secateur.apply.block_journal import States
+from secateur.apply.narrowing_messages import broadcast_narrowing
 from secateur.apply.residual_slicing import sliced_blocks
-from secateur.apply.surgery import check_finite, narrow_block, narrow_unit
+from secateur.apply.surgery import (
+    check_finite,
+    narrow_block,
+    narrow_unit,
+    note_kept,
+    solved,
+)
 from secateur.calibration.collect import Store, collect
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.needs import BlockStatistics, Needs, of_unit
+from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.calibration.statistics import Cross, Gram, wide
+from secateur.calibration.summation import add_up
 from secateur.calibration.token_batches import Piece, Rows
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
@@ -39,20 +46,23 @@ def narrow_blocks(
     store: Store,
     journal: States | None = None,
     ranks: Ranks = ALONE,
+    kept: dict[str, Tensor] | None = None,
 ) -> Iterator[Block]:
     """Bring every block to its sizes, one after the other; each is given out when it is done.
 
     Where blocks behind it go, a block takes the constants that stand for them. Blocks that the
     ``journal`` knows are only brought to their shapes, and not given out. On several
-    ``ranks`` all have every block in the end.
+    ``ranks`` all have every block in the end. Units that are named in ``kept`` keep these
+    coordinates; what the method chooses for others is added there.
     """
+    kept = {} if kept is None else kept
     for unit in units:
         if unit.block == EVERY_BLOCK and sizes[unit.name] < unit.size:
             yield from sliced_blocks(model, method, unit, sizes[unit.name], tokens)
             return
     line: Propagation | None = None
     if isinstance(method, SequentialMethod):
-        line = Propagation(model, tokens, method, ranks)
+        line = Propagation(model, tokens, method, ranks, kept=kept)
     stream = Stream(model, tokens, ranks=ranks) if method.rereads else None
     done = 0 if journal is None else journal.done
     for block in model.blocks[:done]:
@@ -75,12 +85,12 @@ def narrow_blocks(
         if stream is not None:
             with torch.no_grad():
                 statistics = collect(stream, block, method.needs, move=False)
-        elif line is None or ranks.leads:
+        elif line is None or ranks.leader:
             statistics = store.get(block.index, method.needs, model.exact_device)
         else:
             statistics = {}  # what is solved there comes from the first one
         if line is None:
-            narrow_block(block, own, sizes, method, statistics, ranks)
+            narrow_block(block, own, sizes, method, statistics, ranks=ranks, kept=kept)
         else:
             line.narrow_block(block, own, sizes, statistics)
         behind = takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :])
@@ -126,9 +136,15 @@ class Propagation:
     """
 
     def __init__(
-        self, model: Model, tokens: Tokens, method: SequentialMethod, ranks: Ranks = ALONE
+        self,
+        model: Model,
+        tokens: Tokens,
+        method: SequentialMethod,
+        ranks: Ranks = ALONE,
+        kept: dict[str, Tensor] | None = None,
     ) -> None:
         self.method = method
+        self.kept = {} if kept is None else kept
         self.ranks = ranks
         with torch.no_grad():
             self.dense = Stream(model, tokens, ranks=ranks)
@@ -167,7 +183,7 @@ class Propagation:
         self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
         if sizes[mlp.name] > 0:
             self.method.refine(block, self._rows(block))
-            self.ranks.follow(parameter.data for parameter in block.module.parameters())
+            self.ranks.broadcast_tensors(parameter.data for parameter in block.module.parameters())
         check_finite(block)
         self.narrow.advance(block)
 
@@ -184,7 +200,8 @@ class Propagation:
         """
         self.moved = self.moved or any(sizes[unit.name] < unit.size for unit in units)
         self.dense.advance(block)
-        narrow_block(block, units, sizes, self.method, statistics, ranks=self.ranks)
+        given = (block, units, sizes, self.method, statistics)
+        narrow_block(*given, ranks=self.ranks, kept=self.kept)
         self.narrow.advance(block)
 
     def _rows(self, block: Block) -> Rows:
@@ -204,12 +221,16 @@ class Propagation:
     def _apply(
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
     ) -> None:
-        def solved() -> Narrowing:
-            with block.solving():
-                own = of_unit(statistics, unit)
-                return self.method.solve(unit, block, own).at(sizes[unit.name])
+        size = sizes[unit.name]
 
-        narrow_unit(block, unit, self.ranks.told(solved))
+        def solve() -> Narrowing:
+            with block.solving():
+                return solved(self.method, unit, block, statistics, size=size, kept=self.kept)
+
+        narrowing = broadcast_narrowing(solve, self.ranks)
+        narrow_unit(block, unit, narrowing)
+        if size < unit.size:
+            note_kept(self.kept, self.method, unit, narrowing)
 
     def _run_dense(self, block: Block) -> bool:
         """Move the dense stream on, note the targets, and say whether the block is a plain sum."""
@@ -223,7 +244,7 @@ class Propagation:
             if additive is None:
                 added = seen.before_mlp + wide(seen.mlp)
                 own = block.sums and _adds_up(before[:, part], added, after[:, part])
-                additive = self.ranks.told(partial(bool, own))  # all targets are of one kind
+                additive = self.ranks.agree(bool(own))  # all targets are of one kind
             target = wide(before[:, part]) + attention if additive else attention
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.mlp)  # until the narrowed model's inputs are known
@@ -250,7 +271,7 @@ class Propagation:
             gram.update(values, mask=mask)
             cross.update(values, target if bias is None else target - bias, mask=mask)
         found: BlockStatistics = {Needs.MIXED_GRAM: gram, Needs.MIXED_TARGET: cross}
-        self.ranks.add_up(found)
+        add_up(found, self.ranks)
         return found
 
     def _hidden(self, block: Block, additive: bool) -> BlockStatistics:
@@ -273,7 +294,7 @@ class Propagation:
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.inputs)
         found: BlockStatistics = {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
-        self.ranks.add_up(found)
+        add_up(found, self.ranks)
         return found
 
 

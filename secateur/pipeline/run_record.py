@@ -1,7 +1,8 @@
 """What a finished run leaves beside its weights: report, plans, recipe, page and model card."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from secateur.evaluate.verify import Testimony
 from secateur.models.model import Settings
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.run_inputs import RunInputs
-from secateur.planning.plan import Base, BudgetRecord, Plan
+from secateur.planning.plan import Base, BudgetRecord, Plan, write_plan
 from secateur.planning.recipe import Recipe
 from secateur.planning.stage import StageResult
 from secateur.report.html import write_page
@@ -28,6 +29,35 @@ from secateur.utils.errors import InputError
 from secateur.utils.run_info import versions
 
 PARTS = ("calibrate", "curves", "allocate", "apply", "save", "evaluate")
+
+
+def published(
+    inputs: RunInputs,
+    context: RunContext,
+    asked: dict[str, Any],
+    work: Callable[[], Report | None],
+) -> Report:
+    """Take the run's folder, do its ``work``, let the result appear, and give all ranks its report.
+
+    All ranks do the work. The leader alone has the folder, and alone has a report of the work.
+
+    Raises:
+        InputError: the folder can't be taken; see :meth:`Workspace.opened`.
+    """
+    ranks, report = context.ranks, None
+    with inputs.workspace.opened(asked) if ranks.leader else nullcontext():
+        report = work()
+        if report is not None:
+            inputs.workspace.publish()
+    if report is not None:
+        show_record(inputs, context)
+    return Report(ranks.broadcast(lambda: report.content if report is not None else {}))
+
+
+def judge_dense(inputs: RunInputs, context: RunContext) -> Verdict | None:
+    """What the leader measures of the dense model."""
+    with context.watch.measure("evaluate"):
+        return inputs.judge_dense() if context.ranks.leader else None
 
 
 def judge_result(inputs: RunInputs, context: RunContext, said: Testimony | None) -> Verdict:
@@ -64,7 +94,7 @@ def make_report(
         "command": context.command,
         "model": base.model_dump(),
         "method": plan.method.model_dump(),
-        "allocator": plan.allocator.model_dump(),
+        "allocator": None if plan.allocator is None else plan.allocator.model_dump(),
         "budget": budget.model_dump(),
         "tier": plan.tier,
         "densified": sum(p.densified for p in plans),
@@ -102,7 +132,7 @@ def write_record(
     record.mkdir(exist_ok=True)
     for number, plan in enumerate(plans, 1):
         name = "plan.json" if len(plans) == 1 else f"plan-{number}.json"
-        (record / name).write_text(plan.to_json())
+        write_plan(plan, record / name)
     report.write(record / "report.json")
     calibration = plans[0].calibration.choice()
     asked = recorded(inputs.source, recipe, calibration, inputs.questions, inputs.settings)
