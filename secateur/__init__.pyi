@@ -36,6 +36,9 @@ from .methods.cfsp import CFSP as CFSP
 from .methods.compot import COMPOT as COMPOT
 from .methods.cospadi import CoSpaDi as CoSpaDi
 from .methods.dsformer import DSFormer as DSFormer
+from .methods.fisher import FisherMask as FisherMask
+from .methods.fitted import FitData as FitData
+from .methods.fitted import FittedMethod as FittedMethod
 from .methods.flap import FLAP as FLAP
 from .methods.forms import Forms as Forms
 from .methods.gptq import GPTQ as GPTQ
@@ -68,6 +71,8 @@ from .pipeline.compress import save as save
 from .pipeline.config import RunConfig as RunConfig
 from .pipeline.context import RunContext as RunContext
 from .planning.plan import Plan as Plan
+from .planning.plan import read_plan as read_plan
+from .planning.plan import write_plan as write_plan
 from .planning.planner import make_plan as make_plan
 from .planning.recipe import Recipe as Recipe
 from .planning.recipe import read_recipe as read_recipe
@@ -76,6 +81,7 @@ from .planning.stage import StageResult as StageResult
 from .scoring.calibration_selection import select_calibration as select_calibration
 from .scoring.evidence import score as score
 from .structure.budget import Budget as Budget
+from .structure.selection import Selection as Selection
 from .utils.errors import InputError as InputError
 
 __version__: str

@@ -65,7 +65,13 @@ class Knapsack(Allocator):
         """The sizes of least loss."""
         losses = self.losses(evidence)
         self.check(units, prices, keep)
-        budget = prices.budget(units, keep) - prices.fixed
+        return self.within(units, losses, prices, prices.budget(units, keep))
+
+    def within(
+        self, units: Sequence[Unit], losses: Mapping[str, Curve], prices: Prices, budget: int
+    ) -> dict[str, int]:
+        """The sizes of least summed loss whose price is at most ``budget``, which is in reach."""
+        budget -= prices.fixed
         groups = [
             self._group(list(own), prices, losses)
             for _, own in groupby(units, key=lambda unit: unit.together)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import FiniteFloat
-from torch import nn
+from torch import Tensor, nn
 
 from secateur.apply.renumbering import number_layers, place
 from secateur.apply.save import attention_changed, block_prefix
@@ -24,6 +24,7 @@ from secateur.layers.modeling_secateur import factored, resized
 from secateur.models.block import Block
 from secateur.models.model import FAULTS_OF_CONFIG, Model
 from secateur.models.offload import entries, set_entry
+from secateur.structure.selection import Selection, file_name
 from secateur.utils.errors import InputError, RunError, first_line, words
 
 MAX_BYTES = 2**30
@@ -51,6 +52,8 @@ class Entries(Record):
     sizes: dict[str, int]
     blocks: list[Shape]
     errors: list[dict[str, FiniteFloat | None]]
+    given: str | None  # digest of the selection that the plan names
+    kept: str  # of the one that the finished blocks have kept
     streams: dict[str, int]  # bytes of the states of each
     streamed: bool
     writer: WriterState
@@ -102,6 +105,9 @@ class States:
 class Journal(States):
     """The blocks that are done, the states of what runs through them, and what is written.
 
+    ``kept`` are the coordinates that units keep: those of the plan's selection, and those that
+    finished blocks have chosen.
+
     After each block the states of all attached streams are written beside the journal, then the
     journal, then the states before are dropped. So there is always one whole state to go on from.
     Weights are those that the ``writer`` has on disk already.
@@ -117,10 +123,12 @@ class Journal(States):
         sizes: Mapping[str, int],
         streamed: bool = False,
         ranks: Ranks = ALONE,
+        selection: Selection | None = None,
     ) -> None:
         super().__init__(folder, 0, ranks)
         self._writer, self._streamed = writer, streamed
-        self._sizes = dict(sizes)
+        self._sizes, self._given = dict(sizes), None if selection is None else selection.digest
+        self.kept: dict[str, Tensor] = {} if selection is None else dict(selection.kept)
         self._path = folder / "journal.json"
         self._blocks: list[Shape] = []
         self.errors: list[dict[str, float | None]] = []
@@ -132,6 +140,7 @@ class Journal(States):
             folder.mkdir()
         else:
             self._blocks, self.errors = found.blocks, found.errors
+            self.kept = dict(Selection.load(folder, found.kept).kept)
 
     @property
     def done(self) -> int:
@@ -146,12 +155,18 @@ class Journal(States):
             found = read_record(Entries, self._path, "journal", MAX_BYTES)
         except InputError:  # damaged, or of another version: the narrowing starts again
             return None
-        if found.sizes != self._sizes or found.streamed != self._streamed:
+        if found.given != self._given or found.sizes != self._sizes:
+            return None
+        if found.streamed != self._streamed:
             return None  # of a model that was read in the other way, other states are kept
         for name, size in found.streams.items():
             path = self.path(name, len(found.blocks))
             if not path.exists() or path.stat().st_size != size:
                 return None
+        try:
+            Selection.load(self.folder, found.kept)
+        except InputError:
+            return None
         return found if self._writer.go_on(found.writer) else None
 
     def record(self, block: Block) -> None:
@@ -161,10 +176,14 @@ class Journal(States):
         before = self.done
         self._blocks.append(shape_of(block))
         self.save()
+        kept = Selection(self.kept)
+        kept.save(self.folder)
         content = Entries(
             sizes=self._sizes,
             blocks=self._blocks,
             errors=self.errors,
+            given=self._given,
+            kept=kept.digest,
             streams={n: self.path(n, self.done).stat().st_size for n in self._streams},
             streamed=self._streamed,
             writer=self._writer.state(),
@@ -173,6 +192,9 @@ class Journal(States):
         self._writer.settle()
         for name in self._streams:
             self.path(name, before).unlink(missing_ok=True)
+        for path in self.folder.glob(file_name("*")):
+            if path.name != file_name(kept.digest):
+                path.unlink()
 
     def restore(self, model: Model, block: Block) -> None:
         """Give a block the shape that it was finished in and, in a whole model, its weights."""

@@ -11,10 +11,16 @@ from torch import Tensor, nn
 from secateur.apply.block_journal import States
 from secateur.apply.narrowing_messages import broadcast_narrowing
 from secateur.apply.residual_slicing import sliced_blocks
-from secateur.apply.surgery import check_finite, narrow_block, narrow_unit
+from secateur.apply.surgery import (
+    check_finite,
+    narrow_block,
+    narrow_unit,
+    note_kept,
+    solved,
+)
 from secateur.calibration.collect import Store, collect
 from secateur.calibration.layer_stream import Stream
-from secateur.calibration.needs import BlockStatistics, Needs, of_unit
+from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.calibration.statistics import Cross, Gram, wide
 from secateur.calibration.summation import add_up
 from secateur.calibration.token_batches import Piece, Rows
@@ -40,20 +46,23 @@ def narrow_blocks(
     store: Store,
     journal: States | None = None,
     ranks: Ranks = ALONE,
+    kept: dict[str, Tensor] | None = None,
 ) -> Iterator[Block]:
     """Bring every block to its sizes, one after the other; each is given out when it is done.
 
     Where blocks behind it go, a block takes the constants that stand for them. Blocks that the
     ``journal`` knows are only brought to their shapes, and not given out. On several
-    ``ranks`` all have every block in the end.
+    ``ranks`` all have every block in the end. Units that are named in ``kept`` keep these
+    coordinates; what the method chooses for others is added there.
     """
+    kept = {} if kept is None else kept
     for unit in units:
         if unit.block == EVERY_BLOCK and sizes[unit.name] < unit.size:
             yield from sliced_blocks(model, method, unit, sizes[unit.name], tokens)
             return
     line: Propagation | None = None
     if isinstance(method, SequentialMethod):
-        line = Propagation(model, tokens, method, ranks)
+        line = Propagation(model, tokens, method, ranks, kept=kept)
     stream = Stream(model, tokens, ranks=ranks) if method.rereads else None
     done = 0 if journal is None else journal.done
     if journal is not None:
@@ -73,7 +82,7 @@ def narrow_blocks(
         else:
             statistics = {}  # what is solved there comes from the first one
         if line is None:
-            narrow_block(block, own, sizes, method, statistics, ranks)
+            narrow_block(block, own, sizes, method, statistics, ranks=ranks, kept=kept)
         else:
             line.narrow_block(block, own, sizes, statistics)
         behind = takewhile(lambda b: _goes(b, sizes), model.blocks[block.index + 1 :])
@@ -140,9 +149,15 @@ class Propagation:
     """
 
     def __init__(
-        self, model: Model, tokens: Tokens, method: SequentialMethod, ranks: Ranks = ALONE
+        self,
+        model: Model,
+        tokens: Tokens,
+        method: SequentialMethod,
+        ranks: Ranks = ALONE,
+        kept: dict[str, Tensor] | None = None,
     ) -> None:
         self.method = method
+        self.kept = {} if kept is None else kept
         self.ranks = ranks
         with torch.no_grad():
             self.dense = Stream(model, tokens, ranks=ranks)
@@ -198,7 +213,8 @@ class Propagation:
         """
         self.moved = self.moved or any(sizes[unit.name] < unit.size for unit in units)
         self.dense.advance(block)
-        narrow_block(block, units, sizes, self.method, statistics, ranks=self.ranks)
+        given = (block, units, sizes, self.method, statistics)
+        narrow_block(*given, ranks=self.ranks, kept=self.kept)
         self.narrow.advance(block)
 
     def _rows(self, block: Block) -> Rows:
@@ -218,12 +234,16 @@ class Propagation:
     def _apply(
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics
     ) -> None:
-        def solved() -> Narrowing:
-            with block.solving():
-                own = of_unit(statistics, unit)
-                return self.method.solve(unit, block, own).at(sizes[unit.name])
+        size = sizes[unit.name]
 
-        narrow_unit(block, unit, broadcast_narrowing(solved, self.ranks))
+        def solve() -> Narrowing:
+            with block.solving():
+                return solved(self.method, unit, block, statistics, size=size, kept=self.kept)
+
+        narrowing = broadcast_narrowing(solve, self.ranks)
+        narrow_unit(block, unit, narrowing)
+        if size < unit.size:
+            note_kept(self.kept, self.method, unit, narrowing)
 
     def _run_dense(self, block: Block) -> bool:
         """Move the dense stream on, note the targets, and say whether the block is a plain sum."""

@@ -14,6 +14,7 @@ from secateur.models.block import Block
 from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
 from secateur.utils.errors import InputError
+from secateur.utils.precision import exact_device
 
 Part = tuple[Tensor, Tensor | None]  #: weight and bias of a map
 
@@ -25,22 +26,55 @@ def narrow_block(
     method: Method,
     statistics: BlockStatistics,
     ranks: Ranks = ALONE,
+    kept: dict[str, Tensor] | None = None,
 ) -> None:
     """Bring the units of a block to their sizes, in place; units at full size stay untouched.
 
-    Several ``ranks`` solve a unit each, and all narrow all.
+    Several ``ranks`` solve a unit each, and all narrow all. ``kept``: see :func:`solved`.
     """
+    kept = {} if kept is None else kept
     changing = [unit for unit in units if sizes[unit.name] < unit.size]
     with block.solving():
         own = {
-            unit.name: method.solve(unit, block, of_unit(statistics, unit)).at(sizes[unit.name])
+            unit.name: solved(method, unit, block, statistics, size=sizes[unit.name], kept=kept)
             for place, unit in enumerate(changing)
             if ranks.owns(block.index + place)
         }
     found = gather_narrowings(own, ranks)
     for unit in changing:
         narrow_unit(block, unit, found[unit.name])
+        note_kept(kept, method, unit, found[unit.name])
     check_finite(block)
+
+
+def solved(
+    method: Method,
+    unit: Unit,
+    block: Block,
+    statistics: BlockStatistics,
+    *,
+    size: int,
+    kept: Mapping[str, Tensor],
+) -> Narrowing:
+    """What replaces a unit at a size; one that is named in ``kept`` keeps those coordinates.
+
+    Raises:
+        InputError: the method can't keep them.
+    """
+    solution = method.solve(unit, block, of_unit(statistics, unit))
+    if unit.name not in kept or size == unit.size:
+        return solution.at(size)
+    keep = kept[unit.name].to(exact_device(block.device))
+    try:
+        return solution.keeping(keep)
+    except InputError as error:
+        raise InputError(f"selection, {unit.name}: {error}") from error
+
+
+def note_kept(kept: dict[str, Tensor], method: Method, unit: Unit, narrowing: Narrowing) -> None:
+    """Add to ``kept`` the coordinates that a method has chosen, so that a plan can name them."""
+    if unit.kind in method.selects and narrowing.keep is not None:
+        kept.setdefault(unit.name, narrowing.keep.cpu())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from secateur.calibration.mask_gradients import is_of_masks, mask_gradients
 from secateur.calibration.needs import Need, in_block
 from secateur.calibration.statistics import Statistic, wide
 from secateur.data.tasks import Use
@@ -109,7 +110,7 @@ FUNCTIONALS: dict[str, Functional] = {"loss": own_loss, "logits": highest_logits
 
 def needs_gradients(need: Need) -> bool:
     """Whether a statistic is of gradients, and so not of one block's activations."""
-    return need.site.side.partition(":")[0] in FUNCTIONALS
+    return is_of_masks(need) or need.site.side.partition(":")[0] in FUNCTIONALS
 
 
 @torch.inference_mode(False)
@@ -121,14 +122,22 @@ def collect_gradients(
     One forward and backward pass for each functional, in batches of :data:`TOKENS_PER_BACKWARD`,
     or window by window where squared gradients are asked for. Memory, beside the model: one copy of
     the block weights in float32 (two with squares) and the activations of a batch in all blocks.
-    On several ``ranks`` each takes its share of the windows.
+    On several ``ranks`` each takes its share of the windows. Gradients by masks take a pass of
+    their own, window by window, see :func:`~secateur.calibration.mask_gradients.mask_gradients`.
 
     Raises:
         InputError: a gradient is not finite, or no token has one before it.
     """
     found: dict[int, dict[Need, Statistic]] = {block.index: {} for block in model.blocks}
+    needs = frozenset(filter(needs_gradients, needs))
+    masks = mask_gradients(model, tokens, needs, ranks)
+    for block in model.blocks:
+        for need in filter(is_of_masks, in_block(needs, block)):
+            rows = masks[block.index, need.site]
+            found[block.index][need] = statistic = need.kind()
+            statistic.update(rows, mask=torch.ones(len(rows), dtype=torch.bool))
     groups: dict[str, list[Need]] = {}
-    for need in sorted(filter(needs_gradients, needs), key=lambda n: n.id):
+    for need in sorted((n for n in needs if not is_of_masks(n)), key=lambda n: n.id):
         groups.setdefault(need.site.side.partition(":")[0], []).append(need)
     for name, own in groups.items():
         sums = _Sums(any(issubclass(need.kind, SecondOrder) for need in own))

@@ -131,11 +131,11 @@ def plan(
     from secateur.calibration.collect import Store
     from secateur.cli import render as present
     from secateur.evaluate.evaluator import quiet
-    from secateur.io.run_directory import write_whole
     from secateur.methods.step import Step
     from secateur.models.loading import skeleton
     from secateur.pipeline.prepare import check_reach, prepare
     from secateur.pipeline.run_inputs import Inputs
+    from secateur.planning.plan import write_plan
 
     path, context = Path(output), asked.context(ctx)
     if context.ranks.leader and not dry_run and path.exists() and not overwrite:
@@ -157,7 +157,7 @@ def plan(
     if not context.ranks.leader:
         return
     if not dry_run:
-        write_whole(path, made.to_json())
+        write_plan(made, path)
     if as_json:
         print(made.to_json(), end="")
     else:

@@ -21,6 +21,7 @@ from secateur.evaluate.measurements import Verdict
 from secateur.evaluate.significance import doubts
 from secateur.families import FAMILIES, find
 from secateur.methods.base import Method
+from secateur.methods.fitted import FittedMethod
 from secateur.models.loading import DEMO, skeleton
 from secateur.models.model import Settings, not_served
 from secateur.planning.plan import Plan
@@ -52,11 +53,15 @@ def catalogue() -> dict[str, Any]:
 
 
 def _usual(kind: type[Method]) -> dict[str, Any]:
-    """What a method keeps, of what, and who spends that, where nothing else is asked for."""
+    """What a method keeps, of what, and who spends that, where nothing else is asked for.
+
+    A method that decides all sizes itself has no allocator.
+    """
+    fitted = issubclass(kind, FittedMethod)
     return {
         "keep": kind.usual_keep,
         "target": kind.target,
-        "allocator": kind().allocator.name,
+        "allocator": None if fitted else kind().allocator.name,
     }
 
 
@@ -88,6 +93,7 @@ def show_catalogue(content: dict[str, Any]) -> None:
             if group == "methods":
                 asked = f"{entry['keep']} of the {entry['target']}"
                 console.print(f"    {'--keep':<18} by default {asked}")
+            if entry.get("allocator"):
                 console.print(f"    {'--allocator':<18} by default {entry['allocator']}")
         console.print()
     console.print("[bold]families[/]")

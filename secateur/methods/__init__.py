@@ -22,6 +22,7 @@ METHODS = {
     "slicegpt": "secateur.methods.slicegpt:SliceGPT",
     "ziplm": "secateur.methods.ziplm:ZipLM",
     "obspa": "secateur.methods.obspa:OBSPA",
+    "fisher": "secateur.methods.fisher:FisherMask",
     "ispasp": "secateur.methods.ispasp:ISpaSP",
     "cfsp": "secateur.methods.cfsp:CFSP",
     "llm-pruner": "secateur.methods.llm_pruner:LLMPruner",

@@ -49,6 +49,7 @@ class Auto(SequentialMethod):
     needs: ClassVar[frozenset[Need]] = frozenset(
         {Needs.HIDDEN_GRAM, Needs.MIXED_GRAM, Needs.PAIR_SCORES}
     )
+    selects: ClassVar[tuple[str, ...]] = ("mlp", "query_key")
 
     @property
     def allocator(self) -> Allocator:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from torch import Tensor
+
 from secateur.calibration.needs import BlockStatistics, Need
 from secateur.calibration.token_batches import Rows
 from secateur.models.block import Block
@@ -25,12 +27,40 @@ class Solution:
     """How a method compresses one unit, for each size that the unit can take.
 
     ``at`` says what replaces the unit at a size. The curve may be given as what works it out, where
-    that is dear: it is done when someone asks, and applying a plan never does.
+    that is dear: it is done when someone asks, and applying a plan never does. ``keeping`` says
+    what replaces the unit where given coordinates stay, with all that the method refits; ``at``
+    then is that of the coordinates that the method chooses.
     """
 
-    def __init__(self, curve: Curve | Callable[[], Curve], at: Callable[[int], Narrowing]) -> None:
+    def __init__(
+        self,
+        curve: Curve | Callable[[], Curve],
+        at: Callable[[int], Narrowing],
+        keeping: Callable[[Tensor], Narrowing] | None = None,
+    ) -> None:
         self._curve = curve
         self.at = at
+        self._keeping = keeping
+
+    @classmethod
+    def of(
+        cls,
+        curve: Curve | Callable[[], Curve],
+        choose: Callable[[int], Tensor],
+        keeping: Callable[[Tensor], Narrowing],
+    ) -> "Solution":
+        """The solution of a method that chooses coordinates and then fits what is left to them."""
+        return cls(curve, lambda size: keeping(choose(size)), keeping)
+
+    def keeping(self, keep: Tensor) -> Narrowing:
+        """What replaces the unit where given coordinates stay, as ``Narrowing.keep`` has them.
+
+        Raises:
+            InputError: the method can't be told which stay, or they are no coordinates of the unit.
+        """
+        if self._keeping is None:
+            raise InputError("this method can't be told which coordinates of a unit stay.")
+        return self._keeping(keep)
 
     @cached_property
     def curve(self) -> Curve:
@@ -54,6 +84,9 @@ class Method(ABC):
     kinds: ClassVar[tuple[str, ...]] = WIDTHS
     #: the axes that stay whole, and that a budget counts all the same: a share means one thing
     spared: ClassVar[tuple[str, ...]] = ()
+    #: the axes of which it keeps coordinates as they are, and can be told which: their solutions
+    #: have ``keeping``
+    selects: ClassVar[tuple[str, ...]] = ()
     #: what a budget counts unless something else is asked for
     target: ClassVar[Target] = "parameters"
     #: whether a block's statistics are read once more, behind the narrowed blocks before it

@@ -13,6 +13,7 @@ from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
 from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Unit
+from secateur.utils.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,18 @@ class CR:
         attention = block.attention_of(unit)
         scores, pairs = self._ranked(attention, statistics)
 
-        def at(size: int) -> Narrowing:
+        def choose(size: int) -> Tensor:
             kept = pairs[:, : size // 2]
-            if block.attention_of(
-                unit
-            ).layout.rotary:  # in the tables' order; without rotation any order is as good
+            if attention.layout.rotary:  # in the tables' order; else any order is as good
                 kept = kept.gather(1, kept[..., 0].argsort(dim=1).unsqueeze(-1).expand_as(kept))
-            return Narrowing(keep=kept.mT.flatten(1))
+            return kept.mT.flatten(1)
 
-        return Solution(Curve.of(per_coordinate(tails(scores.sum(0)))), at)  # best pairs first
+        def keeping(keep: Tensor) -> Narrowing:
+            check_pairs(keep, pairs.shape[1], attention.layout.rotary // 2)
+            return Narrowing(keep=keep)
+
+        curve = Curve.of(per_coordinate(tails(scores.sum(0))))  # best pairs first
+        return Solution.of(curve, choose, keeping)
 
     def _ranked(self, attention: Attention, statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
         """Squared scores (kv heads, pairs), descending, and the pairs' coordinates (…, 2)."""
@@ -70,6 +74,28 @@ class CR:
             scores = torch.cat((scores[:, :turning], single.unflatten(1, (-1, 2)).sum(-1)), 1)
         order = scores.argsort(dim=1, descending=True, stable=True)
         return scores.gather(1, order), pairs.gather(1, order.unsqueeze(-1).expand_as(pairs))
+
+
+def check_pairs(keep: Tensor, half: int, turning: int) -> None:
+    """Refuse coordinates of queries and keys, (kv heads, k), that are no pairs.
+
+    The first ``turning`` pairs rotate: coordinate p with coordinate p + ``half``.
+
+    Raises:
+        InputError: a coordinate that rotates is kept without its partner, or out of order.
+    """
+    count = keep.shape[1] // 2
+    first, second = keep[:, :count], keep[:, count:]
+    fits = first.shape == second.shape
+    if fits and turning:
+        turns = (first % half < turning) | (second % half < turning)
+        fits = bool((~turns | ((first < half) & (second == first + half))).all())
+        fits = fits and bool((first.diff(dim=1) > 0).all())
+    if not fits:
+        raise InputError(
+            f"coordinates that rotate together, p and p + {half}, stay or "
+            f"go together, first halves in ascending order before second halves."
+        )
 
 
 def per_coordinate(errors: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.linalg.least_squares import damped_cholesky, least_squares
 from secateur.methods.base import Solution
-from secateur.methods.cr import per_coordinate
+from secateur.methods.cr import check_pairs, per_coordinate
 from secateur.models.block import Block
 from secateur.structure.error_curve import Curve
 from secateur.structure.narrowing import Narrowing
@@ -45,17 +45,19 @@ class ExactPairs:
         turning = block.attention_of(unit).layout.rotary // 2
         heads, target, losses = self._heads(forms, turning)
 
-        def at(size: int) -> Narrowing:
-            found = [
-                self._encoded(form, pairs, target, size // 2)
-                for form, pairs in zip(forms, heads, strict=True)
-            ]
-            return Narrowing(
-                keep=torch.stack([keep for keep, _ in found]),
-                encode=torch.stack([encode for _, encode in found]),
-            )
+        def choose(size: int) -> Tensor:
+            kept = heads[:, : size // 2]
+            order = kept[..., 0].argsort(dim=1)  # as the rotary tables have them
+            return kept.gather(1, order.unsqueeze(-1).expand_as(kept)).mT.flatten(1)
 
-        return Solution(Curve.of(per_coordinate(losses.sum(0))), at)
+        def keeping(keep: Tensor) -> Narrowing:
+            check_pairs(keep, forms.shape[1] // 2, turning)
+            pairs = keep.unflatten(1, (2, -1)).mT
+            own = zip(forms, pairs, strict=True)
+            encode = [self._encoded(form, kept, target) for form, kept in own]
+            return Narrowing(keep=keep, encode=torch.stack(encode))
+
+        return Solution.of(Curve.of(per_coordinate(losses.sum(0))), choose, keeping)
 
     def _heads(self, forms: Tensor, turning: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of all KV heads at once, best pair first: features of the pairs, (heads, pairs, 2).
@@ -90,13 +92,9 @@ class ExactPairs:
         order = torch.stack(removed[::-1], 1).unsqueeze(2)
         return pairs.gather(1, order.expand_as(pairs)), target, torch.stack(losses[::-1], 1)
 
-    def _encoded(
-        self, form: Tensor, pairs: Tensor, target: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """The kept coordinates of one head and the map of its queries (width, 2 · count)."""
-        kept = pairs[:count]
-        kept = kept[kept[:, 0].argsort()]  # in the order of the rotary tables
-        features, half = kept.t().flatten(), len(form) // 2
+    def _encoded(self, form: Tensor, kept: Tensor, target: Tensor) -> Tensor:
+        """The map of a head's queries (width, 2 · count) to its kept pairs, (count, 2)."""
+        features, half, count = kept.t().flatten(), len(form) // 2, len(kept)
         own = form[features][:, features]
         gains = least_squares(
             own, (form[features] @ target)[:, None], target[features][:, None], self.ridge, "gains"
@@ -109,7 +107,7 @@ class ExactPairs:
         angle = torch.where(turns, gains[count:], 0)
         encode[kept[:, 1], columns[:count]] -= angle
         encode[kept[:, 0], columns[count:]] += angle
-        return features, encode
+        return encode
 
 
 def _pairs(energies: Tensor, turning: int) -> Tensor:

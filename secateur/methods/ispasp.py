@@ -91,14 +91,14 @@ class ISpaSP(RefittedMethod):
         def recovered(size: int) -> tuple[Tensor, float]:
             return recover(shared.diagonal(), residual, size, self.iterations)
 
-        def at(size: int) -> Narrowing:
-            keep, _ = recovered(size)
+        def keeping(keep: Tensor) -> Narrowing:
             return narrowing(unit, block, keep, rows(keep))
 
         sizes = sorted({*range(0, unit.size, -(-unit.size // GRID)), unit.size})
         errors = np.interp(range(unit.size + 1), sizes, [recovered(k)[1] for k in sizes])
         errors = np.maximum.accumulate(errors.clip(0, errors[0])[::-1])[::-1]
-        return Solution(Curve.of(torch.from_numpy(errors.copy())), at)
+        curve = Curve.of(torch.from_numpy(errors.copy()))
+        return Solution.of(curve, lambda size: recovered(size)[0], keeping)
 
 
 def recover(

@@ -49,13 +49,14 @@ class JointOBS:
             order, errors = backward_elimination(*given, unit.name)
             return Curve.of(errors)
 
-        def at(size: int) -> Narrowing:
+        def choose(size: int) -> Tensor:
             if order is None:  # nobody has asked for the smaller sizes
-                keep = survivors(*given, size, unit.name)
-            else:
-                keep = torch.sort(order[:size]).values
+                return survivors(*given, size, unit.name)
+            return torch.sort(order[:size]).values
+
+        def keeping(keep: Tensor) -> Narrowing:
             kept = gram[keep][:, keep]
             rows = least_squares(kept, cross[keep], weight[keep], self.ridge, unit.name)
             return Narrowing(keep=keep, consumer=rows)
 
-        return Solution(curve, at)
+        return Solution.of(curve, choose, keeping)

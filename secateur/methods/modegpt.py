@@ -38,6 +38,7 @@ class MoDeGPT(Method):
     needs: ClassVar[frozenset[Need]] = frozenset(
         {Needs.HIDDEN_GRAM, Needs.QUERY_ENERGY, Needs.KEY_ENERGY, Needs.VALUE_GRAM}
     )
+    selects: ClassVar[tuple[str, ...]] = ("mlp", "query_key")
 
     @property
     def allocator(self) -> Allocator:

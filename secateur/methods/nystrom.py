@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.linalg.least_squares import least_squares, nested_errors, reordered, ridge_leverage
@@ -41,8 +42,10 @@ class Nystrom:
         scores = ridge_leverage(gram, self.leverage_ridge, unit.name)
         order = scores.argsort(descending=True, stable=True)
 
-        def at(size: int) -> Narrowing:
-            keep = torch.sort(order[:size]).values
+        def choose(size: int) -> Tensor:
+            return torch.sort(order[:size]).values
+
+        def keeping(keep: Tensor) -> Narrowing:
             given = reordered(gram, keep), gram[keep] @ weight, weight[keep]
             rows = least_squares(*given, self.refit_ridge, unit.name, spare=True)
             return Narrowing(keep=keep, consumer=rows)
@@ -50,4 +53,4 @@ class Nystrom:
         def curve() -> Curve:
             return Curve.of(nested_errors(gram, weight, order, self.refit_ridge, unit.name))
 
-        return Solution(curve, at)
+        return Solution.of(curve, choose, keeping)

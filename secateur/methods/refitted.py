@@ -33,6 +33,7 @@ class RefittedMethod(Method):
     """
 
     kinds: ClassVar[tuple[str, ...]] = WHOLE_HEADS
+    selects: ClassVar[tuple[str, ...]] = WHOLE_HEADS
     needs: ClassVar[frozenset[Need]] = frozenset(GRAMS.values())
     ridge: float = option(0.01, "ridge of the Gram matrices, relative to their mean diagonal", 0.0)
 
@@ -87,12 +88,14 @@ def in_order(
     gram, weight, width = problem(unit, block, statistics)
     hessian = damped(gram, ridge)
 
-    def at(size: int) -> Narrowing:
-        keep = torch.sort(order[:size]).values
+    def choose(size: int) -> Tensor:
+        return torch.sort(order[:size]).values
+
+    def keeping(keep: Tensor) -> Narrowing:
         return narrowing(unit, block, keep, refitted(hessian, weight, keep, width, unit.name))
 
     def curve() -> Curve:
         at_coordinates = coordinates(order, width)
         return Curve.of(refit_errors(gram, weight, at_coordinates, ridge, unit.name)[::width])
 
-    return Solution(curve, at)
+    return Solution.of(curve, choose, keeping)

@@ -24,6 +24,7 @@ class ScoredMethod(Method):
 
     curve: ClassVar[str] = "lost score: share of the unit's summed scores that goes"
     kinds: ClassVar[tuple[str, ...]] = WHOLE_HEADS
+    selects: ClassVar[tuple[str, ...]] = WHOLE_HEADS
 
     @abstractmethod
     def scores(self, unit: Unit, block: Block, statistics: BlockStatistics) -> Tensor:
@@ -45,8 +46,13 @@ class ScoredMethod(Method):
         order = torch.sort(scores, descending=True, stable=True).indices
         lost = self.errors(unit, block, statistics).double()[order]
 
-        def at(size: int) -> Narrowing:
-            keep, gone = torch.sort(order[:size]).values, torch.sort(order[size:]).values
+        def choose(size: int) -> Tensor:
+            return torch.sort(order[:size]).values
+
+        def keeping(keep: Tensor) -> Narrowing:
+            stays = torch.zeros(unit.size, dtype=torch.bool, device=keep.device)
+            stays[keep] = True
+            gone = (~stays).nonzero().squeeze(1)
             return Narrowing(keep=keep, bias=self.bias(unit, block, statistics, gone))
 
-        return Solution(Curve.of(tails(lost)), at)
+        return Solution.of(Curve.of(tails(lost)), choose, keeping)

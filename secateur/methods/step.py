@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.allocate.base import Allocator
 from secateur.allocate.plain import PlainWidth
 from secateur.methods.base import Method
+from secateur.methods.fitted import FittedMethod, OwnSizes
 from secateur.structure.budget import Budget
 from secateur.structure.runtime_limits import fitted
 from secateur.structure.units import DEPTH, MATRICES, Unit
@@ -36,9 +37,12 @@ class Step:
         """A step whose allocator is, where none is given, what the tier demands or the method's.
 
         Raises:
-            InputError: the tier leaves nothing to allocate, and another allocator is given.
+            InputError: the tier or the method leaves nothing to allocate, and an allocator is
+                given; or the tier has no place for the sizes that the method decides.
         """
         budget = budget or Budget()
+        if isinstance(method, FittedMethod):
+            return cls(method, budget, _own_sizes(method, budget, allocator))
         # whole blocks and matrices leave no odd shapes
         shaped = budget.tier == "plain" and method.kinds not in (DEPTH, MATRICES)
         if shaped and not isinstance(allocator, PlainWidth | None):
@@ -63,7 +67,25 @@ class Step:
         return {
             "method": self.method.name,
             "options": asdict(self.method),
-            "allocator": self.allocator.name,
-            "allocator_options": asdict(self.allocator),
+            **self._allocator_as_dict(),
             **self.budget.as_dict(),
         }
+
+    def _allocator_as_dict(self) -> dict[str, Any]:
+        if isinstance(self.method, FittedMethod):
+            return {"allocator": None}
+        return {"allocator": self.allocator.name, "allocator_options": asdict(self.allocator)}
+
+
+def _own_sizes(method: FittedMethod, budget: Budget, allocator: Allocator | None) -> Allocator:
+    """What stands for the allocator of a method that decides all sizes itself."""
+    if allocator is not None and not isinstance(allocator, OwnSizes):
+        raise InputError(
+            f"method {method.name!r} decides all sizes itself; leave out {allocator.flags}."
+        )
+    if budget.tier == "plain":
+        raise InputError(
+            f"--tier plain has one MLP width, and method {method.name!r} gives every unit its own "
+            f"size. Ask for --tier per-layer, or choose another --method."
+        )
+    return method.allocator

@@ -166,6 +166,10 @@ class Channels(AxisView):
     def arbitrary(self, size: int) -> Narrowing:
         return Narrowing(keep=torch.arange(size, device=self.part.device))
 
+    @property
+    def reader(self) -> nn.Module:
+        return self.part.consumer
+
     def read(self) -> Tensor:
         return self.part.consumer_weight.unsqueeze(1)
 

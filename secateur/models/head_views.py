@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.models.linear_ops import with_constant
 from secateur.models.parts import AxisView, View
@@ -198,6 +198,10 @@ class WholeHeads(AxisView):
 
     def arbitrary(self, size: int) -> Narrowing:
         return Narrowing(keep=torch.arange(size, device=self.part.device))
+
+    @property
+    def reader(self) -> nn.Module:
+        return self.part.module.o_proj
 
     def read(self) -> Tensor:
         """The coordinates of a KV head are those of all query heads that read it."""

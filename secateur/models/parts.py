@@ -169,6 +169,11 @@ class AxisView(View):
         self.part = part
 
     @property
+    @abstractmethod
+    def reader(self) -> nn.Module:
+        """The linear layer that reads it."""
+
+    @property
     def site(self) -> Site:
         """Where the input of what reads the unit is seen."""
         return self.part.site(READS[self.kind].side)

@@ -31,7 +31,7 @@ from secateur.pipeline.run_record import (
 )
 from secateur.pipeline.runtime_checks import check_runtime
 from secateur.planning.checks import check_sizes, match_units
-from secateur.planning.plan import Plan
+from secateur.planning.plan import Plan, write_plan
 from secateur.planning.recipe import Recipe
 from secateur.planning.stage import StageResult
 from secateur.report.report import Report
@@ -85,6 +85,7 @@ def run(config: RunConfig, context: RunContext | None = None) -> Report:
     asked = inputs.fingerprint(
         method={"name": step.method.name, **asdict(step.method)},
         plan=None if config.plan is None else config.plan.sizes,
+        selection=None if config.plan is None else config.plan.selection,
         budget=step.budget.as_dict(),
         allocator={"name": step.allocator.name, **asdict(step.allocator)},
     )
@@ -183,5 +184,5 @@ def save(
         nothing = Questions((), speed=False)
         judge_apart(str(workspace.result), nothing, settings, context.progress, said)
         (workspace.result / "secateur").mkdir()
-        (workspace.result / "secateur" / "plan.json").write_text(plan.to_json())
+        write_plan(prepared.plan, workspace.result / "secateur" / "plan.json")
         workspace.publish()

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from secateur.apply.block_errors import Witness, observations
 from secateur.apply.block_journal import Journal, States
 from secateur.apply.save import finish, store_block, writer_for
@@ -21,6 +23,7 @@ from secateur.pipeline.prepare import Prepared, prepare
 from secateur.pipeline.run_inputs import Inputs
 from secateur.planning.plan import Plan
 from secateur.planning.stage import StageResult
+from secateur.structure.selection import Selection
 from secateur.structure.units import EVERY_BLOCK, STREAM
 from secateur.utils.stopwatch import Stopwatch
 
@@ -83,8 +86,9 @@ def write(
     """Compress the model block by block into a checkpoint, and note what it then answers.
 
     Leaves the model in ``prepared`` compressed and, from those answers, in bfloat16, and there what
-    was observed. In ``kept`` it is noted after each block how far that is, so that it goes on from
-    there when it is called again. All ranks compress; the leader alone writes, and has the answers.
+    was observed, and in its plan the selection of what units keep. In ``kept`` it is noted after
+    each block how far that is, so that it goes on from there when it is called again. All ranks
+    compress; the leader alone writes, and has the answers.
     """
     ranks, whole = context.ranks, any(u.block == EVERY_BLOCK for u in prepared.units)
     output = _Output.of(prepared, folder, kept, ranks) if ranks.leader else None
@@ -93,7 +97,8 @@ def write(
     if whole and output is None:
         return None
     journal = _shared_journal(None if output is None else output.journal, ranks)
-    _compress_blocks(prepared, context, output, journal, ranks)
+    stays = _compress_blocks(prepared, context, output, journal, ranks)
+    prepared.plan = prepared.plan.with_selection(Selection(stays) if stays else None)
     return None if output is None else output.finished(context)
 
 
@@ -126,7 +131,14 @@ class _Output:
         writer = writer_for(model, plan.tier, folder)
         journal = None
         if kept is not None and prepared.step.method.kinds != STREAM:
-            journal = Journal(kept, writer, plan.sizes, model.residence is not None, ranks)
+            journal = Journal(
+                kept,
+                writer,
+                plan.sizes,
+                streamed=model.residence is not None,
+                ranks=ranks,
+                selection=plan.selected,
+            )
         first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
         return cls(prepared, writer, journal, first, _Followers.of(prepared, first, journal))
 
@@ -198,9 +210,15 @@ def _compress_blocks(
     output: _Output | None,
     journal: States | None,
     ranks: Ranks,
-) -> None:
-    """Bring every block to its sizes, one after the other; there may be an output for them."""
+) -> dict[str, Tensor]:
+    """Bring every block to its sizes, one after the other, and say what its units keep.
+
+    There may be an output for them.
+    """
     model, plan, watch = prepared.model, prepared.plan, context.watch
+    kept = {} if plan.selected is None else dict(plan.selected.kept)
+    if isinstance(journal, Journal):
+        kept = journal.kept
     narrowed = narrow_blocks(
         model,
         prepared.step.method,
@@ -210,6 +228,7 @@ def _compress_blocks(
         store=prepared.store,
         journal=journal,
         ranks=ranks,
+        kept=kept,
     )
     with context.progress.stage("narrowing and writing", len(model.blocks)) as advance:
         advance(journal.done if journal is not None else 0)
@@ -226,3 +245,4 @@ def _compress_blocks(
             if model.residence is not None:
                 model.residence.leave(block)
             advance(1)
+    return kept

@@ -12,6 +12,7 @@ from secateur.io.run_directory import WRITTEN, digest, write_whole
 from secateur.io.schema import Record, read_record
 from secateur.planning.plan import Plan
 from secateur.report.run_records import Amount, Observed
+from secateur.structure.selection import Selection
 from secateur.utils.errors import InputError
 
 MAX_BYTES = 2**30
@@ -43,6 +44,8 @@ class Finished:
     def keep(self, folder: Path) -> None:
         """Note it in the run's folder."""
         self.said.save(folder / SAID)
+        if self.plan.selected is not None:
+            self.plan.selected.save(folder)
         ending = Ending(
             plan=self.plan,
             observed=self.observed,
@@ -60,8 +63,10 @@ def read_finished(folder: Path) -> Finished | None:
         found = read_record(Ending, folder / WRITTEN, "journal", MAX_BYTES)
         Observed.model_validate(found.observed)
         if digest(folder / SAID) == found.said:
-            said = Testimony.load(folder / SAID)
-            return Finished(found.plan, found.observed, found.seconds, said)
+            said, plan = Testimony.load(folder / SAID), found.plan
+            if plan.selection is not None:
+                plan = plan.with_selection(Selection.load(folder, plan.selection))
+            return Finished(plan, found.observed, found.seconds, said)
     except (InputError, ValidationError, SafetensorError, OSError):
         pass
     (folder / WRITTEN).unlink()

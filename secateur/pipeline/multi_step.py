@@ -35,7 +35,7 @@ from secateur.pipeline.run_record import (
     write_record,
 )
 from secateur.pipeline.runtime_checks import check_runtime
-from secateur.planning.plan import Base, BudgetRecord, read_plan
+from secateur.planning.plan import Base, BudgetRecord, read_plan, write_plan
 from secateur.planning.recipe import Recipe, is_open
 from secateur.planning.stage import Stage, StageResult
 from secateur.report.report import Report
@@ -262,7 +262,7 @@ def _attempt(folder: Path, recipe: Recipe, later: float) -> tuple[int, float]:
 def _keep(folder: Path, result: StageResult) -> None:
     """Note beside the checkpoint of a step what the run's report says of it."""
     if result.plan is not None:
-        (folder / PLAN).write_text(result.plan.to_json())
+        write_plan(result.plan, folder / PLAN)
     (folder / OBSERVED).write_text(json.dumps(result.observed))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from secateur.allocate.base import Evidence
 from secateur.calibration.collect import Store, calibrate
@@ -14,6 +15,7 @@ from secateur.calibration.layer_stream import TOKENS_PER_BATCH, Stream
 from secateur.data.tokens import Tokens
 from secateur.io.run_directory import Memo, at_once, for_good
 from secateur.methods import check_served
+from secateur.methods.fitted import FittedMethod
 from secateur.methods.step import Step
 from secateur.models.model import Model
 from secateur.pipeline.context import RunContext
@@ -29,6 +31,7 @@ from secateur.scoring.evidence import identity, keep_evidence, kept_evidence, sc
 from secateur.scoring.latency import check_length, check_timed
 from secateur.scoring.prices import prices_of
 from secateur.structure.costs import Prices, counted
+from secateur.structure.selection import Selection
 from secateur.structure.units import STREAM, Matrix, Unit
 from secateur.utils.errors import InputError
 
@@ -143,21 +146,26 @@ def prepare(
         with for_good():
             step.allocator.check(units, prices, step.budget.share)
     inputs = _chosen_text(model, inputs, step, context, store)
-    only = only_plan and (plan is not None or not step.allocator.searches)
+    looks = step.allocator.searches or isinstance(step.method, FittedMethod)
+    only = only_plan and (plan is not None or not looks)
     measuring = _Measuring(model, inputs, step, context, store)
     evidence = measuring.evidence(scores, memo, only)
     with context.watch.measure("allocate"):
         if plan is not None and plan.calibration.fingerprint != inputs.tokens.fingerprint:
             context.progress.say("note: this plan was made from other calibration tokens")
 
-        def decided() -> str:
+        def decided() -> tuple[str, dict[str, Tensor]]:
             assert evidence is not None
             assert prices is not None
             if plan is not None:
-                return revise(plan, model, step.method, evidence, prices).to_json()
-            return measuring.planned(units, evidence, prices).to_json()
+                found = revise(plan, model, step.method, evidence, prices)
+            else:
+                found = measuring.planned(units, evidence, prices)
+            kept = {} if found.selected is None else dict(found.selected.kept)
+            return found.to_json(), kept
 
-        plan = Plan.model_validate_json(ranks.broadcast(decided))
+        text, kept = ranks.broadcast(decided)
+        plan = Plan.model_validate_json(text).with_selection(Selection(kept) if kept else None)
     return Prepared(model, inputs.tokens, store, step, plan, units=units, evidence=evidence)
 
 
@@ -320,6 +328,7 @@ def check_streams(step: Step) -> None:
     reasons = {
         f"{method.name} turns the stream between all blocks": method.kinds == STREAM,
         "gradients take a backward pass of the whole model": any(map(needs_gradients, needed)),
+        f"{method.name} looks at all units at once": isinstance(method, FittedMethod),
         f"allocator {allocator.name} tries whole plans out": allocator.searches,
         "--target latency times the whole model": step.budget.target == "latency",
         f"{method.name} packs integers, which its result unpacks all at once": method.final,

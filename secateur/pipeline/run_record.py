@@ -18,7 +18,7 @@ from secateur.evaluate.verify import Testimony
 from secateur.models.model import Settings
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.run_inputs import RunInputs
-from secateur.planning.plan import Base, BudgetRecord, Plan
+from secateur.planning.plan import Base, BudgetRecord, Plan, write_plan
 from secateur.planning.recipe import Recipe
 from secateur.planning.stage import StageResult
 from secateur.report.html import write_page
@@ -94,7 +94,7 @@ def make_report(
         "command": context.command,
         "model": base.model_dump(),
         "method": plan.method.model_dump(),
-        "allocator": plan.allocator.model_dump(),
+        "allocator": None if plan.allocator is None else plan.allocator.model_dump(),
         "budget": budget.model_dump(),
         "tier": plan.tier,
         "densified": sum(p.densified for p in plans),
@@ -132,7 +132,7 @@ def write_record(
     record.mkdir(exist_ok=True)
     for number, plan in enumerate(plans, 1):
         name = "plan.json" if len(plans) == 1 else f"plan-{number}.json"
-        (record / name).write_text(plan.to_json())
+        write_plan(plan, record / name)
     report.write(record / "report.json")
     calibration = plans[0].calibration.choice()
     asked = recorded(inputs.source, recipe, calibration, inputs.questions, inputs.settings)

@@ -1,11 +1,13 @@
 """A plan held against a model: its weights, its units and the sizes that these may take."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from secateur.methods.base import Method
 from secateur.methods.step import Step
 from secateur.models.model import Model, fingerprint
 from secateur.planning.plan import Plan
+from secateur.structure.selection import DROP
 from secateur.structure.units import Unit, unread
 from secateur.utils.errors import InputError, nearest, shown
 
@@ -30,7 +32,8 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
 
     Raises:
         InputError: unknown or missing units, or a size that a unit may not take; queries and keys
-            whose values are gone must be gone too.
+            whose values are gone must be gone too; or a selection that does not fit the sizes or
+            the method.
     """
     step = Step(method, plan.asked_budget, method.allocator)
     units = {unit.name: unit for unit in step.units(model)}
@@ -67,7 +70,27 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
                 f"plan, {unit.name}: size {plan.sizes[unit.name]} is of no use where {gone} is "
                 f"gone; the nearest is 0."
             )
+    if plan.selection is not None:
+        _check_selection(plan, units, method)
     return every
+
+
+def _check_selection(plan: Plan, units: Mapping[str, Unit], method: Method) -> None:
+    selection = plan.selected
+    if selection is None:
+        raise InputError(
+            "plan: it names a selection that was not read; read the plan with read_plan, or give "
+            "it the selection with plan.with_selection."
+        )
+    selection.check(units, plan.sizes)
+    for name in selection.kept:
+        if (kind := units[name].kind) not in method.selects:
+            able = ", ".join(method.selects) or "none"
+            raise InputError(
+                f"plan, {name}: its selection says which coordinates stay, and method "
+                f"{method.name!r} can't be told that of units of kind {kind!r} (kinds that it can: "
+                f"{able}). {DROP}"
+            )
 
 
 def _for(plan: Plan) -> str:

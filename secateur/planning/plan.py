@@ -4,17 +4,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from secateur import allocate, methods
 from secateur.allocate.base import Allocator
 from secateur.data.tokens import Calibration
+from secateur.io.run_directory import write_whole
 from secateur.io.schema import Parts, Record, read_record
 from secateur.layers.forms_secateur import FORMS
 from secateur.layers.integers import INTEGERS, LIBRARY
 from secateur.methods.base import Method
 from secateur.methods.step import Step
 from secateur.structure.budget import LEAST, Budget, Target, Tier, Written
+from secateur.structure.selection import Selection
 from secateur.utils.errors import InputError, shown
 from secateur.utils.options import built
 from secateur.utils.registry import Registry
@@ -142,7 +144,10 @@ class Plan(Record):
 
     Attributes:
         asked: the budget that was asked for, under the names of its fields in files.
+        allocator: what decided the sizes; None where the method decides them itself.
         tier: what reads the sizes, whatever tier was asked for.
+        selection: digest of the file beside the plan that says which channels, heads and pairs
+            stay; None where the method chooses them by the sizes.
     """
 
     version: Literal[3] = 3
@@ -150,11 +155,13 @@ class Plan(Record):
     base: Base
     calibration: CalibrationRecord
     method: Choice
-    allocator: Choice
+    allocator: Choice | None
     asked: dict[str, int | float | str]
     budget: BudgetRecord
     tier: Written
     units: Parts[Row]
+    selection: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    _selected: Selection | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -174,6 +181,18 @@ class Plan(Record):
     def sizes(self) -> dict[str, int]:
         """Unit name to size."""
         return {row.unit: row.after for row in self.units}
+
+    @property
+    def selected(self) -> Selection | None:
+        """What the file that ``selection`` names says; :func:`read_plan` reads it."""
+        return self._selected
+
+    def with_selection(self, selection: Selection | None) -> "Plan":
+        """The same plan with these indices, or with none."""
+        digest = None if selection is None else selection.digest
+        found = self.model_copy(update={"selection": digest})
+        found._selected = selection
+        return found
 
     @property
     def asked_budget(self) -> Budget:
@@ -215,6 +234,8 @@ class Plan(Record):
     def build_allocator(self) -> Allocator:
         """The allocator object that this plan was made with."""
         choice = self.allocator
+        if choice is None:
+            return self.build_method().allocator
         return built(
             allocate.allocator_class(choice.name, choice.package),
             choice.options,
@@ -248,11 +269,23 @@ def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "version": 3, "asked": asked, "method": {**method, "options": options}}
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a plan file.
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write a plan file, and beside it the file of its selection if it has one.
 
     Raises:
-        InputError: the file is missing, too large, no JSON, or not a plan of this version.
+        OSError: a file can't be written.
+    """
+    if plan.selected is not None:
+        plan.selected.save(path.parent)
+    write_whole(path, plan.to_json())
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan file, and beside it the file of its selection if it names one.
+
+    Raises:
+        InputError: a file is missing, too large or damaged, the plan is no JSON or not of this
+            version, or the selection is not the one that it names.
     """
     advice = " A new one comes from `secateur plan`."
     plan = read_record(Plan, path, "plan", MAX_PLAN_BYTES, advice)
@@ -262,4 +295,6 @@ def read_plan(path: Path) -> Plan:
             f"calibration.windows does not say which windows that chose; list them, or set select "
             f"to 'none' for windows drawn at random.{advice}"
         )
+    if plan.selection is not None:
+        plan = plan.with_selection(Selection.load(path.parent, plan.selection))
     return plan

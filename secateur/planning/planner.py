@@ -11,6 +11,7 @@ from secateur.allocate.base import Allocator, Evidence
 from secateur.calibration.collect import Store
 from secateur.data.tokens import Calibration, Tokens
 from secateur.methods.base import Method
+from secateur.methods.fitted import FitData, FittedMethod, fit_within
 from secateur.methods.step import Step
 from secateur.models.model import Model, fingerprint, has_forms
 from secateur.planning.checks import check_sizes
@@ -64,8 +65,16 @@ def make_plan(
             return found
 
         evidence = replace(evidence, judge=judge)
-    sizes = step.allocator.spend(units, evidence, prices, step.budget.share)
-    return Plan(
+    selection = None
+    if isinstance(step.method, FittedMethod):
+        assert not isinstance(step.budget.share, str)
+        budget_in_prices = prices.budget(units, step.budget.share)
+        data = FitData(tokens, store)
+        given = (step.method, model, units, prices, budget_in_prices)
+        sizes, selection = fit_within(*given, data=data)
+    else:
+        sizes = step.allocator.spend(units, evidence, prices, step.budget.share)
+    plan = Plan(
         secateur=__version__,
         base=Base(
             source=model.source,
@@ -76,12 +85,19 @@ def make_plan(
             **calibration.as_dict(), tokens=tokens.count, fingerprint=tokens.fingerprint
         ),
         method=Choice.of(method, methods.REGISTRY),
-        allocator=Choice.of(step.allocator, allocate.REGISTRY),
+        allocator=_allocator(step),
         asked=step.budget.as_dict(),
         budget=_spent(units, sizes, prices, step.budget),
         tier=_tier(model, units, sizes),
         units=_rows(units, sizes, evidence, model.stored),
     )
+    return plan.with_selection(selection)
+
+
+def _allocator(step: Step) -> Choice | None:
+    if isinstance(step.method, FittedMethod):
+        return None
+    return Choice.of(step.allocator, allocate.REGISTRY)
 
 
 def _stitched(

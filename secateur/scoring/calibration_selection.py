@@ -23,6 +23,7 @@ from secateur.data.tokens import Calibration, Tokens, calibration_stream, drawn,
 from secateur.io.cache import cached_file, keep
 from secateur.io.schema import Record, read_record
 from secateur.methods.base import Method
+from secateur.methods.fitted import FittedMethod
 from secateur.methods.step import Step
 from secateur.models.model import Model, fingerprint
 from secateur.scoring.evidence import score
@@ -191,6 +192,7 @@ def cheap(model: Model, step: Step) -> Step:
     method, allocator = step.method, step.allocator
     kinds = {unit.kind for unit in step.units(model)}
     dear, reason = allocator.measured or allocator.searches, None
+    dear = dear or isinstance(method, FittedMethod)
     if "residual" in kinds:
         reason = "it slices the residual stream, and draws are compared by blocks narrowed alone"
     elif dear and "block" in kinds:

@@ -76,6 +76,10 @@ class Unit(ABC):
         """Bytes of stored indices."""
         return 0
 
+    def index_shape(self, size: int) -> tuple[int, ...] | None:
+        """Shape of the indices of what stays at ``size``; None where nothing can be picked out."""
+        return None
+
     def beside(self, size: int) -> int:
         """Parameters that shrink along and that no unit counts; of its bytes alone."""
         return 0
@@ -153,6 +157,9 @@ class MLP(Unit):
     def parameters(self, size: int) -> int:
         return self.matrix_parameters(size) + size * self.biased_producers
 
+    def index_shape(self, size: int) -> tuple[int, ...]:
+        return (size,)
+
 
 @dataclass(frozen=True)
 class QueryKey(Unit):
@@ -180,6 +187,9 @@ class QueryKey(Unit):
 
     def index_bytes(self, size: int) -> int:
         return INDEX_BYTES * self.kv_heads * (size // 2) if self.rotary and size < self.size else 0
+
+    def index_shape(self, size: int) -> tuple[int, ...]:
+        return self.kv_heads, size
 
 
 @dataclass(frozen=True)
@@ -240,6 +250,9 @@ class Heads(Unit):
 
     def cached(self, size: int) -> int:
         return size * (self.query_key + self.value) or 1
+
+    def index_shape(self, size: int) -> tuple[int, ...]:
+        return (size,)
 
 
 @dataclass(frozen=True)
