@@ -20,6 +20,7 @@ from secateur.scoring.plan_scoring import Stitched
 from secateur.scoring.prices import prices_of
 from secateur.structure.budget import Budget, Written
 from secateur.structure.costs import Prices
+from secateur.structure.selection import Selection
 from secateur.structure.units import Matrix, Unit, unread
 from secateur.utils.errors import InputError
 from secateur.version import __version__
@@ -65,15 +66,13 @@ def make_plan(
             return found
 
         evidence = replace(evidence, judge=judge)
-    selection = None
     if isinstance(step.method, FittedMethod):
-        assert not isinstance(step.budget.share, str)
-        budget_in_prices = prices.budget(units, step.budget.share)
-        data = FitData(tokens, store)
-        given = (step.method, model, units, prices, budget_in_prices)
-        sizes, selection = fit_within(*given, data=data)
+        sizes, selection = _fitted(
+            model, step.method, units, prices, budget=step.budget, tokens=tokens, store=store
+        )
     else:
         sizes = step.allocator.spend(units, evidence, prices, step.budget.share)
+        selection = None
     plan = Plan(
         secateur=__version__,
         base=Base(
@@ -92,6 +91,22 @@ def make_plan(
         units=_rows(units, sizes, evidence, model.stored),
     )
     return plan.with_selection(selection)
+
+
+def _fitted(
+    model: Model,
+    method: FittedMethod,
+    units: Sequence[Unit],
+    prices: Prices,
+    *,
+    budget: Budget,
+    tokens: Tokens,
+    store: Store | None,
+) -> tuple[dict[str, int], Selection]:
+    """The sizes and indices that a method learns as a whole, within the budget."""
+    assert not isinstance(budget.share, str)
+    spendable = prices.budget(units, budget.share)
+    return fit_within(method, model, units, prices, spendable, data=FitData(tokens, store))
 
 
 def _allocator(step: Step) -> Choice | None:
