@@ -35,26 +35,26 @@ AXES = {
     "query_key": "queries, keys",
     "value_output": "values",
     "heads": "KV heads",
-    "residual": "stream",
+    "residual": "residual stream",
     "block": "blocks",
 }
 HEAD = """\
 # Model families
 
-Written by `python -m scripts.docs.families` from the variants that the contract tests run on; don't
-edit it. What stands here is what `secateur` itself answers for a model of the family, wide
-enough for the default options.
+This page says what each method can prune in each model family. `python -m scripts.docs.families`
+generates it from the variants that the contract tests run on, so do not edit it. It shows what
+`secateur` answers for a model of the family that is wide enough for the default options.
 
-`tests/contract` holds methods against the dense model on these variants: `make test` the default
-method on all of them and the others on a few, `.venv/bin/python -m pytest -m slow` the rest. For
-one model, `secateur inspect MODEL` says what can shrink and needs no weights. Configs that a family
-refuses are in the [README](../README.md#which-models).
+`tests/contract` compares methods with the dense model on these variants. `make test` runs the
+default method on all of them and the other methods on a few. `secateur inspect MODEL` says what can
+be pruned in one model and needs no weights. The [README](../README.md#which-models) lists configs
+that are not supported.
 
-## What can shrink
+## What can be pruned
 
-✓ can shrink, – stays, (✓) depends on the config. "Grouped" attention may have as many KV heads as
-query heads, too, or one. Matrices of every family can take another form at their own width: low
-rank, sparse, integers and so on.
+✓ can be pruned, – cannot be pruned, (✓) depends on the config. "Grouped" attention can also have as
+many KV heads as query heads, or a single one. In every family, weight matrices can be quantized,
+sparsified or factorized.
 
 """
 
@@ -108,12 +108,12 @@ def page() -> str:
     methods = [method_class(name)() for name in METHODS]
     refused = asked(built, methods)
     return (
-        HEAD + shrinking(built) + "\n## Who serves what\n\n"
-        "`--tier plain` gives checkpoints that stock classes load. Without it a method writes\n"
-        "what its plan needs; see [the format](checkpoint-format.md). Options are the methods'\n"
-        "defaults; `flap --compensate 0` adds no biases and goes wherever `wanda-sp` does.\n\n"
+        HEAD + shrinking(built) + "\n## Which method supports which family\n\n"
+        "With `--tier plain`, stock classes load the result. Without it, the plan determines the\n"
+        "[tier](checkpoint-format.md#tiers). The table uses the default options of the methods.\n"
+        "`flap --compensate 0` adds no biases and supports all families that `wanda-sp` does.\n\n"
         + serving(built, methods, refused)
-        + "\n## Why not\n\n"
+        + "\n## Reasons\n\n"
         + reasons(built, refused)
     )
 
@@ -169,9 +169,11 @@ def attention(models: list[Model]) -> str:
     if anatomy.soft_cap:
         words.append("soft cap")
     pairs = mark(can_shrink(one, "query_key") for one in models)
-    words += {"✓": [], "–": ["norms inside heads"], "(✓)": ["perhaps norms inside heads"]}[pairs]
+    words += {"✓": [], "–": ["norms inside heads"], "(✓)": ["in some configs norms inside heads"]}[
+        pairs
+    ]
     if anatomy.decoder is not None:
-        words.append("and across stacks")
+        words.append("cross-attention")
     return ", ".join(words)
 
 
@@ -203,7 +205,7 @@ def serving(built: list[Served], methods: list[Method], refused: Refused) -> str
             for label in labels
         }
         rows.append([f"`{method.name}`", ", ".join(kinds(method)), families(by), families(plain)])
-    return table(["method", "works on", "serves", "`--tier plain`"], rows)
+    return table(["method", "works on", "supports", "`--tier plain`"], rows)
 
 
 def kinds(method: Method) -> list[str]:
@@ -250,7 +252,7 @@ def reasons(built: list[Served], refused: Refused) -> str:
         lines.append(f"- {reason[0].upper()}{reason[1:]}.")
         lines.append(f"  {', '.join(dict.fromkeys(labels))}.")
         if methods:
-            lines.append(f"  Stops {', '.join(dict.fromkeys(methods))}.")
+            lines.append(f"  Affects {', '.join(dict.fromkeys(methods))}.")
     return "\n".join(lines) + "\n"
 
 

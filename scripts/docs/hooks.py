@@ -14,7 +14,7 @@ log = get_plugin_logger(__name__)
 
 #: pages by section; those that aren't there are left out, and others come last in the last one
 ORDER = {
-    "Start": ["README", "project", "quickstart", "how-to-choose", "footguns"],
+    "Start": ["README", "project", "quickstart", "how-to-choose", "glossary", "footguns"],
     "Guides": [
         *("families", "calibration", "forms", "recipes", "sweeps", "encoders", "encoder-decoder"),
         *("evaluation", "reports", "gguf", "serving", "security"),

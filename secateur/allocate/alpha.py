@@ -1,4 +1,4 @@
-"""AlphaPruning: less room for blocks whose spectra have lighter tails."""
+"""AlphaPruning: blocks whose weight spectra have lighter tails are pruned more."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ NO_TAIL = 100.0  #: the exponent of a spectrum that has no tail
 
 @dataclass(frozen=True)
 class AlphaPruning(BlockAllocator):
-    """One ratio per block, by the exponent of the power law that its eigenvalues end in.
+    """Prune each block by the power-law exponent of its weight spectra.
 
     With λ the eigenvalues of WᵀW of a matrix in ascending order, and the tail beginning at the k-th
     of n,
@@ -33,9 +33,9 @@ class AlphaPruning(BlockAllocator):
 
         φ_l = min(1, c · r_l),   c such that Σ w_l φ_l = 1 − keep
 
-    w_l being its share of the price. What the cap cuts off is poured over the other blocks. Weights
-    only: no text has a say in it. Don't use it where there is some, or for matrices with few dozen
-    rows, of whose tails a handful of eigenvalues tell.
+    where w_l is its share of the cost. If φ_l is capped, the other blocks lose more. Only weights
+    are used, no calibration data. Don't use it if you have calibration data, or for matrices with
+    only a few dozen rows, whose tails consist of a handful of eigenvalues.
 
     Source: Lu et al., "AlphaPruning", arXiv 2410.10912 (NeurIPS 2024), section 3.
 
@@ -43,10 +43,12 @@ class AlphaPruning(BlockAllocator):
         spread: half the distance between the least and the largest ratio, before the cap.
     """
 
-    spread: float = option(0.2, "how far ratios differ from 1; 0 is uniform", 0.0, 0.99)
+    spread: float = option(
+        0.2, "largest deviation of a block's ratio from 1; 0 is uniform", 0.0, 0.99
+    )
 
     name: ClassVar[str] = "alpha"
-    summary: ClassVar[str] = "one ratio per block, by the tails of its matrices' spectra"
+    summary: ClassVar[str] = "one share per block, by the power-law exponents of its weight spectra"
     source: ClassVar[str] = "arXiv 2410.10912"
     needs: ClassVar[frozenset[Need]] = frozenset()
 

@@ -1,4 +1,4 @@
-"""CFSP's allocation: more room for blocks that turn the stream by a larger angle."""
+"""CFSP's allocation: blocks that rotate the residual stream more are pruned less."""
 
 import math
 from collections.abc import Sequence
@@ -15,25 +15,26 @@ MARGIN = 1.05  #: how far below 1 the largest share of a contracted allocation s
 
 @dataclass(frozen=True)
 class Angular(BlockAllocator):
-    """One share per block, a sigmoid of its angle.
+    """Give each block a share that is a sigmoid of the angle between its input and output.
 
     With s_l the mean over tokens of arccos(cos(x, y)) / π between a block's input and output, and
     m the mean by price,
 
         g_l = σ(slope · (s_l − mean s)),   share_l = keep · g_l / m
 
-    Where the largest share would reach 1 all are drawn to the mean, g_l ← m + t (g_l − m), until
-    it is below 1; the mean stays ``keep`` exactly. Published is a sum over tokens divided by 10⁴:
-    with its 128 × 2048 tokens that is a slope of 26.2, with other text it would be another
-    allocation. Don't use it where units inside a block differ in how much they hurt.
+    If the largest share would reach 1, all shares move towards the mean, g_l ← m + t (g_l − m),
+    until it is below 1; the mean remains exactly ``keep``. The published score is a sum over tokens
+    divided by 10⁴. With the published 128 × 2048 tokens this is a slope of 26.2; with another
+    amount of text it would be a different allocation. Don't use it if the units of a block differ
+    in how sensitive they are.
 
     Source: Wang et al., "CFSP", arXiv 2409.13199 (COLING 2025); its code for the constants.
     """
 
-    slope: float = option(26.2, "of the sigmoid over angles; 0 is uniform", 0.0)
+    slope: float = option(26.2, "slope of the sigmoid over angles; 0 is uniform", 0.0)
 
     name: ClassVar[str] = "angular"
-    summary: ClassVar[str] = "one share per block, larger where the block turns its input further"
+    summary: ClassVar[str] = "one share per block, larger if the block rotates its input more"
     source: ClassVar[str] = "arXiv 2409.13199"
     needs: ClassVar[frozenset[Need]] = frozenset({Needs.ANGLE})
 

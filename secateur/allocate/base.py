@@ -18,15 +18,15 @@ from secateur.utils.options import checked, flags_of
 
 @dataclass(frozen=True)
 class Evidence:
-    """What calibration says about the units.
+    """What was measured about the units on calibration data.
 
     Attributes:
         curves: unit name → predicted error of the unit's own output.
-        readings: of every block, what the allocator has read from it.
-        losses: unit name → measured divergence of the model's output, in nats, while that
-            unit alone is narrowed; None where the allocator does not need it.
-        judge: measured divergence of the model with all units at given sizes, by name; only for an
-            allocator that searches.
+        readings: for each block, what the allocator has measured.
+        losses: unit name → KL divergence of the model's output, in nats, when that unit alone
+            is compressed; None if the allocator does not need it.
+        judge: measures the KL divergence of the model with given sizes of all units, by name;
+            only for allocators that search.
     """
 
     curves: Mapping[str, Curve]
@@ -37,9 +37,9 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Allocator(ABC):
-    """Spends a budget over units. It serves every method whose units it can tell apart.
+    """Distributes a budget over units. It works with every method whose units it supports.
 
-    Its fields are its whole configuration, and its flags at the command line.
+    Its fields are its whole configuration, and become command-line options.
     """
 
     name: ClassVar[str]
@@ -149,7 +149,7 @@ class Allocator(ABC):
 
 
 class ShareAllocator(Allocator):
-    """An allocator that says which share of its size each unit should keep."""
+    """An allocator that decides which share of its size each unit keeps."""
 
     @abstractmethod
     def shares(
@@ -172,7 +172,7 @@ class ShareAllocator(Allocator):
 
 
 class BlockAllocator(ShareAllocator):
-    """A share allocator that gives all units of a block one share, by one number read from it."""
+    """A share allocator that gives all units of a block one share, from one number per block."""
 
     def shares(
         self, units: Sequence[Unit], evidence: Evidence, prices: Prices, keep: float

@@ -1,4 +1,4 @@
-"""FARMS: AlphaPruning on windows, so that the shape of a matrix has no say."""
+"""FARMS: AlphaPruning on square windows, independent of the aspect ratios of matrices."""
 
 import math
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class FARMS(AlphaPruning):
-    """AlphaPruning on square windows: the shape of a matrix has no say in its exponent.
+    """AlphaPruning with spectra of square windows, so that aspect ratios have no influence.
 
-    Even the spectrum of noise depends on a matrix's aspect ratio. So eigenvalues are taken from
-    square windows and pooled before the exponent is. A window is as wide as the matrix's shorter
-    side, at most ``window``; windows cover the matrix, overlapping only as far as that takes. (The
-    paper has 10 to 15 offsets a side, which repeat the same entries at ten times the cost.) Don't
-    use it where :class:`AlphaPruning` is no good either.
+    Even the spectrum of noise depends on the aspect ratio of a matrix. Therefore the eigenvalues of
+    square windows are pooled, and the exponent is computed from these. A window is as wide as the
+    matrix's shorter side, at most ``window``; windows cover the matrix, overlapping only as far as
+    that takes. (The paper has 10 to 15 offsets a side, which repeat the same entries at ten times
+    the cost.) Don't use it in the cases that :class:`AlphaPruning` does not suit.
 
     Source: Hu et al., "Eigenspectrum Analysis of Neural Networks without Aspect Ratio Bias", arXiv
     2506.06280 (ICML 2025).
@@ -30,10 +30,10 @@ class FARMS(AlphaPruning):
         window: side of a window; the paper's 2000 is half the width of the models it is for.
     """
 
-    window: int = option(2000, "most rows and columns of a window", 2)
+    window: int = option(2000, "maximum side of a window", 2)
 
     name: ClassVar[str] = "farms"
-    summary: ClassVar[str] = "the same, on square windows of them"
+    summary: ClassVar[str] = "one share per block, by the spectra of square windows of its weights"
     source: ClassVar[str] = "arXiv 2506.06280"
 
     @property

@@ -28,21 +28,21 @@ def fluctuations(axis: AxisView, statistics: BlockStatistics) -> Tensor:
 
 @dataclass(frozen=True)
 class Fluctuation(ShareAllocator):
-    """The widths that FLAP's global threshold leaves, for any method.
+    """Sizes from FLAP's global threshold on fluctuations, for any method.
 
     Channels' fluctuations, and coordinates' squared ones averaged over a KV head, are standardised
     in every block,
 
         z = (s − mean s) / std s
 
-    and the largest z stay, whatever block they are of, until their price is the budget. Don't use
-    it where measured losses are at hand: what a z is worth differs from block to block.
+    and the largest z of all blocks are kept, up to the budget. Don't use it if losses can be
+    measured: equal values of z in different blocks do not mean equal losses.
 
     Source: arXiv 2312.11983, section 3.3.
     """
 
     name: ClassVar[str] = "fluctuation"
-    summary: ClassVar[str] = "one threshold over standardised fluctuations of all blocks"
+    summary: ClassVar[str] = "one threshold over the standardized fluctuations of all blocks"
     source: ClassVar[str] = "arXiv 2312.11983"
     needs: ClassVar[frozenset[Need]] = frozenset(MOMENTS.values())
 

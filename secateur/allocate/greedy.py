@@ -1,4 +1,4 @@
-"""Whole units taken away one by one, each time the one that the model misses least."""
+"""Greedy removal of whole units, each time the one that changes the output least."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class Greedy(Allocator):
-    """Backward elimination of whole units, the model judged anew after each.
+    """Remove whole units greedily; each candidate is evaluated on the whole model.
 
     With R the units that are gone and D(R) the divergence of the model without them,
 
@@ -29,10 +29,12 @@ class Greedy(Allocator):
     Transformer Blocks", arXiv 2402.09025, algorithm 1.
     """
 
-    ends: int = option(1, "blocks at either end of the model that lose nothing", 0)
+    ends: int = option(1, "number of first and of last blocks that are not pruned", 0)
 
     name: ClassVar[str] = "greedy"
-    summary: ClassVar[str] = "whole units go one by one, each judged on the model without it"
+    summary: ClassVar[str] = (
+        "removes whole units one by one, each time the one that changes the output least"
+    )
     source: ClassVar[str] = "arXiv 2402.09025"
     searches: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""MoDeGPT's allocation: more room for blocks that change their input more."""
+"""MoDeGPT's allocation: blocks that change their input more are pruned less."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class EntropicInfluence(BlockAllocator):
-    """One sparsity φ per block, by entropy-regularised block influence s.
+    """Give each block one sparsity φ by its influence s, regularized by entropy.
 
     Maximising Σ w_l s_l (1 − φ_l) + ε H(φ) with mean φ fixed (w_l: the block's share of the
     whole price) gives
@@ -22,8 +22,8 @@ class EntropicInfluence(BlockAllocator):
         φ_l = min(φ_max, c · exp(−s_l / ε)),   c such that Σ w_l φ_l = 1 − keep
 
     Without the cap that is the published L φ_avg softmax(−s/ε); what the cap cuts off is poured
-    over the other blocks (water-filling), so the sum is exact. Don't use it where units inside a
-    block differ in how much they hurt: all of them get the block's ratio.
+    over the other blocks (water-filling), so the sum is exact. Don't use it if the units of a
+    block differ in how sensitive they are: all of them get the share of the block.
 
     Source: arXiv 2408.09632, equation 10.
 
@@ -32,11 +32,13 @@ class EntropicInfluence(BlockAllocator):
         max_sparsity: φ_max.
     """
 
-    temperature: float = option(0.05, "of the allocation over blocks: small = uneven", 1e-4)
-    max_sparsity: float = option(0.95, "most that any one block may lose", 0.0, 1.0)
+    temperature: float = option(
+        0.05, "temperature of the allocation over blocks; smaller is less even", 1e-4
+    )
+    max_sparsity: float = option(0.95, "largest share that a block can lose", 0.0, 1.0)
 
     name: ClassVar[str] = "influence"
-    summary: ClassVar[str] = "one ratio per block, larger where the block changes its input more"
+    summary: ClassVar[str] = "one share per block, larger if the block changes its input more"
     source: ClassVar[str] = "arXiv 2408.09632, equation 10"
 
     def check(self, units: Sequence[Unit], prices: Prices, keep: Keep) -> None:

@@ -1,4 +1,4 @@
-"""One budget over all units of the model, spent where it saves most of the measured loss."""
+"""One budget over all units, spent where it saves most of the measured loss."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from secateur.utils.options import option
 
 
 class GroupSizes(NamedTuple):
-    """Sizes for the units of one group, what they cost and what they lose."""
+    """Possible sizes for the units of one group, with their costs and losses."""
 
     price: int
     loss: float
@@ -27,28 +27,31 @@ class GroupSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Knapsack(Allocator):
-    """The sizes of least summed loss within the budget, by dynamic programming.
+    """Find the sizes with the smallest sum of losses within the budget by dynamic programming.
 
     With loss_u(k) the measured divergence of the model's output while unit u alone has size k,
 
         min Σ_u loss_u(k_u)   subject to   Σ_u price_u(k_u) ≤ budget
 
-    A unit may go altogether; values that go take their queries and keys with them, so an attention
-    is one group g of two units. The least loss at every spending is built up group by group,
+    A unit can be removed completely. If values are removed, their queries and keys are removed too,
+    so an attention is one group g of two units. The smallest loss at each cost is computed group by
+    group,
 
         best_g(c) = min_k best_{g−1}(c − price_g(k)) + loss_g(k)
 
-    exactly where the prices have a common measure that goes at most ``cells`` times into the
-    budget, otherwise on prices rounded up, what is left over being spent greedily. Don't use it
-    where the losses can't be measured: the curves of different units don't compare.
+    exactly if the costs are multiples of some amount that is at least 1/``cells`` of the budget.
+    Otherwise costs are rounded up, and what is left over is spent greedily. Don't use it if losses
+    can't be measured: the error curves of different units are not comparable.
 
     Source: multiple-choice knapsack; losses added up over modules as in SPDY (arXiv 2202.06749).
     """
 
-    cells: int = option(20_000, "steps of spending; more are finer and slower", 100)
+    cells: int = option(20_000, "resolution of the budget; larger is finer and slower", 100)
 
     name: ClassVar[str] = "knapsack"
-    summary: ClassVar[str] = "least sum of measured losses over all units, which may go altogether"
+    summary: ClassVar[str] = (
+        "smallest sum of measured losses over all units; can remove whole units"
+    )
     source: ClassVar[str] = "dynamic programming"
     measured: ClassVar[bool] = True
 

@@ -1,4 +1,4 @@
-"""The knapsack over what methods predict, where nothing is measured."""
+"""The knapsack over errors that methods predict, without measurements."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from secateur.structure.error_curve import Curve
 
 @dataclass(frozen=True)
 class LeastError(Knapsack):
-    """The sizes of least summed error within the budget: min Σ_u curve_u(k_u).
+    """Find the sizes with the smallest sum of predicted errors: min Σ_u curve_u(k_u).
 
-    Over whole blocks of one price, that drops those of least error until the budget is met. Don't
-    use it over units whose errors mean different things, as those of widths do: each is a share of
-    its own unit's output, whatever that is worth to the model.
+    For whole blocks of equal cost, this removes those with the smallest errors until the budget is
+    met. Don't use it for units whose errors are not comparable, such as widths: each error is
+    relative to the output of its own unit, however important that is to the model.
 
     Source: arXiv 2403.03853, section 3.2, for blocks; multiple-choice knapsack for anything else.
     """
 
     name: ClassVar[str] = "least-error"
-    summary: ClassVar[str] = "least sum of predicted errors, which costs no measuring"
+    summary: ClassVar[str] = "smallest sum of predicted errors; measures nothing"
     source: ClassVar[str] = "arXiv 2403.03853; dynamic programming"
     measured: ClassVar[bool] = False
 

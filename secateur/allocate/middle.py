@@ -1,4 +1,4 @@
-"""LLM-Pruner's allocation: one ratio for the blocks in the middle, none for those at the ends."""
+"""LLM-Pruner's allocation: prunes the middle blocks equally, the first and last not at all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,25 +12,31 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class Middle(Allocator):
-    """The first and the last blocks stay whole; all others keep one share of every unit.
+    """Prune all units of the middle blocks by one share; leave the first and last blocks unchanged.
 
-    With B what is to be spent and P_in, P_out the price of the units within and at the ends,
+    With the budget B and the costs P_in, P_out of the units in the middle and at the ends,
 
-        share = (B − P_out) / P_in   within,   1 at the ends
+        share = (B − P_out) / P_in   in the middle,   1 at the ends
 
-    so ``keep`` is kept of the whole model, not of the blocks within. Of 32 blocks the defaults
-    leave the first four and the last two, as published; of few blocks they leave none. An encoder
-    and a decoder have ends of their own. Don't use it where measured losses are to be had: they
-    know which blocks matter.
+    so ``keep`` refers to the whole model and not to the middle blocks. Of 32 blocks, the defaults
+    exclude the first four and the last two, as published; of a few blocks, they exclude none. An
+    encoder and a decoder each have their own ends. Don't use it if losses can be measured: they
+    show which blocks matter.
 
     Source: arXiv 2305.11627, and its published script for the ends.
     """
 
-    first: float = option(0.125, "share of the blocks that stays whole, from the first", 0.0, 1.0)
-    last: float = option(0.0625, "share of the blocks that stays whole, up to the last", 0.0, 1.0)
+    first: float = option(
+        0.125, "share of the blocks, from the first on, that is not pruned", 0.0, 1.0
+    )
+    last: float = option(
+        0.0625, "share of the blocks, up to the last, that is not pruned", 0.0, 1.0
+    )
 
     name: ClassVar[str] = "middle"
-    summary: ClassVar[str] = "one ratio for the blocks in the middle; first and last stay whole"
+    summary: ClassVar[str] = (
+        "one share for the middle blocks; the first and last blocks are not pruned"
+    )
     source: ClassVar[str] = "arXiv 2305.11627"
 
     def whole(self, units: Sequence[Unit]) -> set[str]:

@@ -1,4 +1,4 @@
-"""NIRVANA's allocation: one threshold for all channels, one for all heads, γ between them."""
+"""NIRVANA's allocation: one threshold for all channels and one for all heads, coupled by γ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class TwoThresholds(ShareAllocator):
-    """The widths that two global thresholds on NIRVANA's saliency leave, for any method.
+    """Sizes from two global thresholds on NIRVANA's saliency, for any method.
 
-    Of all channels the fraction p_m goes, of all KV heads p_a, those of least saliency whatever
-    block they are of. With P_m and P_a the prices of all MLPs and attentions,
+    A fraction p_m of all channels and a fraction p_a of all KV heads are removed, those with the
+    smallest saliency in the whole model. With P_m and P_a the costs of all MLPs and attentions,
 
         p_m = γ p_a,   p_m P_m + p_a P_a = (1 − keep) (P_m + P_a)
 
-    Every block keeps a head and the smallest MLP. Where one fraction reaches what then can go, the
-    other takes the rest. The last one at a threshold may go in part, so that the budget is met
-    exactly before sizes are rounded. Don't use it where measured losses are at hand: γ was tuned on
-    Llama models.
+    Every block keeps at least one head and the smallest MLP size. If one fraction reaches its
+    maximum, the other takes the rest. The last unit at a threshold can be removed in part, so that
+    the budget is met exactly before sizes are rounded. Don't use it if losses can be measured: γ
+    was tuned on Llama models.
 
     Source: arXiv 2509.14230, and its published code for γ and the counts.
 
@@ -36,10 +36,14 @@ class TwoThresholds(ShareAllocator):
         gamma: γ; the published one for 8 billion parameters.
     """
 
-    gamma: float = option(3.36, "fraction of channels that goes for one of heads", 0.0)
+    gamma: float = option(
+        3.36, "fraction of channels removed, relative to the fraction of heads", 0.0
+    )
 
     name: ClassVar[str] = "nirvana"
-    summary: ClassVar[str] = "one threshold over all channels, one over all heads, in a set ratio"
+    summary: ClassVar[str] = (
+        "one threshold for all channels and one for all heads, at a fixed ratio"
+    )
     source: ClassVar[str] = "arXiv 2509.14230"
     needs: ClassVar[frozenset[Need]] = frozenset(LOGITS.values())
 

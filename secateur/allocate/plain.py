@@ -13,12 +13,14 @@ from secateur.structure.units import Unit
 class PlainWidth(Allocator):
     """The largest common MLP width that fits the budget; attention keeps its shape.
 
-    Don't use it where the result may carry its own modelling code: every other allocation loses
-    less at the same size.
+    Don't use it if the result can contain its own modelling code: other allocations have more
+    freedom at the same size.
     """
 
     name: ClassVar[str] = "plain"
-    summary: ClassVar[str] = "one MLP width, attention keeps its shape; what --tier plain means"
+    summary: ClassVar[str] = (
+        "one MLP width for all blocks, attention unchanged; used by --tier plain"
+    )
     source: ClassVar[str] = "a constraint of stock classes"
     by_blocks: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""SPDY: weights of units found by search, each candidate judged on the whole narrowed model."""
+"""SPDY: a search finds weights of the units; candidates are evaluated on the whole model."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ RESAMPLED = 0.1  #: share of the units whose weight the first of the other steps
 
 @dataclass(frozen=True)
 class SPDY(Knapsack):
-    """Least weighted sum of the units' own errors, with weights that suit the whole model.
+    """Minimize a weighted sum of the units' errors, with weights found by search.
 
-    With p_u(k) the relative error of unit u's output at size k, so that p² is its curve, and c_u
-    how much the model minds,
+    With p_u(k) the relative error of unit u's output at size k, so that p² is its error curve, and
+    c_u the weight of the unit,
 
         sizes(c) = argmin Σ_u c_u · p_u(k_u)²   subject to   Σ_u price_u(k_u) ≤ budget
         c        = argmin loss of the model with all units at sizes(c)
@@ -37,12 +37,12 @@ class SPDY(Knapsack):
     arXiv 2302.04089, section 3.2.
     """
 
-    steps: int = option(100, "candidates to judge; each takes a pass over some windows", 1)
-    levels: int = option(20, "sizes tried of each unit, evenly spaced", 1)
-    search_seed: int = option(0, "of the search")
+    steps: int = option(100, "candidates to evaluate; each takes a pass over some windows", 1)
+    levels: int = option(20, "number of evenly spaced sizes tried for each unit", 1)
+    search_seed: int = option(0, "seed of the search")
 
     name: ClassVar[str] = "spdy"
-    summary: ClassVar[str] = "least sum of predicted errors, weighted by search on the whole model"
+    summary: ClassVar[str] = "smallest weighted sum of predicted errors; a search finds the weights"
     source: ClassVar[str] = "arXiv 2202.06749, 2302.04089"
     measured: ClassVar[bool] = False
     searches: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""The same ratio for every unit."""
+"""The same share of every unit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from secateur.structure.units import Unit
 
 @dataclass(frozen=True)
 class Uniform(ShareAllocator):
-    """Keep the same share of every unit; the baseline that other allocations must beat."""
+    """Keep the same share of every unit. This is the baseline for other allocators."""
 
     name: ClassVar[str] = "uniform"
     summary: ClassVar[str] = "the same share of every unit"

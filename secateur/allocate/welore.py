@@ -1,4 +1,4 @@
-"""WeLore's allocation: one threshold on normalised singular values for the whole model."""
+"""WeLore's allocation: one threshold on normalized singular values for the whole model."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ Spectrum = tuple[
 
 @dataclass(frozen=True)
 class WeLore(ShareAllocator):
-    """The share of singular values above one threshold, for any method.
+    """Keep of each unit the share of singular values above a global threshold, for any method.
 
     With σ the singular values of a matrix,
 
@@ -39,7 +39,7 @@ class WeLore(ShareAllocator):
     """
 
     name: ClassVar[str] = "welore"
-    summary: ClassVar[str] = "singular values above one threshold for the whole model"
+    summary: ClassVar[str] = "share of singular values above one threshold for the whole model"
     source: ClassVar[str] = "arXiv 2407.11239"
     needs: ClassVar[frozenset[Need]] = frozenset()
 

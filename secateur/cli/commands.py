@@ -1,4 +1,4 @@
-"""Commands on what there is already. Nothing heavy is imported before a command needs it."""
+"""Commands that work on finished runs. Heavy modules are imported only when they run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,14 @@ folder = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=folder, metavar="RUN...")
-@click.option("--plot", type=folder, metavar="FILE.svg", help="Draw the frontier on bytes.")
-@click.option("--overwrite", is_flag=True, help="Replace the picture.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--plot", type=folder, metavar="FILE.svg", help="Write the frontiers as a picture.")
+@click.option("--overwrite", is_flag=True, help="Replace the picture if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(runs: tuple[Path, ...], plot: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Show RUNs, folders that `compress` wrote, in one table, and which are dominated.
+    """Compare RUNs, folders that `compress` wrote, in one table that shows which are dominated.
 
-    They must be of one dense model and have been judged on a common text. `report --siblings`
-    draws their frontiers, `--plot` writes the first as a picture.
+    The runs must have the same dense model and an evaluation text in common. `--plot` writes their
+    frontiers as a picture, and `report --siblings` shows them on the page of a run.
     """
     from secateur.io.run_directory import write_whole
     from secateur.report import frontier_table as comparing
@@ -35,7 +35,9 @@ def compare(runs: tuple[Path, ...], plot: Path | None, overwrite: bool, as_json:
         from secateur.report.html.content import standalone
 
         if plot.suffix.lower() != ".svg":
-            raise InputError(f"--plot {str(plot)!r}: it is an SVG picture; name it so.")
+            raise InputError(
+                f"--plot {str(plot)!r}: the picture is SVG; give a name that ends in .svg."
+            )
         if not plot.absolute().parent.is_dir():
             raise InputError(f"--plot {str(plot)!r}: there is no folder {str(plot.parent)!r}.")
         if plot.exists() and not overwrite:
@@ -54,10 +56,10 @@ def compare(runs: tuple[Path, ...], plot: Path | None, overwrite: bool, as_json:
     multiple=True,
     type=folder,
     metavar="RUN",
-    help="Another run of the same dense model, to be shown beside it; may be repeated.",
+    help="Another run of the same dense model to compare with; can be repeated.",
 )
 def report(run: Path, siblings: tuple[Path, ...]) -> None:
-    """Write the report page and the model card of RUN, a folder that `compress` wrote, anew."""
+    """Write the report page and the model card of RUN, a folder that `compress` wrote, again."""
     from secateur.report.html import write_page
     from secateur.report.model_card import write_card
     from secateur.report.run_records import read_run
@@ -70,11 +72,11 @@ def report(run: Path, siblings: tuple[Path, ...]) -> None:
 @click.command()
 @click.argument("run", type=folder)
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Only you, or your organisation, will see it.")
+@click.option("--private", is_flag=True, help="Make the repository private.")
 def push(run: Path, repo: str, private: bool) -> None:
     """Upload RUN, a folder that `compress` wrote, to REPO (USER/NAME) on the hub.
 
-    Its record goes along: paths in recipe.yaml and report.json are as you typed them.
+    The upload includes recipe.yaml and report.json, which contain paths as you typed them.
     """
     from secateur.report import hub as pushing
     from secateur.utils.progress import for_terminal
@@ -85,24 +87,24 @@ def push(run: Path, repo: str, private: bool) -> None:
 @click.command()
 @model_argument
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--dense", is_flag=True, help="Multiply out every matrix of another form.")
+@click.option("--dense", is_flag=True, help="Multiply all forms out to dense weights.")
 @click.option(
     "--to",
-    help="gguf: one file for llama.cpp, where it is run and compared; plain: classes of "
-    "transformers itself, if all layers have the same shapes; onnx: a graph for onnxruntime.",
+    help="gguf: a file for llama.cpp, which is run in llama.cpp and compared; plain: stock classes "
+    "of transformers, if all layers have the same shapes; onnx: a graph for onnxruntime.",
 )
 @click.option(
     "--type",
     "kind",
     default="auto",
     show_default=True,
-    help="Of the matrices in a GGUF file: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k; auto "
-    "is the stored format.",
+    help="Number format of the matrices in a GGUF file: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m "
+    "or q6_k; auto is the stored format.",
 )
 @click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out of a GGUF file.")
-@click.option("--unchecked", is_flag=True, help="Don't run a GGUF file in llama.cpp.")
+@click.option("--unchecked", is_flag=True, help="Do not check a GGUF file in llama.cpp.")
 @open_options
-@click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT when the new result is complete.")
 @click.pass_context
 def export(
     ctx: click.Context,
@@ -118,20 +120,20 @@ def export(
     overwrite: bool,
     **rest: Any,
 ) -> None:
-    """Write MODEL, a compressed checkpoint, to OUT for readers that know less."""
+    """Convert MODEL, a compressed checkpoint, for software that does not know Secateur."""
     from secateur.evaluate.evaluator import quiet
 
     if dense == (to is not None):
         raise InputError(
-            "say what for: --dense multiplies out every matrix of another form, --to gguf writes a "
-            "file for llama.cpp, --to plain a checkpoint for stock classes, --to onnx a graph."
+            "give one of: --dense (multiply all forms out to dense weights), --to gguf (a file for "
+            "llama.cpp), --to plain (a checkpoint for stock classes), --to onnx (a graph)."
         )
     if to not in (None, *EXPORTS):
         raise InputError(f"unknown --to {to!r}. {nearest(to, EXPORTS)}")
     for name in ("kind", "no_tokenizer", "unchecked"):
         if to != "gguf" and asked.typed(ctx, name):
             flag = {"kind": "type"}.get(name, name.replace("_", "-"))
-            raise InputError(f"--{flag} is for --to gguf; leave it out.")
+            raise InputError(f"--{flag} applies to --to gguf only; leave it out.")
     quiet()
     given = {"settings": asked.settings(rest), "overwrite": overwrite}
     if to == "gguf":

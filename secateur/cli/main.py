@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 @click.version_option(__version__, prog_name="secateur")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Make a trained transformer smaller and faster, and see what it costs.
+    """Compress trained transformers: prune, quantize, sparsify, factorize, and measure the cost.
 
     \b
-    secateur compress Qwen/Qwen2.5-0.5B out --keep 0.8     do it
-    secateur inspect Qwen/Qwen2.5-0.5B                     what could shrink
-    secateur plan Qwen/Qwen2.5-0.5B --keep 0.8 --dry-run   what would shrink
-    secateur eval out                                      measure any model
-    secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   draw the frontier
+    secateur compress Qwen/Qwen2.5-0.5B out --keep 0.8     compress a model
+    secateur inspect Qwen/Qwen2.5-0.5B                     what can be pruned
+    secateur plan Qwen/Qwen2.5-0.5B --keep 0.8 --dry-run   what would be pruned
+    secateur eval out                                      evaluate any model
+    secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   compare several budgets
     """
     if ctx.obj.crew is not None:
         from secateur.cli.launch import check_command
@@ -51,9 +51,9 @@ def cli(ctx: click.Context) -> None:
 
 
 @cli.command(name="ls")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_all(as_json: bool) -> None:
-    """List the methods with their options, and the model families they serve."""
+    """List all methods and allocators with their options, and the supported model families."""
     from secateur.cli import render as present
 
     content = present.catalogue()
@@ -63,17 +63,24 @@ def list_all(as_json: bool) -> None:
 @cli.command()
 @model_argument
 @open_options
-@click.option("--multiple-of", default=8, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--multiple-of",
+    default=8,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of which MLP widths become multiples.",
+)
 @click.option(
     "--forms",
     is_flag=False,
     flag_value="all",
     metavar="[METHODS]",
-    help="Error against bytes of the forms of these methods, by commas, or of all: needs weights.",
+    help="Compare the errors of these methods of forms (separated by commas, or all) at several "
+    "shares of bytes; reads the weights.",
 )
 @text_options
 def inspect(model: str, as_json: bool, multiple_of: int, forms: str | None, **rest: Any) -> None:
-    """Show what can shrink in MODEL, and what calibration would need; reads no weights."""
+    """Show what can be pruned in MODEL, and the memory of calibration, without reading weights."""
     from secateur.cli import render as present
 
     if forms is None:
@@ -97,9 +104,9 @@ def inspect(model: str, as_json: bool, multiple_of: int, forms: str | None, **re
 @calibration_options
 @open_options
 @stream_option
-@click.option("--output", "-o", default="plan.json", show_default=True, help="File to write.")
-@click.option("--dry-run", is_flag=True, help="Show the plan without writing it.")
-@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@click.option("--output", "-o", default="plan.json", show_default=True, help="Plan file to write.")
+@click.option("--dry-run", is_flag=True, help="Print the plan without writing it.")
+@click.option("--overwrite", is_flag=True, help="Replace the plan file if it exists.")
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -113,10 +120,10 @@ def plan(
     statistics: Path | None,
     **rest: Any,
 ) -> None:
-    """Decide the size of every unit of MODEL; no weight is touched.
+    """Plan the size of every unit of MODEL without changing any weight.
 
-    The plan is JSON: read it, edit the sizes, apply it with `secateur compress --plan`. What
-    calibration measured is kept, so a second budget takes seconds.
+    The plan is a JSON file. You can read it, edit the sizes and apply it with `secateur compress
+    --plan`. Scores are cached, so a plan for another budget takes seconds.
     """
     from tempfile import TemporaryDirectory
 
@@ -158,17 +165,17 @@ def plan(
 @cli.command(cls=MethodCommand)
 @model_argument
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Apply this plan.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Apply this plan file.")
 @click.option(
     "--recipe",
     type=click.Path(path_type=Path),
-    help="Follow the steps in this YAML file; --keep is then a share of the bytes of all blocks.",
+    help="Run the steps of this YAML file; --keep is then a share of the bytes of all blocks.",
 )
 @calibration_options
 @judge_options
 @open_options
 @stream_option
-@click.option("--overwrite", is_flag=True, help="Replace OUT once the new result is whole.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT when the new result is complete.")
 @click.pass_context
 def compress(
     ctx: click.Context,
@@ -183,10 +190,10 @@ def compress(
     statistics: Path | None,
     **rest: Any,
 ) -> None:
-    """Write a smaller checkpoint of MODEL (a folder or hub id) to the new folder OUT.
+    """Compress MODEL (a folder or hub id) and write the result to the new folder OUT.
 
-    The dense model is measured first, the result is reloaded in a fresh process, compared with
-    memory and measured the same way. A run that was killed goes on when it is typed again.
+    The dense model is measured first. The result is loaded in a fresh process, compared with the
+    model in memory, and measured in the same way. To resume an interrupted run, repeat the command.
     """
     from secateur.cli import render as present
     from secateur.data.tasks import use_of
@@ -227,14 +234,14 @@ def compress(
 @cli.command(name="eval")
 @model_argument
 @judge_options
-@click.option("--against", metavar="DENSE", help="Measure this model too, and compare with it.")
+@click.option("--against", metavar="DENSE", help="Also measure this model and compare with it.")
 @open_options
 @stream_option
 @click.pass_context
 def evaluate(
     ctx: click.Context, /, model: str, as_json: bool, against: str | None, **rest: Any
 ) -> None:
-    """Measure MODEL: perplexity, speed, memory and a sample, as `compress` does."""
+    """Measure perplexity, speed and memory of MODEL, and print a sample, as `compress` does."""
     from dataclasses import asdict
 
     from secateur.cli import render as present
@@ -260,15 +267,12 @@ for command in (sweep, *COMMANDS):
     cli.add_command(command)
 
 
-#: where a run stopped that can go on
-ON = (
-    "Nothing half-written has a final name; a compress or sweep command goes on when it is typed "
-    "again."
-)
+#: how to resume after an error
+ON = "No incomplete file has a final name. To resume a compress or sweep command, repeat it."
 
 
 def main() -> None:
-    """Entry point: one message and exit code 2 for anything the user can put right."""
+    """Entry point. Errors that the user can correct end with one message and exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     if "WORLD_SIZE" in os.environ:  # as torchrun says, or something like it
         from secateur.cli.launch import run_shared
@@ -285,7 +289,7 @@ def _run(crew: "Crew | None" = None) -> int:
     except click.exceptions.Abort as error:
         said = str(error.__cause__ or "")  # of another process, where one ended
         code = 1 if said else 130
-        interrupted = "interrupted; a compress or sweep command goes on when it is typed again."
+        interrupted = "interrupted. To resume a compress or sweep command, repeat it."
         print(f"error: {printable(said)}" if said else interrupted, file=sys.stderr)
     except click.ClickException as error:
         if isinstance(error, click.UsageError) and error.ctx is not None:
@@ -304,7 +308,7 @@ def _run(crew: "Crew | None" = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        advice = "--stream on reads a model block by block, and fewer --samples take less."
+        advice = "Use --stream on to read the model block by block, or fewer --samples."
         print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
         code = 2
     return code

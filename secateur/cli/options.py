@@ -1,4 +1,4 @@
-"""The options that commands share, and those that come from a method's fields."""
+"""Options that several commands share, and options made from the fields of a method."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -20,16 +20,15 @@ ALLOCATOR_KEY = "secateur.allocator"
 
 
 class MethodCommand(click.Command):
-    """A command that takes, besides its own options, those of its method and its allocator.
+    """A command that has the options of its method and its allocator in addition to its own.
 
-    Their fields are the options. Importing a method imports torch, so ``--help`` shows them
-    only when a method is named.
+    Importing a method imports torch, so ``--help`` shows these options only if a method is named.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Find the method first, so that its options are known when the rest is parsed."""
+        """Find the method first, because its options must be known before the rest is parsed."""
         parser = self.make_parser(ctx)
-        parser.ignore_unknown_options = True  # the method's, unknown until it is known
+        parser.ignore_unknown_options = True  # those of the method, which are not known yet
         given = parser.parse_args(list(args))[0]
         if {"method", "allocator"} & given.keys() or not set(args) & set(ctx.help_option_names):
             from secateur.allocate import allocator_class
@@ -52,7 +51,7 @@ class MethodCommand(click.Command):
             raise click.NoSuchOption(name, message, ctx=ctx) from error
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters and the fields of the method and the allocator."""
+        """Options of the command, the method and the allocator."""
         found = super().get_params(ctx)
         for what, key in (("method", METHOD_KEY), ("allocator", ALLOCATOR_KEY)):
             if (kind := ctx.meta.get(key)) is not None:
@@ -60,25 +59,25 @@ class MethodCommand(click.Command):
                 taken = {flag for parameter in found for flag in parameter.opts}
                 if double := taken & {flag for option in added for flag in option.opts}:
                     raise InputError(
-                        f"{what} {kind.name!r}: its option {min(double)} has the name of another "
-                        f"one of this command; its package has to rename the field."
+                        f"{what} {kind.name!r}: its option {min(double)} has the name of "
+                        f"another option of this command; its package must rename the field."
                     )
                 found = [*found, *added]
         return found
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Say where the method's options are, unless they are shown."""
+        """Say how to show the options of a method, unless they are shown."""
         if METHOD_KEY not in ctx.meta:
             with formatter.indentation():
                 formatter.write_paragraph()
                 formatter.write_text(
-                    f"Methods have options of their own: --method {DEFAULT_METHOD} --help shows "
-                    f"them, `secateur ls` lists the methods."
+                    f"Each method has more options. `--method {DEFAULT_METHOD} --help` shows those "
+                    f"of one method, and `secateur ls` lists all methods."
                 )
 
 
 def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.Parameter]:
-    """The fields of a method or allocator as options."""
+    """Options made from the fields of a method or allocator."""
     if kind is None:
         return []
     return [
@@ -92,7 +91,7 @@ def field_options(kind: "type[Method] | type[Allocator] | None") -> list[click.P
 
 
 def owners_of(option: str) -> str:
-    """The methods and allocators that have an option, in words; empty where none has."""
+    """The methods and allocators that have an option, as text; empty if there are none."""
     from secateur import allocate, methods
 
     found = []
@@ -104,12 +103,12 @@ def owners_of(option: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """The value of an option, as short as it can be."""
+    """The value of an option as text."""
     return value if isinstance(value, str) else f"{value:g}"
 
 
 def stacked(decorators: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
-    """One decorator from several, so that commands can share a group of options."""
+    """Combine several decorators, so that commands can share a group of options."""
 
     def decorate(function: Any) -> Any:
         for decorator in reversed(decorators):
@@ -124,21 +123,24 @@ model_argument = click.argument("model")
 open_options = stacked(
     [
         click.option(
-            "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …"
+            "--device",
+            default="auto",
+            show_default=True,
+            help="Device: auto, cpu, cuda, cuda:1, mps, …",
         ),
         click.option(
             "--dtype",
             default="auto",
             show_default=True,
-            help="Number format to compute in; auto is float32 on a CPU, the stored one elsewhere.",
+            help="Number format to compute in; auto is float32 on a CPU, else the stored format.",
         ),
-        click.option("--revision", help="Branch, tag or commit of a hub model."),
+        click.option("--revision", help="Branch, tag or commit of a model on the hub."),
         click.option(
             "--trust-remote-code",
             is_flag=True,
-            help="Run the code that the checkpoint brings along.",
+            help="Run the Python code that comes with the checkpoint.",
         ),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON for machines."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ]
 )
 
@@ -147,8 +149,8 @@ stream_option = click.option(
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="Read the model from disk block by block; auto does so where it would take over half of "
-    "the free memory.",
+    help="Read the model from disk block by block; auto does this if the model would take over "
+    "half of the free memory.",
 )
 
 text_options = stacked(
@@ -157,44 +159,44 @@ text_options = stacked(
             "--calibration",
             default="bundled",
             show_default=True,
-            help="Text that decides what stays: a .txt file, a folder, a .jsonl file with a "
-            '"text" field, a datasets name (NAME[:CONFIG[:SPLIT]]), or "bundled".',
+            help="Calibration data: a .txt file, a folder, a .jsonl file with a "
+            '"text" field, a Hugging Face dataset (NAME[:CONFIG[:SPLIT]]), or "bundled".',
         ),
         click.option(
             "--samples",
             default=128,
             show_default=True,
             type=click.IntRange(1),
-            help="Windows of that text, drawn at random.",
+            help="Number of calibration windows.",
         ),
         click.option(
             "--length",
             default=256,
             show_default=True,
             type=click.IntRange(2),
-            help="Tokens in a window.",
+            help="Tokens per calibration window.",
         ),
         click.option(
             "--seed",
             default=0,
             show_default=True,
             type=click.IntRange(-(2**63), 2**63 - 1),
-            help="Of the choice of samples.",
+            help="Seed of the choice of windows.",
         ),
         click.option(
             "--select-calibration",
             default="none",
             show_default=True,
-            help="How to choose the windows: none (at random), kl (of several random draws the one "
-            "whose cheaply narrowed model is nearest to the dense one), leverage (windows with "
-            "tokens that others don't explain), dpp (windows unlike each other).",
+            help="How to choose the windows: none (at random), kl (the one of several random sets "
+            "whose compressed model is closest to the dense one), leverage (windows with tokens "
+            "that other windows do not explain), dpp (windows that differ from each other).",
         ),
     ]
 )
 
 
 def share(text: str) -> Keep:
-    """A number, or the word for as little as possible.
+    """Parse a number, or the word for as little as possible.
 
     Raises:
         ValueError: it is neither.
@@ -203,7 +205,7 @@ def share(text: str) -> Keep:
 
 
 def type_of(field: Any) -> Any:
-    """What the option of a field of a budget takes."""
+    """The type of the option of a budget field."""
     if field.name == "keep":
         return share
     low = field.metadata.get("low")
@@ -211,7 +213,7 @@ def type_of(field: Any) -> Any:
 
 
 def _budget_option(field: Any) -> Callable[[Any], Any]:
-    """The option of a field of a budget."""
+    """The option of a budget field."""
     usual, help_text = field.metadata.get("usual"), field.metadata["help"]
     return click.option(
         f"--{flag_of(field)}",
@@ -227,10 +229,18 @@ budget_options = stacked([_budget_option(field) for field in fields(Budget)])
 
 calibration_options = stacked(
     [
-        click.option("--method", "-m", default=DEFAULT_METHOD, show_default=True, help="See `ls`."),
+        click.option(
+            "--method",
+            "-m",
+            default=DEFAULT_METHOD,
+            show_default=True,
+            help="Compression method; `secateur ls` lists all.",
+        ),
         budget_options,
         click.option(
-            "--allocator", help="What spends the budget, see `ls`  [default: the method's own]"
+            "--allocator",
+            help="How the budget is distributed over units; `secateur ls` lists all allocators  "
+            "[default: the method's]",
         ),
         click.option(
             "--scores",
@@ -240,7 +250,7 @@ calibration_options = stacked(
         click.option(
             "--statistics",
             type=click.Path(path_type=Path, file_okay=False),
-            help="Folder to keep the calibration's statistics in, or to find them in.",
+            help="Folder to read calibration statistics from, or to write them to.",
         ),
         text_options,
     ]
@@ -253,46 +263,49 @@ judge_options = stacked(
             "texts",
             multiple=True,
             metavar="TEXT",
-            help="Text to judge on, like --calibration; may be repeated. Default: a part of the "
-            "calibration text that is set aside, and the bundled text.",
+            help="Text to evaluate on, given like --calibration; can be repeated  [default: a "
+            "held-out part of the calibration text, and the bundled text]",
         ),
         click.option(
             "--eval-length",
             type=click.IntRange(2),
-            help="Tokens a window  [default: as calibration, else 256]",
+            help="Tokens per evaluation window  [default: that of calibration, or 256]",
         ),
         click.option(
             "--eval-windows",
             default=256,
             show_default=True,
             type=click.IntRange(1),
-            help="Windows of each text to judge on, at most.",
+            help="Maximum number of evaluation windows per text.",
         ),
         click.option(
             "--prompt",
-            help="Text that the model continues  [default: the beginning of the first text]",
+            help="Prompt of the generated sample  [default: the beginning of the first text]",
         ),
         click.option(
-            "--new-tokens", type=click.IntRange(1), help="Tokens to continue it by  [default: 40]"
+            "--new-tokens",
+            type=click.IntRange(1),
+            help="Tokens of the generated sample  [default: 40]",
         ),
-        click.option("--no-speed", is_flag=True, help="Don't time the model."),
+        click.option("--no-speed", is_flag=True, help="Do not measure speed."),
         click.option(
             "--tasks",
             multiple=True,
             metavar="TASKS",
-            help="Tasks to answer, by commas: task files (.jsonl, see docs/evaluation.md), or "
-            "names that lm-evaluation-harness knows, such as arc_easy,piqa; may be repeated.",
+            help="Tasks to evaluate on, separated by commas: task files (.jsonl, see "
+            "docs/evaluation.md), or names of lm-evaluation-harness, such as arc_easy,piqa; can be "
+            "repeated.",
         ),
         click.option(
             "--task-limit",
             type=click.IntRange(2),
-            help="Items of each task, at most  [default: all]",
+            help="Maximum number of items per task  [default: all]",
         ),
         click.option(
             "--damage",
             is_flag=True,
-            help="Measure what perplexity does not show: calibration of probabilities, repetition, "
-            "recall of planted keys, accuracy class by class.",
+            help="Also measure what perplexity does not show: expected calibration error, "
+            "repetition, recall of planted keys, accuracy of each class.",
         ),
     ]
 )

@@ -1,4 +1,4 @@
-"""What the commands show: plain data for machines, tables of at most 100 columns for people."""
+"""Output of the commands: plain data for machines, tables of at most 100 columns for people."""
 
 import shlex
 from dataclasses import fields
@@ -73,7 +73,7 @@ def _entry(kind: type[Method] | type[Allocator], registry: Registry) -> dict[str
 
 
 def show_catalogue(content: dict[str, Any]) -> None:
-    """Print :func:`catalogue`."""
+    """Print the result of :func:`catalogue`."""
     console = terminal()
     for group in ("methods", "allocators"):
         console.print(f"[bold]{group}[/]")
@@ -100,7 +100,7 @@ def show_catalogue(content: dict[str, Any]) -> None:
 
 
 def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, Any]:
-    """What can shrink, from the config alone: the model is built without storage."""
+    """What can be compressed, from the config alone: the model is built without weights."""
     model = skeleton(source, settings)
     module, config, stored = model.module, model.config, model.stored
     total = sum(p.numel() for p in module.parameters())
@@ -142,7 +142,7 @@ def inspection(source: str, settings: Settings, multiple_of: int) -> dict[str, A
 
 
 def show_inspection(content: dict[str, Any]) -> None:
-    """Print :func:`inspection`."""
+    """Print the result of :func:`inspection`."""
     console = terminal()
     head = f"[bold]{escape(content['model'])}[/]  {content['model_type']}, "
     console.print(
@@ -161,25 +161,25 @@ def show_inspection(content: dict[str, Any]) -> None:
         table.add_row(unit["kind"], *map(str, cells), f"{share:.1%}")
     console.print(table)
     stays = content["parameters"] - content["compressible_parameters"]
-    console.print(f"stays as it is: {count(stays)} parameters outside these units")
+    console.print(f"not compressible: {count(stays)} parameters outside these units")
     for note in content["notes"]:
         console.print(f"note: {note}")
     need = content["calibration_bytes"]
     console.print(
-        f"calibration holds the model, {size(need['statistics_per_block'])} of statistics for one "
-        f"block at a time and {size(need['activations_per_1000_tokens'])} per 1000 tokens; a "
-        f"method that passes errors on, as {DEFAULT_METHOD} does, "
-        f"{size(need['propagation_per_1000_tokens'])} per 1000 tokens while it narrows"
+        f"memory of calibration: the model, {size(need['statistics_per_block'])} of statistics for "
+        f"one block at a time, and {size(need['activations_per_1000_tokens'])} of activations per "
+        f"1000 tokens; methods that refit block after block, such as {DEFAULT_METHOD}, hold "
+        f"{size(need['propagation_per_1000_tokens'])} per 1000 tokens while they prune"
     )
     images = " --calibration YOUR_IMAGES" if _sees(content["model_type"]) else ""
     _next(console, "plan", content["model"], f"--keep 0.8 --dry-run{images}")
 
 
 def show_spectrum(content: dict[str, Any]) -> None:
-    """Print what ``spectrum`` says: a line a method, a column a share of the bytes."""
+    """Print the result of ``spectrum``: one row per method, one column per share of bytes."""
     console = terminal()
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("share of the bytes")
+    table.add_column("share of bytes")
     for share in content["shares"]:
         table.add_column(f"{share:.1%}", justify="right")
     best = [
@@ -194,13 +194,13 @@ def show_spectrum(content: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        "mean over matrices of the share of a layer's output that is lost, with the best form "
-        "within that share; * least, – no form so small"
+        "relative squared error of a layer's output, mean over all matrices, for the best form "
+        "within that share of bytes; * smallest error, – no form is so small"
     )
 
 
 def show_plan(plan: Plan, written: Path | None) -> None:
-    """Print a plan, one line a unit."""
+    """Print a plan, one line per unit."""
     console = terminal()
     curve = methods.method_class(plan.method.name).curve
     told = curve.partition(":")[0] if plan.predicted_loss is None else "predicted loss"
@@ -213,7 +213,7 @@ def show_plan(plan: Plan, written: Path | None) -> None:
         loss = row.predicted_loss
         table.add_row(
             row.unit,
-            row.becomes or f"{row.before} → {row.after or 'gone'}",
+            row.becomes or f"{row.before} → {row.after or 'removed'}",
             f"{row.bytes / row.dense_bytes if row.dense_bytes else row.after / row.before:.0%}",
             size(row.bytes),
             f"{row.predicted_error:.2%}" if loss is None else f"{loss:.5f}",
@@ -225,14 +225,14 @@ def show_plan(plan: Plan, written: Path | None) -> None:
         console.print(curve)
     else:
         console.print(
-            f"predicted loss: divergence of the output with that unit alone narrowed, in nats; "
-            f"{plan.predicted_loss:.4f} in all"
+            f"predicted loss: KL divergence from dense with only that unit compressed, in nats; "
+            f"sum {plan.predicted_loss:.4f}"
         )
     console.print(reporting.told_tier(plan.tier, plan.libraries))
     if written is not None:
         _next(console, "compress", plan.base.source, f"OUT --plan {shlex.quote(str(written))}")
     else:
-        console.print("\nnothing was written; without --dry-run the plan becomes a file")
+        console.print("\nno file was written; leave out --dry-run to write the plan")
 
 
 def _sees(model_type: str) -> bool:
@@ -242,22 +242,22 @@ def _sees(model_type: str) -> bool:
 
 
 def show_report(report: Report, out: Path) -> None:
-    """Print what a run reports, and what to type next."""
+    """Print the report of a run and the next command."""
     console = terminal()
     _show_outcome(console, report)
     console.print(reporting.summary(report))
     if report["densified"]:
         console.print(
-            f"note: {report['densified']} matrices are stored packed and computed dense: that "
-            "saves bytes on disk, and neither memory nor time, but for 2:4 on GPUs with a kernel"
+            f"note: {report['densified']} matrices are stored packed and unpacked to compute: this "
+            "saves bytes on disk, but neither memory nor time (except 2:4 on GPUs with a kernel)"
         )
     _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
     tier = reporting.told_tier(report["tier"], report["libraries"])
     console.print(f"\n[bold]{escape(str(out))}[/]  {tier}")
     plans = "the plan of each step" if "steps" in report.content else "plan.json"
-    console.print(f"in it, under secateur/: report.json, {plans}, recipe.yaml", markup=False)
+    console.print(f"its folder secateur/ holds report.json, {plans} and recipe.yaml", markup=False)
     if (page := out / "secateur" / "report.html").exists():
-        console.print(f"to look at, in a browser: {page}", markup=False, soft_wrap=True)
+        console.print(f"report page: {page}", markup=False, soft_wrap=True)
     own = report["model"]["source"] == DEMO
     following = ("compress", "YOUR_MODEL", "OUT --keep 0.8 --calibration YOUR_TEXT.txt")
     yours = "YOUR_IMAGES" if _sees(report["model"]["model_type"]) else "YOUR_TEXT.txt"
@@ -265,14 +265,14 @@ def show_report(report: Report, out: Path) -> None:
 
 
 def show_comparison(report: Report) -> None:
-    """Print a model beside the one that it is held against."""
+    """Print a model beside the one that it is compared with."""
     console = terminal()
     _show_outcome(console, report)
     _show_samples(console, report["dense"]["prompt"], {k: report[k]["sample"] for k in SIDES})
 
 
 def _show_outcome(console: Console, report: Report) -> None:
-    """The tables of two models, and what not to read into them."""
+    """Print the tables of two models, and notes on what the figures don't show."""
     console.print(reporting.comparison(report))
     if report["dense"]["task_scores"]:
         console.print(outcome.task_comparison(report["dense"], report["compressed"]))
@@ -281,30 +281,30 @@ def _show_outcome(console: Console, report: Report) -> None:
 
 
 def show_export(out: Path, tier: str) -> None:
-    """Print where an exported checkpoint is and who reads it."""
+    """Print where an exported checkpoint is and what loads it."""
     console = terminal()
     console.print(f"[bold]{escape(str(out))}[/]  tier {tier}: {TIERS[tier]}")
     _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
 
 
 def show_plain(out: Path, model_type: str) -> None:
-    """Print where a checkpoint for stock classes is, and which those are."""
+    """Print where a checkpoint for stock classes is, and its model type."""
     console = terminal()
     console.print(f"[bold]{escape(str(out))}[/]  model_type {model_type}: {TIERS['plain']}")
     _next(console, "eval", str(out), "--eval YOUR_TEXT.txt")
 
 
 def show_graph(out: Path, made: "Graph") -> None:
-    """Print where a graph is, and how far onnxruntime is from the model."""
+    """Print where an ONNX graph is, and how much onnxruntime differs from the model."""
     console = terminal()
     console.print(
-        f"[bold]{escape(str(out))}[/]  {size(made.bytes)}; onnxruntime gives the model's logits "
-        f"(largest difference {made.difference:.1g} of their spread)"
+        f"[bold]{escape(str(out))}[/]  {size(made.bytes)}; onnxruntime reproduces the model's "
+        f"logits (largest difference {made.difference:.1g} standard deviations)"
     )
 
 
 def show_gguf(out: Path, made: "Exported") -> None:
-    """Print where a GGUF file is, and how far llama.cpp is from the model."""
+    """Print where a GGUF file is, and how much llama.cpp differs from the model."""
     console = terminal()
     console.print(
         f"[bold]{escape(str(out))}[/]  {made.kind}, {size(made.bytes)}, architecture "
@@ -312,19 +312,19 @@ def show_gguf(out: Path, made: "Exported") -> None:
     )
     found = made.finding
     if found is None:
-        console.print("unchecked: llama.cpp has not run it")
+        console.print("not checked: llama.cpp has not run this file")
     else:
         console.print(
             f"llama.cpp agrees with the model: {found.same} of {found.greedy} greedy tokens are "
-            f"the same; logits differ by {found.root_mean_square:.1g} of their spread on average, "
-            f"by {found.largest:.1g} at most"
+            f"the same; logits differ by {found.root_mean_square:.1g} standard deviations on "
+            f"average (root mean square) and by {found.largest:.1g} at most"
         )
     line = f"\nnext: llama-cli -m {shlex.quote(str(out))}"
     console.print(line, markup=False, soft_wrap=True)
 
 
 def show_verdict(verdict: Verdict) -> None:
-    """Print what was measured of one model."""
+    """Print the figures of one model."""
     console = terminal()
     table = Table(show_header=False, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column()
@@ -339,7 +339,7 @@ def show_verdict(verdict: Verdict) -> None:
     for key, value in verdict.speed.items():
         if key.endswith("per_second"):
             things = "images" if verdict.counts == "images" else "tokens"
-            label = key.replace("tokens", things).replace("_", " ")
+            label = key.replace("_tokens_per_second", f", {things}/s")
             table.add_row(label, f"{value:,.0f}")
     table.add_row("peak memory", size(verdict.peak_memory_bytes))
     for label, (value, unit) in outcome.damage_lines(verdict.damage).items():
@@ -353,13 +353,13 @@ def show_verdict(verdict: Verdict) -> None:
 
 
 def _next(console: Console, verb: str, target: str, rest: str) -> None:
-    """The command to type next, on one line so that it can be copied."""
+    """Print the next command on one line, so that it can be copied."""
     line = f"\nnext: secateur {verb} {shlex.quote(target)} {rest}"
     console.print(line, markup=False, soft_wrap=True)
 
 
 def _show_samples(console: Console, prompt: str, samples: dict[str, str]) -> None:
-    """A prompt and what each model goes on with, a paragraph each; nothing of one that reads."""
+    """Print the prompt and each model's continuation; nothing if the model does not generate."""
     shown = {"prompt": prompt, **samples}
     for who, text in shown.items() if any(shown.values()) else ():
         paragraph = Text(f"\n{who}: ", style="bold")

@@ -1,4 +1,4 @@
-"""The command for sweeps. Nothing heavy is imported before it needs it."""
+"""The command `sweep`. Heavy modules are imported only when it runs."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -30,14 +30,14 @@ def several_budgets(command: Any) -> Any:
             f"--{flag_of(field)}",
             key,
             metavar=f"{flag_of(field)[0].upper()},…",
-            help=f"{shown}; several by commas  [default: {default}]",
+            help=f"{shown}; several values by commas  [default: {default}]",
         )
         command = option(command)
     return command
 
 
 class SweepCommand(click.Command):
-    """A command that says where the options of methods go."""
+    """A command that says where to put the options of methods."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As usual."""
@@ -46,7 +46,7 @@ class SweepCommand(click.Command):
         except click.NoSuchOption as error:
             if not (owners := owners_of(error.option_name)):
                 raise
-            message = f"{error.option_name} belongs to {owners}; options of those go into a sweep "
+            message = f"{error.option_name} belongs to {owners}; write such options in a sweep "
             message += "file (docs/sweeps.md)."
             raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
 
@@ -54,37 +54,43 @@ class SweepCommand(click.Command):
 @click.command(cls=SweepCommand)
 @click.argument("source", metavar="MODEL|SWEEP.yaml")
 @click.argument("out", required=False, type=click.Path(path_type=Path))
-@click.option("--method", "-m", metavar="M,M,…", help="Methods, by commas  [default: auto]")
+@click.option(
+    "--method", "-m", metavar="M,M,…", help="Methods, separated by commas  [default: auto]"
+)
 @click.option(
     "--recipe",
     multiple=True,
     metavar="FILE",
-    help="A recipe, which is followed at every --keep; may be repeated.",
+    help="Recipe to run at every --keep; can be repeated.",
 )
-@click.option("--allocator", metavar="A,A,…", help="Allocators  [default: each method's own]")
+@click.option(
+    "--allocator", metavar="A,A,…", help="Allocators, separated by commas  [default: each method's]"
+)
 @several_budgets
 @text_options
 @judge_options
 @open_options
 @stream_option
 @click.option(
-    "--jobs", default=1, show_default=True, type=click.IntRange(1), help="Runs side by side."
+    "--jobs", default=1, show_default=True, type=click.IntRange(1), help="Number of parallel runs."
 )
 @click.option(
     "--ray",
     is_flag=False,
     flag_value="local",
     metavar="[ADDRESS]",
-    help="Run as tasks of Ray (extra `ray`): on this machine, or on a cluster that shares the "
-    "folders. Give it last, or with an address.",
+    help="Run as tasks of Ray (extra `ray`) on this machine, or on the cluster at ADDRESS, whose "
+    "machines share the folders. Without ADDRESS, give this option last.",
 )
 @click.option(
-    "--cpus", default=1, show_default=True, type=click.IntRange(1), help="Of a run, under Ray."
+    "--cpus", default=1, show_default=True, type=click.IntRange(1), help="CPUs per run with --ray."
 )
 @click.option(
-    "--gpus", type=click.FloatRange(0), help="Of a run, under Ray  [default: 1 if there are any]"
+    "--gpus",
+    type=click.FloatRange(0),
+    help="GPUs per run with --ray  [default: 1 if there are any]",
 )
-@click.option("--dry-run", is_flag=True, help="List the runs, and start none.")
+@click.option("--dry-run", is_flag=True, help="List the runs without starting them.")
 @click.pass_context
 def sweep(
     ctx: click.Context,
@@ -99,15 +105,15 @@ def sweep(
     dry_run: bool,
     **rest: Any,
 ) -> None:
-    """Compress MODEL in many ways, a folder each in OUT, and show their frontier.
+    """Compress MODEL with several methods and budgets, and compare the results.
 
     \b
     secateur sweep MODEL OUT --keep 0.9,0.8,0.7 --method auto,modegpt,flap
     secateur sweep SWEEP.yaml
 
-    Every run is one that `compress` would write; the dense model is measured once, statistics and
-    scores serve all runs that need the same. Typed again, what is finished stays, and what is not
-    goes on. OUT is by default named after the sweep file.
+    Each run is written to a folder in OUT, as `compress` would write it. The dense model is
+    measured once, and runs share statistics and scores. To resume an interrupted sweep, repeat the
+    command. By default OUT is named after the sweep file.
     """
     from secateur.evaluate.evaluator import quiet
     from secateur.sweeps.on_ray import Cluster
@@ -116,10 +122,10 @@ def sweep(
 
     for name in ("cpus", "gpus"):
         if ray is None and asked.typed(ctx, name):
-            raise InputError(f"--{name} is what Ray sets aside for a run; add --ray.")
+            raise InputError(f"--{name} applies to runs with Ray; add --ray.")
     if ray is not None and jobs > 1:
         raise InputError(
-            "--jobs and --ray exclude each other; Ray runs what --cpus leaves room for."
+            "--jobs and --ray cannot be combined; with Ray, --cpus limits parallel runs."
         )
     quiet()
     planned = _planned(ctx, source, out, rest)
@@ -134,13 +140,13 @@ def sweep(
         way = locally(progress, planned.folder, jobs)
     if planned.inputs.questions.speed and (jobs > 1 or ray is not None):
         progress.say(
-            "note: runs side by side disturb each other's times; --no-speed leaves them out"
+            "note: parallel runs disturb each other's timing; use --no-speed to leave it out"
         )
     content = planned.do(way)
     asked.print_json(content) if as_json else show_outcome(content)
     if failed := content["failed"]:
         raise InputError(
-            f"{len(failed)} of {len(planned.runs)} runs could not be done: {', '.join(failed)}. "
+            f"{len(failed)} of {len(planned.runs)} runs failed: {', '.join(failed)}. "
             f"The others are in {str(planned.folder.out)!r}."
         )
 
@@ -160,7 +166,7 @@ def _planned(ctx: click.Context, source: str, out: Path | None, options: dict[st
     model = record.model or source
     if out is None:
         if record.model is None:
-            raise InputError("name the folder that the runs go to: secateur sweep MODEL OUT …")
+            raise InputError("give the folder for the runs: secateur sweep MODEL OUT …")
         out = Path(Path(source).stem)
     options |= {k: v for k, v in record.options().items() if not asked.typed(ctx, k)}
     calibration, settings = asked.calibration(options), asked.settings(options)

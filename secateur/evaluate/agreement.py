@@ -1,4 +1,4 @@
-"""How far a compressed model's output is from that of the dense one, on the same text."""
+"""Top-1 agreement and KL divergence of a compressed model with the dense one, on the same text."""
 
 import math
 
@@ -10,16 +10,16 @@ from secateur.data.tokens import Tokens
 from secateur.models.model import Model
 from secateur.utils.errors import InputError
 
-OUTPUTS = 8192  # compared, where there are as many
-MOST_NUMBERS = 2**26  # of the dense model's output that are kept: 256 MB
+OUTPUTS = 8192  # outputs that are compared, at most
+MOST_NUMBERS = 2**26  # log-probabilities of the dense model that are kept: 256 MB
 AT_ONCE = 2**22  # numbers that are compared at a time, in float64
 
 
 def outputs(model: Model, tokens: Tokens) -> Tensor:
-    """Log-probabilities (outputs, classes) of some outputs that count, float32 on the CPU.
+    """Log-probabilities (outputs, classes) of a sample of outputs, float32 on the CPU.
 
-    Those of rows spread over the text, as many as give :data:`OUTPUTS`; all of them, or every
-    second, third … so that :data:`MOST_NUMBERS` hold them.
+    The rows are spread evenly over the text, and are enough for :data:`OUTPUTS` outputs. If these
+    would take more than :data:`MOST_NUMBERS` numbers, only every n-th output is used.
     """
     chosen = some_rows(model, tokens)
     seen, step = 0, 1
@@ -35,21 +35,21 @@ def outputs(model: Model, tokens: Tokens) -> Tensor:
 
 
 def some_rows(model: Model, tokens: Tokens) -> Tokens:
-    """Rows spread over the text, as many as give :data:`OUTPUTS` outputs that count."""
+    """Rows spread evenly over the text, enough for :data:`OUTPUTS` outputs."""
     every = int(model.use.counted(tokens).sum())
     return tokens[spread(len(tokens), math.ceil(len(tokens) * min(1.0, OUTPUTS / every)))]
 
 
 def spread(length: int, number: int) -> list[int]:
-    """Up to so many places from 0 on, at even distances."""
+    """At most ``number`` indices below ``length``, evenly spaced from 0."""
     number = min(number, length)
     return [i * length // number for i in range(number)]
 
 
 def agreement(dense: Tensor, small: Tensor) -> dict[str, float]:
-    """Mean divergence KL(dense ‖ small) in nats, and the share of outputs with the same first.
+    """Mean KL(dense ‖ small) in nats, and top-1 agreement: how often both argmaxes are equal.
 
-    Both (outputs, classes); their number is in the answer, too.
+    Both arguments are log-probabilities (outputs, classes). The result also has their number.
 
     Raises:
         InputError: the divergence is not finite.

@@ -105,14 +105,14 @@ def doubts(
         blind = [name for name, figures in tasks.items() if at_chance(figures)]
         if blind:
             said.append(
-                f"{who} is at chance on {_listed(blind)}: no more than {ERRORS:g} standard errors "
-                f"above it, so the task tells nothing"
+                f"{who} is at chance level on {_listed(blind)}: its score is at most {ERRORS:g} "
+                f"standard errors above chance, so the task says nothing about it"
             )
     same = [name for name, change in changed.items() if within_error(change)]
     if same:
         said.append(
-            f"no difference shown on {_listed(same)}: less than {ERRORS:g} standard errors of it; "
-            f"more items would tell"
+            f"no significant difference on {_listed(same)}: it is at most {ERRORS:g} standard "
+            f"errors; use more items to decide"
         )
     return said
 

@@ -1,4 +1,4 @@
-"""Measured speed: reading a prompt, and writing token by token with a cache."""
+"""Speed of prefill (one pass over a prompt) and of decode (token by token, with a cache)."""
 
 import time
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from secateur.data.tokens import Tokens
 from secateur.models.model import Model
 
 REPEATS = 5
-LEAST_SECONDS = 2.0  # a small model is run more often, as its runs are soon disturbed
+LEAST_SECONDS = 2.0  # short runs are repeated until they add up to this
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second at batch 1, best of five runs or more, and the lengths they were run at.
+    """Tokens per second at batch size 1 (best of at least five runs), and the lengths used.
 
-    The best run is the one that other work on the machine disturbed least. Without writing where a
-    model only reads; of images, images per second.
+    The best run is the one that other work on the machine disturbed least. The decode rate is None
+    where a model does not generate text. The rates of image models are images per second.
     """
 
     prefill_tokens_per_second: float
@@ -29,7 +29,7 @@ class Speed:
 
 
 def measure_speed(model: Model, prompt: Tokens, new_tokens: int = 32) -> Speed:
-    """Time the forward pass over one row, and greedy decoding behind it where the model writes."""
+    """Time prefill over the prompt and, if the model generates text, greedy decoding after it."""
     module: Any = model.module
     inputs = model.use.inputs(prompt.to(model.device))
     writes = model.use.writes
@@ -44,20 +44,20 @@ def measure_speed(model: Model, prompt: Tokens, new_tokens: int = 32) -> Speed:
         for _ in range(new_tokens):
             last = module(**model.use.going_on(last, state)).logits[:, -1:].argmax(-1)
 
-    writing = None
+    decode_rate = None
     with torch.inference_mode():
         state = prefill()  # warm-up
         if writes:
             decode(state)
-        reading = _best(lambda _: prefill(), lambda: None, module)
+        seconds = _best(lambda _: prefill(), lambda: None, module)
         if writes:
-            writing = new_tokens / _best(decode, prefill, module)
+            decode_rate = new_tokens / _best(decode, prefill, module)
     read = prompt.length if model.use.reads_text else len(prompt)
-    return Speed(read / reading, writing, prompt.length, new_tokens if writes else 0)
+    return Speed(read / seconds, decode_rate, prompt.length, new_tokens if writes else 0)
 
 
 def _best(run: Callable[[Any], Any], prepare: Callable[[], Any], module: Any) -> float:
-    """Seconds of the fastest of several runs; what ``prepare`` gives each of them is not timed."""
+    """Seconds of the fastest of several runs; ``prepare``, called before each, is not timed."""
     taken: list[float] = []
     while len(taken) < REPEATS or sum(taken) < LEAST_SECONDS:
         given = prepare()
@@ -73,4 +73,4 @@ def _wait(module: Any) -> None:
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     elif module.device.type != "cpu":
-        float(torch.zeros((), device=module.device))  # a number is read behind all that was asked
+        float(torch.zeros((), device=module.device))  # reading a number waits for all queued work

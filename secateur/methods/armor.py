@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Armor(FormMethod):
-    """2:4 sparsity in a basis of its own, found for every matrix.
+    """Approximate each matrix by a 2:4 sparse matrix between two block-diagonal factors.
 
     W̄ is W with columns, then rows, divided by their norms. With h_j = E x_j²,
 
@@ -31,20 +31,20 @@ class Armor(FormMethod):
     every pair of blocks of A and B, gives one group of S the best of its six supports with the best
     weights, all else fixed. That group is drawn in proportion to |∂ℓ/∂S|. No step raises ℓ, and the
     best state is what stays, so ℓ is at most NoWag-P's; published code takes Adam's steps, which
-    may raise it, and keeps the last. The norms go back into A and B. Don't use it where a 2:4
-    kernel is not the aim: wrappers take bytes and time that other forms spend better, and large
-    matrices take long without a GPU.
+    may raise it, and keeps the last. The norms are multiplied into A and B. Don't use it
+    unless you need a 2:4 kernel: other forms use the bytes and time of the factors better, and
+    large matrices take long without a GPU.
 
     Source: "ARMOR: High-Performance Semi-Structured Pruning via Adaptive Matrix Factorization",
     arXiv 2510.05528, section 3.
     """
 
-    block: int = option(32, "rows of the wrappers' blocks, a multiple of 4", 4, 4096)
-    rounds: int = option(300, "rounds of improving the factors", 0)
-    draws: int = option(0, "seed for the groups that are drawn", 0)
+    block: int = option(32, "block size of the block-diagonal factors, a multiple of 4", 4, 4096)
+    rounds: int = option(300, "iterations", 0)
+    draws: int = option(0, "seed of the sampled groups", 0)
 
     name: ClassVar[str] = "armor"
-    summary: ClassVar[str] = "2:4 weights between block-diagonal wrappers"
+    summary: ClassVar[str] = "2:4 sparsity between two block-diagonal factors"
     source: ClassVar[str] = "arXiv 2510.05528"
     rereads: ClassVar[bool] = True
 

@@ -19,26 +19,32 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class Auto(SequentialMethod):
-    """One measured budget over all units, the best solver for each, error passed on and made good.
+    """Prune channels, query/key and value dimensions under one budget, and refit block by block.
 
-    MLP channels by joint optimal brain surgeon, rotary pairs by the exact error of the attention
-    output, values by an SVD where the output projection reads them. Block after block, from the
-    narrowed model's own activations x against the dense model's y,
+    MLP channels are pruned by the joint optimal brain surgeon, rotary pairs by the exact error of
+    the attention output, and values by an SVD of the inputs to the output projection. Then, block
+    after block, from the compressed model's activations x to the dense model's outputs y,
 
         W_O ← argmin E‖x₁ + zW_O − y₁‖²,   W_down ← argmin E‖x₂ + hW_down − y₂‖²
 
-    (1: behind the attention, 2: behind the block), and gate and up by a Gauss-Newton step on the
-    second. No gradients through the model, no fine-tuning. Don't use it with less calibration text
-    than some 10,000 tokens: everything is fitted to it.
+    (1: after the attention, 2: after the block), and gate and up are adjusted by a Gauss-Newton
+    step on the second. There are no gradients through the model and no fine-tuning. Don't use it
+    with less than about 10,000 calibration tokens: everything is fitted to them.
 
     Source: own composition; the parts name theirs.
     """
 
-    ridge: float = option(1e-4, "of all least squares, relative", 0.0)
-    iterations: int = option(3, "of the Gauss-Newton step on each narrowed MLP; 0 leaves it out", 0)
+    ridge: float = option(
+        1e-4, "ridge of all least-squares problems, relative to the mean diagonal", 0.0
+    )
+    iterations: int = option(
+        3, "conjugate-gradient iterations of the Gauss-Newton step per pruned MLP; 0 for no step", 0
+    )
 
     name: ClassVar[str] = "auto"
-    summary: ClassVar[str] = "joint OBS, exact pairs and mixed SVD, refitted block after block"
+    summary: ClassVar[str] = (
+        "prunes MLP channels, query/key and value dimensions; refits block by block"
+    )
     source: ClassVar[str] = "own; ZipLM, MoDeGPT, SparseLLM-style propagation"
     needs: ClassVar[frozenset[Need]] = frozenset(
         {Needs.HIDDEN_GRAM, Needs.MIXED_GRAM, Needs.PAIR_SCORES}

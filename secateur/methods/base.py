@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Solution:
-    """A method's answer for one unit, at every size it may take.
+    """How a method compresses one unit, for each size that the unit can take.
 
     ``at`` says what replaces the unit at a size. The curve may be given as what works it out, where
     that is dear: it is done when someone asks, and applying a plan never does.
@@ -40,7 +40,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """One paper. Its fields are its whole configuration; constructing it only stores and checks.
+    """A compression method. Its fields are its whole configuration and are checked on creation.
 
     Command-line flags and Python arguments come from the same fields, so they cannot differ.
     """
@@ -124,7 +124,7 @@ class Method(ABC):
 
 
 class SequentialMethod(Method):
-    """A method that narrows each block against what the blocks before it have become.
+    """A method that refits each block to correct errors of the compressed blocks before it.
 
     When weights are changed, :meth:`solve` is given, besides the method's own statistics of the
     dense model, those of the narrowed model so far with what the block should make of them:

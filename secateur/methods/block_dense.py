@@ -9,21 +9,21 @@ from secateur.methods.structured import RankedBlocks
 
 @dataclass(frozen=True)
 class BlockDenseProjection(RankedBlocks):
-    """A weight as D · blkdiag(B_1 … B_b), the truncated SVD of each of its b blocks of columns.
+    """Replace a weight by D · blkdiag(B_1 … B_b), from truncated SVDs of its b blocks of columns.
 
     The form lets every block have its own rank ρ map and nothing else, so that SVDs in the metric
     of a block's inputs are the whole projection; D then is fitted to the whole of H. Numbers are
 
         ρ (inputs + b · outputs)   of   outputs · inputs
 
-    Don't use it where inputs of different blocks are much alike: ``svd-llm`` makes use of that.
+    Don't use it if inputs of different blocks are strongly correlated; ``svd-llm`` exploits that.
 
     Source: Wei et al., "Building on Efficient Foundations: Effectively Training LLMs with
     Structured Feedforward Layers", arXiv 2406.16450, section 3.
     """
 
     name: ClassVar[str] = "block-dense"
-    summary: ClassVar[str] = "low rank for every block of inputs, by SVDs in their metric"
+    summary: ClassVar[str] = "one low-rank factor per block of inputs, by activation-weighted SVD"
     source: ClassVar[str] = "arXiv 2406.16450"
     layers: ClassVar[type[Monarch]] = BlockDense
     cuts_outputs: ClassVar[bool] = False

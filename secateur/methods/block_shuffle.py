@@ -12,23 +12,23 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class BlockShuffleProjection(StructuredMethod):
-    """Monarch whose middle is as wide as the narrower end, so that its blocks alone say its size.
+    """Monarch factors with a full inner dimension; the number of blocks determines the size.
 
     With w = min(outputs, inputs) and b blocks at both ends, numbers are
 
         w (outputs + inputs) / b   of   outputs · inputs
 
     and a slice has rank w / b², rounded either way by where the shuffle deals it. Don't use it
-    where ``block-dense`` has a form of those bytes: the paper, too, finds it better on text.
+    if ``block-dense`` has a form of the same bytes, which the paper also finds better on text.
 
     Source: Wei et al., "Building on Efficient Foundations: Effectively Training LLMs with
     Structured Feedforward Layers", arXiv 2406.16450, section 3.
     """
 
-    most_blocks: int = option(16, "most blocks that a matrix may get", 2)
+    most_blocks: int = option(16, "maximum number of blocks", 2)
 
     name: ClassVar[str] = "block-shuffle"
-    summary: ClassVar[str] = "Monarch of equal block counts and a full middle, by SVDs of slices"
+    summary: ClassVar[str] = "Monarch factors with equal block counts and a full inner dimension"
     source: ClassVar[str] = "arXiv 2406.16450"
     layers: ClassVar[type[Monarch]] = BlockShuffle
 

@@ -17,7 +17,7 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class CFSP(ScoredMethod):
-    """Channels by ‖x_j‖ times their share of the weights around them; attention stays whole.
+    """Prune MLP channels by activation norm times share of the weights; attention is unchanged.
 
     With x the channels as W_down reads them, D = W_down and U, G what makes them,
 
@@ -27,16 +27,16 @@ class CFSP(ScoredMethod):
     where i runs over the hidden dims and Σ over the channels, which compete. ``within`` takes Σ
     over a channel's own weights, as the released code does: all shares then average to the same
     number, and s_j is the activation norm and nothing else. Blocks share the budget by
-    :class:`Angular`. Don't use it below some 0.8: attention counts in what ``keep`` is a share of
-    but gives nothing, so the MLPs pay for it.
+    :class:`Angular`. Don't use it below about 0.8: ``keep`` counts attention, which is not
+    pruned, so the MLPs lose all the more.
 
     Source: Wang et al., "CFSP", arXiv 2409.13199 (COLING 2025); sums as repaired here.
     """
 
-    within: int = option(0, "1 weighs a channel against itself: the released code's score", 0, 1)
+    within: int = option(0, "1 normalizes within each channel, as the released code does", 0, 1)
 
     name: ClassVar[str] = "cfsp"
-    summary: ClassVar[str] = "MLP channels by activation and share of the weights"
+    summary: ClassVar[str] = "prunes MLP channels by activation norm times share of the weights"
     source: ClassVar[str] = "arXiv 2409.13199"
     curve: ClassVar[str] = "lost energy: share of the channels' summed energies that goes"
     kinds: ClassVar[tuple[str, ...]] = ("mlp",)

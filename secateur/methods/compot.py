@@ -12,22 +12,22 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class COMPOT(DictionaryMethod):
-    """Sparse codes of a weight in an orthonormal basis, both found in turns and each exactly.
+    """Approximate weights by sparse codes in an orthonormal dictionary, by exact alternating steps.
 
     With Y = W L whitened by H = L Lᵀ and A Aᵀ = I, there are at most as many atoms as inputs, and
 
         C = the s largest of Y Aᵀ in every row,   A = U Vᵀ from Cᵀ Y = U Σ Vᵀ
 
-    so that the error never rises. It costs an SVD a round. The paper's allocation is left out: any
-    allocator serves. Don't use it where speed counts: products are made with the dense weight.
+    so that the error never rises. Each iteration takes one SVD. The paper's allocation is left out,
+    as any allocator can be used. Don't use it for speed: layers compute with the dense weight.
 
     Source: COMPOT, arXiv 2602.15200.
     """
 
-    sweeps: int = option(20, "rounds of the solver", 1)
+    sweeps: int = option(20, "iterations of the solver", 1)
 
     name: ClassVar[str] = "compot"
-    summary: ClassVar[str] = "orthonormal dictionary and sparse codes, in the metric of inputs"
+    summary: ClassVar[str] = "orthonormal dictionary with sparse codes, activation-weighted"
     source: ClassVar[str] = "arXiv 2602.15200"
 
     def most(self, outputs: int, inputs: int) -> int:

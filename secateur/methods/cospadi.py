@@ -13,7 +13,7 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class CoSpaDi(DictionaryMethod):
-    """Sparse codes of a weight in a dictionary of its own, by K-SVD on whitened rows Y = W L.
+    """Approximate weights by a dictionary with sparse codes, by K-SVD on whitened rows Y = W L.
 
     In turns, rows are coded anew by orthogonal matching pursuit, each keeping its old code where
     that is better, and every atom a with its coefficients becomes the best rank one fit of what
@@ -22,17 +22,17 @@ class CoSpaDi(DictionaryMethod):
         E = Y_R − C_R A + c_R aᵀ,   a ← first right singular vector of E,   c_R ← E a
 
     So the error never rises, and the last state is the best. Rounds end where one gains nothing.
-    Don't use it before ``compot`` and ``dsformer``, which are much cheaper, nor where speed counts:
-    products are made with the dense weight.
+    Try ``compot`` and ``dsformer`` first, which are much cheaper. Don't use it for speed: layers
+    compute with the dense weight.
 
     Source: "CoSpaDi: Compressing LLMs via Calibration-Guided Sparse Dictionary Learning", arXiv
     2509.22075.
     """
 
-    powers: int = option(2, "power iterations for an atom", 1)
+    powers: int = option(2, "power iterations per atom", 1)
 
     name: ClassVar[str] = "cospadi"
-    summary: ClassVar[str] = "dictionary and sparse codes by K-SVD, in the metric of inputs"
+    summary: ClassVar[str] = "dictionary with sparse codes by K-SVD, activation-weighted"
     source: ClassVar[str] = "arXiv 2509.22075"
 
     def coded(self, signals: Tensor, atoms: int, nonzeros: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ ITEMSIZE = 2  # of a number when sizes are set out; what is paid is counted with
 
 @dataclass(frozen=True)
 class DictionaryMethod(FormMethod):
-    """Makes every row of a weight a sum of few atoms that all rows share.
+    """Writes each row of a weight as a sparse combination of shared rows, the atoms.
 
     With L Lᵀ = H, rows are y = w L, so that plain least squares is what the layer's outputs lose:
 
@@ -37,11 +37,11 @@ class DictionaryMethod(FormMethod):
     that read the same x, one below the other, so the metric is exact for each of them.
     """
 
-    ridge: float = option(1e-6, "on the diagonal of H, relative", 0.0)
-    ratio: float = option(2.0, "atoms for each non-zero of a row", 1.0)
+    ridge: float = option(1e-6, "ridge of H, relative to its mean diagonal", 0.0)
+    ratio: float = option(2.0, "number of atoms per nonzero of a row", 1.0)
     grain: int = option(8, "sizes are multiples of 1 / grain of the bytes", 2, 4096)
-    sweeps: int = option(10, "rounds of the solver", 1)
-    share: int = option(0, "1 for one dictionary for all layers that read the same", 0, 1)
+    sweeps: int = option(10, "iterations of the solver", 1)
+    share: int = option(0, "1 for one dictionary for all layers with the same input", 0, 1)
 
     rereads: ClassVar[bool] = True
 

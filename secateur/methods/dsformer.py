@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DSFormer(DictionaryMethod):
-    """Each block of columns has a small basis, and each row s coefficients in every block.
+    """Give each block of columns a small basis, in which each row has s coefficients.
 
     In a block, supports come from matching pursuit, kept where the old ones are better, and bases
     from least squares: with codes C, A = C⁺ Y. Blocks follow one another, and each makes good what
@@ -27,17 +27,17 @@ class DSFormer(DictionaryMethod):
 
         Ŵ_j is near W_j + E_{<j} H_{<j,j} H_jj⁻¹   in the metric of H_jj
 
-    The paper trains through the factors, W as a proxy; that is not done here. Don't use it where
-    speed counts: products are made with the dense weight.
+    The paper trains through the factors, W as a proxy; that is not done here. Don't use it for
+    speed: layers compute with the dense weight.
 
     Source: Chand et al., "DSFormer: Effective Compression of Text-Transformers by Dense-Sparse
     Weight Factorization", arXiv 2312.13211.
     """
 
-    blocks: int = option(4, "blocks of inputs", 1)
+    blocks: int = option(4, "number of blocks of inputs", 1)
 
     name: ClassVar[str] = "dsformer"
-    summary: ClassVar[str] = "small dense bases times sparse codes, block by block of the inputs"
+    summary: ClassVar[str] = "small dense bases with sparse codes, one per block of inputs"
     source: ClassVar[str] = "arXiv 2312.13211"
 
     @property

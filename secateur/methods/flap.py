@@ -16,7 +16,7 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class FLAP(ScoredMethod):
-    """Fluctuation-based pruning: a bias takes the place of the mean, so the variance is the loss.
+    """Prune channels and heads with the smallest fluctuation, and replace them by their mean.
 
     With x_j a coordinate that W reads, over all tokens,
 
@@ -24,17 +24,17 @@ class FLAP(ScoredMethod):
         b     += Σ_gone E x_j · W_j
 
     Channels go by wifv, KV heads by the sum of wifv² over their query heads' coordinates, as the
-    published code has it. Don't use it below some 0.7, or where a runtime has no place for biases
-    (``compensate`` 0 leaves them out).
+    published code has it. Don't use it below about 0.7, or if the runtime does not support these
+    biases (``compensate`` 0 leaves them out).
 
     Source: An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
     arXiv 2312.11983, equations 5 to 8.
     """
 
-    compensate: int = option(1, "1 makes up for what is gone by a bias, 0 does not", 0, 1)
+    compensate: int = option(1, "1 adds the mean of what is removed to a bias, 0 does not", 0, 1)
 
     name: ClassVar[str] = "flap"
-    summary: ClassVar[str] = "channels and heads that fluctuate least, replaced by their mean"
+    summary: ClassVar[str] = "prunes channels and heads that vary least; a bias replaces their mean"
     source: ClassVar[str] = "arXiv 2312.11983"
     curve: ClassVar[str] = "fluctuation: share of the unit's squared error about the mean that goes"
     needs: ClassVar[frozenset[Need]] = frozenset(MOMENTS.values())

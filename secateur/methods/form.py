@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Metric:
-    """What an error of a weight W (outputs, inputs) does to the outputs: tr(Δ H Δᵀ), H = E xxᵀ.
+    """Squared output error of a change Δ of a weight (outputs, inputs): tr(Δ H Δᵀ), H = E xxᵀ.
 
     H is a mean over tokens in float64; the identity where a method looks at the weights alone.
     ``ridge``, relative to the mean of H's diagonal, is added where a root or an inverse is taken.
@@ -76,7 +76,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class FormMethod(Method):
-    """Keeps the width of every module and gives the weights of its linear layers another form.
+    """Stores the weights of linear layers in another form without changing any width.
 
     A subclass says which :meth:`forms` it has for a matrix, and works out the tensors of one of
     them in :meth:`reshaped`. A weight is W (outputs, inputs), in float64, and its error is that of

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Forms(FormMethod):
-    """A mixture: every matrix may take any form of any of several methods.
+    """Choose the form of each matrix among the forms of several methods.
 
     All forms of a matrix compete by bytes and by what they lose: with e(f) the output error of form
     f in the metric of what the layer reads, and the model's divergence measured at some of them,
-    one budget of bytes is spent over all matrices at once. Don't use it where every layer has to
-    have the same form, as some runtimes want it.
+    one budget of bytes is spent over all matrices at once. Don't use it if every layer must have
+    the same form, as some runtimes require.
 
     Source: own composition; the parts name theirs.
     """
 
-    of: str = option("svd-llm,svd", "methods whose forms compete, by commas")
+    of: str = option("svd-llm,svd", "methods whose forms compete, separated by commas")
 
     name: ClassVar[str] = "forms"
     summary: ClassVar[str] = (
-        "of several methods' forms the best for each matrix, by measured losses"
+        "chooses the form of each matrix among several methods by measured losses"
     )
     source: ClassVar[str] = "own composition"
     rereads: ClassVar[bool] = True

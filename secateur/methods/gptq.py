@@ -1,4 +1,4 @@
-"""GPTQ: integers whose rounding errors are made good by the weights that are rounded later."""
+"""GPTQ: quantization that compensates rounding errors in the columns that follow."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +18,7 @@ COLUMNS = 128  # of a block in which groups play no part
 
 @dataclass(frozen=True)
 class GPTQ(RTN):
-    """Rounds column by column, the error of each spread over those behind it.
+    """Quantize column by column, and compensate the error of each column in the following ones.
 
     With (H + λI)⁻¹ = CᵀC, C upper triangular, λ = ridge · mean of H's diagonal,
 
@@ -28,17 +28,20 @@ class GPTQ(RTN):
     sum least for the weights as they stand where the group begins. With ``act_order`` the columns
     of most energy come first, and scales are those of the dense weight, so that groups stay
     neighbours. With H = I it is ``rtn``. A Gram that isn't positive definite gets a larger ridge,
-    with a warning. Don't use it with text unlike what the model will read, to which it is fitted.
+    with a warning. Don't calibrate it on text unlike what the model will be used on: it is fitted
+    to it.
 
     Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
     Transformers", arXiv 2210.17323.
     """
 
-    ridge: float = option(0.01, "on the diagonal of H, relative", 0.0)
-    act_order: int = option(0, "1 to round the inputs of most energy first", 0, 1)
+    ridge: float = option(0.01, "ridge of H, relative to its mean diagonal", 0.0)
+    act_order: int = option(0, "1 to quantize the inputs with most energy first", 0, 1)
 
     name: ClassVar[str] = "gptq"
-    summary: ClassVar[str] = "integers, rounded one input after the other with feedback"
+    summary: ClassVar[str] = (
+        "quantizes column by column and compensates each error in later columns"
+    )
     source: ClassVar[str] = "arXiv 2210.17323"
     data_aware: ClassVar[bool] = True
     rereads: ClassVar[bool] = True

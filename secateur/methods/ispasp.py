@@ -1,4 +1,4 @@
-"""i-SpaSP: the channels and heads that a sparse recovery of the output finds."""
+"""i-SpaSP: pruning of channels and heads by sparse recovery of the output."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ GRID = 16  #: sizes between which the curve of a large unit is linear
 
 @dataclass(frozen=True)
 class ISpaSP(RefittedMethod):
-    """CoSaMP for the output y = Σ_j x_j W_j of channels or heads j: the k that make most of it.
+    """Choose by CoSaMP the k channels or heads j that best reproduce the output y = Σ_j x_j W_j.
 
     All that it needs is the Gram of what they add, M_ij = E⟨x_i W_i, x_j W_j⟩. Beginning with S
     empty, for a fixed size k:
@@ -39,17 +39,17 @@ class ISpaSP(RefittedMethod):
 
     The S of least residual over all iterations stays. As published nothing is refitted; with
     ``refit`` residual and consumer are those of the least squares fit. Don't use it without
-    ``refit`` for less than some 0.8.
+    ``refit`` below about 0.8.
 
     Source: Wolfe and Kyrillidis, "i-SpaSP: Structured Neural Pruning via Sparse Signal Recovery",
     arXiv 2112.04905, algorithm 1; CoSaMP, arXiv 0803.2392.
     """
 
-    iterations: int = option(20, "of merging and cutting", 1)
-    refit: int = option(0, "1 refits what reads the kept channels and heads, 0 does not", 0, 1)
+    iterations: int = option(20, "iterations of merging and cutting", 1)
+    refit: int = option(0, "1 refits the remaining weights, 0 does not", 0, 1)
 
     name: ClassVar[str] = "ispasp"
-    summary: ClassVar[str] = "channels and heads by sparse recovery of the output (CoSaMP)"
+    summary: ClassVar[str] = "prunes channels and heads by sparse recovery of the output (CoSaMP)"
     source: ClassVar[str] = "arXiv 2112.04905"
 
     @property

@@ -1,4 +1,4 @@
-"""LLM-Pruner: what the loss loses, by its gradient, with a whole channel or KV head."""
+"""LLM-Pruner: pruning of channels and KV heads by a Taylor expansion of the loss."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +21,7 @@ FORMS = {"element": 0, "vector": 1, "second": 2, "mix": 3}
 
 @dataclass(frozen=True)
 class LLMPruner(ScoredMethod):
-    """Taylor expansion of the loss over all parameters that go together.
+    """Prune channels and KV heads by a Taylor expansion of the loss over all their parameters.
 
     With w the parameters of a channel or KV head (its query heads' too), g the gradient of the mean
     next-token loss and F = E g² over windows, ``taylor`` chooses
@@ -31,17 +31,17 @@ class LLMPruner(ScoredMethod):
         second    Σ ½ w² F
         mix       Σ |g∘w − ½ w² F|
 
-    Don't use it where a backward pass does not fit in memory, nor below some 0.8 without training
-    afterwards: nothing makes up for what is gone.
+    Don't use it if a backward pass does not fit into memory, or below about 0.8 without fine-tuning
+    afterwards: the remaining weights are not refitted.
 
     Source: Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models", arXiv
     2305.11627, section 3.2; summation over the group.
     """
 
-    taylor: str = option("element", "form of the score: element, vector, second or mix")
+    taylor: str = option("element", "Taylor score: element, vector, second or mix")
 
     name: ClassVar[str] = "llm-pruner"
-    summary: ClassVar[str] = "channels and heads that the loss's gradient misses least"
+    summary: ClassVar[str] = "prunes channels and heads by a Taylor expansion of the loss"
     source: ClassVar[str] = "arXiv 2305.11627"
 
     def __post_init__(self) -> None:

@@ -20,21 +20,21 @@ from secateur.structure.units import Form, Matrix, Unit
 
 @dataclass(frozen=True)
 class Magnitude(SparseMethod):
-    """Zeroes the smallest of a matrix's weights: the nearest matrix with as many zeros.
+    """Set the smallest weights of each matrix to zero.
 
         Ŵ_ij = W_ij where |W_ij| is among the largest of its matrix, or of its group; 0 elsewhere
 
     The curve is Σ (W − Ŵ)², not a share of the matrix's own, so the sum that ``least-error``
     minimises over the model is least where one threshold would leave it, in steps of ``grain``,
-    but for ``floor``: a bare threshold empties matrices of small weights. Don't use it where there
-    is text to calibrate on: ``wanda`` and ``sparsegpt`` look at what the layers read.
+    but for ``floor``: a bare threshold empties matrices of small weights. Don't use it if you have
+    calibration data: ``wanda`` and ``sparsegpt`` take the inputs of layers into account.
 
     Source: Jaiswal et al., "The Emergence of Essential Sparsity in Large Pre-trained Models",
     arXiv 2306.03805.
     """
 
     name: ClassVar[str] = "magnitude"
-    summary: ClassVar[str] = "zeroes the smallest weights"
+    summary: ClassVar[str] = "sets the smallest weights to zero"
     source: ClassVar[str] = "arXiv 2306.03805"
     curve: ClassVar[str] = "squares lost: sum over the zeroed weights, by the square of the width"
     data_aware: ClassVar[bool] = False

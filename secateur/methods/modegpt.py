@@ -1,4 +1,4 @@
-"""MoDeGPT: one local decomposition per kind of module, one budget over the blocks."""
+"""MoDeGPT: one decomposition per kind of module, and one budget over the blocks."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,10 +17,10 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class MoDeGPT(Method):
-    """Modular decomposition as published: Nyström, CR and SVD under one ratio per block.
+    """Modular decomposition as published: Nyström, CR and SVD with one share per block.
 
-    No gradients, no fine-tuning; all statistics come from the dense model in one pass. Don't use
-    it where the units of a block differ much in how sensitive they are: they share one ratio.
+    It needs no gradients and no fine-tuning, and collects all statistics of the dense model in one
+    pass. Don't use it if the units of a block differ much in sensitivity: they share one ratio.
 
     Source: Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression",
     arXiv 2408.09632 (ICLR 2025).
@@ -31,7 +31,9 @@ class MoDeGPT(Method):
     value_ridge: float = option(1e-6, "ridge of the value Gram", 0.0)
 
     name: ClassVar[str] = "modegpt"
-    summary: ClassVar[str] = "Nyström MLP, CR query/key, SVD value/output, influence per block"
+    summary: ClassVar[str] = (
+        "Nyström for the MLP, CR for queries and keys, SVD for values and output"
+    )
     source: ClassVar[str] = "arXiv 2408.09632"
     needs: ClassVar[frozenset[Need]] = frozenset(
         {Needs.HIDDEN_GRAM, Needs.QUERY_ENERGY, Needs.KEY_ENERGY, Needs.VALUE_GRAM}

@@ -1,4 +1,4 @@
-"""NIRVANA: what the highest logits lose with a whole channel or KV head."""
+"""NIRVANA: pruning of channels and KV heads by gradients of the highest logits."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,7 +16,7 @@ from secateur.structure.units import Unit
 
 @dataclass(frozen=True)
 class Nirvana(ScoredMethod):
-    """Saliency of a functional of the logits that needs no labels.
+    """Prune channels and KV heads by the saliency of a functional of the logits, without labels.
 
     With z the logits over the tokens t of a window and the vocabulary v, w all parameters that go
     with a channel or a KV head, its query heads' among them,
@@ -24,15 +24,15 @@ class Nirvana(ScoredMethod):
         f = mean over windows and v of max_t z_tv,   s = Σ |w ∘ ∂f/∂w|
 
     the most that f can lose to first order; the paper derives it from the kernel that training by
-    sign steps, as Adam's nearly are, has. Don't use it where a backward pass does not fit in
-    memory, nor below some 0.8 without training afterwards: nothing makes up for what is gone.
+    sign steps, as Adam's nearly are, has. Don't use it if a backward pass does not fit into
+    memory, or below about 0.8 without fine-tuning: the remaining weights are not refitted.
 
     Source: Ai et al., "NIRVANA: Structured Pruning Reimagined for Large Language Models
     Compression", arXiv 2509.14230, and its published code for the functional.
     """
 
     name: ClassVar[str] = "nirvana"
-    summary: ClassVar[str] = "channels and heads that the highest logits miss least"
+    summary: ClassVar[str] = "prunes channels and heads by gradients of the highest logits"
     source: ClassVar[str] = "arXiv 2509.14230"
     needs: ClassVar[frozenset[Need]] = frozenset(LOGITS.values())
 

@@ -17,22 +17,22 @@ from secateur.structure.units import Unit
 
 @dataclass(frozen=True)
 class OBSPA(RefittedMethod):
-    """Optimal brain surgeon in one shot: one score for all sizes, then one update of the consumer.
+    """Prune channels and heads by one optimal brain surgeon score each, then refit once.
 
     With H = C + λI of what W reads and M the coordinates of a channel or KV head,
 
         s_M = Σ_{j ∈ M} ‖W_j‖² / [H⁻¹]_jj
         W_S ← W_S − [H⁻¹]_SR ([H⁻¹]_RR)⁻¹ W_R      for all R that go
 
-    Cheaper than ZipLM, as no score is computed again. Don't use it for less than some 0.7: of two
-    channels that stand in for each other both look cheap, and both go.
+    It is cheaper than ZipLM, because no score is computed again. Don't use it below about 0.7: of
+    two channels that are redundant with each other, both get a low score, and both are removed.
 
     Source: Wang et al., "Structurally Prune Anything: Any Architecture, Any Framework, Any Time",
     arXiv 2403.18955, OBSPA.
     """
 
     name: ClassVar[str] = "obspa"
-    summary: ClassVar[str] = "channels and heads ranked once by OBS scores, consumers refitted"
+    summary: ClassVar[str] = "prunes channels and heads by one OBS score each, then refits"
     source: ClassVar[str] = "arXiv 2403.18955"
 
     @property

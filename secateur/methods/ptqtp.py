@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PTQTP(FormMethod):
-    """Nine levels for each group, from two scales that follow its weights.
+    """Quantize each group of weights to two ternary planes with a scale each.
 
         ŵ = a₁ t₁ + a₂ t₂,   t ∈ {−1, 0, 1}
 
@@ -29,22 +29,26 @@ class PTQTP(FormMethod):
     the nine pairs, until no scale moves by more than ``epsilon`` times the group's root mean
     square. A turn that does not lower ‖w − ŵ‖² is not taken. λ grows where SᵀS is nearly singular.
     It starts at t₁ = t₂ = sign(w) as in the paper, and at the best of some a₂ / a₁ with
-    a₁ + a₂ = max|w|; the better end is kept. Don't use it where 4.125 bits a weight are to be had:
-    ``rtn`` and ``gptq`` with 4 bits lose less, and there are kernels for them. Packed, two planes
-    take 3.45, between 3 and 4 bits.
+    a₁ + a₂ = max|w|; the better end is kept. Don't use it if 4.125 bits per weight are acceptable:
+    ``rtn`` and ``gptq`` with 4 bits lose less, and there are kernels for them. Two packed planes
+    take 3.45 bits per weight.
 
     Source: Xiao et al., "PTQTP: Post-Training Quantization to Trit-Planes for Large Language
     Models", arXiv 2509.16989.
     """
 
-    groups: str = option("128", "inputs that share two scales; several, as in 64,128, to mix")
-    turns: int = option(50, "turns at most", 1)
-    epsilon: float = option(1e-4, "change of the scales, relative, that ends the turns", 0.0)
-    ridge: float = option(1e-8, "λ, where SᵀS is well conditioned", 1e-12)
-    ratios: int = option(3, "ratios of the two scales to start from beside the paper's start", 0)
+    groups: str = option(
+        "128", "group size: inputs that share two scales; several, as in 64,128, to mix"
+    )
+    turns: int = option(50, "maximum number of iterations", 1)
+    epsilon: float = option(1e-4, "relative change of the scales at which iterations end", 0.0)
+    ridge: float = option(1e-8, "ridge λ for well-conditioned SᵀS", 1e-12)
+    ratios: int = option(
+        3, "number of initial ratios of the two scales in addition to the paper's", 0
+    )
 
     name: ClassVar[str] = "ptqtp"
-    summary: ClassVar[str] = "two planes of trits, five to a byte, by the weights alone"
+    summary: ClassVar[str] = "quantizes to two ternary planes, from the weights alone"
     source: ClassVar[str] = "arXiv 2509.16989"
     data_aware: ClassVar[bool] = False
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RefittedMethod(Method):
-    """Chooses channels and KV heads, and refits the consumer at every size.
+    """Prunes MLP channels and KV heads, and refits the weights that read the remaining ones.
 
     With x what the consumer W reads, C = E xᵀx and S the coordinates that stay,
 
@@ -34,7 +34,7 @@ class RefittedMethod(Method):
 
     kinds: ClassVar[tuple[str, ...]] = WHOLE_HEADS
     needs: ClassVar[frozenset[Need]] = frozenset(GRAMS.values())
-    ridge: float = option(0.01, "ridge of the Grams, relative to the mean of their diagonals", 0.0)
+    ridge: float = option(0.01, "ridge of the Gram matrices, relative to their mean diagonal", 0.0)
 
     def units(self, model: "Model", multiple_of: int) -> list[Unit]:
         """Narrowed heads get an output bias where values have one."""

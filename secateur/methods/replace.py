@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replace(Method):
-    """Depth pruning where the mean of what a block adds takes its place.
+    """Remove whole blocks and replace each by the mean of its contribution.
 
     With x what a block gets and y what it gives, over all tokens,
 
@@ -27,16 +27,16 @@ class Replace(Method):
 
     The MLP of the last block that stays before it adds b, exactly; so the first block stays. Where
     norms stand behind MLPs or sums there is no place for b; it is left out, and any block may go.
-    Don't use it where stock classes without such a bias should load the result (``compensate`` 0
+    Don't use it if stock classes without such a bias must load the result (``compensate`` 0
     leaves it out).
 
     Source: own; the mean of FLAP (arXiv 2312.11983), for whole blocks.
     """
 
-    compensate: int = option(1, "1 makes up for what is gone by a bias, 0 does not", 0, 1)
+    compensate: int = option(1, "1 adds the mean of what is removed to a bias, 0 does not", 0, 1)
 
     name: ClassVar[str] = "replace"
-    summary: ClassVar[str] = "whole blocks, each replaced by the mean of what it adds"
+    summary: ClassVar[str] = "removes whole blocks; a bias replaces the mean of their contribution"
     source: ClassVar[str] = "own; arXiv 2312.11983 for blocks"
     needs: ClassVar[frozenset[Need]] = frozenset({Needs.CHANGE})
     kinds: ClassVar[tuple[str, ...]] = DEPTH

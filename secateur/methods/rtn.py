@@ -21,26 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RTN(FormMethod):
-    """Every weight becomes the nearest multiple of its group's scale.
+    """Quantize each weight to the nearest multiple of its group's scale.
 
         q = clamp(round(w / s), −2^(b−1), 2^(b−1) − 1),   ŵ = q s
 
     Of some scales, from max|w| / (2^(b−1) − 1), which clips nothing, down to half of that, a group
     takes the one with the least ‖w − ŵ‖². Scales are rounded to the checkpoint's own format before
-    anything is divided by them. Don't use it where there is text to calibrate on: ``gptq`` takes
-    the same bytes.
+    anything is divided by them. Don't use it if you have calibration data: ``gptq`` takes the
+    same bytes.
 
     Source: the common baseline.
     """
 
-    bits: str = option("4", "of a weight, 3 to 8; several, as in 3,4,8, for an allocator to mix")
-    group: str = option(
-        "128", "inputs that share a scale; of several the largest that divides; 0 for one a row"
+    bits: str = option(
+        "4", "bits per weight, 3 to 8; several, as in 3,4,8, for the allocator to mix"
     )
-    scale_steps: int = option(20, "scales tried for a group; 1 for the one that clips nothing", 1)
+    group: str = option(
+        "128",
+        "group size: inputs that share a scale; of several the largest that divides; 0 for rows",
+    )
+    scale_steps: int = option(20, "scales tried per group; 1 for the scale that clips nothing", 1)
 
     name: ClassVar[str] = "rtn"
-    summary: ClassVar[str] = "integers by rounding to nearest, read by transformers and vLLM"
+    summary: ClassVar[str] = "quantizes to integers by rounding to nearest"
     source: ClassVar[str] = "a baseline"
     data_aware: ClassVar[bool] = False
 

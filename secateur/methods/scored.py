@@ -16,10 +16,10 @@ from secateur.structure.units import WHOLE_HEADS, Unit
 
 
 class ScoredMethod(Method):
-    """Ranks MLP channels and whole KV heads, and refits nothing but perhaps a bias.
+    """Prunes MLP channels and whole KV heads by a score, and refits at most a bias.
 
-    Cheap, and what most structured pruning does. Don't use such a method where a few percent of
-    perplexity matter: what stays is not adapted to what is gone.
+    This is cheap, and what most structured pruning does. Don't use such a method if a few percent
+    of perplexity matter: the remaining weights are not refitted.
     """
 
     curve: ClassVar[str] = "lost score: share of the unit's summed scores that goes"

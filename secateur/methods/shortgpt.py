@@ -15,22 +15,22 @@ from secateur.structure.units import DEPTH, Unit
 
 @dataclass(frozen=True)
 class ShortGPT(Method):
-    """Depth pruning by block influence, read once from the dense model.
+    """Remove the blocks with the smallest influence, measured once on the dense model.
 
     With x what a block gets and y what it gives, over all tokens,
 
         influence = 1 − E cos(x, y)
 
-    The least goes first; nothing makes up for it. Every kernel keeps its shape, so time falls as
-    much as parameters do. Don't use it where more than some tenth should go: blocks are judged one
-    by one, and generation breaks down long before widths narrowed by as much would.
+    The block with the smallest influence is removed first, without a refit. Every kernel keeps its
+    shape, so time falls as much as parameters do. Don't use it to remove more than about a tenth:
+    blocks are scored one by one, and generation breaks down earlier than with pruned widths.
 
     Source: Men et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You
     Expect", arXiv 2403.03853, equation 1.
     """
 
     name: ClassVar[str] = "shortgpt"
-    summary: ClassVar[str] = "whole blocks, those of least influence first"
+    summary: ClassVar[str] = "removes the blocks with the smallest influence"
     source: ClassVar[str] = "arXiv 2403.03853"
     curve: ClassVar[str] = "influence: 1 − cosine of what a block that goes gets and gives"
     needs: ClassVar[frozenset[Need]] = frozenset({Needs.INFLUENCE})

@@ -23,7 +23,7 @@ ORIENTATIONS = ("random", "pca")
 
 @dataclass(frozen=True)
 class SliceGPT(Method):
-    """One width for the residual stream of all blocks, by PCA behind every attention and MLP.
+    """Reduce the hidden size of all blocks by PCA after every attention and MLP.
 
     With x the stream at one place, C = E xᵀx over all tokens and E its first k eigenvectors,
 
@@ -34,18 +34,18 @@ class SliceGPT(Method):
     behind what is sliced already. The damping of C that is published adds to all λ alike and
     changes no eigenvector, so there is none here.
 
-    Every block gains two k × k matrices. Don't use it for a small cut: where a block has 12 d²
-    parameters, the first 13 % of the stream pay for the shortcuts alone.
+    Every block gains two k × k matrices. Don't use it for a small reduction: if a block has 12 d²
+    parameters, the first 13 % of the residual stream only pay for these matrices.
 
     Source: Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and
     Columns", arXiv 2401.15024, sections 3.2 to 3.4.
     """
 
-    orientation: str = option("random", "of the kept directions: random, or pca (by energy)")
-    orientation_seed: int = option(0, "of the random one", 0)
+    orientation: str = option("random", "basis of the kept directions: random, or pca (by energy)")
+    orientation_seed: int = option(0, "seed of the random basis", 0)
 
     name: ClassVar[str] = "slicegpt"
-    summary: ClassVar[str] = "residual stream rotated to its principal directions and sliced"
+    summary: ClassVar[str] = "rotates the residual stream to principal components and removes some"
     source: ClassVar[str] = "arXiv 2401.15024"
     curve: ClassVar[str] = "lost energy: share of the residual stream's energy, mean over places"
     needs: ClassVar[frozenset[Need]] = frozenset({Needs.BETWEEN_GRAM, Needs.BEHIND_GRAM})

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SparseMethod(FormMethod):
-    """Zeroes weights and stores the others packed.
+    """Sets weights to zero and stores the others packed.
 
-    A subclass says in :meth:`pruned` which stay, and as what. Such layers are computed with their
-    dense weight: don't use one for speed, nor where integers are an option, as four bits for every
-    weight take fewer bytes than half of the weights in sixteen.
+    A subclass says in :meth:`pruned` which stay, and as what. Layers compute with the dense
+    weight, so don't use such a method for speed. Don't use it if you can quantize: all weights with
+    four bits take fewer bytes than half of the weights with sixteen.
 
     Attributes:
         pattern: "2:4" for two of every four consecutive inputs, "*:4" for any number of every four;
@@ -36,9 +36,11 @@ class SparseMethod(FormMethod):
         floor: the least density, but for one that the pattern names.
     """
 
-    pattern: str = option("", "N:M of consecutive inputs, *:M for any N; empty for no pattern")
-    grain: int = option(16, "without a pattern, kept weights are multiples of 1 / grain", 2, 4096)
-    floor: float = option(0.5, "least share of a matrix's weights that stays", 0.0, 1.0)
+    pattern: str = option(
+        "", "N:M pattern of nonzeros, such as 2:4; *:M for any N; empty for unstructured"
+    )
+    grain: int = option(16, "without a pattern, densities are multiples of 1 / grain", 2, 4096)
+    floor: float = option(0.5, "smallest density of a matrix", 0.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

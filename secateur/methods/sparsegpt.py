@@ -22,7 +22,7 @@ Chosen = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SparseGPT(SparseMethod):
-    """Optimal brain surgeon over the weights of all rows at once, column by column.
+    """Set weights to zero column by column with the optimal brain surgeon, and refit the others.
 
     With H = E xxᵀ + λI and H⁻¹ = CᵀC, C upper triangular, a weight of column j scores w² / C_jj².
     The smallest of 128 columns (of each group of M, for N:M) go, and as column j is passed,
@@ -33,16 +33,16 @@ class SparseGPT(SparseMethod):
     rows share, so the weights that are left are refitted exactly but for those already passed.
     λ = ridge · mean of the diagonal; where that doesn't make H positive definite, it is raised with
     a warning, never replaced by another H. Each block is read behind the pruned blocks before it.
-    Don't use it where calibration is short: the weights are refitted to it.
+    Don't use it with little calibration data: the weights are refitted to it.
 
     Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can be Accurately Pruned in
     One-Shot", arXiv 2301.00774, section 3.
     """
 
-    ridge: float = option(0.01, "on the diagonal of H, relative", 0.0)
+    ridge: float = option(0.01, "ridge of H, relative to its mean diagonal", 0.0)
 
     name: ClassVar[str] = "sparsegpt"
-    summary: ClassVar[str] = "zeroes weights column by column, the others make up for them"
+    summary: ClassVar[str] = "sets weights to zero column by column and refits the remaining ones"
     source: ClassVar[str] = "arXiv 2301.00774"
     rereads: ClassVar[bool] = True
 

@@ -39,8 +39,8 @@ class StructuredMethod(FormMethod):
     second_l reads, second_l ← W_l H R_lᵀ (R_l H R_lᵀ)⁻¹.
     """
 
-    ridge: float = option(1e-6, "on the diagonal of H, relative", 0.0)
-    refit: int = option(1, "1 fits the second factor to the whole of H, 0 leaves it", 0, 1)
+    ridge: float = option(1e-6, "ridge of H, relative to its mean diagonal", 0.0)
+    refit: int = option(1, "1 refits the second factor to the whole H, 0 does not", 0, 1)
 
     rereads: ClassVar[bool] = True
     layers: ClassVar[type[Monarch]]
@@ -131,8 +131,8 @@ def refitted(weight: Tensor, metric: Metric, rows: Tensor, second: Tensor) -> Te
 class RankedBlocks(StructuredMethod):
     """One of these with a number of blocks for all matrices, and ranks to choose from."""
 
-    blocks: int = option(4, "blocks of inputs, and of outputs where they are cut, too", 1)
-    rank_step: int = option(2, "ranks are multiples of this, and at most 32 of them", 1)
+    blocks: int = option(4, "number of blocks of inputs, and of outputs for monarch", 1)
+    rank_step: int = option(2, "ranks are multiples of this number; at most 32 ranks are tried", 1)
 
     cuts_outputs: ClassVar[bool]
 

@@ -15,23 +15,23 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class SVD(FormMethod):
-    """The nearest matrix of low rank, whatever the layer reads.
+    """Replace a weight by its best low-rank approximation, independent of the inputs.
 
     With W = Σ σ_i u_i v_iᵀ,
 
         Ŵ = (U_r Σ_r^½) (Σ_r^½ V_rᵀ),   ‖W − Ŵ‖² = Σ_{i>r} σ_i²
 
     A rank pays below outputs · inputs / (outputs + inputs), half of a square matrix; ranks above it
-    are not offered. Don't use it where there is text to calibrate on: ``svd-llm`` is never worse on
-    what the layer gives.
+    are not offered. Don't use it if you have calibration data: on these, the outputs of ``svd-llm``
+    are never worse.
 
     Source: Eckart and Young, 1936.
     """
 
-    rank_step: int = option(8, "ranks are multiples of this", 1)
+    rank_step: int = option(8, "ranks are multiples of this number", 1)
 
     name: ClassVar[str] = "svd"
-    summary: ClassVar[str] = "low rank by truncated SVD of the weights alone"
+    summary: ClassVar[str] = "low-rank factors by truncated SVD of the weights"
     source: ClassVar[str] = "Eckart-Young"
     data_aware: ClassVar[bool] = False
 

@@ -9,7 +9,7 @@ from secateur.utils.options import option
 
 @dataclass(frozen=True)
 class SVDLLM(SVD):
-    """The matrix of low rank whose outputs on real text are nearest to the dense ones.
+    """Replace a weight by the low-rank matrix with the best outputs on calibration data.
 
     With H = E xxᵀ = L Lᵀ (by ``eigh``, as H may be singular) and W L = Σ σ_i u_i v_iᵀ,
 
@@ -17,15 +17,15 @@ class SVDLLM(SVD):
 
     No other Ŵ of rank r does better. The paper's later least squares on changed activations is left
     out: H is read behind the blocks that have changed already. Don't use it below about two thirds
-    of the bytes where integers are an option.
+    of the bytes if you can quantize.
 
     Source: Wang et al., "SVD-LLM: Truncation-aware Singular Value Decomposition", arXiv 2403.07378.
     """
 
-    ridge: float = option(1e-6, "on the diagonal of H, relative", 0.0)
+    ridge: float = option(1e-6, "ridge of H, relative to its mean diagonal", 0.0)
 
     name: ClassVar[str] = "svd-llm"
-    summary: ClassVar[str] = "low rank by an SVD in the metric of what the layers read"
+    summary: ClassVar[str] = "low-rank factors by activation-weighted SVD"
     source: ClassVar[str] = "arXiv 2403.07378"
     data_aware: ClassVar[bool] = True
     rereads: ClassVar[bool] = True

@@ -13,7 +13,7 @@ from secateur.structure.units import Form
 
 @dataclass(frozen=True)
 class Wanda(SparseMethod):
-    """Zeroes weights by size and what they read, in every row as many; the others stay as they are.
+    """Set the weights with the smallest magnitude times input norm to zero, equally many per row.
 
     With h_j = E x_j² the energy of input j, weights are ranked within a row, or a group of it, by
 
@@ -21,15 +21,15 @@ class Wanda(SparseMethod):
 
     Of all masks that keep as many of every row, that is the one of least Σ (W − Ŵ)²_ij h_j, which
     is the output error of inputs that have nothing to do with each other. Each block is read behind
-    the pruned blocks before it. Don't use it beyond about half of the weights, or for N:M, where
-    ``sparsegpt`` has the weights that stay make up for the others.
+    the pruned blocks before it. Don't use it to remove more than about half of the weights, or for
+    N:M: ``sparsegpt`` also refits the remaining weights.
 
     Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models",
     arXiv 2306.11695, section 3.
     """
 
     name: ClassVar[str] = "wanda"
-    summary: ClassVar[str] = "zeroes weights of least size times energy of what they read"
+    summary: ClassVar[str] = "sets weights with the smallest magnitude times input norm to zero"
     source: ClassVar[str] = "arXiv 2306.11695"
     rereads: ClassVar[bool] = True
 

@@ -15,21 +15,21 @@ from secateur.structure.units import Unit
 
 @dataclass(frozen=True)
 class WandaSP(ScoredMethod):
-    """Wanda's score summed over whole channels and heads, read behind what is already narrowed.
+    """Prune channels and heads by Wanda's score, measured after the blocks before are pruned.
 
     With x what a matrix W reads and o its outputs,
 
         s_j = ‖x_j‖ · mean_o |W_jo|,   a KV head's is the sum over its query heads' coordinates
 
-    Statistics of a block come from the model whose earlier blocks are narrowed. Don't use it below
-    some 0.8: nothing makes up for what is gone.
+    The statistics of a block come from the model whose earlier blocks are already pruned. Don't use
+    it below about 0.8: the remaining weights are not refitted.
 
     Source: An et al., "Fluctuation-based Adaptive Structured Pruning", arXiv 2312.11983, which has
     it as its baseline; Sun et al., arXiv 2306.11695, equation 1, for the score.
     """
 
     name: ClassVar[str] = "wanda-sp"
-    summary: ClassVar[str] = "channels and heads by weight times activation norm, sequential"
+    summary: ClassVar[str] = "prunes channels and heads by weight times activation norm"
     source: ClassVar[str] = "arXiv 2306.11695, 2312.11983"
     needs: ClassVar[frozenset[Need]] = frozenset(MOMENTS.values())
     rereads: ClassVar[bool] = True

@@ -10,18 +10,19 @@ from secateur.methods.svd import SVD
 
 @dataclass(frozen=True)
 class LowRankWeLore(SVD):
-    """Low rank where singular values fall off fast, and dense weights where they don't.
+    """Factorize the matrices whose singular values decay fast, and leave the others dense.
 
-    With σ̃ = (σ − min σ) / (max σ − min σ) of each matrix and one threshold k for all of them, found
-    by bisection on the bytes, the rank is #(σ̃ ≥ k). A matrix whose factors would be no smaller
-    stays dense. The plan records which become low rank (the paper's LRCs, which are those to tune
-    afterwards) and which stay. Weights only; don't use it where there is text to calibrate on.
+    With σ̃ = (σ − min σ) / (max σ − min σ) of each matrix and one threshold k for all of them,
+    found by bisection on the bytes, the rank is #(σ̃ ≥ k). A matrix whose factors would be no
+    smaller stays dense. The plan records which become low rank (the paper's LRCs, which are those
+    to tune afterwards) and which stay. It uses the weights alone; don't use it if you have
+    calibration data.
 
     Source: Jaiswal et al., "From GaLore to WeLore", arXiv 2407.11239.
     """
 
     name: ClassVar[str] = "welore"
-    summary: ClassVar[str] = "low rank where singular values fall off fast, dense elsewhere"
+    summary: ClassVar[str] = "low-rank factors for matrices whose singular values decay fast"
     source: ClassVar[str] = "arXiv 2407.11239"
 
     @property

@@ -16,7 +16,7 @@ from secateur.structure.units import Unit
 
 @dataclass(frozen=True)
 class ZipLM(RefittedMethod):
-    """Structured optimal brain surgeon on what reads MLP channels and KV heads.
+    """Prune channels and KV heads one by one with the optimal brain surgeon, and refit after each.
 
     With H = C + λI of the coordinates that are left, M those of a channel or of all query heads of
     a KV head, and W the consumer's rows as they are by now:
@@ -26,7 +26,7 @@ class ZipLM(RefittedMethod):
                  H⁻¹ ← H⁻¹ − H⁻¹_:M ([H⁻¹]_MM)⁻¹ H⁻¹_M:
 
     The costs add up to the error of the joint refit, so one pass gives every size. Blocks don't
-    make good each other's errors. Don't use it where calibration has fewer tokens than an MLP has
+    correct each other's errors. Don't use it with fewer calibration tokens than an MLP has
     channels.
 
     Source: Kurtic et al., "ZipLM: Inference-Aware Structured Pruning of Language Models",
@@ -34,7 +34,7 @@ class ZipLM(RefittedMethod):
     """
 
     name: ClassVar[str] = "ziplm"
-    summary: ClassVar[str] = "channels and heads one by one by structured OBS, searched allocation"
+    summary: ClassVar[str] = "prunes channels and heads one by one with OBS, and refits after each"
     source: ClassVar[str] = "arXiv 2302.04089"
 
     @property

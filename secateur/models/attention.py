@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secateur.families import HeadLayout
 from secateur.layers.attention_secateur import NarrowAttention, RelativeAttention, narrow_attention
 from secateur.models.canonical_attention import uniform_attention
+from secateur.models.head_views import QueryKeys, Values, WholeHeads
 from secateur.models.linear_ops import dense_weight, set_linear
 from secateur.models.parts import Give, Handle, LinearPath, Part, by_kind, entering
 from secateur.utils.precision import exact
@@ -38,8 +39,6 @@ class Attention(Part):
     module: NarrowAttention
 
     def __init__(self, block: "Block", number: int, layout: HeadLayout) -> None:
-        from secateur.models.head_views import QueryKeys, Values, WholeHeads
-
         super().__init__(block, number)
         assert block.anatomy.attention is not None
         self.path, self.layout = block.anatomy.attention, layout

@@ -2,22 +2,25 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from secateur.models.attention import Attention, Map
 from secateur.models.linear_ops import with_constant
 from secateur.models.parts import AxisView, View
 from secateur.structure.narrowing import Narrowing
 from secateur.structure.units import Heads, QueryKey, ValueOutput
 from secateur.utils.precision import exact
 
+if TYPE_CHECKING:
+    from secateur.models.attention import Attention, Map
+
 
 class InsideHeads(View):
     """A width that all heads of an attention share."""
 
-    def __init__(self, part: Attention) -> None:
+    def __init__(self, part: "Attention") -> None:
         self.part = part
 
     @property
@@ -29,7 +32,7 @@ class InsideHeads(View):
         return self.part.kept()
 
 
-def unit_name(part: Attention, kind: str) -> str:
+def unit_name(part: "Attention", kind: str) -> str:
     """``layers.3.heads``; of a second attention in the block ``layers.3.attention2.heads``."""
     inside = "" if part.name == part.role else f"{part.name}."
     return f"layers.{part.block.index}.{inside}{kind}"
@@ -145,7 +148,7 @@ class WholeHeads(AxisView):
 
     kind = "heads"
     reading = "mixed"
-    part: Attention
+    part: "Attention"
 
     def unit(self, multiple_of: int, biased: bool) -> Heads:
         own = self.part.module
@@ -217,14 +220,14 @@ class WholeHeads(AxisView):
         return [part.unflatten(0, (own.kv_heads, -1)) for part in parts]
 
 
-def whole_heads(part: Map, keep: Tensor, kv_heads: int) -> Map:
+def whole_heads(part: "Map", keep: Tensor, kv_heads: int) -> "Map":
     """The rows of some KV heads, and of the query heads that read them."""
     weight, bias = part
     rows = weight.unflatten(0, (kv_heads, -1))[keep].flatten(0, 1)
     return rows, None if bias is None else bias.view(kv_heads, -1)[keep].flatten()
 
 
-def head_rows(part: Map, keep: Tensor, group: int) -> Map:
+def head_rows(part: "Map", keep: Tensor, group: int) -> "Map":
     """Keep rows ``keep`` (kv heads, k) of every head; ``group`` heads follow one KV head."""
     weight, bias = part
     keep = keep.repeat_interleave(group, 0)
@@ -233,7 +236,7 @@ def head_rows(part: Map, keep: Tensor, group: int) -> Map:
     return weight[rows], None if bias is None else bias[rows]
 
 
-def head_maps(part: Map, encode: Tensor) -> Map:
+def head_maps(part: "Map", encode: Tensor) -> "Map":
     """Multiply ``encode`` (heads, n, k) into the rows of every head."""
     weight, bias = part
     rows = exact(weight).unflatten(0, (len(encode), -1))

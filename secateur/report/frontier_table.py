@@ -1,4 +1,4 @@
-"""Several runs beside one another: one table, and which of them no other one beats."""
+"""Compare several runs in one table, and find those that no other run dominates."""
 
 import math
 import os
@@ -12,25 +12,26 @@ from secateur.report.run_records import RATE, Run, read_run
 from secateur.utils.errors import InputError
 from secateur.utils.naming import short_name
 
-#: what quality is held against
-AXES = ("bytes", "reading_ms", "writing_ms")
-TOLD = dict(zip(AXES, ("bytes", "reading", "writing"), strict=True))
-SAME = 0.005  # relative difference of two measurements of one dense model on one text
-ALIKE = 0.15  # of its times, which other work on the machine disturbs
-#: what a sweep writes beside its runs: page, picture, table
+#: costs that perplexity is compared against
+AXES = ("bytes", "prefill_ms", "decode_ms")
+TOLD = dict(zip(AXES, ("bytes", "prefill", "decode"), strict=True))
+SAME = 0.005  # relative difference allowed between two perplexities of one model on one text
+ALIKE = 0.15  # the same for its times, which other work on the machine disturbs
+#: files that a sweep writes beside its runs: page, picture, table
 SHEETS = ("frontier.html", "frontier.svg", "frontier.json")
 Entry = dict[str, Any]
 
 
 def compare(folders: Sequence[Path]) -> dict[str, Any]:
-    """Plain data about runs of one dense model, judged on one text, and their frontiers.
+    """Compare runs of one dense model on one text, as plain data with their frontiers.
 
-    Quality is perplexity on the first text that all of them were judged on. A run is dominated on
-    an axis if another one, or the dense model, is as good on both counts and better on one.
+    Quality is the perplexity on the first text that all runs were evaluated on. A run is
+    dominated on a cost if another run, or the dense model, is at least as good in that cost and
+    in perplexity, and better in one of them.
 
     Raises:
-        InputError: a folder is no finished run, or the runs can't be compared: they are of other
-            dense models, or no text is common to all.
+        InputError: a folder holds no finished run, or the runs have different dense models or no
+            text in common.
     """
     runs = [read_run(folder) for folder in folders]
     _check_model(runs)
@@ -59,28 +60,28 @@ def _beats(a: Entry, b: Entry, axis: str) -> bool:
 
 
 def _check_model(runs: Sequence[Run]) -> None:
-    """All of one dense model, by the fingerprint of its weights."""
+    """Check by the fingerprints of the weights that all runs have one dense model."""
     first = runs[0]
     for run in runs[1:]:
         a, b = (r.report["model"] for r in (first, run))
         if a["fingerprint"] != b["fingerprint"]:
             raise InputError(
-                f"runs {str(first.folder)!r} and {str(run.folder)!r} are of different dense "
+                f"runs {str(first.folder)!r} and {str(run.folder)!r} have different dense "
                 f"models: {a['source']!r} ({a['fingerprint'][:12]}) and {b['source']!r} "
                 f"({b['fingerprint'][:12]}). Compare runs of one model."
             )
 
 
 def _common_text(runs: Sequence[Run]) -> tuple[str, list[str]]:
-    """The first text that all were judged on, and what is not compared.
+    """The first text that all runs were evaluated on, and notes on texts that are left out.
 
     Raises:
-        InputError: there is none; the message says which differ.
+        InputError: the runs have no text in common; the message names two that differ.
     """
     first, others = runs[0], runs[1:]
     texts = first.report["dense"]["perplexity"]
     if not texts:
-        raise InputError(f"run {str(first.folder)!r} was judged on no text.")
+        raise InputError(f"run {str(first.folder)!r} was evaluated on no text.")
     common = [name for name in texts if all(_same_text(first, run, name) for run in others)]
     if not common:
         name, run = next((n, r) for n in texts for r in others if not _same_text(first, r, n))
@@ -89,16 +90,18 @@ def _common_text(runs: Sequence[Run]) -> tuple[str, list[str]]:
             f"has {there}" if name not in run.report["dense"]["perplexity"] else "has other tokens"
         )
         raise InputError(
-            f"runs {str(first.folder)!r} and {str(run.folder)!r} were judged on different texts: "
-            f"of {name!r} the second {why}. Repeat one with the --eval, --eval-length and "
+            f"runs {str(first.folder)!r} and {str(run.folder)!r} were evaluated on different "
+            f"texts: for {name!r} the second {why}. Repeat one with the --eval, --eval-length and "
             f"--eval-windows of the other."
         )
     left = [name for name in texts if name not in common]
-    return common[0], [f"{name!r} is not compared: not all runs were judged on it" for name in left]
+    return common[0], [
+        f"{name!r} is not compared: not all runs were evaluated on it" for name in left
+    ]
 
 
 def _same_text(a: Run, b: Run, name: str) -> bool:
-    """By the fingerprint of its tokens; in older reports by what the dense model says of it."""
+    """Compare fingerprints of the tokens; in older reports, perplexities of the dense model."""
     one, other = a.report["dense"], b.report["dense"]
     if name not in other["perplexity"]:
         return False
@@ -110,7 +113,7 @@ def _same_text(a: Run, b: Run, name: str) -> bool:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as much before them as tells them apart."""
+    """The names of the folders, with as many parents as are needed to tell them apart."""
     whole = [folder.resolve() for folder in folders]
     if len(set(whole)) < len(whole):
         twice = next(folder for folder in whole if whole.count(folder) > 1)
@@ -133,13 +136,13 @@ def _entry(name: str, run: Run, text: str) -> Entry:
         "budget": report["budget"],
         "tier": report["tier"],
         **_figures(report["compressed"], text),
-        "same_first_choice": agrees.get("top1") if text == first else None,
-        "divergence": agrees.get("kl") if text == first else None,
+        "top1_agreement": agrees.get("top1") if text == first else None,
+        "kl_divergence": agrees.get("kl") if text == first else None,
     }
 
 
 def _figures(side: dict[str, Any], text: str) -> Entry:
-    """What is compared of one model."""
+    """The figures of one model that are compared."""
     speed = side["speed"]
     amount = 1 if side["counts"] == "images" else speed.get("prompt_tokens", 1)
     read, write = (speed.get(f"{way}{RATE}") for way in ("prefill", "decode"))
@@ -147,44 +150,44 @@ def _figures(side: dict[str, Any], text: str) -> Entry:
         "parameters": side["parameters"],
         "bytes": side["bytes"],
         "perplexity": side["perplexity"][text],
-        "reading_ms": 1000 * amount / read if read else None,
-        "writing_ms": 1000 / write if write else None,
+        "prefill_ms": 1000 * amount / read if read else None,
+        "decode_ms": 1000 / write if write else None,
         "peak_memory_bytes": side["peak_memory_bytes"],
         "frontier": {},
     }
 
 
 def _dense(runs: Sequence[Run], text: str) -> Entry:
-    """The dense model, which every run has measured: of its times the middle one."""
+    """The dense model; its times are the median over all runs."""
     own = [_figures(run.report["dense"], text) for run in runs]
-    for axis in ("reading_ms", "writing_ms"):
+    for axis in ("prefill_ms", "decode_ms"):
         found = [entry[axis] for entry in own if entry[axis] is not None]
         own[0][axis] = median(found) if found else None
     return {"name": "dense", "method": None, **own[0]}
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """What makes the times of runs hard to compare."""
+    """Reasons why the times of the runs are hard to compare."""
     dense = [run.report["dense"]["speed"] for run in runs]
     found = []
     lengths = {speed["prompt_tokens"] for speed in dense if "prompt_tokens" in speed}
     if len(lengths) > 1:
         told = ", ".join(f"{n:g}" for n in sorted(lengths))
-        found.append(f"reading was timed on prompts of different lengths: {told} tokens")
-    for way, key in (("reading", "prefill"), ("writing", "decode")):
-        rates = [s[f"{key}{RATE}"] for s in dense if f"{key}{RATE}" in s]
+        found.append(f"prefill was timed on prompts of different lengths: {told} tokens")
+    for phase in ("prefill", "decode"):
+        rates = [s[f"{phase}{RATE}"] for s in dense if f"{phase}{RATE}" in s]
         if rates and max(rates) > (1 + ALIKE) * min(rates):
             found.append(
-                f"{way}: the dense model ran {max(rates) / min(rates):.2f} times as fast in one "
-                f"run as in another, so their times say little of each other"
+                f"{phase}: the dense model was {max(rates) / min(rates):.2f} times as fast in one "
+                f"run as in another, so the times of these runs are hard to compare"
             )
     if any(not speed for speed in dense) and any(dense):
-        found.append("some runs were not timed, and are on no frontier of time")
+        found.append("some runs were not timed; the frontiers of time leave them out")
     return found
 
 
 def show(content: dict[str, Any]) -> None:
-    """Print :func:`compare`: a line a run, least bytes first."""
+    """Print the result of :func:`compare`, one line per run, largest first."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -200,8 +203,8 @@ def show(content: dict[str, Any]) -> None:
         "",
         "perplexity",
         "",
-        "reading",
-        "writing",
+        "prefill",
+        "decode",
         "dominated on",
     ):
         left = column in ("run", "method", "dominated on")
@@ -225,8 +228,9 @@ def show(content: dict[str, Any]) -> None:
     console.print(table)
     model = escape(short_name(content["model"]["source"]))
     console.print(
-        f"{model}, perplexity on {escape(content['text'])}; ms for a prompt and for a token. "
-        f"dominated: another one is as good there and in perplexity, and better in one"
+        f"{model}, perplexity on {escape(content['text'])}; prefill of one prompt and decode of "
+        f"one token, in ms. A run is dominated on a cost if another one is as good in that cost "
+        f"and in perplexity, and better in one of them."
     )
     for note in content["notes"]:
         console.print(f"note: {escape(note)}")

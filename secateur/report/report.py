@@ -1,4 +1,4 @@
-"""What a run reports: report.json, and the table a person reads."""
+"""The report of a run: `report.json`, and the table that compares both models."""
 
 import io
 import json
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from secateur.report import task_tables as outcome
 
 VERSION = 2
-HUGE = 1e6  # beyond it a perplexity is that of a wrecked model
+HUGE = 1e6  # a perplexity above this is that of a destroyed model
 TIERS = {
-    "plain": "loads wherever the dense model does, no extra code",
+    "plain": "loads wherever the dense model loads, without extra code",
     "per-layer": "loads in transformers after `import secateur`, or with trust_remote_code=True",
     "factored": "loads in transformers after `import secateur`, or with trust_remote_code=True",
 }
@@ -20,7 +20,7 @@ TIERS = {
 
 @dataclass(frozen=True)
 class Report:
-    """The content of report.json; the keys are stable, other tools read them."""
+    """The content of `report.json`. Its keys are stable, as other tools read them."""
 
     content: dict[str, Any]
 
@@ -28,11 +28,11 @@ class Report:
         return self.content[key]
 
     def write(self, path: Path) -> None:
-        """Write it as indented JSON."""
+        """Write the report to a file as indented JSON."""
         path.write_text(json.dumps(self.content, indent=1) + "\n")
 
     def __str__(self) -> str:
-        """The dense-beside-compressed table as text."""
+        """The table of the dense and the compressed model as text."""
         from rich.console import Console
 
         console = Console(width=100, file=io.StringIO())
@@ -42,9 +42,9 @@ class Report:
 
 
 class Line(NamedTuple):
-    """One line of the headline table in words, the same at the terminal, on the page, in the card.
+    """One row of the main table: the same in the terminal, on the page and in the model card.
 
-    What one side has not is empty.
+    A cell is empty where a model has no such figure.
     """
 
     label: str
@@ -54,12 +54,12 @@ class Line(NamedTuple):
 
 
 def lines(report: Report) -> list[Line]:
-    """Dense beside compressed, and the change."""
+    """The rows of the main table: dense model, compressed model, change."""
     dense, small = report["dense"], report["compressed"]
     found: list[Line] = []
 
     def add(label: str, a: float, b: float, form: Any, change: str) -> None:
-        ratio = b / a if a else 1.0  # memory that the process had before, say
+        ratio = b / a if a else 1.0  # zero where no memory was allocated
         note = {"share": f"{ratio:.1%}", "times": f"{ratio:.2f}×", "rise": rise(b, a)}
         found.append(Line(label, form(a), form(b), note[change] if a else ""))
 
@@ -73,11 +73,11 @@ def lines(report: Report) -> list[Line]:
         found.append(Line(name, f"{value:.1%}", f"{other:.1%}", points))
     if agrees := small["agreement"]:
         name = next(iter(dense["perplexity"]), "")
-        of = f"of {agrees['outputs']:,.0f} outputs"
-        found.append(Line(f"same first choice, {name}", "", f"{agrees['top1']:.1%}", of))
-        found.append(Line("divergence from dense there, nats", "", f"{agrees['kl']:.2g}", ""))
+        of = f"on {agrees['outputs']:,.0f} outputs"
+        found.append(Line(f"top-1 agreement, {name}", "", f"{agrees['top1']:.1%}", of))
+        found.append(Line("KL divergence from dense, nats", "", f"{agrees['kl']:.2g}", ""))
     things = "images" if dense["counts"] == "images" else "tokens"
-    for key, label in (("prefill", f"reading, {things}/s"), ("decode", "writing, tokens/s")):
+    for key, label in (("prefill", f"prefill, {things}/s"), ("decode", "decode, tokens/s")):
         if (key := f"{key}_tokens_per_second") in dense["speed"].keys() & small["speed"].keys():
             add(label, dense["speed"][key], small["speed"][key], "{:,.0f}".format, "times")
     add("peak memory", dense["peak_memory_bytes"], small["peak_memory_bytes"], size, "share")
@@ -85,7 +85,7 @@ def lines(report: Report) -> list[Line]:
 
 
 def _damage(dense: dict[str, Any], small: dict[str, Any]) -> Iterator[Line]:
-    """What perplexity does not show, where that was asked for."""
+    """Rows of the measurements that `--damage` asks for."""
     after = outcome.damage_lines(small, dense)
     for label, (value, unit) in outcome.damage_lines(dense).items():
         own = after[label][0]
@@ -94,13 +94,13 @@ def _damage(dense: dict[str, Any], small: dict[str, Any]) -> Iterator[Line]:
 
 
 def task_rows(report: Report) -> list[tuple[str, ...]]:
-    """Scores of tasks as rows of words, the first of them the heads; none where none was asked."""
+    """Task scores as rows of text, the header first; empty without tasks."""
     dense, small = report["dense"], report["compressed"]
     return outcome.task_rows(dense, small) if dense.get("task_scores") else []
 
 
 def comparison(report: Report) -> Any:
-    """The headline table for a terminal."""
+    """The main table for a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -119,35 +119,35 @@ def comparison(report: Report) -> Any:
 
 
 def told_tier(tier: str, libraries: list[str]) -> str:
-    """What a tier means to who loads the result."""
+    """What a tier means for loading the result."""
     needed = f"; needs {', '.join(libraries)}" if libraries else ""
     return f"tier {tier}: {TIERS.get(tier, 'unknown here')}{needed}"
 
 
 def told_when(report: Report) -> str:
-    """Whether the figures of both models are of one run."""
+    """Say whether both models were measured in the same run."""
     if report.content.get("dense_shared"):
-        return "The dense model was measured once for all runs of a sweep"
-    return "Both were measured in the same run"
+        return "The dense model was measured once for all runs of the sweep"
+    return "Both models were measured in the same run"
 
 
 def kept(budget: dict[str, Any], sees: bool) -> str:
-    """What a budget asked for and what it got; of a model that ``sees``, in images."""
+    """What a budget asked for and what the plan reached; ``sees`` is true of image models."""
     total, read = budget["total"], f"{budget['batch']} × {budget['length']} tokens"
     if sees:
         read = f"a batch of {budget['batch']}"
     whole = {
         "parameters": f"{count(total)} compressible parameters",
-        "bytes": f"{size(total)} that can shrink",
-        "flops": f"{count(total)} operations a token in what can shrink",
-        "cache": f"{size(total)} of KV cache a token",
+        "bytes": f"{size(total)} of compressible weights",
+        "flops": f"{count(total)} FLOPs per token in compressible layers",
+        "cache": f"{size(total)} of KV cache per token",
         "latency": f"{total / 1e6:.2f} ms for {read}",
     }.get(budget["of"], budget["of"])
     return f"keeps {budget['reached']:.2%} of {whole} (asked for {budget['keep']:.2%})"
 
 
 def summary(report: Report) -> str:
-    """What a run has kept, by what, and how long that took."""
+    """What a run kept, which method it used, and how long it took."""
     told = kept(report["budget"], report["dense"]["counts"] == "images")
     told += f", by {report['method']['name']}"
     total = report["seconds"].get("total")
@@ -155,12 +155,12 @@ def summary(report: Report) -> str:
 
 
 def perplexity(value: float) -> str:
-    """Two decimals, but of a wrecked model few digits."""
+    """Two decimals; few digits where the model is destroyed."""
     return f"{value:.2f}" if value < HUGE else f"{value:.2g}"
 
 
 def rise(value: float, dense: float) -> str:
-    """How much higher it is; where percents would say nothing, how many times."""
+    """The relative change in percent, or as a factor where it is very large."""
     ratio = value / dense if dense else 1.0
     return f"{ratio - 1:+.1%}" if ratio < HUGE else f"{ratio:.2g}×"
 

@@ -28,13 +28,13 @@ Number = Annotated[int | FiniteFloat, Field(ge=-LARGEST, le=LARGEST)]
 Figures = dict[str, Number | None]
 
 
-class Part(BaseModel):
+class ReportPart(BaseModel):
     """Part of a report; what later versions have beside it is kept and not looked at."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
-class Side(Part):
+class Side(ReportPart):
     """What was measured of one model."""
 
     parameters: Count
@@ -62,14 +62,14 @@ class Side(Part):
         return speed
 
 
-class NamedOptions(Part):
+class NamedOptions(ReportPart):
     """A method or an allocator."""
 
     name: str
     options: dict[str, Any] = {}
 
 
-class DenseModel(Part):
+class DenseModel(ReportPart):
     """The dense model."""
 
     source: str
@@ -77,7 +77,7 @@ class DenseModel(Part):
     fingerprint: str = ""
 
 
-class Spent(Part):
+class Spent(ReportPart):
     """A budget."""
 
     keep: Amount
@@ -88,14 +88,14 @@ class Spent(Part):
     length: Count = 256
 
 
-class Told(Part):
+class Told(ReportPart):
     """Points of a curve."""
 
     kept: Several[Amount]
     errors: Several[Amount]
 
 
-class Observed(Part):
+class Observed(ReportPart):
     """What :func:`~secateur.apply.block_errors.observations` says of a step."""
 
     influence: Several[Number] = []
@@ -104,7 +104,7 @@ class Observed(Part):
     directions: Several[dict[str, Count]] = []
 
 
-class Taken(Part):
+class Taken(ReportPart):
     """One of several steps."""
 
     method: NamedOptions
@@ -112,7 +112,7 @@ class Taken(Part):
     budget: Spent | None = None
 
 
-class Content(Part):
+class Content(ReportPart):
     """report.json of this version and of those before it."""
 
     version: int = Field(ge=1, le=VERSION)
@@ -157,7 +157,7 @@ class UnitRow(BaseModel):
     @property
     def said(self) -> str:
         """Before and after, in words."""
-        return self.becomes or f"{self.before} → {self.after or 'gone'}"
+        return self.becomes or f"{self.before} → {self.after or 'removed'}"
 
 
 class PlanRows(BaseModel):

@@ -1,4 +1,4 @@
-"""Tables of task scores, and the damage that perplexity does not show, in words."""
+"""Tables of task scores, and rows of the measurements that `--damage` asks for."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from secateur.evaluate.significance import ERRORS, Figures, metric_of
 
 
 def task_table(scores: Mapping[str, Figures]) -> Any:
-    """One model: every metric of each task with its standard error, and what chance gives."""
+    """Table of one model: each metric of each task, its standard error, and the chance level."""
     from rich.markup import escape
 
     table = _table(*("task", "items", "metric", "score", "± error", "chance"))
@@ -28,9 +28,9 @@ def task_table(scores: Mapping[str, Figures]) -> Any:
 
 
 def task_rows(dense: Mapping[str, Any], small: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Two models: the judged metric of each task, its paired difference, and flipped answers.
+    """Rows of two models: main metric of each task, paired difference and flipped answers.
 
-    In words, the heads first.
+    The first row is the header.
     """
     rows: list[tuple[str, ...]] = [
         ("task", "dense", "compressed", "difference", "flipped", "chance")
@@ -67,19 +67,19 @@ def task_comparison(dense: Mapping[str, Any], small: Mapping[str, Any]) -> Any:
 def damage_lines(
     damage: Mapping[str, Any], dense: Mapping[str, Any] | None = None
 ) -> dict[str, tuple[float, str]]:
-    """The figures to show and their units, by what they are called.
+    """Label → figure and unit.
 
-    Recall only where ``dense``, by default the same model, finds planted keys at all.
+    Recall is shown only if ``dense`` (by default the same model) recalls planted keys at all.
     """
     found: dict[str, tuple[float, str]] = {}
     if "confidence" in damage:
-        found["calibration error of probabilities"] = damage["confidence"]["error"], "points"
+        found["expected calibration error"] = damage["confidence"]["error"], "points"
     if "repetition" in damage:
-        found["repeated 4-grams in what it writes"] = damage["repetition"]["repeated"], "points"
+        found["repeated 4-grams in generated text"] = damage["repetition"]["repeated"], "points"
     if "recall" in damage:
         decides = (damage if dense is None else dense)["recall"]
         if decides["stderr"] and decides["nats"] > ERRORS * decides["stderr"]:
-            found["gain of planted keys, nats"] = damage["recall"]["nats"], "nats"
+            found["recall of planted keys, nats gained"] = damage["recall"]["nats"], "nats"
     if "classes" in damage:
         found["accuracy of the worst class"] = damage["classes"]["least"], "points"
     return found

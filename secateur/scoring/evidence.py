@@ -24,8 +24,8 @@ from secateur.scoring.divergence import Divergence, Trials, measure_losses, wind
 from secateur.structure.error_curve import Curve
 from secateur.structure.units import EVERY_BLOCK, Unit
 from secateur.utils.errors import InputError, refuse_difference
-from secateur.version import __version__
 
+SINCE = "0.3.0"  # the version that last changed what statistics and scores mean
 MAX_BYTES = 2**29
 MAX_UNITS = 2**16
 
@@ -140,7 +140,7 @@ def _lengths(curves: Mapping[str, Sequence[float]]) -> dict[str, int]:
 def identity(model: Model, method: Method, tokens: Tokens, allocator: Allocator) -> dict[str, Any]:
     """The fields that say what scores are of."""
     return {
-        "secateur": __version__,
+        "secateur": SINCE,
         "model": fingerprint(model),
         "calibration": tokens.fingerprint,
         "dtype": str(model.module.dtype).removeprefix("torch."),

@@ -20,7 +20,7 @@ from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.structure.budget import Budget
 from secateur.structure.costs import Prices
-from secateur.structure.units import DEPTH, EVERY_BLOCK, WIDTHS, Matrix, Unit
+from secateur.structure.units import EVERY_BLOCK, Matrix, Unit
 from secateur.utils.errors import InputError
 from secateur.utils.precision import check_exact
 from secateur.version import __version__
@@ -146,7 +146,8 @@ def _measure(model: Model, budget: Budget, own: dict[str, Any]) -> Table:
     states = stream.at(stream.batches[0])
     whole = partial(model.module, **model.use.inputs(tokens.to(model.device)))
     firsts = {block.anatomy.blocks: block.index for block in reversed(model.blocks)}.values()
-    every = [u for i in firsts for u in model.blocks[i].units(1, (*WIDTHS, "heads", *DEPTH))]
+    dense = [model.blocks[index] for index in firsts]
+    every = [u for block in dense for u in block.units(1, [view.kind for view in block.views])]
     units = {(unit.block, unit.kind): unit for unit in every}
     jobs: dict[tuple[int, str, int], dict[str, int]] = {}
     for (index, kind), unit in units.items():

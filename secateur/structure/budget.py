@@ -1,4 +1,4 @@
-"""What to spend on a model, and the constraints on the sizes of its units."""
+"""The budget of a compression: how much may remain, of what, and in which shapes."""
 
 import math
 from collections.abc import Mapping
@@ -20,34 +20,33 @@ LEAST: Literal["least"] = "least"
 
 
 def _told(help: str, **more: Any) -> dict[str, Any]:
-    """What the command line and files know of a field.
+    """Metadata of a field, from which its option and its key in files are made.
 
-    ``more`` may have ``key``, its name in files and of its option where that is another;
-    ``flag``, its flag where that is another; ``choices``, all that it may be; ``low``, the least
-    of a whole number; ``usual``, its default in words where the method decides it.
+    ``more`` can have ``key``, the name in files and of the option if it differs from the field's;
+    ``flag``, the option's name if it differs from the key; ``choices``, the allowed values;
+    ``low``, the minimum of an integer; ``usual``, the default in words if the method decides it.
     """
     return {"help": help, **more}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a model stays, what that counts, and the constraints on sizes.
+    """How much of a model may remain, of which cost, and with which constraints on shapes.
 
-    The command line, recipes and sweeps have these fields under the same names, and take them from
-    here.
+    Command-line options and the keys of recipes and sweeps are made from these fields.
 
     Attributes:
-        keep: the share of ``target`` that stays, above 0 and at most 1; "least" for as little as
-            the forms of a method allow; None for the method's usual.
-        target: what ``keep`` is a share of: "parameters", "bytes" or "flops" of what can shrink,
-            "cache" (bytes of KV cache), or "latency" of the whole forward pass on this machine;
-            None for the method's usual.
-        tier: "plain" keeps the shape of attention and gives every MLP one width, so that stock
-            classes load the result; "per-layer" lets every unit have its own size.
+        keep: the share of ``target`` that remains, above 0 and at most 1; "least" for as little as
+            the forms of a method allow; None for the method's default.
+        target: the cost that ``keep`` refers to: "parameters", "bytes" or "flops" of compressible
+            weights, "cache" (bytes of KV cache), or "latency" of a forward pass on this machine;
+            None for the method's default.
+        tier: "plain" keeps the shape of attention and gives all MLPs the same width, so that stock
+            classes load the result; "per-layer" gives every unit its own size.
         multiple_of: MLP widths become multiples of this.
-        batch: sequences in the forward pass that "latency" is measured on.
-        length: tokens in each of them, none before them.
-        runtime: what will read the result; sizes are such as it reads.
+        batch: sequences in the forward pass whose "latency" is measured.
+        length: tokens in each sequence; the cache is empty before.
+        runtime: the software that will load the result; sizes are restricted to those it supports.
 
     Raises:
         InputError: a value is not one of these.
@@ -56,49 +55,52 @@ class Budget:
     keep: Keep | None = field(
         default=None,
         metadata=_told(
-            "Share of the target that stays, above 0 and at most 1, or `least` for as little as "
-            "the forms of a method allow",
-            usual="0.8; least for a method that keeps widths",
+            "Share of the target that remains, above 0 and at most 1, or `least` for as little as "
+            "the forms of the method allow",
+            usual="0.8; least for methods of forms",
         ),
     )
     target: Target | None = field(
         default=None,
         metadata=_told(
-            "What --keep is a share of: parameters, bytes or flops of what can shrink, cache "
-            "(bytes of KV cache), or latency of a forward pass on this machine",
+            "Cost that --keep refers to: parameters, bytes or flops of the attention and MLP "
+            "matrices, cache (bytes of the KV cache), or latency of a forward pass on this machine",
             choices=get_args(Target),
-            usual="parameters; bytes for a method that keeps widths",
+            usual="parameters; bytes for methods of forms",
         ),
     )
     tier: Tier = field(
         default="per-layer",
         metadata=_told(
-            "per-layer: every unit its own size; plain: attention keeps its shape, one MLP width, "
-            "so that stock classes load the result.",
+            "per-layer: every unit gets its own size; plain: attention keeps its shape and all "
+            "MLPs get the same width, so that stock classes load the result.",
             choices=get_args(Tier),
         ),
     )
     multiple_of: int = field(
         default=8,
-        metadata=_told("MLP widths become multiples of this, so that kernels stay fast.", low=1),
+        metadata=_told(
+            "MLP widths become multiples of this number, so that kernels stay fast.", low=1
+        ),
     )
     batch: int = field(
         default=1,
         metadata=_told(
-            "Sequences in the forward pass that latency is measured on.",
+            "Batch size of the forward pass whose latency is measured.",
             low=1,
             key="latency_batch",
         ),
     )
     length: int = field(
-        default=256, metadata=_told("Tokens in each of them.", low=1, key="latency_length")
+        default=256,
+        metadata=_told("Tokens per sequence of that forward pass.", low=1, key="latency_length"),
     )
     runtime: Runtime = field(
         default="transformers",
         metadata=_told(
-            "What will read the result, so that sizes are such as it reads: transformers, vllm "
-            "(prunes with --tier plain only), gguf (llama.cpp), or gguf-q4 (llama.cpp with blocks "
-            "of 4 bits).",
+            "Software that will load the result; sizes are restricted to those it supports: "
+            "transformers, vllm (prunes with --tier plain only), gguf (llama.cpp), or gguf-q4 "
+            "(llama.cpp with 4-bit blocks).",
             choices=get_args(Runtime),
             flag="for",
         ),
@@ -107,8 +109,8 @@ class Budget:
     def __post_init__(self) -> None:
         if self.target in get_args(Runtime):
             raise InputError(
-                f"--target says what --keep is a share of, and {self.target!r} is what reads the "
-                f"result: ask for it by --for {self.target}, beside a --target or without."
+                f"--target is the cost that --keep refers to, and {self.target!r} is software that "
+                f"loads the result: use --for {self.target}, with or without a --target."
             )
         object.__setattr__(self, "keep", _share(self.keep))
         for f in fields(self):
@@ -120,16 +122,16 @@ class Budget:
             )
 
     def of(self, method: "Method | type[Method]") -> "Budget":
-        """The budget of a method: what is left to it has the method's usual value.
+        """The budget with the defaults of a method in place of None.
 
         Raises:
-            InputError: "least" of a method that prunes, which would leave next to nothing.
+            InputError: "least" for a method that prunes, which would remove almost everything.
         """
         keep = method.usual_keep if self.keep is None else self.keep
         if keep == LEAST != method.usual_keep:
             raise InputError(
-                f"keep 'least' is for methods that give matrices another form, and {method.name} "
-                f"prunes; name a share above 0, e.g. 0.8."
+                f"keep 'least' is for methods of forms, and {method.name} prunes; give a share "
+                f"above 0, e.g. 0.8."
             )
         return replace(self, keep=keep, target=self.target or method.target)
 

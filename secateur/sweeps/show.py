@@ -9,7 +9,7 @@ from secateur.report.frontier_table import SHEETS, show
 
 
 def show_list(content: dict[str, Any]) -> None:
-    """Print what would be done, a line a run, and what runs have in common."""
+    """Print the runs of a sweep, one line each, and what they share."""
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
@@ -35,21 +35,21 @@ def show_list(content: dict[str, Any]) -> None:
     todo = [run for run in content["runs"] if run["state"] == "to do"]
     console.print(
         f"{len(todo)} of {len(content['runs'])} runs to do in {escape(content['out'])}, in this "
-        f"order; the dense model is measured once. Nothing was started."
+        f"order; the dense model is measured once. No run was started."
     )
     _reasons({run["name"]: run["reason"] for run in content["runs"] if run["reason"]})
 
 
 def show_outcome(content: dict[str, Any]) -> None:
-    """Print the comparison of finished runs, and why others are none."""
+    """Print the comparison of finished runs, and why others failed."""
     if "runs" in content:
         show(content)
     _reasons(content["failed"])
     if "runs" in content:
         page = shlex.quote(str(Path(content["out"], SHEETS[0])))
-        terminal().print(f"\nin a browser: {page}", markup=False, soft_wrap=True)
+        terminal().print(f"\nreport page: {page}", markup=False, soft_wrap=True)
 
 
 def _reasons(failed: dict[str, str]) -> None:
     for name, reason in failed.items():
-        terminal().print(f"not done: {name}: {reason}", markup=False)
+        terminal().print(f"failed: {name}: {reason}", markup=False)

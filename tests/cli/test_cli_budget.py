@@ -205,7 +205,7 @@ def test_nothing_is_out_of_reach_where_units_may_go(plan):
 def table(shown):
     """Unit to (before, after, bytes, prediction), as the table has them."""
     row = re.compile(
-        r"^ (layers\S+) +(\d+) → (\d+|gone) +(\d+)% +(\S+ k?B) +(\S+) *$", re.MULTILINE
+        r"^ (layers\S+) +(\d+) → (\d+|removed) +(\d+)% +(\S+ k?B) +(\S+) *$", re.MULTILINE
     )
     found = {unit: rest for unit, *rest in row.findall(shown)}
     assert shown.count("→") == len(found)
@@ -224,14 +224,14 @@ def test_the_table_shows_sizes_bytes_and_losses(run, model, given, plan, room, m
     assert list(found) == list(sizes(made))
     for row in made["units"]:
         before, after, kept, stored, loss = found[row["unit"]]
-        assert (int(before), after) == (row["before"], str(row["after"] or "gone"))
+        assert (int(before), after) == (row["before"], str(row["after"] or "removed"))
         assert int(kept) == round(100 * row["after"] / row["before"])
         number, prefix = re.fullmatch(r"(\S+) (k?)B", stored).groups()
         assert float(number) * (1000 if prefix else 1) == pytest.approx(row["bytes"], abs=5)
         assert loss == f"{row['predicted_loss']:.5f}"
     total = sum(row["predicted_loss"] for row in made["units"])
-    assert f"{total:.4f} in all" in shown.replace("\n", " ")
-    assert ("gone" in shown) == (0 in sizes(made).values()) == (keep == 0.3)
+    assert f"sum {total:.4f}" in shown.replace("\n", " ")
+    assert ("removed" in shown) == (0 in sizes(made).values()) == (keep == 0.3)
 
 
 def test_the_table_shows_errors_where_no_loss_was_measured(run, model, given, plan, forget):
@@ -272,9 +272,9 @@ def test_the_table_says_what_a_method_predicts_and_parts_blocks(
     ("target", "words"),
     [
         ("parameters", "of 18.43 k compressible parameters"),
-        ("bytes", "of 73.73 kB that can shrink"),
-        ("flops", "of 36.86 k operations a token"),
-        ("cache", "of 256 B of KV cache a token"),
+        ("bytes", "of 73.73 kB of compressible weights"),
+        ("flops", "of 36.86 k FLOPs per token"),
+        ("cache", "of 256 B of KV cache per token"),
         ("latency", "of 0.02 ms for 1 × 16 tokens"),
     ],
 )

@@ -155,7 +155,7 @@ def test_dry_run_writes_nothing(run, model, text, room, monkeypatch):
     monkeypatch.chdir(room)
     shown = run("plan", model, "--calibration", text, *CALIBRATION, "--dry-run").succeeded()
     assert list(room.iterdir()) == []
-    assert "nothing was written" in shown.out
+    assert "no file was written" in shown.out
 
 
 def test_plan_json_is_the_file(run, model, text, room):

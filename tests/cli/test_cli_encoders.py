@@ -81,7 +81,7 @@ def test_a_run_reports_answers_and_agreement(name, made):
     assert 0 <= report["compressed"]["agreement"]["top1"] <= 1
     assert report["budget"]["reached"] <= 0.7
     assert share in shown
-    assert "same first choice, rest of" in shown
+    assert "top-1 agreement, rest of" in shown
     assert "nan" not in shown
     assert "YOUR_IMAGES" in shown if name == "vit" else "YOUR_TEXT" in shown
     assert max(map(len, shown.splitlines())) <= 100
@@ -107,7 +107,7 @@ def test_images_are_read_by_the_image(capsys, counts, things):
     """The mistake: images a second shown as tokens."""
     speed = {"prefill_tokens_per_second": 12.0}
     show_verdict(Verdict(1, 1, {}, {}, "", "", 1, speed, counts))
-    assert f"prefill {things} per second" in capsys.readouterr().out
+    assert f"prefill, {things}/s" in capsys.readouterr().out
 
 
 def test_a_plan_makes_the_same_again(name, made, folder, source, run, near, room):

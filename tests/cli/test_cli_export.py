@@ -52,7 +52,7 @@ def test_units_in_the_way_are_named(run, written, room):
 def test_what_is_asked_for_wrongly(run, model, room):
     run("export", model, room / "d", "--to", "plian").refused("plain", "onnx", "gguf")
     run("export", model, room / "d", "--to", "plain").refused("as it is")
-    run("export", model, room / "d", "--to", "plain", "--dense").refused("say what for")
+    run("export", model, room / "d", "--to", "plain", "--dense").refused("give one of: --dense")
     run("export", model, room / "d", "--to", "plain", "--type", "f16").refused("--to gguf")
     run("export", model, room / "d", "--to", "onnx").refused("model.onnx")
     run("export", model, model / "m.onnx", "--to", "onnx", "--unchecked").refused("--to gguf")

@@ -20,7 +20,7 @@ def runs(tmp_path):
 def test_a_run_brings_its_page_and_card(finished):
     out, _ = finished
     page = (out / "secateur" / "report.html").read_text()
-    for word in ("Dense beside compressed", "Where it shrank", "Residual stream", "held.txt"):
+    for word in ("Dense and compressed model", "What was removed", "Residual stream", "held.txt"):
         assert word in page
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -32,7 +32,7 @@ def test_a_run_brings_its_page_and_card(finished):
 def test_compress_says_where_the_page_is_and_notes_the_command(compress, room):
     shown = compress().succeeded().out
     page = room / "out" / "secateur" / "report.html"
-    assert f"in a browser: {page}" in shown
+    assert f"report page: {page}" in shown
     told = json.loads((page.parent / "report.json").read_text())["command"]
     assert told.startswith("secateur compress ")
     assert "--calibration" in told
@@ -57,7 +57,7 @@ def test_a_page_that_fails_loses_no_run(compress, room, monkeypatch, error):
     assert "secateur report" in done.err
     assert (room / "out" / "model.safetensors").exists()
     assert not (room / "out" / "secateur" / "report.html").exists()
-    assert "in a browser" not in done.out
+    assert "report page" not in done.out
 
 
 def test_a_recipe_has_a_part_for_each_step(run, near, model, text, held, room):
@@ -118,9 +118,9 @@ def test_report_is_written_anew_with_siblings(run, runs):
     shown = run("report", runs[0], "--siblings", runs[1]).succeeded().out.split()
     page, card = runs[0] / "secateur" / "report.html", runs[0] / "README.md"
     assert shown == [str(page), str(card)]
-    assert "Beside its siblings" in page.read_text()
+    assert "Comparison with other runs" in page.read_text()
     run("report", runs[0]).succeeded()
-    assert "Beside its siblings" not in page.read_text()
+    assert "Comparison with other runs" not in page.read_text()
 
 
 def test_report_of_what_is_no_run_is_refused(run, model, room):

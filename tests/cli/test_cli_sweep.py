@@ -159,8 +159,8 @@ def test_one_run_that_fails_does_not_end_the_others(sweep, room, monkeypatch):
     found = sweep("--method", "modegpt,wanda-sp", "--keep", "0.9,0.001")
     assert found.code == 2
     assert "3 of 4 runs" in found.message[0]
-    assert "not done: modegpt-0.9: it is another model." in found.out
-    assert "not done: wanda-sp-0.001: keep 0.001 is out of reach" in found.out
+    assert "failed: modegpt-0.9: it is another model." in found.out
+    assert "failed: wanda-sp-0.001: keep 0.001 is out of reach" in found.out
     assert "Traceback" not in found.err
     assert names(room / "out") == sorted([".shared", *SHEETS, "wanda-sp-0.9"])
     content = json.loads((room / "out" / "frontier.json").read_text())

@@ -55,7 +55,7 @@ def stopped(compress, room, monkeypatch, near):
             patch.setattr(owner, name, counted)
             found = compress(*args)
         assert found.code == 130
-        assert "goes on when it is typed again" in found.err
+        assert "To resume a compress or sweep command, repeat it" in found.err
         assert "Traceback" not in found.err
         assert not (room / "out").exists()
         near.clear()
@@ -603,6 +603,6 @@ def test_ctrl_c_shows_no_traceback(model, text, held, room):
     os.killpg(running.pid, signal.SIGINT)
     err = running.stderr.read()
     assert running.wait() == 130
-    assert "goes on when it is typed again" in err
+    assert "To resume a compress or sweep command, repeat it" in err
     assert "Traceback" not in err
     assert files(room) == [".out.partial"]

@@ -165,8 +165,8 @@ def test_doubts():
     assert not at_chance(figures | {"chance": None})
     scores = {"dense": {"a": figures, "b": figures | {"acc": 0.6}}, "compressed": {}}
     said = doubts(scores, {"b": {"difference": -0.02, "stderr": 0.011}})
-    assert "dense is at chance on a:" in said[0]
-    assert "no difference shown on b:" in said[1]
+    assert "dense is at chance level on a:" in said[0]
+    assert "no significant difference on b:" in said[1]
     assert len(said) == 2
     assert doubts({}, {"b": {"difference": -0.02, "stderr": 0.009}}) == []
 

@@ -72,12 +72,12 @@ def test_the_frontier_holds_something_below_every_run(points):
 
 def test_times_are_of_a_prompt_and_of_a_token(runs):
     found = compare(runs(a=judged(12.0, 3000, decode=200.0, prefill=500.0)))
-    assert found["runs"][0]["reading_ms"] == pytest.approx(100.0)
-    assert found["runs"][0]["writing_ms"] == pytest.approx(5.0)
+    assert found["runs"][0]["prefill_ms"] == pytest.approx(100.0)
+    assert found["runs"][0]["decode_ms"] == pytest.approx(5.0)
     images = judged(12.0, 3000, prefill=500.0)
     for side in ("dense", "compressed"):
         images[side]["counts"] = "images"
-    assert compare(runs(b=images))["runs"][0]["reading_ms"] == pytest.approx(2.0)
+    assert compare(runs(b=images))["runs"][0]["prefill_ms"] == pytest.approx(2.0)
 
 
 def test_a_run_that_was_not_timed_is_on_no_frontier_of_time(runs):
@@ -93,7 +93,7 @@ def test_times_of_a_busier_machine_are_noted(runs):
     slow = judged(12.0, 3000)
     slow["dense"]["speed"] = slow["dense"]["speed"] | {"decode_tokens_per_second": 50.0}
     (note,) = compare(runs(a=judged(12.0, 3000), b=slow))["notes"]
-    assert "writing" in note
+    assert "decode: the dense model was" in note
     assert "2.00 times" in note
 
 
@@ -124,8 +124,8 @@ def test_the_first_common_text_counts_and_others_are_named(runs):
     }
     found = compare(runs(a=report(dense=both, compressed=both), b=report()))
     assert found["text"] == "held.txt"
-    assert found["notes"] == ["'x.txt' is not compared: not all runs were judged on it"]
-    assert found["runs"][0]["same_first_choice"] is None  # which is of the other text
+    assert found["notes"] == ["'x.txt' is not compared: not all runs were evaluated on it"]
+    assert found["runs"][0]["top1_agreement"] is None  # which is of the other text
 
 
 def test_reports_without_fingerprints_go_by_what_the_dense_model_says(runs):

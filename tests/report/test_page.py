@@ -248,7 +248,7 @@ def test_siblings_of_another_model_are_refused(page, tmp_path):
 )
 def test_what_a_report_has_not_is_left_out(page, content):
     seen = Seen(page(content))
-    assert "Dense beside compressed" in seen.text
+    assert "Dense and compressed model" in seen.text
     for word in ("None", "nan", "Undefined"):
         assert word not in seen.text
 
@@ -257,7 +257,7 @@ def test_a_run_without_a_plan_has_no_pictures_of_units(page, tmp_path):
     page(report(), name="out")
     (tmp_path / "out" / "secateur" / "plan.json").unlink()
     text = write_page(tmp_path / "out").read_text()
-    assert "Where it shrank" not in text
+    assert "What was removed" not in text
     assert "Block influence" in text
 
 
@@ -274,8 +274,8 @@ def test_each_step_of_a_recipe_has_its_part(tmp_path):
     (folder / "secateur" / "plan-1.json").write_text(plan.read_text())
     plan.rename(folder / "secateur" / "plan-2.json")
     text = Seen(write_page(folder).read_text()).text
-    assert "Where it shrank – step 1, auto" in text
-    assert "Where it shrank – step 2, gptq" in text
+    assert "What was removed – step 1, auto" in text
+    assert "What was removed – step 2, gptq" in text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What stands on the report page, as plain values and pictures for the template."""
+"""The content of the report page: values and pictures for the template."""
 
 import shlex
 from collections.abc import Iterator
@@ -27,20 +27,20 @@ from secateur.report.run_records import RECORD, Run
 from secateur.utils.naming import short_name
 
 STAGES = {
-    "open": "opening",
-    "select": "choosing text",
+    "open": "loading",
+    "select": "choosing calibration text",
     "calibrate": "calibrating",
-    "curves": "scoring",
-    "allocate": "choosing sizes",
-    "apply": "narrowing",
-    "save": "writing",
-    "evaluate": "measuring",
+    "curves": "scoring units",
+    "allocate": "allocating the budget",
+    "apply": "pruning and refitting",
+    "save": "saving",
+    "evaluate": "evaluating",
 }
 SIGNS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def content(run: Run, comparison: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything that the template shows; what the report has not is empty."""
+    """The values of the template; empty where the report has nothing."""
     report = run.report
     dense, small = report["dense"], report["compressed"]
     again = f"secateur compress {shlex.quote(report['model']['source'])}"
@@ -79,7 +79,7 @@ def content(run: Run, comparison: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def tiles(report: Report) -> list[tuple[str, str, str]]:
-    """The three or four figures to see first: label, figure, and what it is beside."""
+    """The three or four main figures: label, figure, and the values behind it."""
     dense, small = report["dense"], report["compressed"]
     found = [
         (
@@ -94,14 +94,14 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
         found.append(("perplexity", rise(other, value), both))
     if agrees := small["agreement"]:
         found.append(
-            ("same first choice", f"{agrees['top1']:.1%}", f"of {agrees['outputs']:,.0f} outputs")
+            ("top-1 agreement", f"{agrees['top1']:.1%}", f"on {agrees['outputs']:,.0f} outputs")
         )
-    for key, told in (("decode", "writing"), ("prefill", "reading")):
-        rate = f"{key}_tokens_per_second"
+    for phase in ("decode", "prefill"):
+        rate = f"{phase}_tokens_per_second"
         if dense["speed"].get(rate) and rate in small["speed"]:
             a, b = dense["speed"][rate], small["speed"][rate]
             things = "images" if dense["counts"] == "images" else "tokens"
-            found.append((f"{told} speed", f"{b / a:.2f}×", f"{a:,.0f} → {b:,.0f} {things}/s"))
+            found.append((f"{phase} speed", f"{b / a:.2f}×", f"{a:,.0f} → {b:,.0f} {things}/s"))
             break
     return found
 
@@ -109,9 +109,10 @@ def tiles(report: Report) -> list[tuple[str, str, str]]:
 def compared(
     comparison: dict[str, Any], own: str | None = None, linked: bool = False
 ) -> dict[str, Any]:
-    """The frontiers of several runs, and a row each; ``own`` is the folder of the page's run.
+    """Frontiers of several runs, and a table row for each.
 
-    Rows are ``linked`` to the pages of runs that lie beside the page.
+    ``own`` is the folder of the run that the page is about. With ``linked``, each row links to the
+    page of its run.
     """
     entries = [comparison["dense"], *comparison["runs"]]
     signs = ["dense", *(SIGNS[i] if i < len(SIGNS) else str(i + 1) for i in range(len(entries)))]
@@ -161,27 +162,27 @@ def standalone(comparison: dict[str, Any]) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """A time beside an axis."""
+    """A time as an axis label."""
     return f"{value:.3g} ms"
 
 
 def short_size(value: float) -> str:
-    """Bytes beside an axis."""
+    """Bytes as an axis label."""
     return charts.number(value) + "B" if value else "0"
 
 
 AXES = (
     ("bytes", "bytes on disk", short_size),
-    ("reading_ms", "reading a prompt", milliseconds),
-    ("writing_ms", "writing a token", milliseconds),
+    ("prefill_ms", "prefill of one prompt", milliseconds),
+    ("decode_ms", "decode of one token", milliseconds),
 )
 
 
 def speed(report: Report) -> Iterator[Markup]:
-    """Speed and memory as pairs of bars."""
+    """Bar charts of speed, memory and size."""
     dense, small = report["dense"], report["compressed"]
     things = "images" if dense["counts"] == "images" else "tokens"
-    for key, told in (("prefill", f"reading, {things}/s"), ("decode", "writing, tokens/s")):
+    for key, told in (("prefill", f"prefill, {things}/s"), ("decode", "decode, tokens/s")):
         rate = f"{key}_tokens_per_second"
         if rate in dense["speed"] and rate in small["speed"]:
             a, b = dense["speed"][rate], small["speed"][rate]
@@ -193,7 +194,7 @@ def speed(report: Report) -> Iterator[Markup]:
 
 
 def samples(dense: str, small: str) -> dict[str, tuple[str, str]]:
-    """Both continuations, each as what they share and what they don't."""
+    """Both continuations, each split into the common beginning and the rest."""
     a, b = dense.split(), small.split()
     same = next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
@@ -205,7 +206,7 @@ def samples(dense: str, small: str) -> dict[str, tuple[str, str]]:
 
 
 def facts(report: Report) -> Iterator[tuple[str, str]]:
-    """What was asked for and read."""
+    """Model, method, budget, calibration data and evaluation texts of the run."""
     model, text = report["model"], report["calibration"]
     yield "model", model["source"]
     if model["fingerprint"]:
@@ -221,11 +222,11 @@ def facts(report: Report) -> Iterator[tuple[str, str]]:
         told = f"{text.get('samples')} × {text.get('length')} tokens of {text.get('source')}"
         yield "calibration", f"{told}, seed {text.get('seed')}"
     for name, amount in report["dense"]["tokens"].items():
-        yield "judged on", f"{name}, {amount:,} {report['dense']['counts']}"
+        yield "evaluated on", f"{name}, {amount:,} {report['dense']['counts']}"
 
 
 def options(report: Report) -> Iterator[tuple[str, str]]:
-    """Every option of what was used, by its name."""
+    """All options of the methods and allocators that were used."""
     for step in report["steps"] or [report.content]:
         for key in ("method", "allocator"):
             named = step.get(key) or {}

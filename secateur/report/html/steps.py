@@ -1,4 +1,4 @@
-"""The pictures of one step: what became of its units, and what was seen of the layers."""
+"""Pictures of one step: sizes and errors of its units, and properties of the layers."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ ATTENTION, MLP = "attention", "mlp"
 
 
 class Figure(NamedTuple):
-    """A picture with its heading; ``note`` says how to read it."""
+    """A picture with its heading and an optional note on how to read it."""
 
     name: str
     picture: Markup
@@ -31,14 +31,14 @@ class Figure(NamedTuple):
 
 
 class UnitPosition(NamedTuple):
-    """Where a unit is: the layer, and what in it."""
+    """The layer of a unit, and its group within the layer."""
 
     layer: str
     group: str
 
 
 def place(unit: str) -> UnitPosition:
-    """Of ``layers.3.mlp``, or of ``encoder.layers.3.mlp`` and the like."""
+    """The position of a unit such as ``layers.3.mlp`` or ``encoder.layers.3.mlp``."""
     found = re.fullmatch(r"(.*?)\.?(?:layers|h|block|layer)\.(\d+)\.(.+)", unit)
     if found is None:
         return UnitPosition("", unit)
@@ -47,7 +47,7 @@ def place(unit: str) -> UnitPosition:
 
 
 def step_figures(name: str, rows: Sequence[UnitRow], seen: dict[str, Any]) -> dict[str, Any]:
-    """All pictures of one step, and its table of units."""
+    """All pictures of one step, and the table of its units."""
     groups: dict[str, list[tuple[str, UnitRow]]] = {}
     for row in rows:
         layer, group = place(row.unit)
@@ -85,19 +85,19 @@ def step_figures(name: str, rows: Sequence[UnitRow], seen: dict[str, Any]) -> di
 
 
 def loss_of(row: UnitRow) -> str:
-    """What a unit costs alone, where that was measured."""
+    """The predicted loss of a unit; empty where it was not measured."""
     return "" if row.predicted_loss is None else f"{row.predicted_loss:.2g}"
 
 
 def kept_figure(group: str, own: Sequence[tuple[str, UnitRow]]) -> Markup:
-    """Sizes by layer."""
+    """Chart of the shares kept, by layer."""
     told = [f"{row.unit}: {row.said} ({row.kept:.0%})" for _, row in own]
     title = f"{KINDS.get(group, group)} kept, by layer"
     return charts.kept(title, [layer for layer, _ in own], [row.kept for _, row in own], told)
 
 
 def part_of(row: UnitRow) -> str:
-    """What of a block a unit is in."""
+    """Whether a unit belongs to the attention or to the MLP of its block."""
     inside = row.unit.lower()
     known = ("attention", "attn", "query", "value", "heads", "q_proj", "k_proj", "v_proj", "o_proj")
     return ATTENTION if any(word in inside for word in known) else MLP
@@ -106,7 +106,7 @@ def part_of(row: UnitRow) -> str:
 def error_figures(
     rows: Sequence[UnitRow], errors: Sequence[dict[str, float | None]]
 ) -> Iterator[Figure]:
-    """Predicted and measured loss of output, of attention and MLP by layer."""
+    """Predicted and measured output errors of attention and MLP, by layer."""
     if not errors:
         return
     labels = [str(i) for i in range(len(errors))]
@@ -127,17 +127,19 @@ def error_figures(
         series = {"predicted": [p or None for p in predicted], "measured": measured}
         if not any(predicted):
             series = {"measured": measured}
-        yield Figure(name, charts.by_layer(f"Output lost by {name}", labels, series))
+        yield Figure(name, charts.by_layer(f"Output error of {name}", labels, series))
     stream = [own.get("stream") for own in errors]
     if any(stream):
         yield Figure(
             "Residual stream",
-            charts.by_layer("Residual stream behind a layer, lost", labels, {"measured": stream}),
+            charts.by_layer(
+                "Error of the residual stream after each layer", labels, {"measured": stream}
+            ),
         )
 
 
 def loss_figures(groups: dict[str, list[tuple[str, UnitRow]]]) -> Iterator[Figure]:
-    """Divergence with one unit alone narrowed."""
+    """KL divergence of the model when one unit alone is compressed."""
     for group, own in groups.items():
         found = [row.predicted_loss for _, row in own]
         if len(own) > 1 and any(found):
@@ -146,19 +148,22 @@ def loss_figures(groups: dict[str, list[tuple[str, UnitRow]]]) -> Iterator[Figur
             yield Figure(
                 title,
                 charts.by_layer(
-                    f"{title}, divergence alone", labels, {"nats": found}, charts.number
+                    f"{title}: KL divergence of each unit alone",
+                    labels,
+                    {"nats": found},
+                    charts.number,
                 ),
             )
 
 
 def total_loss(rows: Sequence[UnitRow]) -> float | None:
-    """What all units together cost, if they don't interact."""
+    """The sum of the predicted losses, which ignores interactions between units."""
     found = [row.predicted_loss for row in rows]
     return sum(x for x in found if x is not None) if found and None not in found else None
 
 
 def layer_figure(title: str, name: str, values: Sequence[float]) -> Figure | None:
-    """One even value a layer."""
+    """Chart of one value per layer."""
     if not any(values):
         return None
     labels = [str(i) for i in range(len(values))]
@@ -166,7 +171,7 @@ def layer_figure(title: str, name: str, values: Sequence[float]) -> Figure | Non
 
 
 def direction_figure(found: Sequence[dict[str, int]]) -> Figure | None:
-    """How many directions of what the MLP hands on hold most of its energy."""
+    """Chart of how many principal directions hold most energy of the MLP activations."""
     if not any(found):
         return None
     labels = [str(i) for i in range(len(found))]
@@ -183,7 +188,7 @@ def direction_figure(found: Sequence[dict[str, int]]) -> Figure | None:
 def curve_figures(
     groups: dict[str, list[tuple[str, UnitRow]]], told: dict[str, Any]
 ) -> Iterator[Figure]:
-    """Predicted error against size, a line a layer."""
+    """Chart of predicted error against size, one line per layer."""
     for group, own in groups.items():
         drawn = [
             [*zip(told[row.unit]["kept"], told[row.unit]["errors"], strict=False)]
