@@ -2,13 +2,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test test-all fast-tests all-tests lint format docs clean
 
 demo: .venv/ready
 	$(BIN)/secateur compress demo demo-out --keep 0.8 --overwrite
 
-test: .venv/ready lint
+# Style, types, and tests that meet every method, family, tier and command.
+test: .venv/ready
+	$(MAKE) --no-print-directory --jobs=2 lint fast-tests
+
+# Style, types, and tests of every combination; hours.
+test-all: .venv/ready
+	$(MAKE) --no-print-directory --jobs=2 lint all-tests
+
+fast-tests: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+all-tests: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile -m ''
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -104,7 +104,8 @@ def measured(arguments: argparse.Namespace, job: Row) -> Row:
     from random_model import write_model, write_text
 
     import secateur
-    from secateur.evaluate.evaluator import Questions, quiet
+    from secateur.evaluate.evaluator import quiet
+    from secateur.evaluate.measurements import Questions
     from secateur.evaluate.memory import peak_bytes
     from secateur.methods import method_class
 

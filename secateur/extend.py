@@ -21,6 +21,7 @@ from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.structure.costs import Prices
 from secateur.structure.error_curve import Curve
+from secateur.structure.form import Form
 from secateur.structure.narrowing import Narrowing
 from secateur.structure.parametrizations import form_of
 from secateur.structure.units import (
@@ -31,7 +32,6 @@ from secateur.structure.units import (
     STREAM,
     WHOLE_HEADS,
     WIDTHS,
-    Form,
     Heads,
     Matrix,
     QueryKey,

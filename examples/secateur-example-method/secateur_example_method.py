@@ -21,9 +21,9 @@ from secateur.extend import (
 class OutputNorm(ScoredMethod):
     """Removes the channels and KV heads that add least to the output.
 
-    With x_j what channel j carries and W_j the weights that read it, s_j = (E x_j²)^(power/2) ‖W_j‖.
-    A head's score is the sum over its coordinates. A baseline: correlations are not looked at, and
-    nothing is refitted.
+    With x_j what channel j carries and W_j the weights that read it, s_j = (E x_j²)^(power/2) ‖W_j‖
+    is its score. A head's is the sum over its coordinates. A baseline: correlations are not looked
+    at, and nothing is refitted.
     """
 
     power: float = option(1.0, "exponent of the activations' norm; 0 is weights alone", 0.0)

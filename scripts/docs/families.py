@@ -45,10 +45,10 @@ This page says what each method can prune in each model family. `python -m scrip
 generates it from the variants that the contract tests run on, so do not edit it. It shows what
 `secateur` answers for a model of the family that is wide enough for the default options.
 
-`tests/contract` compares methods with the dense model on these variants. `make test` runs the
-default method on all of them and the other methods on a few. `secateur inspect MODEL` says what can
-be pruned in one model and needs no weights. The [README](../README.md#which-models) lists configs
-that are not supported.
+`tests/contract` compares methods with the dense model on these variants. `make test-all` runs every
+method on every variant; `make test` meets each method and each variant, but not every pair.
+`secateur inspect MODEL` says what can be pruned in one model and needs no weights. The
+[README](../README.md#which-models) lists configs that are not supported.
 
 ## What can be pruned
 

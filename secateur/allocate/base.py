@@ -260,3 +260,15 @@ def fit(
         unit = max(growing, key=lack)
         spent += price(unit, at[unit.name] + 1) - price(unit, at[unit.name])
         at[unit.name] += 1
+
+
+def places(units: Sequence[Unit]) -> dict[int, tuple[int, int]]:
+    """Of every block its place in its stack, and how many blocks that stack has."""
+    stacks: dict[str, list[int]] = {}
+    for unit in units:
+        stacks.setdefault(unit.stack, []).append(unit.block)
+    return {
+        block: (block - min(stack), 1 + max(stack) - min(stack))
+        for stack in stacks.values()
+        for block in stack
+    }

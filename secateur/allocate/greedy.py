@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
-from secateur.allocate.base import Allocator, Evidence
+from secateur.allocate.base import Allocator, Evidence, places
 from secateur.structure.costs import Prices
-from secateur.structure.units import Unit, places
+from secateur.structure.units import Unit
 from secateur.utils.options import option
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from secateur.allocate.base import Allocator, Evidence
 from secateur.structure.costs import Prices
 from secateur.structure.error_curve import Curve
-from secateur.structure.units import Unit
+from secateur.structure.units import Unit, unread
 from secateur.utils.errors import InputError
 from secateur.utils.options import option
 
@@ -98,15 +98,11 @@ class Knapsack(Allocator):
         choices = []
         for sizes in product(*(self.choices(unit) for unit in units)):
             named = {unit.name: size for unit, size in zip(units, sizes, strict=True)}
-            gone = any(u.kind == "value_output" and not named[u.name] for u in units)
-            if gone and any(sizes):
+            idle = unread(units, named)
+            if any(named[name] for name in idle):
                 continue  # queries and keys without values
             price = sum(prices.of(unit, named[unit.name]) for unit in units)
-            loss = sum(
-                losses[u.name].at(named[u.name])
-                for u in units
-                if not gone or u.kind == "value_output"
-            )
+            loss = sum(losses[u.name].at(named[u.name]) for u in units if u.name not in idle)
             choices.append(GroupSizes(price, loss, named))
         better: list[GroupSizes] = []
         for choice in sorted(choices, key=lambda c: (c.price, c.loss)):

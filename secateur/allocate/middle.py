@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from secateur.allocate.base import Allocator, Evidence, fit
+from secateur.allocate.base import Allocator, Evidence, fit, places
 from secateur.structure.costs import Prices
-from secateur.structure.units import Unit, places
+from secateur.structure.units import Unit
 from secateur.utils.options import option
 
 

@@ -96,7 +96,7 @@ class States:
         """Write the states; those of all processes are whole when this returns."""
         for name, stream in self._streams.items():
             stream.save(self.path(name, self.done))
-        self.ranks.meet()
+        self.ranks.barrier()
 
 
 class Journal(States):

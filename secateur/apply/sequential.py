@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -10,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur.apply.block_journal import States
+from secateur.apply.narrowing_messages import broadcast_narrowing
 from secateur.apply.residual_slicing import sliced_blocks
 from secateur.apply.surgery import check_finite, narrow_block, narrow_unit
 from secateur.calibration.collect import Store, collect
 from secateur.calibration.layer_stream import Stream
 from secateur.calibration.needs import BlockStatistics, Needs, of_unit
 from secateur.calibration.statistics import Cross, Gram, wide
+from secateur.calibration.summation import add_up
 from secateur.calibration.token_batches import Piece, Rows
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
@@ -75,7 +76,7 @@ def narrow_blocks(
         if stream is not None:
             with torch.no_grad():
                 statistics = collect(stream, block, method.needs, move=False)
-        elif line is None or ranks.leads:
+        elif line is None or ranks.leader:
             statistics = store.get(block.index, method.needs, model.exact_device)
         else:
             statistics = {}  # what is solved there comes from the first one
@@ -167,7 +168,7 @@ class Propagation:
         self._apply(block, mlp, sizes, {**statistics, **self._hidden(block, additive)})
         if sizes[mlp.name] > 0:
             self.method.refine(block, self._rows(block))
-            self.ranks.follow(parameter.data for parameter in block.module.parameters())
+            self.ranks.broadcast_tensors(parameter.data for parameter in block.module.parameters())
         check_finite(block)
         self.narrow.advance(block)
 
@@ -209,7 +210,7 @@ class Propagation:
                 own = of_unit(statistics, unit)
                 return self.method.solve(unit, block, own).at(sizes[unit.name])
 
-        narrow_unit(block, unit, self.ranks.told(solved))
+        narrow_unit(block, unit, broadcast_narrowing(solved, self.ranks))
 
     def _run_dense(self, block: Block) -> bool:
         """Move the dense stream on, note the targets, and say whether the block is a plain sum."""
@@ -223,7 +224,7 @@ class Propagation:
             if additive is None:
                 added = seen.before_mlp + wide(seen.mlp)
                 own = block.sums and _adds_up(before[:, part], added, after[:, part])
-                additive = self.ranks.told(partial(bool, own))  # all targets are of one kind
+                additive = self.ranks.agree(bool(own))  # all targets are of one kind
             target = wide(before[:, part]) + attention if additive else attention
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.mlp)  # until the narrowed model's inputs are known
@@ -250,7 +251,7 @@ class Propagation:
             gram.update(values, mask=mask)
             cross.update(values, target if bias is None else target - bias, mask=mask)
         found: BlockStatistics = {Needs.MIXED_GRAM: gram, Needs.MIXED_TARGET: cross}
-        self.ranks.add_up(found)
+        add_up(found, self.ranks)
         return found
 
     def _hidden(self, block: Block, additive: bool) -> BlockStatistics:
@@ -273,7 +274,7 @@ class Propagation:
             self.targets.put(batch, part, target)
             self.inputs.put(batch, part, seen.inputs)
         found: BlockStatistics = {Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}
-        self.ranks.add_up(found)
+        add_up(found, self.ranks)
         return found
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from secateur.apply.narrowing_messages import gather_narrowings
 from secateur.calibration.needs import BlockStatistics, of_unit
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.methods.base import Method
@@ -34,9 +35,9 @@ def narrow_block(
         own = {
             unit.name: method.solve(unit, block, of_unit(statistics, unit)).at(sizes[unit.name])
             for place, unit in enumerate(changing)
-            if ranks.mine(block.index + place)
+            if ranks.owns(block.index + place)
         }
-    found = {name: narrowing for part in ranks.gathered(own) for name, narrowing in part.items()}
+    found = gather_narrowings(own, ranks)
     for unit in changing:
         narrow_unit(block, unit, found[unit.name])
     check_finite(block)

@@ -15,6 +15,7 @@ from secateur.calibration.hooks import observed
 from secateur.calibration.layer_stream import Stream
 from secateur.calibration.needs import BlockStatistics, Need, Needs, in_block, in_parts
 from secateur.calibration.statistics import Statistic
+from secateur.calibration.summation import add_up
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.io.atomic import own_partial, remove_partials
@@ -203,13 +204,13 @@ def calibrate(
     gradients = collect_gradients(model, tokens, needs, ranks)
     for statistics in gradients.values():
         check_finite(statistics)
-    missing = ranks.told(lambda: [b.index for b in model.blocks if b.index not in store])
+    missing = ranks.broadcast(lambda: [b.index for b in model.blocks if b.index not in store])
     with torch.inference_mode():
         stream = Stream(model, tokens, ranks=ranks)
         for block in model.in_turn(model.blocks[: max(missing, default=-1) + 1]):
             if block.index in missing:
                 found = collect(stream, block, needs | {Needs.INFLUENCE})
-                if ranks.leads:
+                if ranks.leader:
                     store.put(block.index, {**found, **gradients[block.index]})
                 found = {}  # gone before those of the next are summed
             else:  # an interrupted run has them
@@ -244,7 +245,7 @@ def collect(
                 statistic.update(after[:, part], mask=mask)
         if move:
             stream.put(batch, after)
-    stream.ranks.add_up(statistics)
+    add_up(statistics, stream.ranks)
     check_finite(statistics)
     return statistics
 

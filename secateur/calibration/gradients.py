@@ -22,6 +22,7 @@ from secateur.models.block import Block
 from secateur.models.model import Model
 from secateur.models.parts import AxisView
 from secateur.structure.sites import Site
+from secateur.structure.units import READS
 from secateur.utils.errors import InputError
 from secateur.utils.precision import exact
 
@@ -77,7 +78,7 @@ class SecondOrder(FirstOrder):
         return torch.cat((super().summed(weights, gradient, mask=mask), both))
 
 
-PARTS = {"mlp": "mlp", "heads": "attention"}  #: kind of unit → the part that it is in
+PARTS = {kind: site.path for kind, site in READS.items()}  #: kind of unit → its part
 #: kind of unit → first-order statistic of the mean loss
 LOSS = {kind: Need(Site(part, f"loss:{kind}"), FirstOrder) for kind, part in PARTS.items()}
 #: the same with second order
@@ -189,7 +190,7 @@ class _Sums:
     def add_up(self, ranks: Ranks) -> None:
         """Let them be those of all processes."""
         counts = torch.tensor([self.count, self.windows])
-        ranks.sum([counts, *self.first.values(), *self.second.values()])
+        ranks.all_reduce([counts, *self.first.values(), *self.second.values()])
         self.count, self.windows = map(int, counts)
 
     def mean_square(self, parameter: Tensor) -> Tensor:

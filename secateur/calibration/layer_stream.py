@@ -115,7 +115,7 @@ class Stream:
     def save(self, path: Path) -> None:
         """Write the states of its windows to a file with those of all; see :meth:`load`."""
         if not self._idle:
-            self.held.save(path, self._first if self.ranks.world > 1 else None)
+            self.held.save(path, self._first if self.ranks.world_size > 1 else None)
 
     def load(self, path: Path) -> None:
         """Take the states that were saved there, by however many processes."""

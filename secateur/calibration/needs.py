@@ -17,7 +17,7 @@ from secateur.calibration.statistics import (
 )
 from secateur.models.block import Block
 from secateur.structure.sites import BLOCK, Site, part_name
-from secateur.structure.units import Unit
+from secateur.structure.units import READS, Unit
 
 MOST_PARTS = 8  # of one kind in a block
 
@@ -69,9 +69,9 @@ class Needs:
     MLP_INPUT_GRAM: ClassVar = Need(Site("mlp", "mlp_inputs"), Gram)
 
 
-#: of what reads an MLP's channels and of what reads whole heads, by the kind of the axis
-GRAMS = {"mlp": Needs.HIDDEN_GRAM, "heads": Needs.MIXED_GRAM}
-MOMENTS = {"mlp": Needs.HIDDEN_MOMENTS, "heads": Needs.MIXED_MOMENTS}
+#: of the input of what reads a unit, by the unit's kind
+GRAMS = {kind: Need(site, Gram) for kind, site in READS.items()}
+MOMENTS = {kind: Need(site, Moments) for kind, site in READS.items()}
 #: of what each linear layer of a block reads
 INPUTS = frozenset(
     {

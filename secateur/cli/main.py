@@ -19,14 +19,15 @@ from secateur.cli.options import (
     stream_option,
     text_options,
 )
+from secateur.cli.outcome import INTERRUPTED, Outcome
 from secateur.cli.sweep import sweep
-from secateur.utils.errors import HaltedError, InputError, RunError, out_of_memory, printable, words
+from secateur.utils.errors import HaltedError, InputError, RunError, out_of_memory, words
 from secateur.utils.run_info import typed_command
 from secateur.version import __version__
 
 if TYPE_CHECKING:
+    from secateur.distributed.collectives import Ranks
     from secateur.methods.base import Method
-    from secateur.pipeline.workers import Crew
     from secateur.planning.plan import Plan
     from secateur.planning.recipe import Recipe
 
@@ -44,10 +45,10 @@ def cli(ctx: click.Context) -> None:
     secateur eval out                                      evaluate any model
     secateur sweep Qwen/Qwen2.5-0.5B outs --keep 0.9,0.8   compare several budgets
     """
-    if ctx.obj.crew is not None:
+    if ctx.obj.ranks is not None:
         from secateur.cli.launch import check_command
 
-        check_command(ctx.invoked_subcommand, ctx.obj.crew)
+        check_command(ctx.invoked_subcommand, ctx.obj.ranks)
 
 
 @cli.command(name="ls")
@@ -136,8 +137,8 @@ def plan(
     from secateur.pipeline.prepare import check_reach, prepare
     from secateur.pipeline.run_inputs import Inputs
 
-    path = Path(output)
-    if not dry_run and path.exists() and not overwrite:
+    path, context = Path(output), asked.context(ctx)
+    if context.ranks.leader and not dry_run and path.exists() and not overwrite:
         raise InputError(f"{output!r} exists; choose another --output or add --overwrite.")
     if not dry_run and not path.parent.is_dir():
         raise InputError(f"--output {output!r}: there is no folder {str(path.parent)!r}.")
@@ -152,8 +153,9 @@ def plan(
     inputs = Inputs.of(model, calibration, settings)
     with TemporaryDirectory() as passing:
         store = Store(statistics or Path(passing))
-        context = asked.context(ctx)
         made = prepare(inputs, step, context, store=store, scores=scores, only_plan=True).plan
+    if not context.ranks.leader:
+        return
     if not dry_run:
         write_whole(path, made.to_json())
     if as_json:
@@ -224,7 +226,10 @@ def compress(
     asked.refuse_lengths(ctx, use)
     questions = asked.questions(rest, default_texts(calibration, use), calibration.length)
     config = RunConfig(model, out, made, calibration=calibration, questions=questions, **asks)
-    report = run(config, asked.context(ctx))
+    context = asked.context(ctx)
+    report = run(config, context)
+    if not context.ranks.leader:
+        return
     if as_json:
         asked.print_json(report.content)
     else:
@@ -275,40 +280,31 @@ def main() -> None:
     """Entry point. Errors that the user can correct end with one message and exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     if "WORLD_SIZE" in os.environ:  # as torchrun says, or something like it
-        from secateur.cli.launch import run_shared
+        from secateur.cli.launch import run_ranks
 
-        sys.exit(run_shared(_run))
-    sys.exit(_run())
+        sys.exit(run_ranks(_run))
+    sys.exit(_run().show())
 
 
-def _run(crew: "Crew | None" = None) -> int:
-    """Follow the command line, maybe with a crew; the exit code."""
+def _run(ranks: "Ranks | None" = None) -> Outcome:
+    """Follow the command line, maybe as one of several ranks."""
     try:
-        invocation = asked.Invocation(typed_command(sys.argv[1:]), crew)
-        code: int = cli.main(standalone_mode=False, obj=invocation)
+        invocation = asked.Invocation(typed_command(sys.argv[1:]), ranks)
+        return Outcome(cli.main(standalone_mode=False, obj=invocation) or 0)
     except click.exceptions.Abort as error:
-        said = str(error.__cause__ or "")  # of another process, where one ended
-        code = 1 if said else 130
-        interrupted = "interrupted. To resume a compress or sweep command, repeat it."
-        print(f"error: {printable(said)}" if said else interrupted, file=sys.stderr)
+        said = str(error.__cause__ or "")  # of another rank, where one ended
+        return Outcome(1, said) if said else Outcome(INTERRUPTED)
     except click.ClickException as error:
-        if isinstance(error, click.UsageError) and error.ctx is not None:
-            print(error.ctx.get_usage(), file=sys.stderr)
-        print(f"error: {printable(error.format_message())}", file=sys.stderr)
-        code = error.exit_code
+        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx else ""
+        return Outcome(error.exit_code, error.format_message(), usage)
     except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        code = 2
+        return Outcome(2, str(error))
     except RunError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        code = 2 if isinstance(error, HaltedError) else 1
+        return Outcome(2 if isinstance(error, HaltedError) else 1, str(error))
     except OSError as error:
-        print(f"error: {words(str(error))}. {ON}", file=sys.stderr)
-        code = 2
+        return Outcome(2, f"{words(str(error))}. {ON}")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         advice = "Use --stream on to read the model block by block, or fewer --samples."
-        print(f"error: there is not enough memory. {advice} {ON}", file=sys.stderr)
-        code = 2
-    return code
+        return Outcome(2, f"there is not enough memory. {advice} {ON}")

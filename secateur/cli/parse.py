@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from secateur.allocate.base import Allocator
     from secateur.data.tasks import Use
     from secateur.data.tokens import Calibration
-    from secateur.evaluate.evaluator import Questions
+    from secateur.distributed.collectives import Ranks
+    from secateur.evaluate.measurements import Questions
     from secateur.methods.base import Method
     from secateur.models.model import Settings
     from secateur.pipeline.context import RunContext
-    from secateur.pipeline.workers import Crew
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Invocation:
 
     Attributes:
         command: the command line, as it was typed.
-        crew: the processes that share the work; None where there is one.
+        ranks: the processes that run it; None where there is one.
     """
 
     command: str
-    crew: "Crew | None" = None
+    ranks: "Ranks | None" = None
 
 
 def settings(options: dict[str, Any]) -> "Settings":
@@ -90,7 +90,7 @@ def calibration(options: dict[str, Any]) -> "Calibration":
 def questions(options: dict[str, Any], default: Any, length: int | None) -> "Questions":
     """What to measure; ``default`` are the texts where none is given."""
     from secateur.data.tokens import Text
-    from secateur.evaluate.evaluator import Questions
+    from secateur.evaluate.measurements import Questions
 
     sources = list(dict.fromkeys(options["texts"]))
     names = [Path(source).name for source in sources]
@@ -162,4 +162,4 @@ def context(ctx: click.Context) -> "RunContext":
 
     invocation: Invocation = ctx.obj
     found = RunContext(for_terminal(), command=invocation.command)
-    return found if invocation.crew is None else replace(found, crew=invocation.crew)
+    return found if invocation.ranks is None else replace(found, ranks=invocation.ranks)

@@ -17,7 +17,7 @@ from secateur import allocate, methods
 from secateur.allocate.base import Allocator
 from secateur.cli.options import DEFAULT_METHOD, shown
 from secateur.data.tasks import PREFIX
-from secateur.evaluate.evaluator import Verdict
+from secateur.evaluate.measurements import Verdict
 from secateur.evaluate.significance import doubts
 from secateur.families import FAMILIES, find
 from secateur.methods.base import Method

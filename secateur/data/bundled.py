@@ -49,7 +49,7 @@ _TO_ASCII = str.maketrans(
 
 
 def _clean(text: str) -> str:
-    """Plain ASCII text, line breaks kept, separator lines gone, at most one blank line in a row."""
+    """Plain ASCII text with its line breaks, without separator lines or repeated blank lines."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text.translate(_TO_ASCII))
         text = text.encode("ascii", "ignore").decode("ascii")
@@ -63,7 +63,7 @@ def _clean(text: str) -> str:
 
 
 def _pieces(source: str) -> Iterator[str]:
-    """The docstrings and the blocks of whole-line comments of one module, in source order."""
+    """Docstrings and whole-line comment blocks of a module, in source order."""
     block: list[str] = []
     code_before = False
     block_end = block_column = -1
@@ -100,13 +100,13 @@ def _pieces(source: str) -> Iterator[str]:
 
 
 def _module_text(source: str) -> str:
-    """All the prose of one module, cleaned."""
+    """The cleaned prose of a module."""
     cleaned = (_clean(piece) for piece in _pieces(source))
     return "\n\n".join(piece for piece in cleaned if len(piece) >= 20 and " " in piece)
 
 
 def _topics(path: Path) -> dict[str, str]:
-    """The reference topics that ``help()`` shows, read from the literal in their source file."""
+    """The reference topics of ``help()``, read from the literal in their source file."""
     if not path.is_file():
         return {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -117,7 +117,7 @@ def _topics(path: Path) -> dict[str, str]:
 
 
 def _sources(root: Path) -> Iterator[tuple[str, Path]]:
-    """The dotted name and the path of every module below the standard library's folder."""
+    """Dotted names and paths of all modules in the standard library's folder."""
     for folder, names, files in os.walk(root):
         names[:] = [name for name in names if name.isidentifier() and name not in _SKIPPED]
         for file in files:
@@ -171,7 +171,7 @@ def documents() -> dict[str, str]:
 
 
 def split_of(name: str) -> Split:
-    """The split a document belongs to: by its name alone, the same on every machine."""
+    """The split of a document, which depends on its name only."""
     share = int.from_bytes(hashlib.sha256((_SALT + name).encode()).digest()[:8], "big") % 100
     if share < _TRAIN_BELOW:
         return "train"

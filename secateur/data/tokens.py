@@ -1,4 +1,4 @@
-"""Text to token windows: from a file, a folder, JSONL, a datasets name or the bundled text."""
+"""Windows of tokens from a file, a folder, JSONL, a Hugging Face dataset or the bundled text."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -43,11 +43,11 @@ class Tokens:
         return len(self.ids)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Self:
-        """Some of the rows."""
+        """The tokens of some rows."""
         return self._each(lambda tensor: tensor[rows if isinstance(rows, slice) else list(rows)])
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """The tokens on another device."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, of: Callable[[Tensor], Tensor]) -> Self:
@@ -61,12 +61,12 @@ class Tokens:
 
     @property
     def length(self) -> int:
-        """Positions of a row."""
+        """Number of positions per row."""
         return self.mask.shape[1]
 
     @property
     def count(self) -> int:
-        """Number of real tokens."""
+        """Number of tokens without padding."""
         return int(self.mask.sum())
 
     @property
@@ -79,7 +79,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Text:
-    """What to judge on: the part of a source from the share ``start`` on, under a name."""
+    """An evaluation text: the part of a source from the share ``start`` on, with a name."""
 
     name: str
     source: str
@@ -88,7 +88,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text calibrates, and how much of it.
+    """The calibration data of a run: source, amount and choice of windows.
 
     Attributes:
         source: a text file, a folder of them, a .jsonl file (field "text"), "bundled", or a
@@ -120,7 +120,7 @@ class Calibration:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ~ made into a home folder, or as it is where there is no such user.
+    """Expand ~ in a path to the home folder; unchanged if there is no such user.
 
     Raises:
         InputError: it can't be one.
@@ -134,7 +134,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def read_documents(source: str, split: str = "calibration") -> list[str]:
-    """All documents of a source, without empty ones; ``split`` chooses a part of bundled text.
+    """All nonempty documents of a source; ``split`` selects a part of the bundled text.
 
     Raises:
         InputError: there is no such source, it cannot be read as text, or it is empty.
@@ -163,7 +163,7 @@ def read_documents(source: str, split: str = "calibration") -> list[str]:
 
 
 def _read_file(path: Path, room: int) -> list[str]:
-    """The documents of a file, up to about ``room`` characters of them."""
+    """Documents of a file, up to about ``room`` characters."""
     documents: list[str] = []
     try:
         with opened_lines(path) as file:
@@ -225,7 +225,7 @@ def _read_dataset(source: str) -> list[str]:
 
 
 def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
-    """All documents as one row of ids, separated by the end-of-text token where there is one."""
+    """Token ids of all documents as one row, separated by the end-of-text token if there is one."""
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts: list[Tensor] = []
     for document in documents:
@@ -241,11 +241,11 @@ def token_stream(documents: list[str], tokenizer: Any) -> Tensor:
 def sample(
     stream: Tensor, samples: int, length: int, seed: int, name: str = "calibration text"
 ) -> Tokens:
-    """Choose windows of ``length`` tokens at random from the stream, without overlap.
+    """Draw windows of ``length`` tokens at random from the stream, without overlap.
 
-    The stream is cut into consecutive windows, of which ``samples`` are drawn, in random order, so
-    that the first few of them are a sample too. Where it holds fewer, all of them are taken and the
-    last, shorter one is padded.
+    The stream is divided into consecutive windows, and ``samples`` of them are drawn in random
+    order, so that the first few are also a sample. If there are fewer, all are taken, and the last,
+    shorter one is padded.
 
     Raises:
         InputError: the stream is shorter than one window.
@@ -267,7 +267,7 @@ def sample(
 
 
 def drawn(whole: int, seed: int) -> list[int]:
-    """All places of whole windows in random order."""
+    """Positions of all whole windows in random order."""
     order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))
     return [int(place) for place in order]
 
@@ -275,7 +275,7 @@ def drawn(whole: int, seed: int) -> list[int]:
 def windows_at(
     stream: Tensor, places: Sequence[int], length: int, name: str = "calibration text"
 ) -> Tokens:
-    """Those of the stream's consecutive windows that stand at some places, in their order.
+    """The consecutive windows of the stream at the given positions, in that order.
 
     Raises:
         InputError: the stream is too short to have one of them.
@@ -293,7 +293,7 @@ def windows_at(
 def contiguous(
     stream: Tensor, length: int, limit: int | None = None, name: str = "text to judge on"
 ) -> Tokens:
-    """Consecutive windows from the start of the stream, as perplexity is judged on.
+    """Consecutive windows from the start of the stream, as used for perplexity.
 
     Raises:
         InputError: the stream is shorter than one window.
@@ -310,7 +310,7 @@ def contiguous(
 
 
 def calibration_stream(calibration: Calibration, tokenizer: Any) -> Tensor:
-    """The part of the text that calibration may see, as one row of ids.
+    """Token ids of the part of the text that is not held out, as one row.
 
     Raises:
         InputError: the text is missing, unreadable or empty.
@@ -322,9 +322,9 @@ def calibration_stream(calibration: Calibration, tokenizer: Any) -> Tensor:
 
 
 def calibration_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
-    """The windows that a :class:`Calibration` means, from the part of the text not set aside.
+    """The windows of a :class:`Calibration`, from the part of the text that is not held out.
 
-    Those that were chosen, or else as many drawn at random.
+    These are the chosen windows or, if none were chosen, random ones.
 
     Raises:
         InputError: the text is missing, unreadable, empty or too short.
@@ -337,7 +337,7 @@ def calibration_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
 
 
 def held_windows(text: Text, tokenizer: Any, length: int, limit: int) -> Tokens:
-    """The first windows of a text to judge on.
+    """The first windows of an evaluation text.
 
     Raises:
         InputError: the text is missing, unreadable, empty or too short.

@@ -1,157 +1,192 @@
-"""Processes that share the work of one run, as torchrun starts them."""
+"""The ranks of one program: which one this is, what it works on, and what it tells the others."""
 
-import io
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from secateur.calibration.needs import BlockStatistics
+from secateur.distributed.messages import Value, pack, unpack
+from secateur.utils.errors import InputError, first_line
 
 if TYPE_CHECKING:
-    from secateur.distributed.rendezvous import Link
+    from secateur.distributed.liveness import Liveness
 
 T = TypeVar("T")
+CHUNK = 2**26  #: bytes that pass at a time, as sums need as much memory again
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Ranks:
-    """One of some processes, of which the first leads; by default one that is alone.
+    """One of several processes that run the same program; by default the only one.
 
-    What is shared is the same, up to the order of sums, however many they are. All must call the
-    same of these methods, in the same order.
+    Every rank calls the same methods in the same order, and a lone process does too: there each
+    returns at once. Results do not depend on the number of ranks, up to the order of sums. Use
+    :attr:`leader` where one rank decides or writes.
+
+    Waiting for another rank has no limit, as that rank may be solving for an hour; one that has
+    ended is noticed by :class:`~secateur.distributed.liveness.Liveness`.
+
+    Attributes:
+        rank: number of this process.
+        world_size: how many there are.
+        local_world_size: how many of them are on this machine.
+        device: where tensors of other ranks arrive.
+        liveness: what knows which ranks are still there; None in a process that is alone.
     """
 
-    link: "Link | None" = None
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    liveness: "Liveness | None" = None
+    _nccl: dist.ProcessGroup | None = None
 
     @property
-    def rank(self) -> int:
-        """The number of this process."""
-        return 0 if self.link is None else self.link.rank
-
-    @property
-    def world(self) -> int:
-        """How many there are."""
-        return 1 if self.link is None else self.link.world
-
-    @property
-    def leads(self) -> bool:
-        """Whether this one decides and writes."""
+    def leader(self) -> bool:
+        """Whether this is the rank that decides, writes and prints."""
         return self.rank == 0
 
     @property
-    def device(self) -> torch.device:
-        """Where what is passed on arrives."""
-        return torch.device("cpu") if self.link is None else self.link.device
+    def alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self.world_size == 1
 
-    @property
-    def neighbours(self) -> int:
-        """How many are on this machine."""
-        return 1 if self.link is None else self.link.neighbours
-
-    def settle(self, kind: str) -> torch.device:
-        """Take a device of this kind, on a machine with several GPUs one of its own."""
-        assert self.link is not None
-        return self.link.settle(kind)
-
-    def mine(self, number: int) -> bool:
-        """Whether a piece of work is this one's, dealt out in turn."""
-        return number % self.world == self.rank
+    def owns(self, number: int) -> bool:
+        """Whether a piece of work, dealt out in turn by its number, is this rank's."""
+        return number % self.world_size == self.rank
 
     def share(self, windows: int, rows: int) -> slice:
-        """This one's part of the windows, in batches of so many where it is alone.
+        """This rank's part of the windows, which one process takes in batches of ``rows``.
 
-        A part is made of whole batches, so that numbers are rounded as in a process that is alone;
-        where there are fewer batches than processes, some have none.
+        A part is made of whole batches, so that sums are rounded as in one process. Where there are
+        fewer batches than ranks, some ranks have none.
         """
         batches = -(-windows // rows)
-        first, last = (-(-batches * i // self.world) for i in (self.rank, self.rank + 1))
+        first, last = (-(-batches * i // self.world_size) for i in (self.rank, self.rank + 1))
         return slice(first * rows, min(last * rows, windows))
 
-    def add_up(self, statistics: BlockStatistics) -> None:
-        """Let statistics be those of all tokens; each process has its part of them."""
-        if self.link is None:
-            return
-        found = [statistics[need] for need in sorted(statistics, key=lambda n: (n[0], str(n[1])))]
-        self.link.meet()
-        counts = torch.tensor([[s.tokens for s in found], [s.total is None for s in found]])
-        self.link.add_up(counts)
-        if bool(counts[1].any()):  # one with enough tokens took none
-            shapes = self.gathered([None if s.total is None else s.total.shape for s in found])
-            for statistic, known in zip(found, zip(*shapes, strict=True), strict=True):
-                shape = next((s for s in known if s is not None), None)
-                if statistic.total is None and shape is not None:
-                    statistic.total = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        for statistic, tokens in zip(found, counts[0].tolist(), strict=True):
-            statistic.tokens = int(tokens)
-            if statistic.total is not None:
-                self.sum([statistic.total])
+    def use_device(self, kind: str) -> torch.device:
+        """Choose this rank's device: the CPU, or the GPU of its local number.
 
-    def meet(self) -> None:
-        """Wait for the others."""
-        if self.link is not None:
-            self.link.meet()
+        Tensors on GPUs pass by NCCL where every rank has a GPU of its own, and by gloo elsewhere.
 
-    def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors by the sums of those of all."""
-        if self.link is not None:
-            for tensor in tensors:
-                self.link.meet()
-                self.link.add_up(tensor)
+        Raises:
+            InputError: there is no GPU on this machine.
+        """
+        if kind != "cuda":
+            self.device = torch.device(kind)
+        elif self.device.type != "cuda":
+            if not torch.cuda.device_count():
+                raise InputError(
+                    f"rank {self.rank} finds no GPU on {socket.gethostname()}, and rank 0 has one. "
+                    f"Say --device cpu, or leave this machine out."
+                )
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            self.device = torch.device("cuda", local % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+            uuid = torch.cuda.get_device_properties(self.device).uuid
+            found = self.all_gather(f"{socket.gethostname()} {uuid}")
+            if dist.is_nccl_available() and len({*found}) == self.world_size:
+                os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # errors are raised, not fatal
+                self._nccl = dist.new_group(backend="nccl")
+        return self.device
 
-    def told(self, make: Callable[[], T], by: int = 0) -> T:
-        """What one of them makes; the others are told."""
-        if self.link is None:
+    def barrier(self) -> None:
+        """Wait until all ranks have come here."""
+        if not self.alone:
+            with self._connected():
+                dist.barrier()
+
+    def broadcast(self, make: Callable[[], T], src: int = 0) -> T:
+        """The value that rank ``src`` makes, on every rank; see :data:`Value` for what it may be.
+
+        ``make`` runs on that rank alone.
+        """
+        if self.alone:
             return make()
-        if self.rank != by:
-            self.link.meet()
-            heard: T = self._read(self._passed(None, by))
-            return heard
-        found = make()
-        data = _written(found)  # before the others wait for it, which they do with a limit
-        self.link.meet()
-        self._passed(data, by)
+        if self.rank == src:
+            value = make()
+            self._send(value, src)
+            return value
+        return self._receive(src)
+
+    def agree(self, own: T) -> T:
+        """The leader's value, on every rank: a decision that may differ by rounding or timing."""
+        return self.broadcast(lambda: own)
+
+    def all_gather(self, own: T) -> list[T]:
+        """The value of each rank, by rank; see :data:`Value` for what it may be."""
+        return [self.broadcast(lambda: own, src) for src in range(self.world_size)]
+
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over all ranks, in place."""
+        if self.alone:
+            return
+        for tensor in tensors:
+            self._wait_for_nccl(tensor)
+            for part, group in self._chunks(tensor):
+                with self._connected():
+                    dist.all_reduce(part, group=group)
+
+    def broadcast_tensors(self, tensors: Iterable[Tensor], src: int = 0) -> None:
+        """Give tensors the numbers that they have on rank ``src``, in place."""
+        if self.alone:
+            return
+        for tensor in tensors:
+            self._wait_for_nccl(tensor)
+            for part, group in self._chunks(tensor, as_bytes=True):
+                with self._connected():
+                    dist.broadcast(part, src, group=group)
+
+    def _send(self, value: Value, src: int) -> None:
+        content, tensors = pack(value)
+        text = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        self.broadcast_tensors([torch.tensor([len(text)]), text], src)
+        self.broadcast_tensors((tensor.to(self.device) for tensor in tensors), src)
+
+    def _receive(self, src: int) -> T:  # type: ignore[type-var]
+        size = torch.tensor([0])
+        self.broadcast_tensors([size], src)
+        text = torch.empty(int(size), dtype=torch.uint8)
+        self.broadcast_tensors([text], src)
+        value, tensors = unpack(text.numpy().tobytes(), self.device)
+        self.broadcast_tensors(tensors, src)
+        found: T = value
         return found
 
-    def gathered(self, own: T) -> list[T]:
-        """What each has, by rank."""
-        if self.link is None:
-            return [own]
-        data = _written(own)
-        self.link.meet()
-        every = [self._passed(data, by) for by in range(self.world)]
-        return [own if by == self.rank else self._read(one) for by, one in enumerate(every)]
+    def _wait_for_nccl(self, tensor: Tensor) -> None:
+        """Let the ranks meet by gloo first, as NCCL waits with a limit."""
+        if self._nccl is not None and tensor.is_cuda:
+            self.barrier()
 
-    def _passed(self, data: Tensor | None, by: int) -> Tensor:
-        """The bytes that one of them has; all have met."""
-        assert self.link is not None
-        size = torch.tensor([0 if data is None else len(data)])
-        self.link.pass_on(size, by)
-        if data is None or self.rank != by:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        self.link.pass_on(data, by)
-        return data
+    def _chunks(
+        self, tensor: Tensor, as_bytes: bool = False
+    ) -> Iterator[tuple[Tensor, dist.ProcessGroup | None]]:
+        """Chunks of a tensor and the group that they pass by; it takes what they have become."""
+        group = self._nccl if tensor.is_cuda else None
+        flat = (tensor if group is not None else tensor.cpu()).contiguous().flatten()
+        through = flat.view(torch.uint8) if as_bytes else flat
+        for part in through.split(CHUNK // through.element_size()):
+            if len(part):
+                yield part, group
+        if flat.data_ptr() != tensor.data_ptr():
+            tensor.copy_(flat.view(tensor.shape))
 
-    def _read(self, data: Tensor) -> Any:
-        """A value from bytes, between processes that trust each other."""
-        content = io.BytesIO(data.numpy().tobytes())
-        return torch.load(content, map_location=self.device, weights_only=False)
-
-    def follow(self, tensors: Iterable[Tensor]) -> None:
-        """Give tensors the numbers that they have where one leads."""
-        if self.link is not None:
-            for tensor in tensors:
-                self.link.meet()
-                self.link.pass_on(tensor, 0)
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Where the connection breaks, say which rank has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            assert self.liveness is not None
+            raise self.liveness.explained(first_line(error)) from error
 
 
-def _written(value: object) -> Tensor:
-    """A value as bytes."""
-    content = io.BytesIO()
-    torch.save(value, content)
-    return torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
-
-
+#: a process that is alone
 ALONE = Ranks()

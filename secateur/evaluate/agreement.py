@@ -1,12 +1,17 @@
 """Top-1 agreement and KL divergence of a compressed model with the dense one, on the same text."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.calibration.forward_batches import batches
 from secateur.data.tokens import Tokens
+from secateur.evaluate.significance import Figures, changes
+from secateur.io.run_directory import whole
 from secateur.models.model import Model
 from secateur.utils.errors import InputError
 
@@ -67,3 +72,44 @@ def agreement(dense: Tensor, small: Tensor) -> dict[str, float]:
         "top1": float(same.double().mean()),
         "outputs": len(dense),
     }
+
+
+def compared(
+    kept: dict[str, Tensor], tasks: Sequence[str], outputs_of_dense: Path | None
+) -> tuple[dict[str, float], dict[str, Figures]]:
+    """Hold the outputs ``kept`` of a model against those of the dense one in a file.
+
+    The values are what :func:`agreement` says, and for each of ``tasks`` what
+    :func:`~secateur.evaluate.significance.changes` says. Where there is no such file yet, the
+    model is the dense one, and its outputs are written there.
+
+    Raises:
+        InputError: the two models do not read the text alike.
+    """
+    if outputs_of_dense is None:
+        return {}, {}
+    if not outputs_of_dense.exists():
+        with whole(outputs_of_dense) as partial:
+            save_file(kept, partial)
+        return {}, {}
+    dense, agrees = load_file(outputs_of_dense), {}
+    if "outputs" in kept:
+        _check_alike(dense, kept)
+        agrees = agreement(dense["outputs"], kept["outputs"])
+    return agrees, {name: changes(name, dense, kept) for name in tasks}
+
+
+def _check_alike(dense: dict[str, Tensor], small: dict[str, Tensor]) -> None:
+    """Refuse to compare two models that tokenize text differently.
+
+    Raises:
+        InputError: their tokens differ, or the number of their outputs.
+    """
+    both = (dense["outputs"], small["outputs"])
+    same = [torch.equal(dense[key], small[key]) for key in ("text",) if key in dense]
+    if both[0].shape != both[1].shape or not all(same):
+        raise InputError(
+            f"the two models do not read the text alike ({both[0].shape[1]} classes an output and "
+            f"{both[1].shape[1]}, or other tokens); a model can be held against the one that it "
+            f"was made from."
+        )

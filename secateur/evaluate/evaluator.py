@@ -1,4 +1,4 @@
-"""Measure one checkpoint in a process of its own, so that memory and speed are its own too."""
+"""Measure one checkpoint in a separate process, so that memory and speed are its own."""
 
 import json
 import os
@@ -8,23 +8,23 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur.data.tasks import CausalLM, Use
 from secateur.data.tokens import Text, Tokens
 from secateur.evaluate import lm_eval
-from secateur.evaluate.agreement import agreement, outputs
+from secateur.evaluate.agreement import compared, outputs
 from secateur.evaluate.damage.summary import damage
+from secateur.evaluate.measurements import Questions, Verdict
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import answered
-from secateur.evaluate.significance import Answers, Figures, changes
+from secateur.evaluate.significance import Answers, Figures
 from secateur.evaluate.speed import measure_speed
 from secateur.evaluate.task_file import answered_file, is_file, read_task
 from secateur.evaluate.verify import (
@@ -34,7 +34,6 @@ from secateur.evaluate.verify import (
     streamed_testimony,
     testimony,
 )
-from secateur.io.run_directory import whole
 from secateur.models.loading import locate
 from secateur.models.model import Model, Settings
 from secateur.models.streamed_loading import open_fitting
@@ -48,63 +47,6 @@ NEW_TOKENS = 40
 FEW_NEW_TOKENS = 4  # where each takes a pass over the weight files
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What to measure, the same for every model of a run.
-
-    Attributes:
-        texts: what to judge on.
-        length: tokens in a window; by default 256, or all positions of a shorter model.
-        windows: at most this many windows of each text, from its start.
-        prompt: text that the model continues; by default the beginning of the first text.
-        new_tokens: length of the continuation; by default 40, or what fits.
-        speed: whether to time it.
-        tasks: task files, and names of tasks of lm-evaluation-harness.
-        task_limit: at most this many items of each task, from its start.
-        damage: whether to measure what perplexity does not show.
-    """
-
-    texts: tuple[Text, ...]
-    length: int | None = None
-    windows: int = 256
-    prompt: str | None = None
-    new_tokens: int | None = None
-    speed: bool = True
-    tasks: tuple[str, ...] = ()
-    task_limit: int | None = None
-    damage: bool = False
-
-
-@dataclass
-class Verdict:
-    """What was measured. ``peak_memory_bytes`` counts from before the weights were loaded.
-
-    ``tokens`` says how many outputs each figure is of, ``counts`` what those are of: tokens, or
-    images; ``texts`` has the fingerprint of each text's tokens. ``tasks`` holds shares of right
-    answers; ``agreement``, of a compressed model, what
-    :func:`~secateur.evaluate.agreement.agreement` says of it on the first text. ``task_scores`` has
-    the figures of each task that was asked for; ``task_changes``, of a compressed model, what
-    :func:`~secateur.evaluate.significance.changes` says of each. ``damage`` is what
-    :func:`~secateur.evaluate.damage.summary.damage` found, if it was asked for.
-    """
-
-    parameters: int
-    bytes: int
-    perplexity: dict[str, float]
-    tokens: dict[str, int]
-    prompt: str
-    sample: str
-    peak_memory_bytes: int
-    speed: dict[str, float] = field(default_factory=dict)
-    counts: str = "tokens"
-    tasks: dict[str, float] = field(default_factory=dict)
-    agreement: dict[str, float] = field(default_factory=dict)
-    task_scores: dict[str, Figures] = field(default_factory=dict)
-    task_changes: dict[str, Figures] = field(default_factory=dict)
-    damage: dict[str, Any] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
-
-
 def judge(
     model: Model,
     questions: Questions,
@@ -114,7 +56,8 @@ def judge(
 ) -> Verdict:
     """Measure an open model; ``before`` is the process's peak memory before it was opened.
 
-    ``outputs_of_dense`` is where its outputs are kept or, where there are some, compared with them.
+    ``outputs_of_dense`` is the file for the dense model's outputs. If it exists, the model is
+    compared with these outputs; otherwise the outputs of the model are written to it.
     """
     room, use = model.positions or sys.maxsize, model.use
     length = _checked_length(model, questions, room)
@@ -129,7 +72,7 @@ def judge(
     scores, kept = _tasks(model, questions, loaded, progress)
     if first is not None and outputs_of_dense is not None:
         kept |= {"outputs": outputs(model, first)} | ({"text": first.ids} if use.reads_text else {})
-    agrees, changed = _compared(kept, scores, outputs_of_dense)
+    agrees, changed = compared(kept, [*scores], outputs_of_dense)
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
     return Verdict(
         parameters=sum(p.numel() for p in model.module.parameters()),
@@ -170,7 +113,7 @@ def _checked_length(model: Model, questions: Questions, room: int) -> int:
 def _answered(
     model: Model, held: dict[str, Tokens], progress: Progress
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Perplexity on each text and, of a model that gives answers, the share that is right."""
+    """Perplexity on each text and, for models with labels, the accuracy."""
     values, tasks = {}, {}
     for name, tokens in held.items():
         with progress.stage(f"perplexity: {name}"[:28], len(tokens)) as advance:
@@ -183,7 +126,7 @@ def _answered(
 def _speed(
     model: Model, questions: Questions, first: Tokens, length: int, progress: Progress
 ) -> dict[str, float]:
-    """Prefill and decode, unless that is not asked for or the model is read from disk."""
+    """Prefill and decode speed; empty if not requested, or if the model is read from disk."""
     if not questions.speed:
         return {}
     if model.residence is not None:
@@ -197,25 +140,8 @@ def _speed(
     return {name: value for name, value in asdict(timed).items() if value is not None}
 
 
-def _compared(
-    kept: dict[str, Tensor], scores: dict[str, Figures], outputs_of_dense: Path | None
-) -> tuple[dict[str, float], dict[str, Figures]]:
-    """Agreement with the dense model and changes of tasks; of that model itself, keep outputs."""
-    if outputs_of_dense is None:
-        return {}, {}
-    if not outputs_of_dense.exists():
-        with whole(outputs_of_dense) as partial:
-            save_file(kept, partial)
-        return {}, {}
-    dense, agrees = load_file(outputs_of_dense), {}
-    if "outputs" in kept:
-        _check_alike(dense, kept)
-        agrees = agreement(dense["outputs"], kept["outputs"])
-    return agrees, {name: changes(name, dense, kept) for name in scores}
-
-
 def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
-    """Look at tasks before anything is measured; those of the harness only when it is loaded.
+    """Check tasks before anything is measured; harness tasks only when they are loaded.
 
     Raises:
         InputError: a model of that use can't answer them, or a file is no task.
@@ -229,26 +155,10 @@ def check_tasks(use: Use, tasks: tuple[str, ...]) -> None:
         read_task(task)
 
 
-def _check_alike(dense: dict[str, Tensor], small: dict[str, Tensor]) -> None:
-    """Refuse two models that do not read the text alike.
-
-    Raises:
-        InputError: their tokens differ, or the number of their outputs.
-    """
-    both = (dense["outputs"], small["outputs"])
-    same = [torch.equal(dense[key], small[key]) for key in ("text",) if key in dense]
-    if both[0].shape != both[1].shape or not all(same):
-        raise InputError(
-            f"the two models do not read the text alike ({both[0].shape[1]} classes an output and "
-            f"{both[1].shape[1]}, or other tokens); a model can be held against the one that it "
-            f"was made from."
-        )
-
-
 def _tasks(
     model: Model, questions: Questions, loaded: dict[str, Any], progress: Progress
 ) -> tuple[dict[str, Figures], dict[str, Tensor]]:
-    """Figures of every task, and the answers that two models are compared by."""
+    """Figures of every task, and the answers for the comparison of two models."""
     found: dict[str, tuple[Figures, Answers]] = {}
     names = [Path(task).stem if is_file(task) else task for task in questions.tasks]
     for task, name in zip(questions.tasks, names, strict=True):
@@ -266,7 +176,7 @@ def _tasks(
 def _sampled(
     model: Model, questions: Questions, held: dict[str, Tokens], room: int
 ) -> tuple[str, str]:
-    """A prompt, and how the model goes on."""
+    """A prompt, and the model's continuation."""
     prompt = _prompt(model.tokenizer, questions, held)
     if not 0 < len(prompt) < room:
         raise InputError(f"--prompt has {len(prompt)} tokens; it needs between 1 and {room - 1}.")
@@ -299,7 +209,7 @@ def _continued(model: Model, prompt: Tensor, new_tokens: int) -> str:
 
 
 def weight_bytes(model: Model) -> int:
-    """Size of the weight files on disk; of the stored tensors where the folder is not local."""
+    """Size of the weight files on disk, or of the stored tensors if the folder is not local."""
     files = list(Path(locate(model.source)).glob("model*.safetensors"))
     if files:
         return sum(file.stat().st_size for file in files)
@@ -315,10 +225,10 @@ def judge_apart(
     outputs_of_dense: Path | None = None,
     scratch: Path | None = None,
 ) -> Verdict:
-    """Measure a checkpoint in a fresh process, which may use the folder ``scratch`` meanwhile.
+    """Evaluate a checkpoint in a fresh process, which can use the folder ``scratch``.
 
-    The checkpoint must testify what was ``said`` by a model in memory when it is reloaded there.
-    For ``outputs_of_dense`` see :func:`judge`.
+    The reloaded checkpoint must agree with ``said``, the testimony of the model in memory.
+    :func:`judge` describes ``outputs_of_dense``.
 
     Raises:
         InputError: the checkpoint or a text is unusable; the child's own message.
@@ -364,20 +274,20 @@ def judge_apart(
 
 
 def quiet() -> None:
-    """Keep transformers' own bars and advice off the terminal; errors still show."""
+    """Hide transformers' progress bars and advice; errors are still shown."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def _watch(parent: int) -> None:
-    """End this process with the one that asked, however that ends."""
+    """End this process when its parent ends, for whatever reason."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def main(request: Path, result: Path) -> int:
-    """The child's side of :func:`judge_apart`."""
+    """The child process of :func:`judge_apart`."""
     quiet()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     content = json.loads(request.read_text())

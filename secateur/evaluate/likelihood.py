@@ -1,4 +1,4 @@
-"""Log-probability of a continuation behind a context, tokenised and cut as the harness does."""
+"""Log-probability of a continuation given a context, tokenized as lm-evaluation-harness does."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ BOUNDLESS = 10**9  # tokenizers say 10³⁰ where they mean that nothing is know
 
 @dataclass(frozen=True)
 class Pair:
-    """A context and what may follow it, as ids."""
+    """A context and a continuation, as token ids."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -28,7 +28,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Sum of a continuation's log-probabilities, and whether all of it was the first choice."""
+    """Sum of a continuation's log-probabilities, and whether each token is the top-1 prediction."""
 
     total: float
     greedy: bool
@@ -72,7 +72,7 @@ def _split(ids: Sequence[int], place: int) -> Pair:
 
 
 def longest_input(model: Model) -> int:
-    """Most tokens given to a model at once."""
+    """Maximum number of tokens per input."""
     said = model.positions or getattr(model.tokenizer, "model_max_length", None)
     return FALLBACK_POSITIONS if said is None or said > BOUNDLESS else int(said)
 
@@ -113,7 +113,7 @@ def likelihoods(
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tokens:
-    """Rows as long as the first, the longest; what is behind a row's end, no token in it sees."""
+    """Rows padded at the end to the length of the first, which is the longest."""
     ids = torch.zeros(len(rows), len(rows[0]), dtype=torch.int64)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for place, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (extra ``eval``), on a model that is open already."""
+"""Tasks of lm-evaluation-harness (extra ``eval``), on an open model."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ CHOICES = "choices of secateur"  # key of their number beside what the harness k
 
 
 def load(names: list[str]) -> dict[str, dict[str, Any]]:
-    """The tasks behind each name, with their items, which come from the hub or its cache.
+    """The tasks of each name, with items from the hub or its cache.
 
     Raises:
         InputError: the harness is missing, does not know a name, or cannot get the items.
@@ -75,14 +75,14 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
 
 
 def _watched(name: str, progress: Progress) -> Any:
-    """The harness's class of models, which shows its progress as a stage of ours."""
+    """The harness's model class, with our progress display."""
     from lm_eval.models.huggingface import HFLM
 
     terminal = sys.stderr
 
     @contextlib.contextmanager
     def shown(total: int) -> Iterator[Advance]:
-        """A stage that is seen, of a harness that is not."""
+        """Show a stage for the harness, whose own bars are hidden."""
         with (
             contextlib.redirect_stderr(terminal),
             progress.stage(f"task: {name}"[:28], total) as advance,
@@ -91,7 +91,7 @@ def _watched(name: str, progress: Progress) -> Any:
             yield advance
 
     class Watched(HFLM):  # type: ignore[misc]
-        """The harness's reader of a model, which says how far it is."""
+        """The harness's model class, which reports its progress."""
 
         advance: Advance = staticmethod(lambda _: None)
         written: Advance = staticmethod(lambda _: None)
@@ -120,11 +120,10 @@ def _watched(name: str, progress: Progress) -> Any:
 def judged(
     model: Model, loaded: dict[str, Any], name: str, limit: int | None, progress: Progress
 ) -> dict[str, tuple[Figures, Answers]]:
-    """What the harness says of a model on the tasks behind a name, and the answers to each item.
+    """The harness's figures of a model on the tasks of a name, and its answers to each item.
 
-    A group whose figures are the means over all items of its tasks is one entry, with the items one
-    after the other; of another group each task is one. The errors are by the harness's formula,
-    over all items.
+    A group whose score is the mean over all items of its tasks is one entry. For other groups, each
+    task is an entry. Standard errors follow the harness's formula, over all items.
 
     Raises:
         InputError: a task can't be run on such a model.
@@ -156,9 +155,9 @@ def by_task(
     said: dict[str, dict[str, Any]],
     groups: dict[str, dict[str, Any]],
 ) -> dict[str, tuple[Figures, Answers]]:
-    """One entry for a group that is the mean over all items, else one for each task.
+    """One entry for a group that is the mean over all items, otherwise one for each task.
 
-    A mean of the tasks' means has another error and another difference than the items together.
+    The mean of the tasks' means has other standard errors and differences than the pooled items.
     """
     if len(tasks) > 1 and name in groups:
         pooled = [sample for own in tasks.values() for sample in own]
@@ -173,7 +172,7 @@ def by_task(
 def _judged(
     name: str, samples: list[dict[str, Any]], said: dict[str, Any]
 ) -> tuple[Figures, Answers]:
-    """The harness's figures of one task, and its answers; of several filters the first."""
+    """The harness's figures and answers of one task; of several filters the first."""
     behind = samples[0]["filter"]
     samples = [sample for sample in samples if sample["filter"] == behind]
     metrics = [m for m in (*METRICS, *samples[0]["metrics"]) if _counts(samples, m)]
@@ -191,7 +190,7 @@ def _judged(
 
 
 def _counts(samples: list[dict[str, Any]], metric: str) -> bool:
-    """Whether a metric has one number an item, whose mean it is: perplexity has not."""
+    """Whether a metric is the mean of one number per item, which perplexity is not."""
     return metric != "perplexity" and all(
         isinstance(sample.get(metric), float | int) for sample in samples
     )
@@ -204,7 +203,7 @@ def _several(sample: dict[str, Any]) -> bool:
 
 
 def _chosen(sample: dict[str, Any], metric: str) -> int:
-    """The likeliest choice, or whether the only one is right."""
+    """The most probable choice, or whether the single one is correct."""
     if not _several(sample):
         return int(bool(sample[metric]))
     totals = [float(answer[0]) for answer in sample["filtered_resps"]]
@@ -213,7 +212,7 @@ def _chosen(sample: dict[str, Any], metric: str) -> int:
 
 
 def _choices(task: Any, doc: Any) -> int | None:
-    """How many choices an item has; None where the task is of another kind."""
+    """Number of choices of an item; None for other kinds of tasks."""
     if task is None or task.get_config("output_type") != "multiple_choice":
         return None
     return len(task.doc_to_choice(doc))
@@ -235,6 +234,6 @@ def _chance(samples: list[dict[str, Any]], scored: list[float]) -> float | None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without the harness's own bars."""
+    """Hide the harness's own progress bars."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -7,10 +7,10 @@ import torch
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: on the GPU as torch counts it, else resident in this process.
+    """Peak memory: allocated by PyTorch on a GPU, otherwise resident memory of this process.
 
-    On Linux the kernel's high-water mark of this process's own address space is read, since the
-    usual ``ru_maxrss`` starts from the peak of the process that launched it.
+    On Linux, the kernel's high-water mark of this process's address space is used, because
+    ``ru_maxrss`` starts at the peak of the parent process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Perplexity, and the share of right answers, over held-out text or images."""
+"""Perplexity and accuracy on held-out text or images."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def perplexity(
 def answered(
     model: Model, tokens: Tokens, advance: Callable[[int], None] = lambda _: None
 ) -> tuple[float, float]:
-    """exp of the mean cross-entropy of all answers, and the share of them that are right.
+    """exp of the mean cross-entropy of all labels, and the accuracy.
 
     Raises:
         InputError: the model's output is not finite, or nothing says what it should be.

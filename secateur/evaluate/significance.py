@@ -1,4 +1,4 @@
-"""Whether a score means anything: its error, what chance gives, and the error of a difference."""
+"""Standard errors of scores and of differences, and comparison with the chance level."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ class Answers:
     chance: float | None
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The judged points and the choices under names of a task, to be kept in a file."""
+        """Points of the main metric and choices of a task, named for a file."""
         points = next(iter(self.right.values()))
         return {f"task.{name}.right": points.double(), f"task.{name}.chosen": self.chosen}
 
@@ -42,7 +42,7 @@ class Answers:
 
 
 def standard_error(values: Tensor) -> float | None:
-    """Of a mean: sample deviation (n − 1) over √n; None of a single value."""
+    """Standard error of the mean: sample deviation (n − 1) over √n; None for a single value."""
     if len(values) < 2:
         return None
     return float(values.double().std(correction=1)) / math.sqrt(len(values))
@@ -67,7 +67,7 @@ def changes(name: str, dense: Mapping[str, Tensor], small: Mapping[str, Tensor])
 
 
 def metric_of(figures: Mapping[str, Any]) -> str:
-    """The metric that is judged: the first with a standard error.
+    """The main metric of a task: the first with a standard error.
 
     Raises:
         KeyError: there is none.
@@ -79,7 +79,7 @@ def metric_of(figures: Mapping[str, Any]) -> str:
 
 
 def at_chance(figures: Mapping[str, Any]) -> bool:
-    """Whether a score is no more than :data:`ERRORS` standard errors above chance."""
+    """Whether a score is at most :data:`ERRORS` standard errors above the chance level."""
     metric, chance = metric_of(figures), figures["chance"]
     if chance is None:
         return False
@@ -88,7 +88,7 @@ def at_chance(figures: Mapping[str, Any]) -> bool:
 
 
 def within_error(change: Mapping[str, Any]) -> bool:
-    """Whether a difference is no more than :data:`ERRORS` standard errors."""
+    """Whether a difference is at most :data:`ERRORS` standard errors."""
     error = change["stderr"]
     return error is None or abs(change["difference"]) <= ERRORS * error
 
@@ -96,9 +96,9 @@ def within_error(change: Mapping[str, Any]) -> bool:
 def doubts(
     scores: Mapping[str, Mapping[str, Figures]], changed: Mapping[str, Figures]
 ) -> list[str]:
-    """Sentences on scores that chance would give and on differences that are none.
+    """Notes about scores at chance level and differences that are not significant.
 
-    ``scores`` has, of each model, the figures of each task.
+    ``scores`` has, for each model, the figures of each task.
     """
     said = []
     for who, tasks in scores.items():
@@ -122,5 +122,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def points(values: Sequence[float]) -> Tensor:
-    """Numbers as the tensor that :class:`Answers` holds."""
+    """Numbers as the tensor that :class:`Answers` contains."""
     return torch.tensor(values, dtype=torch.float64)

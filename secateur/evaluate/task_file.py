@@ -1,4 +1,4 @@
-"""Task files: items with a right answer, one JSON object a line, scored as the harness does."""
+"""Task files: items with a correct answer, one JSON object per line, scored as the harness does."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ DELIMITER = " "  # between a context and its continuation, as in the harness
 
 @dataclass(frozen=True)
 class Item:
-    """One question: texts of which one is the likeliest.
+    """One question: texts of which one should be the most probable.
 
     Attributes:
         pairs: context and continuation of each answer; a single one should be the greedy one.
@@ -49,25 +49,25 @@ class TaskFile:
 
     @property
     def requests(self) -> int:
-        """How many log-probabilities it takes."""
+        """Number of log-probabilities to compute."""
         return sum(len(item.pairs) for item in self.items)
 
     @property
     def chance(self) -> float | None:
-        """Mean share of right answers at random; None where any text could be the answer."""
+        """Mean accuracy of random answers; None if any text could be the answer."""
         if len(self.items[0].pairs) == 1:
             return None
         return sum(1 / len(item.pairs) for item in self.items) / len(self.items)
 
 
 def is_file(task: str) -> bool:
-    """Whether a task is meant as a file here, and not as one of the harness."""
+    """Whether a task is the name of a file rather than of a harness task."""
     path = expanded(task)
     return path.suffix in SUFFIXES or task.startswith((".", "/", "~")) or path.is_file()
 
 
 def read_task(source: str, limit: int | None = None) -> TaskFile:
-    """The first items of a file, all of them without a limit.
+    """The first items of a task file; all without a limit.
 
     Raises:
         InputError: the file is missing, unreadable or empty, or a line is no item.
@@ -103,7 +103,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
 
 
 def _form(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    """The form that a file's first item has, or is next to."""
+    """The form of a file's first item, or the closest one."""
     having = [form for form in FORMS if all(key in row for key in form)]
     if having:
         return having[0]
@@ -153,11 +153,11 @@ def _forms() -> str:
 def answered_file(
     model: Model, task: TaskFile, advance: Callable[[int], None] = lambda _: None
 ) -> Answers:
-    """What a model answers to every item of a file.
+    """The model's answers to all items of a file.
 
-    The answer is the one of the highest log-probability; for ``acc_norm`` of the highest a
-    character of the choice. Where there is one continuation, it is right if every token of it is
-    the model's first choice. ``advance`` is told how many log-probabilities are known.
+    The answer is the choice with the highest log-probability; for ``acc_norm`` with the highest per
+    character. A single continuation is correct if all its tokens are top-1 predictions. ``advance``
+    gets the number of log-probabilities computed.
 
     Raises:
         InputError: an item does not fit the model.

@@ -1,4 +1,4 @@
-"""Does a reloaded checkpoint say what the model in memory said?"""
+"""Compares a reloaded checkpoint with the model in memory."""
 
 import re
 from pathlib import Path
@@ -34,18 +34,18 @@ TOLERANCE = {
 
 
 class Testimony(NamedTuple):
-    """What a model says about one row of tokens, by name."""
+    """A model's logits and greedy continuations for one row of tokens, by name."""
 
     said: dict[str, Tensor]
     tokens: Tokens
 
     @property
     def streamed(self) -> bool:
-        """Whether it is of a model that was never whole in memory."""
+        """Whether the model was never in memory as a whole."""
         return any(name.startswith(PASSING) for name in self.said)
 
     def save(self, path: Path) -> None:
-        """Write it to a safetensors file."""
+        """Write to a safetensors file."""
         tokens = {"ids": self.tokens.ids, "mask": self.tokens.mask}
         if self.tokens.labels is not None:
             tokens["labels"] = self.tokens.labels
@@ -54,7 +54,7 @@ class Testimony(NamedTuple):
 
     @classmethod
     def load(cls, path: Path) -> "Testimony":
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             InputError: something else is in it.
@@ -76,7 +76,7 @@ class Testimony(NamedTuple):
 
 
 def _is_row(tokens: Tokens) -> bool:
-    """Whether it is one window of token ids, or one image."""
+    """Whether a tensor is one window of token ids, or one image."""
     ids, mask, labels = tokens.ids, tokens.mask, tokens.labels
     if ids.dtype == torch.int64:
         known = ids.dim() == 2 and ids.numel() > 0 and int(ids.min()) >= 0
@@ -87,11 +87,12 @@ def _is_row(tokens: Tokens) -> bool:
 
 
 def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
-    """What a model says about one row of ``tokens``: logits and, if it writes, continuations.
+    """Logits and, if the model generates, greedy continuations for one row of ``tokens``.
 
-    Logits under eager attention, and sdpa where the family has it, in the module's dtype, then in
-    bfloat16, to which the module's parameters are left converted. Greedy tokens with and without a
-    cache, unless the dtype is so coarse that two tokens are often tied.
+    Logits are computed with eager attention, and with sdpa if the family supports it, first in the
+    module's dtype and then in bfloat16; afterwards the module's parameters are bfloat16. Greedy
+    tokens are computed with and without a cache, unless the dtype is so coarse that ties are
+    frequent.
     """
     module: Any = model.module
     tokens, said = tokens.to(model.device), {}
@@ -113,9 +114,9 @@ def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
 
 
 class Passage:
-    """Logits of a model of which no block stays, taken while its blocks pass by.
+    """Logits of a model whose blocks are loaded one after the other.
 
-    Of one row of ``tokens``, under the attention that it runs with.
+    They are for one row of ``tokens``, with the attention that the model runs with.
     """
 
     def __init__(self, model: Model, tokens: Tokens) -> None:
@@ -125,12 +126,18 @@ class Passage:
 
     @torch.no_grad()
     def follow(self, block: Block) -> None:
-        """Go through the next block as it is now."""
+        """Run the next block as it is now."""
         self.line.advance(block)
 
     @torch.no_grad()
     def testimony(self) -> dict[str, Tensor]:
-        """What :func:`testimony` would say, as far as it is known here."""
+        """Logits and, if the model generates, greedy continuations for one row of ``tokens``.
+
+        Logits are computed with eager attention, and with sdpa if the family supports it, first in
+        the module's dtype and then in bfloat16; afterwards the module's parameters are bfloat16.
+        Greedy tokens are computed with and without a cache, unless the dtype is so coarse that ties
+        are frequent.
+        """
         (batch,) = self.line.batches
         logits = self.line.logits(batch, self.line.at(batch))
         module: Any = self._model.module
@@ -140,7 +147,7 @@ class Passage:
 
 
 def streamed_testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
-    """The same of a model that is read block by block, in one pass over its blocks."""
+    """The same for a model that is read block by block, in one pass over its blocks."""
     passage = Passage(model, tokens)
     for block in model.in_turn():
         passage.follow(block)
@@ -148,7 +155,7 @@ def streamed_testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
 
 
 def forgetful(model: Model, tokens: Tokens) -> str | None:
-    """What a model writes otherwise with a cache than without one, or None."""
+    """How the model's continuation differs with and without a cache, or None."""
     said = []
     for cached in (True, False):
         options = {"use_cache": cached, "min_new_tokens": FEW_TOKENS}
@@ -159,7 +166,7 @@ def forgetful(model: Model, tokens: Tokens) -> str | None:
 
 
 def attend_by(module: Any, implementation: str) -> None:
-    """Choose eager or sdpa attention, also where a class is too old to be told (Falcon's)."""
+    """Choose eager or sdpa attention, also for old classes without that option (Falcon)."""
     if module._can_set_attn_implementation():
         module.set_attn_implementation(implementation)
     else:
@@ -169,7 +176,7 @@ def attend_by(module: Any, implementation: str) -> None:
 def disagreement(memory: dict[str, Tensor], reloaded: dict[str, Tensor]) -> str | None:
     """What differs between two testimonies, or None.
 
-    Greedy continuations must be the same token by token, each with and without a cache.
+    Greedy continuations must have equal tokens, each with and without a cache.
     """
     if not memory:
         return "nothing was said to compare it with"

@@ -1,4 +1,4 @@
-"""Checkpoints for readers that know less: matrices multiplied out, shapes of stock classes."""
+"""Export to checkpoints with dense weights, or with the shapes of stock classes."""
 
 import json
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ from secateur.apply.save import (
 )
 from secateur.data.tasks import PREFIX
 from secateur.data.tokens import Tokens, expanded
-from secateur.evaluate.evaluator import Questions, judge_apart
+from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.measurements import Questions
 from secateur.evaluate.verify import Testimony, testimony
 from secateur.export.stock_classes import PAIRS, Stock, common_sizes, conform, held, stock_of
 from secateur.io.run_directory import Workspace
@@ -44,11 +45,11 @@ def export_dense(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Written:
-    """Multiply out every matrix of another form, write the checkpoint, and give its tier.
+    """Multiply all forms out to dense weights, write the checkpoint, and return its tier.
 
-    What is left of the original's shapes decides that: where all are as they were, stock classes
-    load the result. It is compared with memory in a fresh process before ``out`` appears. Don't use
-    it to save anything: the result has the bytes of the dense shapes again.
+    If all shapes are those of the original, stock classes load the result. It is compared with the
+    model in memory in a fresh process before ``out`` appears. Don't use it to save bytes: the
+    result has the bytes of dense weights.
 
     Raises:
         InputError: there is no such checkpoint, none of its matrices has another form, or ``out``
@@ -112,12 +113,12 @@ def export_plain(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Plain:
-    """Write a checkpoint whose layers have the same shapes for classes of transformers itself.
+    """Write a checkpoint whose layers have equal shapes for stock classes of transformers.
 
-    Matrices of other forms are multiplied out. A subset of the rotary pairs that all heads share
-    becomes a longrope, the scale of scores goes into the queries, and keys and values of unequal
-    width become those of the class that has such. It is compared with memory in a fresh process
-    before ``out`` appears. Don't use it on layers of different shapes: it refuses them.
+    Matrices of other forms are multiplied out. Rotary pairs that all heads share become a longrope,
+    the softmax scale is multiplied into the queries, and keys and values of different width become
+    those of a class that supports them. The result is compared with the model in memory in a fresh
+    process before ``out`` appears. Don't use it for layers of different shapes, which it refuses.
 
     Raises:
         InputError: there is no such checkpoint, it is plain already, no stock class has its shapes,
@@ -154,7 +155,7 @@ def export_plain(
 
 
 def _comparable(said: dict[str, Tensor], stock: Stock) -> dict[str, Tensor]:
-    """What the stock class can be asked for, too."""
+    """The comparisons that the stock class supports, too."""
     if stock.module._supports_sdpa:
         return said
     said = {name: tensor for name, tensor in said.items() if not name.endswith(".sdpa")}
@@ -182,7 +183,7 @@ def _notes(stock: Stock, multiplied: int) -> tuple[str, ...]:
 
 
 class _Chosen(Writer):
-    """A writer of those tensors that a stock class knows."""
+    """A writer for the tensors of a stock class."""
 
     def add(self, name: str, tensor: Tensor) -> None:
         if not name.endswith(PAIRS):
@@ -190,7 +191,7 @@ class _Chosen(Writer):
 
 
 def store_as(model: Model, stock: Stock, folder: Path, progress: Progress) -> None:
-    """Write a model that conforms to a stock class as one of it.
+    """Write a model that conforms to a stock class as that class.
 
     Raises:
         InputError: a weight is beyond the largest number of the stored format.
@@ -216,7 +217,7 @@ def store_as(model: Model, stock: Stock, folder: Path, progress: Progress) -> No
 
 
 def multiply_out(model: Model) -> int:
-    """Put a linear layer with the dense weight in place of every other form, and count those."""
+    """Replace all forms by linear layers with dense weights, and return their number."""
     count = 0
     for block in model.blocks:
         for path, layer in [*block.module.named_modules()]:
@@ -234,7 +235,7 @@ def multiply_out(model: Model) -> int:
 
 
 def stock_again(model: Model, settings: Settings) -> bool:
-    """Whether the stock class has these very tensors, in the same order of dims."""
+    """Whether the stock class has exactly these tensors, with the same order of dimensions."""
     if any(block.layout.pairs != sorted(block.layout.pairs) for block in model.blocks):
         return False
     fields = model.config.to_dict()
@@ -248,7 +249,7 @@ def stock_again(model: Model, settings: Settings) -> bool:
 
 
 def _some_tokens(model: Model) -> Tokens:
-    """Any short row that no two positions of are alike."""
+    """A short row of different tokens."""
     row = model.use.example(1, LENGTH)
     if not model.use.reads_text:
         return row

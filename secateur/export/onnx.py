@@ -1,4 +1,4 @@
-"""A model as an ONNX graph, which onnxruntime has run before it appears."""
+"""Export of a model to an ONNX graph, checked in onnxruntime."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ APART = 2**30
 
 @dataclass(frozen=True)
 class Graph:
-    """What was written.
+    """The graph that was written.
 
     Attributes:
         bytes: of all its files.
@@ -115,12 +115,12 @@ def export_onnx(
 
 
 def _weights(out: Path) -> Path:
-    """The second file of a graph, where its weights are apart."""
+    """The second file of a graph, if its weights are separate."""
     return out.with_name(f"{out.name}.data")
 
 
 def check_request(out: Path, overwrite: bool) -> None:
-    """Refuse what can't be done before a weight is read.
+    """Refuse impossible requests before any weight is read.
 
     Raises:
         InputError: a place that is taken or is none, or a missing library.
@@ -141,7 +141,7 @@ def check_request(out: Path, overwrite: bool) -> None:
 
 
 def _given(model: Model, batch: int, length: int) -> dict[str, Tensor]:
-    """Rows that differ, the last padded at its end where it is text."""
+    """Rows of different inputs; for text, the last one is padded at its end."""
     tokens: Tokens = model.use.example(batch, length)
     if not model.use.reads_text:
         generator = torch.Generator().manual_seed(length)
@@ -180,7 +180,7 @@ def _trace(model: Model, path: Path) -> None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the exporter's own reports off the terminal."""
+    """Hide the exporter's own messages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -192,7 +192,7 @@ def _silence() -> Iterator[None]:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What onnxruntime raises; its own classes have no base of their own but Exception."""
+    """The exceptions of onnxruntime, which have no common base class except Exception."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     own = (getattr(state, name, None) for name in FAILURES)
@@ -200,7 +200,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _check(model: Model, path: Path) -> float:
-    """The largest difference of a logit to the model's, relative to their spread.
+    """Largest difference of a logit from the model's, in standard deviations.
 
     Raises:
         RunError: it is too large, or onnxruntime does not run the graph.

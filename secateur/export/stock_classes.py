@@ -1,4 +1,4 @@
-"""Which stock class has a compressed model's shapes, and what stands in the way of it."""
+"""Which stock class has the shapes of a compressed model, and why none has."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ REASONS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError
 
 @dataclass(frozen=True)
 class Sizes:
-    """What all layers have: width of the MLP, heads, KV heads, width of a key and of a value."""
+    """Sizes that all layers share: MLP width, heads, KV heads, key width, value width."""
 
     width: int
     heads: int
@@ -50,7 +50,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Stock:
-    """A stock model without storage that has a compressed one's shapes.
+    """A stock model without weights that has the shapes of a compressed model.
 
     Attributes:
         module: it.
@@ -109,7 +109,7 @@ def _refuse(model: Model, by_kind: dict[str, list[tuple[int, ...]]]) -> None:
 
 
 def advice(model: Model) -> str:
-    """What to do where no stock class will do."""
+    """What to do if no stock class fits."""
     family = str(model.config.model_type).removeprefix(PREFIX)
     file = ", or write a file for llama.cpp (--to gguf)" if family in IN_LLAMA else ""
     return (
@@ -119,7 +119,7 @@ def advice(model: Model) -> str:
 
 
 def stock_of(model: Model, sizes: Sizes) -> Stock:
-    """The first stock class that has a model's shapes, without storage.
+    """The first stock class with the shapes of a model, without weights.
 
     Raises:
         InputError: there is none; the message says why of each.
@@ -160,7 +160,7 @@ def stock_of(model: Model, sizes: Sizes) -> Stock:
 def _fields(
     model: Model, model_type: str, sizes: Sizes, pairs: tuple[int, ...] | None
 ) -> dict[str, Any]:
-    """What the config of a class says."""
+    """Config fields of a class."""
     config, anatomy = model.config, model.anatomy
     assert anatomy is not None
     given = config.to_dict()
@@ -199,14 +199,14 @@ def _fields(
 
 
 def _biased(model: Model) -> tuple[bool, bool]:
-    """Whether any attention, and any MLP, has a bias."""
+    """Whether any attention has a bias, and whether any MLP has one."""
     attention = any(block.attention.module.shape["bias"] for block in model.blocks)
     mlp = any(linear["bias"] for block in model.blocks for linear in block.linears.values())
     return attention, mlp
 
 
 def _windows(config: Any) -> bool:
-    """Whether some layers see only the last tokens."""
+    """Whether some layers have a sliding window."""
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     return windowed or (
         str(config.model_type).removeprefix(PREFIX) == "mistral"
@@ -215,7 +215,7 @@ def _windows(config: Any) -> bool:
 
 
 def columns(block: Block) -> list[list[int]] | None:
-    """The columns of the rotary tables that each KV head turns by; None where nothing turns."""
+    """Columns of the rotary tables for each KV head; None without rotation."""
     attention = block.attention.module
     if attention.rotary == "none":
         return None
@@ -226,7 +226,9 @@ def columns(block: Block) -> list[list[int]] | None:
 
 
 def _pairs(model: Model) -> tuple[tuple[int, ...] | None, str | None]:
-    """The columns that all heads of all layers turn by, None where they are all; or an obstacle."""
+    """The columns that all heads of all layers share, None if these are all columns; or an
+    obstacle.
+    """
     first: tuple[int, str] | None = None
     shared: list[int] = []
     for block in model.blocks:
@@ -278,7 +280,7 @@ def longrope(model: Model, pairs: Sequence[int]) -> dict[str, Any]:
 
 
 def _ratio(model: Model, module: PreTrainedModel) -> float:
-    """The scale of the model's scores over that of a stock class."""
+    """The softmax scale of the model divided by that of a stock class."""
     anatomy, block = model.anatomy, model.blocks[0]
     assert anatomy is not None
     if not attention_changed(block.attention):
@@ -290,7 +292,7 @@ def _ratio(model: Model, module: PreTrainedModel) -> float:
 
 
 def _obstacle(model: Model, module: PreTrainedModel, ratio: float) -> str | None:
-    """Why a class does not compute what the model does, or None."""
+    """Why a class does not compute the same as the model, or None."""
     changed = [block for block in model.blocks if attention_changed(block.attention)]
     if any(block.layout.pairs != sorted(block.layout.pairs) for block in changed):
         return "its rotary pairs are neighbours, and here they are in halves"
@@ -313,14 +315,14 @@ def _obstacle(model: Model, module: PreTrainedModel, ratio: float) -> str | None
 
 
 def held(model: Model) -> dict[str, Tensor]:
-    """The model's tensors by the names that they are written under."""
+    """The model's tensors by the names under which they are written."""
     return as_written(model, lambda module: module.state_dict())
 
 
 def conform(model: Model, stock: Stock) -> None:
-    """Order the rotary pairs of every head, and give scores the stock scale, in place.
+    """Reorder the rotary pairs of every head and rescale queries to the stock scale, in place.
 
-    The model computes what it did.
+    The model computes the same as before.
     """
     for block in model.blocks:
         if not attention_changed(block.attention):

@@ -1,4 +1,4 @@
-"""Files that several processes may be writing at once, and what killed ones have left of them."""
+"""Names of partially written files, and removal of those that killed processes left behind."""
 
 import os
 import platform
@@ -9,17 +9,17 @@ import psutil
 
 
 def own_partial(path: Path) -> Path:
-    """Under which name this process writes a file until it is whole: no other one has it.
+    """The temporary name under which this process writes a file; no other process uses it.
 
-    Process numbers are those of one machine, or one container, so that is in it, too.
+    The name contains the host name, because process ids are unique per machine or container only.
     """
     return path.with_suffix(f".{_host()}.{os.getpid()}.partial")
 
 
 def remove_partials(folder: Path, names: str, host: bool = True) -> None:
-    """Remove what processes that are gone were writing, under names that match a pattern.
+    """Remove temporary files of processes that no longer exist.
 
-    ``host``: only what has this machine's name in it, as :func:`own_partial` gives it.
+    With ``host``, only files with the name of this machine are removed; see :func:`own_partial`.
     """
     for path in folder.glob(f"{names}.{f'{_host()}.' if host else ''}*.partial"):
         number = path.name.split(".")[-2]

@@ -1,4 +1,4 @@
-"""The folder a run works in: hidden beside its output until everything in it is whole."""
+"""The hidden folder beside the output in which a run works until its result is complete."""
 
 import hashlib
 import json
@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 
 class Memo(Protocol):
-    """A named part of a run: what ``made`` makes of plain data, from before or computed now.
+    """A named stage of a run whose result is stored as plain data; ``made`` creates its value.
 
-    It is computed again where ``made`` raises ``InputError`` for what was kept.
+    It is computed again if ``made`` raises ``InputError`` for the stored data.
     """
 
     def __call__(
@@ -37,12 +37,12 @@ class Memo(Protocol):
 
 
 def at_once(name: str, compute: Callable[[], Content], made: Callable[[Content], T]) -> T:
-    """A stage of which nothing is kept."""
+    """A stage whose result is not stored."""
     return made(compute())
 
 
 class Workspace:
-    """Finished stages of one run, so that the same command typed again goes on from them.
+    """The finished stages of one run, so that repeating the command resumes it.
 
     Attributes:
         out: where the result will appear.
@@ -60,11 +60,11 @@ class Workspace:
 
     @contextmanager
     def opened(self, fingerprint: dict[str, Any]) -> Iterator[None]:
-        """Take the folder for a run described by ``fingerprint``.
+        """Open the folder for a run described by ``fingerprint``.
 
-        A run that was killed is taken up again if the fingerprint is the same. A run that is
-        stopped, by a full disk for one, leaves what it finished; one whose input is wrong leaves
-        nothing if it has finished nothing, or if that can be of no use (:func:`for_good`).
+        A killed run is resumed if the fingerprint is the same. A run that is stopped, for example
+        by a full disk, leaves what it has finished. A run with invalid input leaves nothing, unless
+        it has finished something that can be used (see :func:`for_good`).
 
         Raises:
             InputError: ``out`` exists, another run is working there, or an unfinished one was
@@ -110,19 +110,21 @@ class Workspace:
                     parent.rmdir()
 
     def _begun(self) -> bool:
-        """Whether something is finished; of the result, nothing is of use by itself."""
+        """Whether a stage is finished; a result alone can't be resumed."""
         rest = {"lock", FINGERPRINT, self.result.name}
         return any(entry.name not in rest for entry in self.folder.iterdir())
 
     def _forget(self) -> None:
-        """Remove all but the lock; first of all what it is about, so that no rest passes for it."""
+        """Remove all files except the lock, the fingerprint first, so that no rest is taken for
+        a run.
+        """
         (self.folder / FINGERPRINT).unlink(missing_ok=True)
         for entry in self.folder.iterdir():
             if entry.name != "lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _tidy(self) -> None:
-        """Remove what is left of a run that was killed when its result had its final name."""
+        """Remove what a run left that was killed after its result had its final name."""
         if self.folder.is_symlink() or not self.folder.is_dir():
             return
         published = self._ready.exists() and not self.result.exists()
@@ -134,7 +136,7 @@ class Workspace:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _take_up(self, fingerprint: dict[str, Any]) -> bool:
-        """Whether something was there to go on with."""
+        """Whether there is something to resume."""
         if self._old.exists() and not self.out.exists():  # killed between the renames of publish
             self._old.rename(self.out)
         if self._old.exists():  # killed behind them
@@ -165,7 +167,7 @@ class Workspace:
         return there and not differing
 
     def _before(self, path: Path) -> dict[str, Any]:
-        """What the unfinished run was about; nothing that is known where that is damaged."""
+        """The fingerprint of the unfinished run; empty if it is damaged."""
         try:
             return read_object(path, "unfinished run", MAX_BYTES)
         except InputError as error:
@@ -174,11 +176,11 @@ class Workspace:
             raise UnfinishedRunError(f"{error} Remove its folder, or add --overwrite.") from error
 
     def stage(self, name: str, compute: Callable[[], Content], made: Callable[[Content], T]) -> T:
-        """The result of a stage: from an earlier run of the same command, or computed now."""
+        """The result of a stage: stored by an earlier run of the same command, or computed now."""
         return once(self.folder / f"{name}.json", compute, made)
 
     def publish(self) -> None:
-        """Let the result appear under its final name; an old one is gone only afterwards."""
+        """Move the result to its final name; an old result is removed only afterwards."""
         if self.out.exists() and not self.overwrite:
             raise UnfinishedRunError(
                 f"output {str(self.out)!r} appeared while the run was working. Move it away and "
@@ -197,7 +199,7 @@ class Workspace:
 
 
 def on_disk(folder: Path) -> None:
-    """Wait until the disk has a folder and all in it, so that nothing is empty after a power cut.
+    """Wait until a folder and all files in it are on the disk and survive a power failure.
 
     Raises:
         OSError: it has no room for them after all.
@@ -213,7 +215,7 @@ def on_disk(folder: Path) -> None:
 
 
 def taken(folder: Path, out: Path, what: str) -> filelock.BaseFileLock:
-    """The lock of a folder in which one process at a time makes ``out``; made where it is missing.
+    """Lock the folder in which one process at a time makes ``out``; create it if necessary.
 
     Raises:
         InputError: it can't be made, or another one is at work there.
@@ -231,12 +233,14 @@ def taken(folder: Path, out: Path, what: str) -> filelock.BaseFileLock:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a model, so that replacing it cannot be a slip of the pen."""
+    """Whether a folder looks like a model, so that it is not replaced by mistake."""
     return folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))
 
 
 def once(path: Path, compute: Callable[[], Content], made: Callable[[Content], T]) -> T:
-    """What ``made`` makes of the plain data in a file, computed and written first without one."""
+    """The value that ``made`` creates from the data in a file; computes and writes them first if
+    missing.
+    """
     if path.exists():
         with suppress(InputError):  # damaged: it is computed again
             return made(read_object(path, "stage of a run", MAX_BYTES))
@@ -245,7 +249,7 @@ def once(path: Path, compute: Callable[[], Content], made: Callable[[Content], T
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; nothing of one that can't be read."""
+    """SHA-256 of a file; None if it can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -254,7 +258,7 @@ def digest(path: Path) -> str:
 
 
 def difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """The innermost entry that differs, by its dotted name."""
+    """The dotted name of the innermost entry that differs."""
     was, new = before.get(name), now.get(name)
     if isinstance(was, dict) and isinstance(new, dict):
         by_name = sorted({*was, *new}, key=lambda key: (key != "name", key))  # of what it is, first
@@ -267,16 +271,16 @@ def difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
 
 
 class UnfinishedRunError(InputError):
-    """What an unfinished run left must stay, as its own command can still finish it."""
+    """An unfinished run must not be removed, because its own command can still resume it."""
 
 
 class FutileError(InputError):
-    """The command can't be done, however often it is typed: what its run left is of no use."""
+    """The command can never succeed, so what its run left behind is of no use."""
 
 
 @contextmanager
 def for_good() -> Iterator[None]:
-    """Say of input that is refused inside that it will always be.
+    """Mark input errors raised in this context as permanent.
 
     Raises:
         FutileError: in place of an ``InputError``.
@@ -289,7 +293,7 @@ def for_good() -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A passing name to write a file under, which gets its own when it is whole.
+    """A temporary name for a file, which gets its final name when it is complete.
 
     Raises:
         OSError: it cannot be written; an old file of that name is as it was.
@@ -306,6 +310,6 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file by :func:`whole`."""
+    """Write a text file so that it appears complete or not at all."""
     with whole(path) as partial, partial.open("x") as file:
         file.write(text)

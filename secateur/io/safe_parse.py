@@ -1,4 +1,4 @@
-"""Files from strangers: read up to a limit, and made into plain data of bounded size and depth."""
+"""Reading untrusted files: limited size, and plain data of bounded size and depth."""
 
 import json
 import math
@@ -29,12 +29,12 @@ _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1, ord(","): 0, ord(
 
 
 class HostileError(ValueError):
-    """What is wrong with the content of a file; the reader adds which file it is."""
+    """The content of a file is invalid; the caller adds the file's name."""
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A file to read, and its size.
+    """Open a file, and return it with its size.
 
     Raises:
         OSError: it can't be read.
@@ -53,7 +53,7 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Refuse a folder to write to that is a link, or has one in it: it would lead elsewhere.
+    """Refuse an output folder that is or contains a symbolic link, which could lead elsewhere.
 
     Raises:
         InputError: it is, or has.
@@ -67,7 +67,7 @@ def refuse_links(folder: Path) -> None:
 
 @contextmanager
 def opened_lines(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text file to read, with or without a mark at its start.
+    """Open a UTF-8 text file, with or without a byte order mark.
 
     Raises:
         OSError, HostileError: as :func:`opened` does.
@@ -77,7 +77,7 @@ def opened_lines(path: Path) -> Iterator[TextIO]:
 
 
 def lines_of(text: TextIO) -> Iterator[tuple[int, str]]:
-    """The lines with something in them and their numbers; at \\n alone, as JSON may hold U+2028.
+    """Nonempty lines with their numbers, split at \n only, as JSON may contain U+2028.
 
     Raises:
         HostileError: a line is too long.
@@ -92,7 +92,7 @@ def lines_of(text: TextIO) -> Iterator[tuple[int, str]]:
 
 
 def read_bytes(path: Path, most: int, what: str = "file of this kind") -> bytes:
-    """A file's bytes; ``what`` says in messages what is never larger than ``most``.
+    """Read a file of limited size; ``what`` names it in messages.
 
     Raises:
         OSError: it can't be read.
@@ -105,10 +105,10 @@ def read_bytes(path: Path, most: int, what: str = "file of this kind") -> bytes:
 
 
 def parse_json(raw: bytes, most_nodes: int = MAX_NODES, finite: bool = True) -> Any:
-    """Plain data from JSON that is what it should be: bounded, finite, every name once.
+    """Parse JSON with limits on size and depth, finite numbers and unique names.
 
-    Size and depth are looked at before anything is made of it. Where it need not be ``finite``, NaN
-    and Infinity are read as Python writes them.
+    The limits are checked before objects are created. Unless ``finite``, NaN and Infinity are
+    accepted as Python writes them.
 
     Raises:
         HostileError: it is not.
@@ -147,7 +147,7 @@ FAULTS_OF_YAML = (
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: no aliases, which could stand for more than there is memory, and limits."""
+    """YAML loader without aliases, which could expand without bounds, and with limits."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth: int = getattr(self, "depth", 0) + 1
@@ -172,7 +172,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(raw: bytes) -> Any:
-    """Plain data from YAML, as :func:`parse_json` gives it from JSON.
+    """Parse YAML with the limits of :func:`parse_json`.
 
     Raises:
         HostileError: it is no YAML, or has aliases, a name twice, or numbers beyond bounds.
@@ -190,7 +190,7 @@ def parse_yaml(raw: bytes) -> Any:
 
 
 def _look(value: Any) -> None:
-    """Hold numbers and text inside plain data against what JSON may have."""
+    """Check numbers and strings in plain data against the limits of JSON."""
     left = [value]
     while left:
         found = left.pop()
@@ -214,7 +214,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str, raw: bytes) -> float:
-    """JSON has no NaN and no Infinity; the message shows what stands before the first of them."""
+    """Refuse NaN and Infinity; the message shows what stands before the first of them."""
     before = raw[: raw.find(name.encode())].decode("utf-8", "replace")
     raise HostileError(f"{name} is no number, behind {shown(before[-40:])}")
 
@@ -233,6 +233,6 @@ def _short(digits: str) -> int:
 
 
 def plain_name(name: str, suffixes: Sequence[str] = ()) -> bool:
-    """Whether a name is that of a file in its own folder: it leads nowhere else."""
+    """Whether a name is that of a file in the same folder."""
     own = 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\\0:")
     return own and name.isprintable() and (not suffixes or name.endswith(tuple(suffixes)))

@@ -1,4 +1,4 @@
-"""What the headers of weight files say, held against what a checkpoint's layers should have."""
+"""Headers of weight files, and checks against the layers of a checkpoint."""
 
 import math
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ SINGLE = "model.safetensors"
 
 
 class Entry(NamedTuple):
-    """A tensor in a file: its bytes are those from ``start`` up to ``end`` of the whole file."""
+    """A tensor in a file, in bytes ``start`` to ``end`` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_whole(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The same, and the strings by name that the header has beside it.
+    """The same, and the metadata of the header.
 
     Raises:
         InputError: likewise.
@@ -85,7 +85,7 @@ def read_whole(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _parts(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where it ends, and where the file does."""
+    """The header, the offset of its end, and the size of the file."""
     with opened(path) as (file, size):
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -123,12 +123,12 @@ def _entries(header: dict[str, Any], behind: int) -> Iterator[tuple[str, Entry]]
 
 
 def _counts(value: Any) -> bool:
-    """Whether it is a list of whole numbers that a file could speak of."""
+    """Whether a value is a list of integers that can be sizes or offsets in a file."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def read_index(folder: Path) -> dict[str, str] | None:
-    """Which file of a folder each tensor is in, by the index of shards; None without one.
+    """The file of each tensor according to the index of shards; None without an index.
 
     Raises:
         InputError: the index is damaged, or names what is no weight file of this folder.
@@ -156,7 +156,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
 
 
 def check_layers(source: str, folder: Path, module: nn.Module) -> None:
-    """Refuse weight files that don't hold what the layers of other forms want; loads no tensor.
+    """Refuse weight files without the tensors that layers of other forms need; loads no tensor.
 
     ``module`` is the model without storage.
 
@@ -188,7 +188,7 @@ def check_layers(source: str, folder: Path, module: nn.Module) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder that transformers would read; none where there are none.
+    """The weight files of a folder that transformers would read; empty if there are none.
 
     Raises:
         InputError: the index is damaged, or a file that it names is missing.
@@ -206,12 +206,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> dict[str, Entry]:
-    """Every tensor in the weight files of a folder; raises as :func:`places` does."""
+    """All tensors in the weight files of a folder; raises as :func:`places` does."""
     return {name: entry for name, (_, entry) in places(folder).items()}
 
 
 def places(folder: Path) -> dict[str, tuple[Path, Entry]]:
-    """In which weight file of a folder every tensor is, and where in that.
+    """The weight file of each tensor in a folder, and its position there.
 
     Raises:
         InputError: a file is damaged or missing, or two of them have the same tensor.

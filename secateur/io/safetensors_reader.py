@@ -1,4 +1,4 @@
-"""Tensors that stay in their weight files; each is read by itself when it is asked for."""
+"""Tensors that stay in their weight files and are read one at a time."""
 
 import io
 import math
@@ -16,10 +16,9 @@ PIECE = 2**24  # bytes that are read at once where numbers get another format
 
 
 class Shelf:
-    """The safetensors files of a folder by the names of their tensors.
+    """Reads single tensors, by name, from the safetensors files of a folder.
 
-    Nothing is mapped: what was read is memory of this process and nothing else is, so that a limit
-    on it holds. Don't use it where all tensors are wanted anyway.
+    Files are read and not mapped, so that limits on memory apply. Don't use it to load all tensors.
 
     Raises:
         InputError: a file is damaged, or a tensor is in two of them.
@@ -33,15 +32,15 @@ class Shelf:
         return name in self._places
 
     def names(self) -> set[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return {*self._places}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
+        """Shape of a tensor."""
         return self._places[name][1].shape
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor in memory of its own: as stored, or floating point in ``dtype``, if given.
+        """Read one tensor as it is stored, or floating-point tensors in ``dtype``, if given.
 
         Raises:
             HaltedError: its file has gone, has changed or cannot be read.
@@ -64,7 +63,7 @@ class Shelf:
             ) from error
 
     def expect(self, names: list[str]) -> None:
-        """Tell the kernel which tensors are wanted next, so that it reads ahead."""
+        """Tell the operating system which tensors are needed next, so that it reads ahead."""
         if not hasattr(os, "posix_fadvise"):
             return
         for name in names:
@@ -78,7 +77,7 @@ class Shelf:
 
 
 def read_tensor(path: Path, entry: Entry, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of a file, in memory of its own; in ``dtype``, if given.
+    """Read a tensor of a file into memory; in ``dtype``, if given.
 
     Raises:
         OSError: it can't be read, or the file ends before it.

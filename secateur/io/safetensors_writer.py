@@ -1,4 +1,4 @@
-"""Safetensors files, written while their tensors are made."""
+"""Writing safetensors files while their tensors are computed."""
 
 import json
 import math
@@ -21,7 +21,7 @@ ALIGNED = 8
 
 
 class PendingTensor(NamedTuple):
-    """A tensor in the data of a shard that is not finished."""
+    """A tensor in a shard that is not finished."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -59,10 +59,10 @@ class WriterState(Record):
 
 
 class Writer:
-    """Appends tensors to a file at once, and makes a shard of it whenever it is full.
+    """Appends tensors to a file immediately, and finishes a shard whenever it is full.
 
-    A tensor is out of memory when it was added. Shards have their tensors in the order in which the
-    safetensors library writes them: wide numbers first, so that all are aligned, then by name.
+    No tensor stays in memory after it was added. Shards contain their tensors in the order of the
+    safetensors library: wide number formats first, for alignment, then by name.
 
     Raises:
         OSError: the folder has no space left.
@@ -109,7 +109,7 @@ class Writer:
         self._written += size
 
     def state(self) -> WriterState:
-        """What :meth:`go_on` needs to know of all that was added so far."""
+        """The data that :meth:`go_on` needs to continue from here."""
         return WriterState(
             pending=dict(self._pending),
             size=self._size,
@@ -118,14 +118,14 @@ class Writer:
         )
 
     def settle(self) -> None:
-        """Remove what only a state before this one needs."""
+        """Remove what is only needed to continue writing."""
         for number in range(len(self._shards)):
             self._shard(number, "data").unlink(missing_ok=True)
 
     def go_on(self, state: WriterState) -> bool:
-        """Be where another writer to this folder was, if all that it had written is still there.
+        """Continue from the state of another writer to this folder, if all its data still exist.
 
-        What it wrote later is forgotten.
+        What it wrote after that state is discarded.
         """
         count = len(state.shards)
         for number in range(count):
@@ -177,7 +177,7 @@ class Writer:
         self._size = 0
 
     def finish(self) -> None:
-        """Write what is pending, then give the shards the names that transformers looks for.
+        """Write pending data, then give the shards the names that transformers expects.
 
         :meth:`settle` then removes what a state of before would need.
         """
@@ -197,7 +197,7 @@ class Writer:
 
 
 def settle(folder: Path) -> None:
-    """Remove all that only going on with writing would need."""
+    """Remove what is only needed to continue writing."""
     for path in folder.glob("shard-*.data"):
         path.unlink()
 

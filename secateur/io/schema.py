@@ -1,4 +1,4 @@
-"""Records on disk: plain data with a schema, read without trust."""
+"""Records on disk: plain data with a schema, read as untrusted input."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ Parts: TypeAlias = Annotated[tuple[T, ...], FailFast()]
 
 
 class Record(BaseModel):
-    """Fields that can't be changed, and no others.
+    """A frozen model without additional fields.
 
-    ``most_values`` is how many a file may have, at all levels.
+    ``most_values`` limits the number of values in a file, at all levels.
     """
 
     most_values: ClassVar[int] = MAX_VALUES
@@ -40,7 +40,7 @@ def read_record(kind: type[R], path: Path, what: str, most_bytes: int, advice: s
 
 
 def read_object(path: Path, what: str, most_bytes: int, advice: str = "") -> dict[str, Any]:
-    """Read a JSON object that this package has written, NaN and Infinity included.
+    """Read a JSON object that this package has written, including NaN and Infinity.
 
     Raises:
         InputError: the file is missing, too large, or no such object.
@@ -54,7 +54,7 @@ def read_object(path: Path, what: str, most_bytes: int, advice: str = "") -> dic
 
 @contextmanager
 def reading(path: Path, what: str, advice: str = "") -> Iterator[None]:
-    """Say of a file that can't be read, or is no record, which it is and what is wrong with it.
+    """Add the name of the file to errors raised in this context.
 
     Raises:
         InputError: in place of what was raised inside.
@@ -70,13 +70,13 @@ def reading(path: Path, what: str, advice: str = "") -> Iterator[None]:
 
 
 def said(error: pydantic.ValidationError) -> str:
-    """Where a record is wrong first, and how."""
+    """Describe the first error in a record and where it is."""
     first: Any = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(_named(part) for part in first["loc"]) or "the file"
     return f"{where}: {words(first['msg'])}"
 
 
 def _named(part: Any) -> str:
-    """A name in a file, or a place in a list; what is no plain name in quotes."""
+    """A name in a file or a position in a list, quoted if it is not a plain name."""
     text = str(part)
     return text if len(text) < 100 and text.isprintable() else shown(part)

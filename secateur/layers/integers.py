@@ -91,6 +91,16 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     return signed.flatten(1)[:, : words_of(columns, bits)].int().contiguous()
 
 
+def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The codes (rows, columns) of the words that :func:`packed` makes."""
+    runs = nn.functional.pad(words.long() & (2**WORD - 1), (0, 1))
+    at = bits * torch.arange(columns, device=words.device)
+    word, low = at // WORD, at % WORD
+    raised = (runs[:, word] >> low) | (runs[:, word + 1] << (WORD - low))
+    codes: Tensor = (raised & (2**bits - 1)) - 2 ** (bits - 1)
+    return codes
+
+
 def words_of(inputs: int, bits: int) -> int:
     """Words that a row takes."""
     return -(-inputs * bits // WORD)

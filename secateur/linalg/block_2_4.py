@@ -1,4 +1,4 @@
-"""A 2:4 matrix between block-diagonal ones, brought closer to a weight step by step."""
+"""Approximation of a weight by a 2:4 sparse matrix between block-diagonal factors."""
 
 from collections.abc import Iterator
 from itertools import combinations
@@ -28,7 +28,7 @@ class Factors(NamedTuple):
 
 
 def norms(weight: Tensor, dim: int) -> Tensor:
-    """Of columns (0) or rows (1); 1 for those of zeros."""
+    """Norms of columns (0) or rows (1); 1 for zero vectors."""
     found = weight.norm(dim=dim)
     return torch.where(found > 0, found, 1.0)
 
@@ -36,7 +36,7 @@ def norms(weight: Tensor, dim: int) -> Tensor:
 def descent(
     weight: Tensor, energy: Tensor, block: int, rounds: int, seed: int
 ) -> Iterator[tuple[Factors, float]]:
-    """States with their losses, NoWag-P first; a loss is never above the one before."""
+    """States with their losses, starting from NoWag-P; the loss never increases."""
     root = energy.clamp_min(0).sqrt()
     mask = largest_of_groups((weight * root).square(), 2, 4)
     left, right = (torch.eye(block).to(weight).repeat(size // block, 1, 1) for size in weight.shape)
@@ -60,7 +60,7 @@ def _loss(state: Factors, target: Tensor, root: Tensor) -> float:
 
 
 def _solved(gram: Tensor, cross: Tensor, before: Tensor) -> Tensor:
-    """The X of least ‖D X − T‖² + ρ‖X − X₀‖², of DᵀD and DᵀT; never worse than X₀."""
+    """Minimize ‖D X − T‖² + ρ‖X − X₀‖² over X, from DᵀD and DᵀT; never worse than X₀."""
     pull = PULL * gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-200)
     pull = pull[..., None, None] * torch.eye(gram.shape[-1]).to(gram)
     found: Tensor = torch.linalg.solve(gram + pull, cross + pull @ before)
@@ -68,7 +68,7 @@ def _solved(gram: Tensor, cross: Tensor, before: Tensor) -> Tensor:
 
 
 def wrapped(state: Factors, target: Tensor, root: Tensor) -> Factors:
-    """With the best A, then the best B for it."""
+    """Solve for the best A, then for the best B."""
     inner = torch.einsum("prqc,qck->prqk", state.core, state.right * root).flatten(2)
     wanted = (target * root.squeeze(1)).flatten(2)
     left = _solved(inner @ inner.mT, inner @ wanted.mT, state.left.mT).mT
@@ -80,14 +80,14 @@ def wrapped(state: Factors, target: Tensor, root: Tensor) -> Factors:
 
 
 def _slope(state: Factors, target: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """The error with √h in it, and half the gradient by every entry of S, zero or not."""
+    """The error weighted by √h, and half the gradient with respect to all entries of S."""
     error = (state.product() - target) * root.squeeze(1)
     back = torch.einsum("pir,piqk->prqk", state.left, error)
     return error, torch.einsum("prqk,qck->prqc", back, state.right * root)
 
 
 def slid(state: Factors, target: Tensor, root: Tensor) -> Factors:
-    """S moved down its gradient, in every pair of blocks to where the error is least."""
+    """Move S along its gradient, with the best step in every pair of blocks."""
     error, slope = _slope(state, target, root)
     slope = slope * state.mask
     moved = state._replace(core=slope, right=state.right * root).product()

@@ -23,9 +23,9 @@ Settle = Callable[[int, Tensor], Tensor]
 def inverse_factor(gram: Tensor, ridge: float, what: str = "column sweep") -> Tensor:
     """Upper triangular C with CᵀC = (H + λI)⁻¹, λ = ridge · mean of H's diagonal.
 
-    From the Cholesky factor of H with its order reversed, so nothing is factorised that rounding
-    may have made indefinite. Where H is not positive definite, λ is raised, with a warning; no
-    other H takes its place.
+    C comes from the Cholesky factor of H in reversed order, so no matrix is factorized that
+    rounding may have made indefinite. If H is not positive definite, λ is increased with a warning;
+    H is never replaced.
     """
     reverse, _ = damped_cholesky(gram.flip(0, 1), ridge, what)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -36,10 +36,10 @@ def inverse_factor(gram: Tensor, ridge: float, what: str = "column sweep") -> Te
 def sweep(
     weight: Tensor, factor: Tensor, width: int, begin: Callable[[int, Tensor], Settle]
 ) -> Tensor:
-    """The weight that a sweep in blocks of ``width`` columns leaves; ``factor`` is C.
+    """Update a weight column by column, in blocks of ``width`` columns; ``factor`` is C.
 
-    ``begin`` is given the first column of each block and the block, with all errors before it made
-    good, and gives what settles its columns.
+    ``begin`` gets the first column of each block, and the block with all earlier errors
+    compensated, and returns a function that decides its columns.
     """
     current, found = weight.clone(), torch.empty_like(weight)
     rows = factor / factor.diagonal().unsqueeze(1)

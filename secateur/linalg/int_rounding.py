@@ -1,11 +1,11 @@
-"""Weights as whole numbers of few bits times a scale."""
+"""Rounding of weights to integers of few bits times a scale."""
 
 import torch
 from torch import Tensor
 
 
 def codes_of(weights: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The nearest whole numbers, from −2^(bits−1) to 2^(bits−1) − 1, for scales that broadcast."""
+    """Round to integers from −2^(bits−1) to 2^(bits−1) − 1, for scales that broadcast."""
     most = 2 ** (bits - 1)
     return (weights / scale.double()).round().clamp(-most, most - 1).to(torch.int8)
 
@@ -13,10 +13,11 @@ def codes_of(weights: Tensor, scale: Tensor, bits: int) -> Tensor:
 def best_scale(
     groups: Tensor, bits: int, steps: int, stored: torch.dtype, worth: Tensor | None = None
 ) -> Tensor:
-    """The scale of each group (…, weights), in its ``stored`` format, with the least squared error.
+    """The scale of each group (…, weights), in its ``stored`` format, with the smallest squared
+    error.
 
-    Tried are max|w| / (2^(bits−1) − 1), with which nothing is clipped, and so many ``steps`` down
-    towards half of that. Squares may be of unequal ``worth``. Where a scale would be zero it is 1.
+    The candidates are max|w| / (2^(bits−1) − 1), which clips nothing, and ``steps`` scales down to
+    half of it. ``worth`` weights the squared errors. A scale of zero becomes 1.
     """
     widest = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
     best, least = torch.empty_like(widest, dtype=stored), torch.full_like(widest, torch.inf)

@@ -17,7 +17,7 @@ from secateur.utils.precision import exact
 
 
 class DampingWarning(UserWarning):
-    """A ridge had to be raised for a matrix to be positive definite."""
+    """A ridge was increased so that a matrix is positive definite."""
 
 
 def damped_cholesky(
@@ -54,7 +54,9 @@ def damped(gram: Tensor, ridge: float) -> Tensor:
 
 
 def _scale(gram: Tensor) -> Tensor:
-    """What ridges are relative to; never zero, so that silent channels can be damped too."""
+    """The value that ridges are relative to; never zero, so that inactive channels can be
+    damped.
+    """
     return gram.diagonal().mean().clamp_min(1e-200)
 
 
@@ -103,17 +105,17 @@ def refit_errors(
 
 
 def reordered(gram: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns in an order, or some of them, with no copy between."""
+    """Rows and columns in another order, or some of them, without an intermediate copy."""
     return gram[order.unsqueeze(1), order]
 
 
 def tails(parts: Tensor) -> Tensor:
-    """What is left out when the first k of n parts stay, for k = 0 … n."""
+    """Sum of the parts after the first k of n, for k = 0 … n."""
     return torch.cat((parts.flip(0).cumsum(0).flip(0), parts.new_zeros(1)))
 
 
 def decoder(gram: Tensor, keep: Tensor, ridge: float, what: str = "refit") -> Tensor:
-    """C_SS⁻¹ C_S:, which rebuilds all channels from the kept ones with least squared error.
+    """C_SS⁻¹ C_S:, which reconstructs all channels from the kept ones with the least squared error.
 
     The ridge λ pulls towards the selection, (C_SS + λI)⁻¹ (C_S: + λ I_S:), not towards zero: a kept
     channel that calibration never saw active keeps its own row of the consumer.
@@ -126,7 +128,7 @@ def decoder(gram: Tensor, keep: Tensor, ridge: float, what: str = "refit") -> Te
 
 
 def energies(weight: Tensor) -> Tensor:
-    """The squared singular values of a matrix, ascending; those that rounding made are zero."""
+    """Squared singular values of a matrix, ascending; values below rounding error become zero."""
     weight = weight.double()
     gram = weight @ weight.mT if weight.shape[0] < weight.shape[1] else weight.mT @ weight
     found: Tensor = torch.linalg.eigvalsh(gram)
@@ -151,7 +153,7 @@ def roots(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def low_rank_in_metric(gram: Tensor, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The best rank-k map for z ↦ zW in the metric C, for every k at once.
+    """Best approximation of z ↦ zW of rank k in the metric C, for all k at once.
 
     Returns encode E (n, n), decode D (n, n) and the discarded energies (n): for each k, E[:, :k]
     D[:k] is the projection P that minimises E‖zW − zPW‖², and the error is the sum of the energies
@@ -192,10 +194,11 @@ def conjugate_gradients(
     iterations: int,
     agreed: Callable[[float], float] = float,
 ) -> list[Tensor]:
-    """An approximate solution of ``curved(x) = residual``; stops early where it is exact.
+    """Solve ``curved(x) = residual`` approximately; stops early if the solution is exact.
 
-    Processes that solve it together pass what makes one's number that of all as ``agreed``: they
-    round differently where machines are unlike, and one that stopped alone would leave the others.
+    Processes that solve together pass ``agreed``, which gives all of them the number of one: they
+    round differently on different machines, and one that stops alone would leave the others
+    waiting.
     """
     found = [torch.zeros_like(r) for r in residual]
     direction = toward = preconditioned(residual)

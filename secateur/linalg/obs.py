@@ -1,4 +1,4 @@
-"""Backward elimination: the features that a least squares fit can spare, one after the other.
+"""Backward elimination: removes features from a least-squares fit one by one.
 
 Row convention, y = x W; C is a Gram of n features, as in :mod:`secateur.linalg.least_squares`.
 """
@@ -17,7 +17,8 @@ TINY = 1e-200  # pivots are never smaller
 def backward_elimination(
     gram: Tensor, cross: Tensor, ridge: float, what: str = "elimination", width: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Which features a least squares fit can spare: the order, best first, and E(k) for k = 0 … n.
+    """The order in which a least-squares fit can lose its features, best first, and E(k) for k = 0
+    … n.
 
     With Ŵ the fit from the features that are left and H = C + λI on them, leaving out feature j and
     refitting the others costs exactly
@@ -39,9 +40,9 @@ def backward_elimination(
 def survivors(
     gram: Tensor, cross: Tensor, ridge: float, size: int, what: str = "elimination"
 ) -> Tensor:
-    """The first ``size`` features of :func:`backward_elimination`, ascending; the rest is spared.
+    """The first ``size`` features of :func:`backward_elimination`, in ascending order.
 
-    It takes the same steps, and ends early.
+    It takes the same steps, and stops early.
     """
     removed, _ = _singles(*_fitted(gram, cross, ridge, what), size)
     stays = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
@@ -56,7 +57,7 @@ def _fitted(gram: Tensor, cross: Tensor, ridge: float, what: str) -> tuple[Tenso
 
 
 def _singles(inverse: Tensor, fit: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """What goes, first gone first, until ``least`` are left, and what each costs.
+    """The removed features, first removed first, until ``least`` remain, and the cost of each.
 
     Of Ŵ only the products M = ŴŴᵀ of its rows are needed. With p = H⁻¹_:j / √[H⁻¹]_jj and
     m = M_:j / √[H⁻¹]_jj − p M_jj / 2 [H⁻¹]_jj, a removal is
@@ -107,7 +108,7 @@ def _singles(inverse: Tensor, fit: Tensor, least: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(inverse: Tensor, fit: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The same for blocks of neighbours; what is gone is dropped at once."""
+    """The same for blocks of neighbouring features; removed features are dropped immediately."""
     state = torch.cat((inverse, fit), 1)
     alive = torch.arange(len(state) // width, device=state.device)
     removed, costs = torch.empty_like(alive), state.new_zeros(len(alive))

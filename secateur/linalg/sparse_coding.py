@@ -1,4 +1,4 @@
-"""Float64 kernels of sparse coding: rows y ≈ c A, few non-zeros in c, atoms as rows of A."""
+"""Sparse coding in float64: rows y ≈ c A with few nonzeros in c, atoms as rows of A."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ SETTLED = 1e-3  # of the error, in one round
 
 
 def largest(codes: Tensor, nonzeros: int) -> Tensor:
-    """The largest entries of every row, all others zero."""
+    """Keep the largest entries of each row, and set all others to zero."""
     chosen = codes.abs().topk(nonzeros, dim=1).indices
     return torch.zeros_like(codes).scatter_(1, chosen, codes.gather(1, chosen))
 
@@ -41,10 +41,10 @@ def in_turns(
     sweeps: int,
     update: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Codes and atoms, each made better for the other until a round gains nothing.
+    """Alternate between codes and atoms until an iteration gains nothing.
 
-    ``update`` gives atoms from signals, codes, whose values it may change, and atoms. Codes come
-    from matching pursuit. Atoms start as rows.
+    ``update`` computes atoms from signals, codes (whose values it may change) and atoms. Codes come
+    from matching pursuit. The initial atoms are rows.
     """
     found = first_atoms(signals, atoms)
     codes = matching_pursuit(signals, found, nonzeros)
@@ -60,7 +60,7 @@ def in_turns(
 
 
 def matching_pursuit(signals: Tensor, atoms: Tensor, nonzeros: int) -> Tensor:
-    """Orthogonal matching pursuit of all rows at once: codes (rows, atoms).
+    """Orthogonal matching pursuit for all rows at once: codes (rows, atoms).
 
     A row takes the atom that has most to do with what is left of it, then all its coefficients are
     fitted anew. With G = A Aᵀ, the Cholesky factor of G_SS grows by a row with every atom, and q_t,
@@ -80,7 +80,7 @@ def matching_pursuit(signals: Tensor, atoms: Tensor, nonzeros: int) -> Tensor:
 
 
 def _pursuit(left: Tensor, gram: Tensor, nonzeros: int) -> Tensor:
-    """From Y Aᵀ and A Aᵀ of unit atoms."""
+    """Matching pursuit from Y Aᵀ and A Aᵀ with unit atoms."""
     rows, count = left.shape
     every = torch.arange(rows, device=left.device)
     floor = torch.finfo(gram.dtype).eps * count
@@ -107,9 +107,9 @@ def _pursuit(left: Tensor, gram: Tensor, nonzeros: int) -> Tensor:
 
 
 def recoded(signals: Tensor, codes: Tensor, atoms: Tensor, nonzeros: int) -> Tensor:
-    """Codes by matching pursuit, but for rows that it would serve worse than those they have.
+    """Codes by matching pursuit, except for rows whose current codes are better.
 
-    Matching pursuit is greedy: with better atoms it may choose a worse set of them.
+    Matching pursuit is greedy, so it can choose a worse set of better atoms.
     """
     new = matching_pursuit(signals, atoms, nonzeros)
     worse = errors(signals, new, atoms) > errors(signals, codes, atoms)
@@ -117,7 +117,7 @@ def recoded(signals: Tensor, codes: Tensor, atoms: Tensor, nonzeros: int) -> Ten
 
 
 def errors(signals: Tensor, codes: Tensor, atoms: Tensor) -> Tensor:
-    """‖y − c A‖² of every row."""
+    """‖y − c A‖² of each row."""
     return (signals - codes @ atoms).square().sum(1)
 
 
@@ -127,7 +127,7 @@ def distance(signals: Tensor, codes: Tensor, atoms: Tensor) -> float:
 
 
 def first_atoms(signals: Tensor, atoms: int) -> Tensor:
-    """Unit atoms to start from: rows that are not zero, drawn at random; then any directions.
+    """Initial unit atoms: random nonzero rows, then random directions; always the same.
 
     Draws are the same every time.
     """
@@ -142,7 +142,8 @@ def first_atoms(signals: Tensor, atoms: int) -> Tensor:
 
 
 def updated_atoms(signals: Tensor, codes: Tensor, atoms: Tensor, powers: int) -> Tensor:
-    """One sweep of K-SVD over all atoms and their coefficients, in place; the error never rises.
+    """One iteration of K-SVD over all atoms and their coefficients, in place; the error never
+    increases.
 
     For an atom, with E what the rows that use it lack without it, a few power iterations from the
     atom as it is make it the first right singular vector of E; the coefficients are E a. An atom
@@ -170,7 +171,7 @@ def updated_atoms(signals: Tensor, codes: Tensor, atoms: Tensor, powers: int) ->
 
 
 def fitted_atoms(signals: Tensor, codes: Tensor, atoms: Tensor) -> Tensor:
-    """Atoms of least squared error for given codes; those that no row uses stay."""
+    """Least-squares atoms for given codes; unused atoms stay as they are."""
     used = codes.any(0)
     found = atoms.clone()
     found[used] = torch.linalg.pinv(codes[:, used]) @ signals

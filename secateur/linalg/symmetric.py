@@ -1,7 +1,7 @@
-"""Sums of symmetric products, worked out on and above the diagonal alone: half of the operations.
+"""Sums of symmetric products, computed on and above the diagonal only.
 
-A matrix is gone through in bands of rows. What is below the diagonal is right only inside a band,
-until :func:`mirrored` copies it from above.
+A matrix is processed in bands of rows. Entries below the diagonal are valid only inside a band,
+until :func:`mirrored` copies them from above.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def bands(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Views of its bands from the diagonal on, and the row that each begins with."""
+    """Views of the bands, from the diagonal on, with the first row of each."""
     for start in range(0, max(1, len(matrix)), BAND):
         yield start, matrix[start : start + BAND, start:]
 
@@ -35,7 +35,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) 
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product at least in float32; of half precision on a GPU by its tensor cores."""
+    """A matrix product in at least float32; in half precision on a GPU with tensor cores."""
     if left.dtype not in HALF:
         return left @ right
     if left.is_cuda and torch.version.cuda is not None:
@@ -44,7 +44,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def kept(matrix: Tensor, stays: Tensor) -> Tensor:
-    """The rows and columns ``stays``, ascending, moved to the front in place: a view of them."""
+    """Move the rows and columns ``stays`` (ascending) to the front in place, and return a view
+    of them.
+    """
     size = len(stays)
     for start in range(0, size, BAND):  # what is written lies before what is still to be read
         own, first = stays[start : start + BAND], int(stays[start])

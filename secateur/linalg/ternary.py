@@ -1,4 +1,4 @@
-"""Weights as a₁ t₁ + a₂ t₂ with trits t ∈ {−1, 0, 1}."""
+"""Weights as a₁ t₁ + a₂ t₂ with ternary t ∈ {−1, 0, 1}."""
 
 import torch
 from torch import Tensor
@@ -32,14 +32,14 @@ def errors(groups: Tensor, scales: Tensor, trits: Tensor) -> Tensor:
 
 
 def better_of(one: Found, other: Found) -> Found:
-    """Of two ends the better one for every group."""
+    """The better of two solutions, for each group."""
     wins = other[2] < one[2]
     scales, error = torch.where(wins, other[0], one[0]), torch.where(wins, other[2], one[2])
     return scales, torch.where(wins.unsqueeze(1), other[1], one[1]), error
 
 
 def nearest_trits(groups: Tensor, scales: Tensor) -> Tensor:
-    """The best of the nine pairs for every weight, (2, groups, weights)."""
+    """The best of the nine ternary pairs for each weight, (2, groups, weights)."""
     first, second = scales.unsqueeze(-1)
     least, chosen = torch.full_like(groups, torch.inf), groups.new_zeros(groups.shape).long()
     for index, (t, u) in enumerate(PAIRS):

@@ -9,8 +9,9 @@ from torch import Tensor
 from secateur.layers.sparse_secateur import encoded
 from secateur.linalg.block_2_4 import descent, norms
 from secateur.methods.form import FormMethod, Metric
+from secateur.structure.form import Form
 from secateur.structure.parametrizations import form_of, smaller
-from secateur.structure.units import Form, Matrix
+from secateur.structure.units import Matrix
 from secateur.utils.errors import InputError
 from secateur.utils.options import option
 

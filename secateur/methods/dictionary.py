@@ -14,8 +14,8 @@ from secateur.layers.forms_secateur import fill
 from secateur.layers.structured_secateur import MOST_ATOMS, Codes, Dictionary
 from secateur.methods.form import FormMethod, Metric, stacked
 from secateur.models.block import Block, Linear
+from secateur.structure.form import Form
 from secateur.structure.parametrizations import form_of
-from secateur.structure.units import Form
 from secateur.utils.options import option
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from secateur.linalg.sparse_coding import fitted_atoms, in_turns
 from secateur.methods.dictionary import DictionaryMethod, stored
 from secateur.methods.form import Metric
 from secateur.methods.structured import undivided
-from secateur.structure.units import Form
+from secateur.structure.form import Form
 from secateur.utils.options import option
 
 if TYPE_CHECKING:

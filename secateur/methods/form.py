@@ -19,9 +19,10 @@ from secateur.models.block import Block, Linear
 from secateur.models.linear_ops import dense_weight, inputs_by_outputs
 from secateur.structure.budget import Keep, Target
 from secateur.structure.error_curve import Curve
+from secateur.structure.form import Form
 from secateur.structure.narrowing import Narrowing
 from secateur.structure.parametrizations import smaller
-from secateur.structure.units import MATRICES, Form, Matrix, Unit
+from secateur.structure.units import MATRICES, Matrix, Unit
 
 if TYPE_CHECKING:
     from secateur.models.model import Model

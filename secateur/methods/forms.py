@@ -13,7 +13,7 @@ from secateur.allocate.knapsack import Knapsack
 from secateur.layers.integers import missing_library
 from secateur.methods.form import FormMethod, Metric
 from secateur.models.block import Linear
-from secateur.structure.units import Form
+from secateur.structure.form import Form
 from secateur.utils.errors import InputError, nearest
 from secateur.utils.options import option
 

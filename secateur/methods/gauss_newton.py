@@ -7,6 +7,7 @@ from torch import Tensor
 
 from secateur.calibration.needs import Needs
 from secateur.calibration.statistics import Cross, Gram
+from secateur.calibration.summation import add_up
 from secateur.calibration.token_batches import Rows
 from secateur.linalg.least_squares import conjugate_gradients, damped_cholesky, least_squares
 from secateur.models.block import Block
@@ -69,7 +70,7 @@ class GaussNewton:
     def _step(self, block: Block, rows: Rows) -> Parts:
         """The change of every part, (inputs, channels), float32."""
         consumer = inputs_by_outputs(block.mlp.consumer).float()
-        room = _room(consumer.device, rows.ranks.neighbours)
+        room = _room(consumer.device, rows.ranks.local_world_size)
         cached: dict[int, Parts] = {}
 
         def back(errors: Tensor, piece: Tensor, slopes: Parts) -> Parts:
@@ -89,8 +90,8 @@ class GaussNewton:
             _add(errors_back, back(errors, piece, slopes))
             _add(squares, [slope.square().sum(0) for slope in slopes])
             gram.update(piece, mask=_all(piece))
-        rows.ranks.add_up({Needs.MLP_INPUT_GRAM: gram})
-        rows.ranks.sum([*errors_back, *squares])
+        add_up({Needs.MLP_INPUT_GRAM: gram}, rows.ranks)
+        rows.ranks.all_reduce([*errors_back, *squares])
         count = gram.tokens
         residual, energy = (
             [(total / count).to(consumer) for total in sums] for sums in (errors_back, squares)
@@ -112,7 +113,7 @@ class GaussNewton:
                 piece = inputs.float()
                 moved = [slope * (piece @ c) for slope, c in zip(slopes, change, strict=True)]
                 _add(total, back(sum(moved[1:], moved[0]) @ consumer, piece, slopes))
-            rows.ranks.sum(total)
+            rows.ranks.all_reduce(total)
             return [
                 (t / count).to(c) + self.ridge * (metric @ c) * s
                 for t, c, s in zip(total, change, scale, strict=True)
@@ -121,10 +122,9 @@ class GaussNewton:
         def preconditioned(gradient: Parts) -> Parts:
             return [inverse @ (g / s) for g, s in zip(gradient, scale, strict=True)]
 
-        def agreed(number: float) -> float:
-            return rows.ranks.told(lambda: number)
-
-        return conjugate_gradients(curved, preconditioned, residual, self.iterations, agreed)
+        return conjugate_gradients(
+            curved, preconditioned, residual, self.iterations, rows.ranks.agree
+        )
 
     def _linearised(self, block: Block, inputs: Tensor) -> tuple[Tensor, Parts]:
         """The channels, and their slopes by every part."""
@@ -140,7 +140,7 @@ class GaussNewton:
         for inputs, targets in rows:
             found = block.mlp.channels(block.mlp.produced(inputs)) @ consumer.to(inputs.dtype)
             total += exact(targets - found).square().sum()
-        rows.ranks.sum([total])
+        rows.ranks.all_reduce([total])
         return float(total)
 
     def _refit(self, block: Block, rows: Rows) -> None:
@@ -149,7 +149,7 @@ class GaussNewton:
             hidden = block.mlp.channels(block.mlp.produced(inputs))
             gram.update(hidden, mask=_all(hidden))
             cross.update(hidden, targets, mask=_all(hidden))
-        rows.ranks.add_up({Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross})
+        add_up({Needs.HIDDEN_GRAM: gram, Needs.HIDDEN_TARGET: cross}, rows.ranks)
         what = f"block {block.index}: consumer after the step"
         found = least_squares(
             gram.mean, cross.mean, block.mlp.consumer_weight, self.refit_ridge, what

@@ -10,7 +10,7 @@ from secateur.linalg.column_updates import Settle, inverse_factor, sweep
 from secateur.linalg.int_rounding import best_scale, codes_of
 from secateur.methods.form import Metric
 from secateur.methods.rtn import RTN, width
-from secateur.structure.units import Form
+from secateur.structure.form import Form
 from secateur.utils.options import option
 
 COLUMNS = 128  # of a block in which groups play no part

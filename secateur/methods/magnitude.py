@@ -15,7 +15,8 @@ from secateur.methods.sparse import SparseMethod
 from secateur.models.block import Block
 from secateur.models.linear_ops import inputs_by_outputs
 from secateur.structure.error_curve import Curve
-from secateur.structure.units import Form, Matrix, Unit
+from secateur.structure.form import Form
+from secateur.structure.units import Matrix, Unit
 
 
 @dataclass(frozen=True)

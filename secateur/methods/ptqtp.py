@@ -11,8 +11,9 @@ from torch import Tensor
 from secateur.layers.factored_secateur import packed_trits
 from secateur.linalg.ternary import Found, best_scales, better_of, errors, nearest_trits
 from secateur.methods.form import FormMethod, Metric
+from secateur.structure.form import Form
 from secateur.structure.parametrizations import form_of, nearest_divisors
-from secateur.structure.units import Form, Matrix
+from secateur.structure.units import Matrix
 from secateur.utils.options import option, whole_numbers
 
 if TYPE_CHECKING:

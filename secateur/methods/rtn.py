@@ -11,8 +11,8 @@ from secateur.layers.integers import BITS, Integers, missing_library
 from secateur.linalg.int_rounding import best_scale, codes_of
 from secateur.methods.form import FormMethod, Metric
 from secateur.models.block import Linear
+from secateur.structure.form import Form
 from secateur.structure.parametrizations import integer_form, nearest_divisors
-from secateur.structure.units import Form
 from secateur.utils.options import option, whole_numbers
 
 if TYPE_CHECKING:

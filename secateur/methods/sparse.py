@@ -12,8 +12,9 @@ from torch import Tensor
 from secateur.layers.factored_secateur import Spec
 from secateur.layers.sparse_secateur import MOST, encoded, packed
 from secateur.methods.form import FormMethod, Metric
+from secateur.structure.form import Form
 from secateur.structure.parametrizations import form_of
-from secateur.structure.units import Form, Matrix
+from secateur.structure.units import Matrix
 from secateur.utils.errors import InputError
 from secateur.utils.options import option
 

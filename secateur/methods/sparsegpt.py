@@ -11,7 +11,7 @@ from secateur.linalg.column_updates import Settle, inverse_factor, sweep
 from secateur.linalg.masks import largest, largest_of_groups
 from secateur.methods.form import Metric
 from secateur.methods.sparse import SparseMethod
-from secateur.structure.units import Form
+from secateur.structure.form import Form
 from secateur.utils.options import option
 
 COLUMNS = 128  #: chosen among, and updated, together

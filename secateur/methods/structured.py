@@ -14,8 +14,9 @@ from secateur.layers.forms_secateur import fill
 from secateur.layers.structured_secateur import Monarch
 from secateur.linalg.least_squares import least_squares
 from secateur.methods.form import FormMethod, Metric
+from secateur.structure.form import Form
 from secateur.structure.parametrizations import form_of
-from secateur.structure.units import Form, Matrix, Unit
+from secateur.structure.units import Matrix, Unit
 from secateur.utils.options import option
 
 if TYPE_CHECKING:

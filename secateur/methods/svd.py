@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from secateur.methods.form import FormMethod, Metric
+from secateur.structure.form import Form
 from secateur.structure.parametrizations import form_of
-from secateur.structure.units import Form
 from secateur.utils.options import option
 
 

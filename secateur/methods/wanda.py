@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur.linalg.masks import largest, largest_of_groups
 from secateur.methods.form import Metric
 from secateur.methods.sparse import SparseMethod
-from secateur.structure.units import Form
+from secateur.structure.form import Form
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from secateur.models.linear_ops import inputs_by_outputs, sizes_of
 from secateur.models.parts import AxisView, Part, View, numbered
 from secateur.structure.narrowing import Narrowing
 from secateur.structure.sites import BLOCK, Site
-from secateur.structure.units import WIDTHS, Matrix, Unit, WholeBlock
+from secateur.structure.units import WHOLE_HEADS, WIDTHS, Matrix, Unit, WholeBlock
 from secateur.utils.errors import InputError
 from secateur.utils.precision import exact_device
 
@@ -311,7 +311,7 @@ class BlockView(View):
 
     def unit(self, multiple_of: int, biased: bool) -> WholeBlock:
         block = self.block
-        parts = block.units(multiple_of, ("mlp", "heads"), biased)
+        parts = block.units(multiple_of, WHOLE_HEADS, biased)
         ends = block.feed_forwards[-1].consumer.bias is None if block.feed_forwards else False
         return WholeBlock(
             name=f"layers.{block.index}.block",

@@ -130,7 +130,6 @@ class Channels(AxisView):
     """The hidden channels of an MLP."""
 
     kind = "mlp"
-    reading = "hidden"
     part: DenseMLP
 
     def unit(self, multiple_of: int, biased: bool) -> MLP:

@@ -147,7 +147,6 @@ class WholeHeads(AxisView):
     """KV heads, each with the query heads that read it."""
 
     kind = "heads"
-    reading = "mixed"
     part: "Attention"
 
     def unit(self, multiple_of: int, biased: bool) -> Heads:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from secateur.structure.narrowing import Narrowing
 from secateur.structure.sites import Site, part_name
-from secateur.structure.units import Unit
+from secateur.structure.units import READS, Unit
 
 if TYPE_CHECKING:
     from secateur.models.block import Block
@@ -162,11 +162,8 @@ class AxisView(View):
     """A unit whose size counts things with coordinates of their own: channels, or KV heads.
 
     What a method needs of such a unit: what reads it (:meth:`read`), where that is seen
-    (:attr:`reading`), and all parameters that go with each of the things (:meth:`parameters`).
+    (:attr:`site`), and all parameters that go with each of the things (:meth:`parameters`).
     """
-
-    #: the side where what reads the unit takes its input
-    reading: ClassVar[str]
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -174,7 +171,7 @@ class AxisView(View):
     @property
     def site(self) -> Site:
         """Where the input of what reads the unit is seen."""
-        return self.part.site(self.reading)
+        return self.part.site(READS[self.kind].side)
 
     @abstractmethod
     def read(self) -> Tensor:

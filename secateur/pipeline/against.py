@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from secateur.evaluate.damage.domains import domains
-from secateur.evaluate.evaluator import Questions, judge_apart
+from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.measurements import Questions
 from secateur.evaluate.significance import doubts
 from secateur.models.model import Settings
 from secateur.report.report import Report

@@ -6,7 +6,8 @@ from typing import Any
 
 from secateur.calibration.collect import Store
 from secateur.data.tokens import Tokens
-from secateur.evaluate.evaluator import Questions, judge_apart
+from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.measurements import Questions
 from secateur.io.run_directory import Workspace
 from secateur.io.safetensors_writer import settle
 from secateur.methods import check_served
@@ -21,7 +22,13 @@ from secateur.pipeline.finished import Finished, read_finished
 from secateur.pipeline.multi_step import run_recipe
 from secateur.pipeline.prepare import Prepared, check_reach, check_streams
 from secateur.pipeline.run_inputs import RunInputs
-from secateur.pipeline.run_record import judge_result, make_report, show_record, write_record
+from secateur.pipeline.run_record import (
+    judge_dense,
+    judge_result,
+    make_report,
+    published,
+    write_record,
+)
 from secateur.pipeline.runtime_checks import check_runtime
 from secateur.planning.checks import check_sizes, match_units
 from secateur.planning.plan import Plan
@@ -81,21 +88,21 @@ def run(config: RunConfig, context: RunContext | None = None) -> Report:
         budget=step.budget.as_dict(),
         allocator={"name": step.allocator.name, **asdict(step.allocator)},
     )
-    workspace = inputs.workspace
-    context = replace(context, watch=Stopwatch(), directory=workspace)
-    with workspace.opened(asked):
-        with context.watch.measure("evaluate"):
-            dense = inputs.judge_dense()
-        plan, result = _compressed(config, step, inputs, context)
-        settle(workspace.result)
+    context = replace(context, watch=Stopwatch(), directory=inputs.workspace)
+
+    def work() -> Report | None:
+        dense = judge_dense(inputs, context)
+        result = _compressed(config, step, inputs, context)
+        if dense is None or result.plan is None:
+            return None
+        settle(inputs.workspace.result)
         small = judge_result(inputs, context, result.said)
-        report = make_report(
-            inputs, context, [result], plan.budget, base=plan.base, sides=(dense, small)
-        )
+        budget, base = result.plan.budget, result.plan.base
+        report = make_report(inputs, context, [result], budget, base=base, sides=(dense, small))
         write_record(inputs, report, [result], Recipe((step,)))
-        workspace.publish()
-    show_record(inputs, context)
-    return report
+        return report
+
+    return published(inputs, context, asked, work)
 
 
 def _check(config: RunConfig, step: Step, shapes: Model) -> None:
@@ -120,11 +127,11 @@ def _check(config: RunConfig, step: Step, shapes: Model) -> None:
 
 def _compressed(
     config: RunConfig, step: Step, inputs: RunInputs, context: RunContext
-) -> tuple[Plan, StageResult]:
+) -> StageResult:
     """The compressed checkpoint, written now or by a run that was killed behind that."""
-    workspace, watch = inputs.workspace, context.watch
-    finished = read_finished(workspace.folder)
-    if finished is None:
+    workspace, watch, ranks = inputs.workspace, context.watch, context.ranks
+    finished = read_finished(workspace.folder) if ranks.leader else None
+    if ranks.agree(finished is None):
         stage = CompressStage(
             step,
             inputs.model,
@@ -134,12 +141,13 @@ def _compressed(
             resumes=True,
         )
         made = stage.run(inputs.source, workspace.result, context)
-        assert made.plan is not None
-        assert made.said is not None
-        finished = Finished(made.plan, made.observed, watch.seconds, made.said)
-        finished.keep(workspace.folder)
+        if made.plan is not None and made.said is not None:  # where this rank leads
+            finished = Finished(made.plan, made.observed, watch.seconds, made.said)
+            finished.keep(workspace.folder)
+    if finished is None:
+        return StageResult()
     watch.seconds = {**finished.seconds, **watch.seconds}
-    return finished.plan, StageResult(finished.plan, finished.observed, finished.said)
+    return StageResult(finished.plan, finished.observed, finished.said)
 
 
 def save(

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from secateur.apply.block_errors import Witness, observations
-from secateur.apply.block_journal import Journal
+from secateur.apply.block_journal import Journal, States
 from secateur.apply.save import finish, store_block, writer_for
+from secateur.apply.sequential import narrow_blocks
 from secateur.calibration.collect import Store
+from secateur.data.tokens import Tokens
+from secateur.distributed.collectives import ALONE, Ranks
 from secateur.evaluate.verify import Passage, Testimony, testimony
 from secateur.io.run_directory import NARROWING, at_once
 from secateur.io.safetensors_writer import Writer
@@ -18,7 +21,8 @@ from secateur.pipeline.prepare import Prepared, prepare
 from secateur.pipeline.run_inputs import Inputs
 from secateur.planning.plan import Plan
 from secateur.planning.stage import StageResult
-from secateur.structure.units import STREAM
+from secateur.structure.units import EVERY_BLOCK, STREAM
+from secateur.utils.stopwatch import Stopwatch
 
 TESTIMONY_TOKENS = 24
 
@@ -75,32 +79,77 @@ class CompressStage:
 
 def write(
     prepared: Prepared, folder: Path, context: RunContext, kept: Path | None = None
-) -> Testimony:
+) -> Testimony | None:
     """Compress the model block by block into a checkpoint, and note what it then answers.
 
     Leaves the model in ``prepared`` compressed and, from those answers, in bfloat16, and there what
     was observed. In ``kept`` it is noted after each block how far that is, so that it goes on from
-    there when it is called again.
+    there when it is called again. All ranks compress; the leader alone writes, and has the answers.
     """
-    model, plan = prepared.model, prepared.plan
-    writer = writer_for(model, plan.tier, folder)
-    journal = None
-    if kept is not None and prepared.step.method.kinds != STREAM:
-        streamed, ranks = model.residence is not None, context.crew.ranks
-        journal = Journal(kept, writer, plan.sizes, streamed, ranks)
-    first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
-    followers = _Followers.of(prepared, first, journal)
-    _write_blocks(prepared, context, writer, journal, followers)
-    with context.watch.measure("evaluate"):
-        said = None if followers.passage is None else followers.passage.testimony()
-        if prepared.evidence is not None:
-            units, errors = prepared.units, followers.errors
-            count, given = followers.blocks, (prepared.store, prepared.evidence, errors)
-            prepared.observed = observations(units, count, *given)
-    with context.watch.measure("save"):
-        finish(model, plan.tier, writer, settle=journal is None)
-    with context.watch.measure("evaluate"):
-        return Testimony(testimony(model, first) if said is None else said, first)
+    ranks, whole = context.ranks, any(u.block == EVERY_BLOCK for u in prepared.units)
+    output = _Output.of(prepared, folder, kept, ranks) if ranks.leader else None
+    if whole:  # one thing, from the first block to the last
+        ranks = ALONE
+    if whole and output is None:
+        return None
+    journal = _shared_journal(None if output is None else output.journal, ranks)
+    _compress_blocks(prepared, context, output, journal, ranks)
+    return None if output is None else output.finished(context)
+
+
+def _shared_journal(journal: Journal | None, ranks: Ranks) -> States | None:
+    """The leader's journal, or where another rank keeps its part of the hidden states."""
+
+    def described() -> list[Any] | None:
+        return None if journal is None else [str(journal.folder.absolute()), journal.done]
+
+    found = ranks.broadcast(described)
+    if ranks.leader or found is None:
+        return journal
+    folder, done = found
+    return States(Path(folder), done, ranks)
+
+
+@dataclass
+class _Output:
+    """The checkpoint that is written, and what is noted of its blocks."""
+
+    prepared: Prepared
+    writer: Writer
+    journal: Journal | None
+    first: Tokens
+    followers: "_Followers"
+
+    @classmethod
+    def of(cls, prepared: Prepared, folder: Path, kept: Path | None, ranks: Ranks) -> "_Output":
+        model, plan = prepared.model, prepared.plan
+        writer = writer_for(model, plan.tier, folder)
+        journal = None
+        if kept is not None and prepared.step.method.kinds != STREAM:
+            journal = Journal(kept, writer, plan.sizes, model.residence is not None, ranks)
+        first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
+        return cls(prepared, writer, journal, first, _Followers.of(prepared, first, journal))
+
+    def take(self, block: Block, watch: Stopwatch) -> None:
+        """Write a compressed block, and go through it."""
+        with watch.measure("save"):
+            store_block(self.prepared.model, block, self.writer)
+        with watch.measure("evaluate"):
+            self.followers.follow(block)
+
+    def finished(self, context: RunContext) -> Testimony:
+        """Write the rest of the model, and note what it answers."""
+        prepared, followers, model = self.prepared, self.followers, self.prepared.model
+        with context.watch.measure("evaluate"):
+            said = None if followers.passage is None else followers.passage.testimony()
+            if prepared.evidence is not None:
+                given = (prepared.store, prepared.evidence, followers.errors)
+                prepared.observed = observations(prepared.units, followers.blocks, *given)
+        with context.watch.measure("save"):
+            finish(model, prepared.plan.tier, self.writer, settle=self.journal is None)
+        with context.watch.measure("evaluate"):
+            said = testimony(model, self.first) if said is None else said
+            return Testimony(said, self.first)
 
 
 @dataclass
@@ -118,7 +167,7 @@ class _Followers:
     passage: Passage | None
 
     @classmethod
-    def of(cls, prepared: Prepared, first: Any, journal: Journal | None) -> "_Followers":
+    def of(cls, prepared: Prepared, first: Tokens, journal: Journal | None) -> "_Followers":
         model, witness = prepared.model, None
         passage = None if model.residence is None else Passage(model, first)
         if prepared.evidence is not None and prepared.step.method.kinds != STREAM:
@@ -143,16 +192,16 @@ class _Followers:
         return [] if self.witness is None else self.witness.errors
 
 
-def _write_blocks(
+def _compress_blocks(
     prepared: Prepared,
     context: RunContext,
-    writer: Writer,
-    journal: Journal | None,
-    followers: _Followers,
+    output: _Output | None,
+    journal: States | None,
+    ranks: Ranks,
 ) -> None:
-    """Bring every block to its sizes and write it, one after the other."""
+    """Bring every block to its sizes, one after the other; there may be an output for them."""
     model, plan, watch = prepared.model, prepared.plan, context.watch
-    narrowed = context.crew.narrow_blocks(
+    narrowed = narrow_blocks(
         model,
         prepared.step.method,
         prepared.units,
@@ -160,6 +209,7 @@ def _write_blocks(
         tokens=prepared.tokens,
         store=prepared.store,
         journal=journal,
+        ranks=ranks,
     )
     with context.progress.stage("narrowing and writing", len(model.blocks)) as advance:
         advance(journal.done if journal is not None else 0)
@@ -168,10 +218,8 @@ def _write_blocks(
                 block = next(narrowed, None)
             if block is None:
                 break
-            with watch.measure("save"):
-                store_block(model, block, writer)
-            with watch.measure("evaluate"):
-                followers.follow(block)
+            if output is not None:
+                output.take(block, watch)
             if journal is not None:
                 with watch.measure("save"):
                     journal.record(block)

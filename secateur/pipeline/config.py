@@ -5,7 +5,7 @@ from pathlib import Path
 
 from secateur.allocate.base import Allocator
 from secateur.data.tokens import Calibration
-from secateur.evaluate.evaluator import Questions
+from secateur.evaluate.measurements import Questions
 from secateur.methods.base import Method
 from secateur.methods.step import Step
 from secateur.models.model import Settings

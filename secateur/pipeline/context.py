@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from secateur.distributed.collectives import ALONE, Ranks
 from secateur.io.run_directory import Workspace
-from secateur.pipeline.workers import ALONE, Crew
 from secateur.utils.progress import Progress
 from secateur.utils.stopwatch import Stopwatch
 
@@ -14,8 +14,8 @@ class RunContext:
     """Who is told, who helps and where a run works; nothing in it changes the result.
 
     Attributes:
-        progress: who is told how far it is; by default nobody.
-        crew: the processes that share the work; by default this one.
+        progress: who is told how far it is, by the leader alone; by default nobody.
+        ranks: the processes that run the same program; by default this one.
         command: the command line that asked for the run; None where Python did.
         shared: folder in which runs that measure the same dense model keep what is measured of it;
             by default every run measures it.
@@ -24,8 +24,12 @@ class RunContext:
     """
 
     progress: Progress = field(default_factory=Progress)
-    crew: Crew = ALONE
+    ranks: Ranks = ALONE
     command: str | None = None
     shared: Path | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     directory: Workspace | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ranks.leader:
+            object.__setattr__(self, "progress", Progress())

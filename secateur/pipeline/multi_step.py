@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic import Field, FiniteFloat, ValidationError
 from torch import nn
 
-from secateur.evaluate.evaluator import Verdict
+from secateur.distributed.collectives import ALONE
+from secateur.evaluate.measurements import Verdict
 from secateur.io.run_directory import MAX_BYTES, FutileError, for_good, write_whole
 from secateur.io.safetensors_header import tensors
 from secateur.io.schema import Record, read_object, read_record
@@ -26,10 +27,11 @@ from secateur.pipeline.context import RunContext
 from secateur.pipeline.prepare import check_reach
 from secateur.pipeline.run_inputs import RunInputs
 from secateur.pipeline.run_record import (
+    judge_dense,
     judge_result,
     make_report,
     plans_of,
-    show_record,
+    published,
     write_record,
 )
 from secateur.pipeline.runtime_checks import check_runtime
@@ -72,20 +74,21 @@ def run_recipe(config: RunConfig, context: RunContext) -> Report:
     recipe, inputs = config.recipe, RunInputs.of(config, context)
     shapes = skeleton(inputs.source, inputs.settings)
     budget = _reachable(recipe, shapes)
-    workspace = inputs.workspace
     asked = inputs.fingerprint(keep=recipe.keep, steps=[step.as_dict() for step in recipe.steps])
-    context = replace(context, watch=Stopwatch(), directory=workspace)
-    with workspace.opened(asked):
-        with context.watch.measure("evaluate"):
-            dense = inputs.judge_dense()
+    context = replace(context, watch=Stopwatch(), directory=inputs.workspace)
+
+    def work() -> Report | None:
+        dense = judge_dense(inputs, context)
         steps = _Steps(recipe, inputs, context)
         results = steps.within(budget, shapes)
+        if dense is None:
+            return None
         small = judge_result(inputs, context, results[-1].said)
         report = steps.report(results, budget, shapes, sides=(dense, small))
         write_record(inputs, report, results, recipe)
-        workspace.publish()
-    show_record(inputs, context)
-    return report
+        return report
+
+    return published(inputs, context, asked, work)
 
 
 def _reachable(recipe: Recipe, shapes: Model) -> "_Bytes":
@@ -121,12 +124,12 @@ class _Steps:
             FutileError: they never do.
         """
         recipe, folder, say = self.recipe, self.inputs.workspace.folder, self.context.progress.say
-        attempt = _attempt(folder, recipe)
-        if attempt is not None:
-            budget = replace(budget, later=attempt.later)
-        for number in range(0 if attempt is None else attempt.number, ATTEMPTS):
+        ranks = self.context.ranks
+        first, later = ranks.broadcast(lambda: _attempt(folder, recipe, budget.later))
+        budget = replace(budget, later=later)
+        for number in range(first, ATTEMPTS):
             results = self.all(budget)
-            reached = stored_bytes(self.inputs.workspace.result, shapes)
+            reached = ranks.broadcast(lambda: stored_bytes(self.inputs.workspace.result, shapes))
             if recipe.keep is None or reached <= recipe.keep * budget.dense:
                 return results
             if recipe.open is None:
@@ -137,7 +140,7 @@ class _Steps:
             # What later steps leave of narrowed shapes is known only when they are done.
             say("a little above the budget: narrowing further")
             budget = replace(budget, later=budget.later * reached / (recipe.keep * budget.dense))
-            if number + 1 < ATTEMPTS:
+            if number + 1 < ATTEMPTS and ranks.leader:
                 _forget(folder, recipe, recipe.open + 1)
                 now = Attempt(number=number + 1, later=budget.later)  # only when no step is left
                 write_whole(folder / ATTEMPT, now.model_dump_json())
@@ -148,28 +151,47 @@ class _Steps:
 
     def all(self, budget: "_Bytes") -> list[StageResult]:
         """Every step that is not finished; the last one's result is the run's."""
-        workspace, source = self.inputs.workspace, self.inputs.source
+        workspace, source, ranks = self.inputs.workspace, self.inputs.source, self.context.ranks
         results: list[StageResult] = []
         for number, step in enumerate(self.recipe.steps, 1):
             last = number == len(self.recipe.steps)
             folder = workspace.result if last else workspace.folder / f"step-{number}"
-            if not last and folder.exists():
-                found = _finished(folder, self.inputs.settings, isinstance(step, Step))
-                if found is not None:
-                    results.append(found)
+            if not last:
+                found = self.finished(number, folder, step) if ranks.leader else None
+                if ranks.agree(found is not None):
+                    results.append(found or StageResult())
                     source = str(folder)
                     continue
-                _forget(workspace.folder, self.recipe, number)
             made = folder if last else workspace.folder / UNFINISHED
             stage = self.stage(number, source, budget)
             self.context.progress.say(f"step {number} of {len(self.recipe.steps)}: {stage.name}")
-            shutil.rmtree(made, ignore_errors=True)
-            results.append(stage.run(source, made, self.context))
+            if ranks.leader:
+                shutil.rmtree(made, ignore_errors=True)
+            results.append(self._run(stage, source, made))
             if not last:
-                _keep(made, results[-1])
-                made.rename(folder)
+                if ranks.leader:
+                    _keep(made, results[-1])
+                    made.rename(folder)
                 source = str(folder)
+            ranks.barrier()  # before another rank reads it
         return results
+
+    def _run(self, stage: Stage, source: str, out: Path) -> StageResult:
+        """All ranks compress; any other stage is the leader's alone."""
+        if isinstance(stage, CompressStage):
+            return stage.run(source, out, self.context)
+        if not self.context.ranks.leader:
+            return StageResult()
+        return stage.run(source, out, replace(self.context, ranks=ALONE))
+
+    def finished(self, number: int, folder: Path, step: Step | Stage) -> StageResult | None:
+        """What a step has come to in an earlier run; None where it has to be done."""
+        if not folder.exists():
+            return None
+        found = _finished(folder, self.inputs.settings, isinstance(step, Step))
+        if found is None:
+            _forget(self.inputs.workspace.folder, self.recipe, number)
+        return found
 
     def stage(self, number: int, source: str, budget: "_Bytes") -> Stage:
         """The step of a number as a stage that works on ``source``.
@@ -220,17 +242,21 @@ def _base(inputs: RunInputs) -> Base:
     )
 
 
-def _attempt(folder: Path, recipe: Recipe) -> Attempt | None:
-    """What the finished steps of an earlier run were made with, if not in the first attempt."""
+def _attempt(folder: Path, recipe: Recipe, later: float) -> tuple[int, float]:
+    """Number and ``later`` of the attempt that finished steps of an earlier run were made in.
+
+    Those of the first attempt where nothing is finished.
+    """
     path = folder / ATTEMPT
     if not path.exists():
-        return None
+        return 0, later
     try:
-        return read_record(Attempt, path, "journal", MAX_BYTES)
+        found = read_record(Attempt, path, "journal", MAX_BYTES)
     except InputError:  # damaged: nothing says what they are
         _forget(folder, recipe, (recipe.open or 0) + 1)
         path.unlink()
-        return None
+        return 0, later
+    return found.number, found.later
 
 
 def _keep(folder: Path, result: StageResult) -> None:

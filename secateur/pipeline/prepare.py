@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from secateur.allocate.base import Evidence
-from secateur.calibration.collect import Store
+from secateur.calibration.collect import Store, calibrate
 from secateur.calibration.gradients import needs_gradients
 from secateur.calibration.layer_stream import TOKENS_PER_BATCH, Stream
 from secateur.data.tokens import Tokens
@@ -20,11 +20,12 @@ from secateur.pipeline.context import RunContext
 from secateur.pipeline.input_checks import text_notes
 from secateur.pipeline.run_inputs import Inputs
 from secateur.pipeline.runtime_checks import check_runtime
+from secateur.pipeline.shared_model import open_shared, shared_store
 from secateur.planning.checks import check_sizes
 from secateur.planning.plan import Plan
 from secateur.planning.planner import make_plan, revise
 from secateur.scoring.calibration_selection import DRAWS, select_calibration
-from secateur.scoring.evidence import identity, keep_evidence, kept_evidence
+from secateur.scoring.evidence import identity, keep_evidence, kept_evidence, score
 from secateur.scoring.latency import check_length, check_timed
 from secateur.scoring.prices import prices_of
 from secateur.structure.costs import Prices, counted
@@ -122,12 +123,13 @@ def prepare(
     Raises:
         InputError: anything wrong with the input.
     """
-    step = step.filled
+    step, ranks = step.filled, context.ranks
     if scores is not None and not scores.absolute().parent.is_dir():
         with for_good():
             raise InputError(
                 f"--scores {str(scores)!r}: there is no folder {str(scores.parent)!r}."
             )
+    store = shared_store(store, ranks)
     model, units = _opened(inputs, step, context, store)
     if plan is not None:
         with for_good():
@@ -136,8 +138,8 @@ def prepare(
         context.progress.say("the model stays on disk and is read block by block (--stream)")
         with for_good():
             check_streams(step)
-    prices = _priced(model, units, step, context)
-    if plan is None:
+    prices = _priced(model, units, step, context) if ranks.leader else None
+    if plan is None and prices is not None:
         with for_good():
             step.allocator.check(units, prices, step.budget.share)
     inputs = _chosen_text(model, inputs, step, context, store)
@@ -145,12 +147,17 @@ def prepare(
     measuring = _Measuring(model, inputs, step, context, store)
     evidence = measuring.evidence(scores, memo, only)
     with context.watch.measure("allocate"):
-        if plan is not None:
-            if plan.calibration.fingerprint != inputs.tokens.fingerprint:
-                context.progress.say("note: this plan was made from other calibration tokens")
-            plan = revise(plan, model, step.method, evidence, prices)
-        else:
-            plan = measuring.planned(units, evidence, prices)
+        if plan is not None and plan.calibration.fingerprint != inputs.tokens.fingerprint:
+            context.progress.say("note: this plan was made from other calibration tokens")
+
+        def decided() -> str:
+            assert evidence is not None
+            assert prices is not None
+            if plan is not None:
+                return revise(plan, model, step.method, evidence, prices).to_json()
+            return measuring.planned(units, evidence, prices).to_json()
+
+        plan = Plan.model_validate_json(ranks.broadcast(decided))
     return Prepared(model, inputs.tokens, store, step, plan, units=units, evidence=evidence)
 
 
@@ -158,11 +165,11 @@ def _opened(
     inputs: Inputs, step: Step, context: RunContext, store: Store
 ) -> tuple[Model, list[Unit]]:
     """The model and its units, with notes about both."""
-    crew, say = context.crew, context.progress.say
+    ranks, say = context.ranks, context.progress.say
     with context.watch.measure("open"):
-        if crew.ranks.world > 1:
-            say(f"{crew.ranks.world} processes share the work")
-        model = crew.open(inputs.source, inputs.settings, store.folder)
+        if not ranks.alone:
+            say(f"{ranks.world_size} processes share the work")
+        model = open_shared(inputs.source, inputs.settings, store.folder, ranks)
         if left := model.left_out:
             say(
                 f"note: {len(left)} tensors of the file are no part of a {model.use.what} and are "
@@ -193,15 +200,20 @@ def _chosen_text(
             context.watch.measure("select"),
             progress.stage("choosing calibration text", DRAWS) as advance,
         ):
-            calibration = select_calibration(
-                model,
-                calibration,
-                step.method,
-                step.budget,
-                step.allocator,
-                advance=advance,
-                folder=store.folder,
+            windows = context.ranks.broadcast(
+                lambda: (
+                    select_calibration(
+                        model,
+                        calibration,
+                        step.method,
+                        step.budget,
+                        step.allocator,
+                        advance=advance,
+                        folder=store.folder,
+                    ).windows
+                )
             )
+            calibration = replace(calibration, windows=tuple(windows))
             tokens = model.use.calibration(calibration, model.tokenizer)
         inputs = replace(inputs, calibration=calibration, tokens=tokens)
     if calibration.windows:
@@ -220,42 +232,60 @@ class _Measuring:
     context: RunContext
     store: Store
 
-    def evidence(self, scores: Path | None, memo: Memo, only_plan: bool) -> Evidence:
-        """Scores that are kept, or else measured; the statistics, too, but for a plan alone."""
+    def evidence(self, scores: Path | None, memo: Memo, only_plan: bool) -> Evidence | None:
+        """Scores that are kept, or else measured; the statistics, too, but for a plan alone.
+
+        Those that are kept are read by the leader alone.
+        """
+        ranks = self.context.ranks
         model, method, allocator = self.model, self.step.method, self.step.allocator
         tokens = self.inputs.tokens
         own, every = identity(model, method, tokens, allocator), method.units(model, 1)
         known = ("secateur", "model", "calibration", "dtype")
         needs = method.needs | allocator.needs
-        self.store.claim({key: own[key] for key in known}, needs, model.blocks)
-        found = kept_evidence(own, every, scores)
-        if found is None or not only_plan:
+        found = None
+        if ranks.leader:
+            self.store.claim({key: own[key] for key in known}, needs, model.blocks)
+            found = kept_evidence(own, every, scores)
+        kept = ranks.agree(found is not None)
+        if not (kept and only_plan):
             self._calibrate()
-        if found is None:
+        if not kept:
             with (
                 self.context.watch.measure("curves"),
                 self.context.progress.stage("scoring units", len(every)) as advance,
             ):
-                given = (model, method, self.store, tokens, allocator)
-                found = self.context.crew.score(*given, advance=advance, memo=memo)
-            keep_evidence(own, found, scores)
-        if not allocator.measured:  # whatever the cache holds, the same command gives one plan
+                found = score(
+                    model,
+                    method,
+                    self.store,
+                    tokens,
+                    allocator,
+                    advance=advance,
+                    memo=memo if ranks.leader else at_once,
+                    ranks=ranks,
+                )
+            if ranks.leader:
+                keep_evidence(own, found, scores)
+        if found is not None and not allocator.measured:
+            # whatever the cache holds, the same command gives one plan
             found = replace(found, losses=None)
         return found
 
     def _calibrate(self) -> None:
         """Statistics of every block, unless the store has them."""
         model, tokens, context = self.model, self.inputs.tokens, self.context
-        seconds = _forward_seconds if model.residence is None else _streamed_seconds
-        context.watch.seconds["calibration_forward"] = seconds(model, tokens)
-        if all(block.index in self.store for block in model.blocks):
+        if context.ranks.leader:
+            seconds = _forward_seconds if model.residence is None else _streamed_seconds
+            context.watch.seconds["calibration_forward"] = seconds(model, tokens)
+        if context.ranks.broadcast(lambda: all(b.index in self.store for b in model.blocks)):
             return
         needs = self.step.method.needs | self.step.allocator.needs
         with (
             context.watch.measure("calibrate"),
             context.progress.stage("calibrating, block by block", len(model.blocks)) as advance,
         ):
-            context.crew.calibrate(model, tokens, needs, self.store, advance)
+            calibrate(model, tokens, needs, self.store, advance=advance, ranks=context.ranks)
 
     def planned(self, units: list[Unit], evidence: Evidence, prices: Prices) -> Plan:
         """The sizes that the allocator decides on."""

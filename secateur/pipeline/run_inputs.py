@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from secateur.data.tasks import use_of
 from secateur.data.tokens import Calibration, Tokens, expanded
-from secateur.evaluate.evaluator import Questions, Verdict, check_tasks, judge_apart
+from secateur.evaluate.evaluator import check_tasks, judge_apart
+from secateur.evaluate.measurements import Questions, Verdict
 from secateur.evaluate.significance import doubts
 from secateur.evaluate.task_file import is_file
 from secateur.io.run_directory import Content, Workspace, digest, once

@@ -1,7 +1,8 @@
 """What a finished run leaves beside its weights: report, plans, recipe, page and model card."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,7 +11,8 @@ from jinja2 import TemplateError
 
 from secateur.data.tokens import Calibration
 from secateur.evaluate.damage.domains import domains
-from secateur.evaluate.evaluator import Questions, Verdict, judge_apart
+from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.measurements import Questions, Verdict
 from secateur.evaluate.significance import doubts
 from secateur.evaluate.verify import Testimony
 from secateur.models.model import Settings
@@ -27,6 +29,35 @@ from secateur.utils.errors import InputError
 from secateur.utils.run_info import versions
 
 PARTS = ("calibrate", "curves", "allocate", "apply", "save", "evaluate")
+
+
+def published(
+    inputs: RunInputs,
+    context: RunContext,
+    asked: dict[str, Any],
+    work: Callable[[], Report | None],
+) -> Report:
+    """Take the run's folder, do its ``work``, let the result appear, and give all ranks its report.
+
+    All ranks do the work. The leader alone has the folder, and alone has a report of the work.
+
+    Raises:
+        InputError: the folder can't be taken; see :meth:`Workspace.opened`.
+    """
+    ranks, report = context.ranks, None
+    with inputs.workspace.opened(asked) if ranks.leader else nullcontext():
+        report = work()
+        if report is not None:
+            inputs.workspace.publish()
+    if report is not None:
+        show_record(inputs, context)
+    return Report(ranks.broadcast(lambda: report.content if report is not None else {}))
+
+
+def judge_dense(inputs: RunInputs, context: RunContext) -> Verdict | None:
+    """What the leader measures of the dense model."""
+    with context.watch.measure("evaluate"):
+        return inputs.judge_dense() if context.ranks.leader else None
 
 
 def judge_result(inputs: RunInputs, context: RunContext, said: Testimony | None) -> Verdict:

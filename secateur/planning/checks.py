@@ -6,7 +6,7 @@ from secateur.methods.base import Method
 from secateur.methods.step import Step
 from secateur.models.model import Model, fingerprint
 from secateur.planning.plan import Plan
-from secateur.structure.units import Unit
+from secateur.structure.units import Unit, unread
 from secateur.utils.errors import InputError, nearest, shown
 
 
@@ -57,14 +57,17 @@ def match_units(plan: Plan, model: Model, method: Method) -> list[Unit]:
     blocks = [unit.name for unit in units.values() if unit.kind == "block"]
     if blocks and not any(plan.sizes[name] for name in blocks):
         raise InputError(f"plan: no block is left; give {blocks[0]} or another one size 1.")
-    for unit in units.values():
-        values = f"layers.{unit.block}.value_output"
-        if unit.kind == "query_key" and plan.sizes[unit.name] and not plan.sizes[values]:
+    every = list(units.values())
+    idle = unread(every, plan.sizes)
+    for unit in every:
+        if unit.name in idle and plan.sizes[unit.name]:
+            wanted = unit.block, unit.part, unit.serves
+            gone = next(u.name for u in every if (u.block, u.part, u.kind) == wanted)
             raise InputError(
-                f"plan, {unit.name}: size {plan.sizes[unit.name]} is of no use where {values} is "
+                f"plan, {unit.name}: size {plan.sizes[unit.name]} is of no use where {gone} is "
                 f"gone; the nearest is 0."
             )
-    return list(units.values())
+    return every
 
 
 def _for(plan: Plan) -> str:

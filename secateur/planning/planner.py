@@ -19,7 +19,7 @@ from secateur.scoring.plan_scoring import Stitched
 from secateur.scoring.prices import prices_of
 from secateur.structure.budget import Budget, Written
 from secateur.structure.costs import Prices
-from secateur.structure.units import Matrix, Unit
+from secateur.structure.units import Matrix, Unit, unread
 from secateur.utils.errors import InputError
 from secateur.version import __version__
 
@@ -109,13 +109,11 @@ def _spent(
 def _rows(
     units: Sequence[Unit], sizes: Mapping[str, int], evidence: Evidence, stored: torch.dtype
 ) -> tuple[Row, ...]:
-    gone = {unit.block for unit in units if unit.kind == "value_output" and not sizes[unit.name]}
-    rows = []
+    idle, rows = unread(units, sizes), []
     for unit in units:
         size, loss = sizes[unit.name], None
-        if evidence.losses is not None:  # queries and keys lose nothing where no value is read
-            read = unit.kind != "query_key" or unit.block not in gone
-            loss = evidence.losses[unit.name].at(size) if read else 0.0
+        if evidence.losses is not None:  # what nothing makes use of loses nothing
+            loss = 0.0 if unit.name in idle else evidence.losses[unit.name].at(size)
         row = Row(
             unit=unit.name,
             kind=unit.kind,

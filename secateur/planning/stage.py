@@ -31,7 +31,8 @@ class Stage(Protocol):
     """Reads the checkpoint ``source`` and writes another one to the new folder ``out``.
 
     Compressing and exporting are stages, and so are the steps of a recipe when they run. A class
-    needs these three members and no base class.
+    needs these three members and no base class. Of several ranks, all run a stage that compresses,
+    and the leader alone runs any other.
     """
 
     @property

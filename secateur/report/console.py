@@ -1,4 +1,4 @@
-"""Where tables are printed."""
+"""Consoles for tables."""
 
 from rich.console import Console
 
@@ -6,7 +6,7 @@ WIDTH = 100
 
 
 def terminal() -> Console:
-    """A terminal of at most 100 columns; what is no terminal has as many."""
+    """A console of at most 100 columns; of 100 columns if the output is not a terminal."""
     console = Console(highlight=False)
     if not console.is_terminal or console.width > WIDTH:
         console = Console(highlight=False, width=WIDTH)

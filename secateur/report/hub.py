@@ -19,9 +19,9 @@ FAILURES: tuple[type[Exception], ...] = (OSError, HfHubHTTPError.__mro__[1])
 
 
 def push(folder: Path, repo: str, private: bool = False, progress: Progress | None = None) -> str:
-    """Upload a run's folder as a model of the hub, and give its address.
+    """Upload a run's folder as a model to the hub, and return its address.
 
-    The repository is made where there is none. Files in it that the run has not are left.
+    The repository is created if necessary. Files in it that the run does not have are kept.
 
     Raises:
         InputError: the folder is no whole run, the name can't be one, nobody is logged in, the
@@ -59,7 +59,7 @@ def push(folder: Path, repo: str, private: bool = False, progress: Progress | No
 
 
 def check_whole(folder: Path) -> None:
-    """Refuse what is no finished run.
+    """Refuse a folder that is not a finished run.
 
     Raises:
         InputError: the report, the config, weights or the card are missing.

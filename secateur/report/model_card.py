@@ -1,4 +1,4 @@
-"""The model card: README.md beside the weights, with the facts of the report and how to load it."""
+"""The model card: README.md beside the weights, with figures and loading code."""
 
 import re
 from collections.abc import Iterator
@@ -33,25 +33,25 @@ OPENERS = {
 
 
 def write_card(run: Run) -> Path:
-    """Write the card of a finished run, and say where it is."""
+    """Write the card of a finished run, and return its path."""
     path = run.folder / CARD
     write_whole(path, card(run.report, license_of(run.report["model"]["source"])))
     return path
 
 
 def card(report: Report, license_name: str | None = None) -> str:
-    """The card as text: YAML that the hub reads, then Markdown.
+    """The card as text: YAML front matter for the hub, then Markdown.
 
-    Only what is known stands in it: the base model where its name is that of a hub model, a license
-    where the original says one. Perplexities are no ``model-index``, as their texts are no data
-    sets of the hub.
+    It contains only what is known: the base model if it was named by its hub id, and a license if
+    the original's card names one. Perplexities are not in a ``model-index``, because their texts
+    are not data sets of the hub.
     """
     head = yaml.safe_dump(front_matter(report, license_name), sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n" + "\n".join(body(report)).rstrip() + "\n"
 
 
 def front_matter(report: Report, license_name: str | None) -> dict[str, Any]:
-    """What the hub sorts models by."""
+    """The metadata by which the hub sorts models."""
     base, task = base_model(report), opener(report)[1]
     methods = [step["method"]["name"] for step in report["steps"]] or [report["method"]["name"]]
     found: dict[str, Any] = {"library_name": "transformers"}
@@ -68,7 +68,7 @@ def front_matter(report: Report, license_name: str | None) -> dict[str, Any]:
 
 
 def base_model(report: Report) -> str | None:
-    """The hub id of the dense model; of a folder nothing says it."""
+    """The hub id of the dense model; None for a local folder."""
     source = report["model"]["source"]
     with suppress(OSError):  # no path, but it may be a name
         if Path(source).exists():
@@ -77,13 +77,13 @@ def base_model(report: Report) -> str | None:
 
 
 def opener(report: Report) -> tuple[str, str | None]:
-    """Who opens a model, and the hub's name of what it does."""
+    """The auto class that loads the model, and the hub's name of its task."""
     family = find(report["model"]["model_type"].removeprefix("secateur_"))
     return OPENERS["causal" if family is None else family.use]
 
 
 def license_of(source: str) -> str | None:
-    """The license that the original's own card names, if that is at hand; nothing is fetched."""
+    """The license in the original's card, if that is available locally; nothing is downloaded."""
     try:
         path = expanded(source) / CARD
         if not path.is_file():
@@ -101,7 +101,7 @@ def license_of(source: str) -> str | None:
 
 
 def body(report: Report) -> Iterator[str]:
-    """The text, line by line."""
+    """The Markdown text, line by line."""
     name, base = short_name(report["model"]["source"]), base_model(report)
     of = f"[{base}](https://huggingface.co/{base})" if base else plain(name)
     yield f"# {plain(name)}, compressed"
@@ -149,7 +149,7 @@ def body(report: Report) -> Iterator[str]:
 
 
 def loading(report: Report) -> Iterator[str]:
-    """What the tier asks for."""
+    """How to load a checkpoint of this tier."""
     auto = opener(report)[0]
     reader = "AutoImageProcessor" if report["dense"]["counts"] == "images" else "AutoTokenizer"
     name = "reader" if reader == "AutoImageProcessor" else "tokenizer"
@@ -196,12 +196,12 @@ def _used(step: dict[str, Any]) -> str:
 
 
 def plain(text: str) -> str:
-    """Text that Markdown and HTML leave as it is, on one line."""
+    """Escape text for Markdown and HTML, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>|#&~])", r"\\\1", " ".join(str(text).split()))
 
 
 def fenced(text: str, language: str = "") -> Iterator[str]:
-    """A block of code; no run of backticks in it is as long as its fence."""
+    """A code block whose fence is longer than any run of backticks in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     yield fence + language

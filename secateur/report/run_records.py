@@ -1,4 +1,4 @@
-"""Finished runs on disk, read without trust: report, plans and recipe beside the weights."""
+"""Finished runs on disk, read as untrusted input: report, plans and recipe."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,13 @@ Figures = dict[str, Number | None]
 
 
 class ReportPart(BaseModel):
-    """Part of a report; what later versions have beside it is kept and not looked at."""
+    """Part of a report; keys of later versions are kept and ignored."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
 
 class Side(ReportPart):
-    """What was measured of one model."""
+    """The figures of one model."""
 
     parameters: Count
     bytes: Count = Field(gt=0)
@@ -63,7 +63,7 @@ class Side(ReportPart):
 
 
 class NamedOptions(ReportPart):
-    """A method or an allocator."""
+    """A method or an allocator with its options."""
 
     name: str
     options: dict[str, Any] = {}
@@ -89,14 +89,14 @@ class Spent(ReportPart):
 
 
 class Told(ReportPart):
-    """Points of a curve."""
+    """Points of an error curve."""
 
     kept: Several[Amount]
     errors: Several[Amount]
 
 
 class Observed(ReportPart):
-    """What :func:`~secateur.apply.block_errors.observations` says of a step."""
+    """The result of :func:`~secateur.apply.block_errors.observations` for a step."""
 
     influence: Several[Number] = []
     errors: Several[dict[str, Amount | None]] = []
@@ -113,7 +113,7 @@ class Taken(ReportPart):
 
 
 class Content(ReportPart):
-    """report.json of this version and of those before it."""
+    """report.json of this version and of earlier ones."""
 
     version: int = Field(ge=1, le=VERSION)
     model: DenseModel
@@ -135,7 +135,7 @@ class Content(ReportPart):
 
 
 class UnitRow(BaseModel):
-    """What a page shows of a plan's row."""
+    """A row of a plan, as a page shows it."""
 
     unit: str
     kind: str
@@ -149,26 +149,26 @@ class UnitRow(BaseModel):
 
     @property
     def kept(self) -> float:
-        """The share that stays, of a matrix in bytes."""
+        """The share that remains; for matrices, of bytes."""
         if self.dense_bytes:
             return self.bytes / self.dense_bytes
         return self.after / self.before if self.before else 1.0
 
     @property
     def said(self) -> str:
-        """Before and after, in words."""
+        """The size before and after as text."""
         return self.becomes or f"{self.before} → {self.after or 'removed'}"
 
 
 class PlanRows(BaseModel):
-    """What a page shows of a plan."""
+    """A plan, as a page shows it."""
 
     units: Several[UnitRow]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left beside its weights.
+    """The files that a run leaves beside its weights.
 
     Attributes:
         folder: the checkpoint.
@@ -184,7 +184,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """What a finished run has left in ``folder``.
+    """Read the report, plans and recipe of a finished run in ``folder``.
 
     Raises:
         InputError: there is no report, or it is damaged, or of a later version.

@@ -89,9 +89,17 @@ class _Kept:
     through: Sequence[Unit]
     measured: bool
 
-    def before(self, block: int) -> Found | None:
-        """What an earlier run has found of a block, or None."""
+    def earlier(self, model: Model, ranks: Ranks) -> dict[int, Found]:
+        """What an earlier run has found, by block; the leader alone has it on disk."""
 
+        def read() -> list[Content | None]:
+            found = [self._before(block.index) for block in model.blocks]
+            return [None if own is None else own.model_dump() for own in found]
+
+        every = zip(model.blocks, ranks.broadcast(read), strict=True)
+        return {b.index: Found.model_validate(own) for b, own in every if own is not None}
+
+    def _before(self, block: int) -> Found | None:
         def missing() -> Content:
             raise _MissingError
 
@@ -100,9 +108,13 @@ class _Kept:
         except _MissingError:
             return None
 
-    def together(self, parts: Sequence[Mapping[int, Content]]) -> dict[int, Found]:
-        """What all processes have found of some blocks."""
-        return {block: self._whole(block, [part[block] for part in parts]) for block in parts[0]}
+    def together(self, own: Mapping[int, Content], ranks: Ranks) -> dict[int, Found]:
+        """What all ranks have found of some blocks."""
+        parts = ranks.all_gather([*own.values()])
+        return {
+            block: self._whole(block, found)
+            for block, found in zip(own, zip(*parts, strict=True), strict=True)
+        }
 
     def _whole(self, block: int, parts: Sequence[Content]) -> Found:
         whole: Content = {"curves": {}, "losses": {}}
@@ -247,10 +259,7 @@ def score(
             else:
                 trials, memo = Trials(model, few, len(mine)), at_once
         kept = _Kept(memo, changing, through, divergence is not None)
-        first = ranks.told(
-            lambda: {block.index: kept.before(block.index) for block in model.blocks}
-        )
-        found = {block: own for block, own in first.items() if own is not None}
+        found = kept.earlier(model, ranks)
         for block in model.in_turn():
             every = [unit for unit in changing if unit.block == block.index]
             if block.index in found:  # an interrupted run has them
@@ -277,7 +286,7 @@ def score(
                 "curves": {name: curve.errors for name, curve in curves.items()},
                 "losses": {name: curve.errors for name, curve in measured.items()},
             }
-            if ranks.mine(block.index):
+            if ranks.owns(block.index):
                 with block.solving():
                     reading = allocator.read(block, statistics)
                     there = {u.name: place_curves(method, u, block, statistics) for u in through}
@@ -286,18 +295,18 @@ def score(
                     "places": {name: [c.errors for c in own] for name, own in there.items()},
                 }
             statistics, solutions = {}, {}  # gone before those of the next are read
-            if len(pending) == ranks.world:  # of so many blocks each has as much as the others
-                found |= kept.together(ranks.gathered(pending))
+            if len(pending) == ranks.world_size:  # of so many blocks each has as much as the others
+                found |= kept.together(pending, ranks)
                 pending = {}
         if pending:
-            found |= kept.together(ranks.gathered(pending))
+            found |= kept.together(pending, ranks)
         losses: dict[str, Curve] = {}
         if trials is not None:
             tried = [unit for unit in changing if unit.name in mine]
             with model.headed():
                 measured = trials.losses(tried)
-            for part in ranks.gathered(measured):
-                losses |= part
+            for part in ranks.all_gather({n: curve.errors for n, curve in measured.items()}):
+                losses |= {name: Curve(tuple(errors)) for name, errors in part.items()}
     ordered = [found[block.index] for block in model.blocks]
     curves = {name: Curve(tuple(c)) for own in ordered for name, c in own.curves.items()}
     losses |= {name: Curve(tuple(c)) for own in ordered for name, c in own.losses.items()}
@@ -321,6 +330,6 @@ def _dealt(units: Sequence[Unit], ranks: Ranks) -> set[str]:
     found = set()
     for unit in units:
         place = seen[unit.block] = seen.get(unit.block, -1) + 1
-        if ranks.mine(unit.block + place):
+        if ranks.owns(unit.block + place):
             found.add(unit.name)
     return found

@@ -151,10 +151,10 @@ def _measure(model: Model, budget: Budget, own: dict[str, Any]) -> Table:
     units = {(unit.block, unit.kind): unit for unit in every}
     jobs: dict[tuple[int, str, int], dict[str, int]] = {}
     for (index, kind), unit in units.items():
+        part = [u for u in every if (u.block, u.part) == (index, unit.part)]
+        unread = {u.kind: 0 for u in part if u.serves == kind}
         for size in _points(unit):
-            jobs[index, kind, size] = {kind: size}
-            if kind == "value_output" and (index, "query_key") in units:
-                jobs[index, kind, size]["query_key"] = 0
+            jobs[index, kind, size] = {kind: size} | unread
     seconds = dict.fromkeys(jobs, float("inf"))
     forward = float("inf")
     for _ in range(ROUNDS):  # round by round, so that a slow moment hits all alike

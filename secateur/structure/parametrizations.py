@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from secateur.layers.factored_secateur import Spec
 from secateur.layers.forms_secateur import layer_class
 from secateur.layers.integers import INTEGERS, SHAPE_BYTES, words_of
-from secateur.structure.units import Form
+from secateur.structure.form import Form
 
 
 def form_of(spec: Spec, label: str) -> Form:

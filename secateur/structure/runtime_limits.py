@@ -1,10 +1,9 @@
 """What the runtimes read: the sizes that units may take for one."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from secateur.structure.budget import Runtime
-from secateur.structure.units import DEPTH, MATRICES, STREAM, Heads, Unit
+from secateur.structure.units import Unit
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,4 @@ def fitted(unit: Unit, runtime: Runtime) -> Unit:
     takes the cache's from the config. Whole blocks may go everywhere.
     """
     limits = LIMITS.get(runtime)
-    if limits is None or unit.kind in (*DEPTH, *MATRICES, *STREAM):
-        return unit
-    if isinstance(unit, Heads) and limits.heads:
-        step = limits.grain // math.gcd(limits.grain, unit.group * unit.value)
-    elif unit.kind == "mlp":
-        step = math.lcm(unit.step, limits.grain)
-    else:
-        return replace(unit, least=unit.size)
-    return replace(unit, step=step, least=min(unit.size, max(unit.least, step)))
+    return unit if limits is None else unit.for_runtime(limits.grain, limits.heads)

@@ -1,10 +1,14 @@
 """What can shrink: the units of a block, the sizes they may take and what each size costs."""
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+from secateur.structure.form import Cost, Form
+from secateur.structure.sites import Site
 
 INDEX_BYTES = 8  # a kept rotary pair is stored as int64
 WIDTHS = ("mlp", "query_key", "value_output")
@@ -13,16 +17,6 @@ DEPTH = ("block",)
 STREAM = ("residual",)
 MATRICES = ("matrix",)
 EVERY_BLOCK = -1
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Exact price of a unit at one size: stored, computed and cached."""
-
-    parameters: int
-    bytes: int
-    flops_per_token: int
-    cache_bytes_per_token: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,12 @@ class Unit(ABC):
 
     #: short name of the axis, as plans and tables show it
     kind: ClassVar[str]
+    #: heading of reports about units of this kind
+    title: ClassVar[str]
+    #: where the input of what reads the unit is seen, if its size counts channels or heads
+    reads: ClassVar[Site | None] = None
+    #: kind of the unit in the same part that makes use of it; of no use where that is gone
+    serves: ClassVar[str | None] = None
 
     name: str
     block: int
@@ -88,6 +88,18 @@ class Unit(ABC):
         """A size in words, for tables."""
         return str(size)
 
+    def for_runtime(self, grain: int, uneven_heads: bool) -> Self:
+        """The unit with those sizes only that a runtime reads; unless redefined, today's alone.
+
+        ``grain``: what widths are multiples of; ``uneven_heads``: whether layers may differ in
+        their number of heads.
+        """
+        return replace(self, least=self.size)
+
+    def _stepping(self, step: int) -> Self:
+        """The unit in steps of at least one, never gone altogether."""
+        return replace(self, step=step, least=min(self.size, max(self.least, step)))
+
     @property
     def together(self) -> tuple[int, str]:
         """Units of one group make sense together only: values that go leave queries unread."""
@@ -121,26 +133,19 @@ class Unit(ABC):
         )
 
 
-def places(units: Sequence[Unit]) -> dict[int, tuple[int, int]]:
-    """Of every block its place in its stack, and how many blocks that stack has."""
-    stacks: dict[str, list[int]] = {}
-    for unit in units:
-        stacks.setdefault(unit.stack, []).append(unit.block)
-    return {
-        block: (block - min(stack), 1 + max(stack) - min(stack))
-        for stack in stacks.values()
-        for block in stack
-    }
-
-
 @dataclass(frozen=True)
 class MLP(Unit):
     """Hidden channels of an MLP; gate and up of a gated one share them."""
 
     kind: ClassVar[str] = "mlp"
+    title: ClassVar[str] = "MLP channels"
+    reads: ClassVar[Site | None] = Site("mlp", "hidden")
 
     producers: int
     biased_producers: int
+
+    def for_runtime(self, grain: int, uneven_heads: bool) -> Self:
+        return self._stepping(math.lcm(self.step, grain))
 
     def matrix_parameters(self, size: int) -> int:
         return size * self.hidden * (self.producers + 1)
@@ -154,6 +159,8 @@ class QueryKey(Unit):
     """Width of queries and keys, the same in all heads of a block."""
 
     kind: ClassVar[str] = "query_key"
+    title: ClassVar[str] = "Query and key width"
+    serves: ClassVar[str | None] = "value_output"
 
     heads: int
     kv_heads: int
@@ -180,6 +187,7 @@ class ValueOutput(Unit):
     """Rank of a head's value/output map, the same in all heads of a block."""
 
     kind: ClassVar[str] = "value_output"
+    title: ClassVar[str] = "Value width"
 
     heads: int
     kv_heads: int
@@ -207,6 +215,8 @@ class Heads(Unit):
     """KV heads of a block, each with the query heads that read it; they stay or go as a whole."""
 
     kind: ClassVar[str] = "heads"
+    title: ClassVar[str] = "Heads"
+    reads: ClassVar[Site | None] = Site("attention", "mixed")
 
     group: int  #: query heads that read a KV head
     query_key: int
@@ -214,6 +224,11 @@ class Heads(Unit):
     query_bias: bool
     key_bias: bool
     value_bias: bool
+
+    def for_runtime(self, grain: int, uneven_heads: bool) -> Self:
+        if not uneven_heads:
+            return super().for_runtime(grain, uneven_heads)
+        return self._stepping(grain // math.gcd(grain, self.group * self.value))
 
     def matrix_parameters(self, size: int) -> int:
         return size * self.hidden * (self.group + 1) * (self.query_key + self.value)
@@ -237,8 +252,12 @@ class WholeBlock(Unit):
     """
 
     kind: ClassVar[str] = "block"
+    title: ClassVar[str] = "Whole blocks"
 
     parts: tuple[Unit, ...]
+
+    def for_runtime(self, grain: int, uneven_heads: bool) -> Self:
+        return self
 
     def matrix_parameters(self, size: int) -> int:
         return size * sum(part.matrix_parameters(part.size) for part in self.parts)
@@ -263,6 +282,7 @@ class Residual(Unit):
     """
 
     kind: ClassVar[str] = "residual"
+    title: ClassVar[str] = "Residual stream"
 
     parts: tuple[Unit, ...]  #: MLP and heads of every block
     shortcuts: int
@@ -270,6 +290,9 @@ class Residual(Unit):
     biases: int  #: biases added to it
     embeddings: int  #: rows of the embedding and, where it is another matrix, of the head
     tied: int  #: rows of a head that is the embedding today and can't stay so
+
+    def for_runtime(self, grain: int, uneven_heads: bool) -> Self:
+        return self
 
     def matrix_parameters(self, size: int) -> int:
         whole = sum(part.matrix_parameters(part.size) for part in self.parts)
@@ -290,35 +313,6 @@ class Residual(Unit):
 
 
 @dataclass(frozen=True)
-class Form:
-    """What a matrix may become: what stands in a checkpoint for it, and what that costs.
-
-    Attributes:
-        spec: plain JSON that says which tensors there are; for a run-time layer its whole spec.
-        label: in a few characters, for tables.
-        numbers: stored numbers of the model's own format.
-        packed: bytes of everything else: codes, scales, indices, masks.
-        multiplications: for one token, as the layer computes.
-        parameters: numbers that say what the matrix is, however they are stored.
-        stock: whether other libraries load it, as with integers in a common format.
-        by: the method that makes it, where several offer theirs.
-    """
-
-    spec: Mapping[str, Any]
-    label: str
-    numbers: int
-    packed: int
-    multiplications: int
-    parameters: int
-    stock: bool = False
-    by: str = ""
-
-    def bytes(self, itemsize: int) -> int:
-        """Bytes on disk, when a number of the model takes ``itemsize``."""
-        return self.numbers * itemsize + self.packed
-
-
-@dataclass(frozen=True)
 class Matrix(Unit):
     """The weight of one linear layer, dense or in one of several other forms.
 
@@ -327,6 +321,7 @@ class Matrix(Unit):
     """
 
     kind: ClassVar[str] = "matrix"
+    title: ClassVar[str] = "Matrices"
 
     paths: tuple[str, ...]  #: of the linear in its block, or of several that share a form
     outputs: int
@@ -335,6 +330,9 @@ class Matrix(Unit):
     order: int  #: of its first part among all matrices of the block
     published: bool  #: whether a checkpoint of the stock class has this very matrix
     itemsize: int = 2  #: bytes of a stored number, by which its forms are in order
+
+    def for_runtime(self, grain: int, uneven_heads: bool) -> Self:
+        return self
 
     def at(self, size: int) -> Form | None:
         """The form of a size; None where it is dense."""
@@ -371,3 +369,18 @@ class Matrix(Unit):
     def described(self, size: int) -> str:
         form = self.at(size)
         return "dense" if form is None else form.label
+
+
+KINDS: Mapping[str, type[Unit]] = {
+    unit.kind: unit for unit in (MLP, QueryKey, ValueOutput, Heads, WholeBlock, Residual, Matrix)
+}
+#: where the input of what reads a unit is seen, for every kind that counts channels or heads
+READS: Mapping[str, Site] = {
+    kind: unit.reads for kind, unit in KINDS.items() if unit.reads is not None
+}
+
+
+def unread(units: Sequence[Unit], sizes: Mapping[str, int]) -> set[str]:
+    """Names of the units that are of no use at these sizes, as what makes use of them is gone."""
+    gone = {(unit.block, unit.part, unit.kind) for unit in units if not sizes[unit.name]}
+    return {u.name for u in units if (u.block, u.part, u.serves) in gone}

@@ -1,4 +1,4 @@
-"""Sweeps: many runs on one model, what they share done once, and their frontier.
+"""Sweeps: many runs on one model, which share measurements, and their frontier.
 
 May import every room but ``cli``.
 """

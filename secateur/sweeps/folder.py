@@ -1,4 +1,4 @@
-"""The folder of a sweep: a run a folder, and what they share in a hidden one."""
+"""The folder of a sweep: one folder per run, and a hidden one for what they share."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ SHARED = ".shared"
 
 
 class Folder:
-    """Where the runs of one sweep lie.
+    """The folder of one sweep.
 
     Attributes:
         out: the folder, in which every finished run has one of its own.
@@ -32,9 +32,10 @@ class Folder:
         self._asked = self.shared / "asked.json"
 
     def check(self, asked: dict[str, Any]) -> None:
-        """Refuse a place that is something else, or holds runs that had not ``asked`` in common.
+        """Refuse a folder that holds something else, or runs with other common options than
+        ``asked``.
 
-        Nothing is written, here or later, through a link in what they share.
+        Nothing is written through symbolic links in it, now or later.
 
         Raises:
             InputError: it does.
@@ -62,9 +63,9 @@ class Folder:
 
     @contextmanager
     def opened(self, asked: dict[str, Any]) -> Iterator[None]:
-        """Take the folder for a sweep whose runs have ``asked`` in common.
+        """Open the folder for a sweep whose runs have the common options ``asked``.
 
-        What was finished stays, however this ends.
+        Finished runs stay, however the sweep ends.
 
         Raises:
             InputError: another sweep is at work there, or its runs had something else in common.
@@ -85,7 +86,7 @@ class Folder:
                     self.out.rmdir()
 
     def finished(self, name: str, asked: str) -> bool:
-        """Whether a run is done; ``asked`` is what its recipe.yaml then says.
+        """Whether a run with the options ``asked`` is finished.
 
         Raises:
             InputError: something else lies there.
@@ -105,6 +106,6 @@ class Folder:
         )
 
     def clear(self) -> None:
-        """Let go what only unfinished runs need."""
+        """Remove what only unfinished runs need."""
         for name in ("statistics", "logs"):
             shutil.rmtree(self.shared / name, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a sweep asks for, in a file: every list makes a run of each of its values."""
+"""Sweep files: every list makes one run per value."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -121,7 +121,7 @@ class RunsRecord(Record):
             yield self._of_method(dict(zip(axes, values, strict=True)))
 
     def _of_method(self, values: dict[tuple[str, ...], Any]) -> Asked:
-        """One run, as ``secateur compress`` does it."""
+        """One run with one method, as ``secateur compress`` does it."""
         content: dict[str, Any] = {"options": {}, "allocator_options": {}, "budget": {}}
         for (name, *option), value in values.items():
             if option:
@@ -140,7 +140,7 @@ class RunsRecord(Record):
 
 
 class TextPart(Record):
-    """The text that decides."""
+    """The calibration data."""
 
     source: Word | None = None
     samples: int | None = Field(default=None, ge=1)
@@ -150,7 +150,7 @@ class TextPart(Record):
 
 
 class JudgePart(Record):
-    """What to measure."""
+    """What to evaluate."""
 
     texts: tuple[Word, ...] | None = None
     length: int | None = Field(default=None, ge=2)
@@ -164,7 +164,7 @@ class JudgePart(Record):
 
 
 class OpenPart(Record):
-    """How to open the model. Code of strangers is allowed at the command line alone."""
+    """How to load the model. ``trust_remote_code`` is allowed on the command line only."""
 
     device: Word | None = None
     dtype: Word | None = None
@@ -173,7 +173,7 @@ class OpenPart(Record):
 
 
 class SweepRecord(Record):
-    """A sweep in a file."""
+    """The content of a sweep file."""
 
     version: Literal[1] = 1
     model: str | None = None
@@ -202,7 +202,7 @@ class SweepRecord(Record):
         return named(found)
 
     def options(self) -> dict[str, Any]:
-        """What it says in the place of flags, by the names of their parameters."""
+        """The values that replace command-line options, by parameter name."""
         found = {}
         for option, (part, name) in PLACES.items():
             value = getattr(getattr(self, part), name)
@@ -212,7 +212,7 @@ class SweepRecord(Record):
 
 
 def read_sweep(path: Path) -> SweepRecord:
-    """Read a YAML file.
+    """Read a sweep file (YAML).
 
     Raises:
         InputError: the file is missing, too large, no YAML, or no sweep.

@@ -1,4 +1,4 @@
-"""One run of a sweep, as plain data that another process can be given."""
+"""One run of a sweep as plain data for another process."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from secateur.utils.progress import Progress
 
 @dataclass(frozen=True)
 class Job:
-    """What one run is given.
+    """The input of one run.
 
     Attributes:
         name: of its folder.
@@ -32,7 +32,7 @@ class Job:
 
 
 def perform(job: Job, progress: Progress) -> str | None:
-    """Do a run; the answer says why it could not be done, None that it was."""
+    """Run a job; returns None, or why it failed."""
     quiet()  # the process may be another one
     try:
         run(job.config, RunContext(progress, command=job.command, shared=job.shared))

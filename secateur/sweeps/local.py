@@ -1,4 +1,4 @@
-"""Runs on this machine: one after the other, or several processes side by side."""
+"""Runs on this machine, one after the other or in parallel processes."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ Outcome = tuple[Job, str | None]
 
 
 def one_by_one(jobs: Sequence[Job], progress: Progress) -> Iterator[Outcome]:
-    """Each in this process, in their order."""
+    """Run all jobs in this process, in order."""
     for number, job in enumerate(jobs, 1):
         progress.say(f"run {number} of {len(jobs)}: {job.name}")
         yield job, perform(job, progress)
@@ -32,7 +32,9 @@ def scheduled(
     first_done: Callable[[list[Handle]], tuple[Handle, str | None]],
     most: int,
 ) -> Iterator[Outcome]:
-    """At most so many at a time, each once those that it comes after are done or have failed."""
+    """Run at most so many jobs at a time, each when the jobs it depends on have finished or
+    failed.
+    """
     waiting, names = list(jobs), {job.name for job in jobs}
     done = {name for job in jobs for name in job.after} - names
     running: dict[Handle, Job] = {}
@@ -50,7 +52,7 @@ def scheduled(
 def side_by_side(
     jobs: Sequence[Job], progress: Progress, most: int, logs: Path
 ) -> Iterator[Outcome]:
-    """Each in a process of its own, whose other words go to a file in ``logs``."""
+    """Run each job in its own process, with its other output in a file in ``logs``."""
     context = get_context("spawn")
     processes: dict[Any, tuple[Any, Connection, Path]] = {}
     answers: dict[Any, Any] = {}  # connection → sentinel
@@ -92,7 +94,7 @@ def side_by_side(
 
 
 def _end(processes: list[Any]) -> None:
-    """Interrupt what still runs, so that it keeps its finished stages."""
+    """Interrupt running processes, so that they keep their finished stages."""
     for process in processes:
         if process.is_alive():
             os.kill(process.pid, signal.SIGINT)
@@ -103,7 +105,7 @@ def _end(processes: list[Any]) -> None:
 
 @contextmanager
 def _threads(most: int) -> Iterator[None]:
-    """Let every process have its part of the cores, unless that was decided elsewhere."""
+    """Give each process its share of the cores, unless threads are already limited."""
     name = "OMP_NUM_THREADS"
     if name in os.environ:
         yield
@@ -116,18 +118,18 @@ def _threads(most: int) -> Iterator[None]:
 
 
 class NamedProgress(Progress):
-    """Messages that begin with the name of their run."""
+    """Messages that start with the name of their run."""
 
     def __init__(self, name: str, file: TextIO) -> None:
         self.name, self.file = name, file
 
     def say(self, message: str) -> None:
-        """One line."""
+        """Print one line."""
         print(f"{self.name}: {message}", file=self.file, flush=True)
 
 
 def _child(job: Job, answer: Connection, log: Path) -> None:
-    """The other process. It goes when its parent is gone, and must not be left with the lock."""
+    """The child process. It ends with its parent and does not inherit the lock."""
     threading.Thread(target=_watch, daemon=True).start()
     told = os.fdopen(os.dup(2), "w")
     with log.open("w") as file:

@@ -1,4 +1,4 @@
-"""Names of runs: the method, what it keeps, and whatever else tells it from its like."""
+"""Names of runs: the method, the keep, and what else distinguishes a run."""
 
 import re
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Asked:
 
 
 def named(found: Sequence[Asked]) -> dict[str, Recipe]:
-    """Every run by a name that is safe for a folder; one that is asked for twice is there once.
+    """All runs with names that are safe for folders; duplicates appear once.
 
     Raises:
         InputError: two that differ have one name, or a name is too long.
@@ -62,9 +62,9 @@ def named(found: Sequence[Asked]) -> dict[str, Recipe]:
 
 
 def _facts(recipe: Recipe) -> dict[tuple[str, ...], Any]:
-    """What may tell a run from its like: the method, and what only those of the same method have.
+    """What can distinguish runs with the same method.
 
-    Options of an allocator are held against those of the same one.
+    Options of an allocator are compared between runs with the same allocator.
     """
     if in_steps(recipe):
         return {}

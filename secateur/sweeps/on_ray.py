@@ -23,7 +23,7 @@ QUIET = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where Ray is, and what it sets aside for a run.
+    """The address of Ray, and the resources per run.
 
     Attributes:
         address: of a cluster, or "local" for one that lasts as long as the sweep.
@@ -37,7 +37,7 @@ class Cluster:
 
 
 def load() -> Any:
-    """The library.
+    """Import Ray.
 
     Raises:
         InputError: it is not installed.
@@ -52,7 +52,7 @@ def load() -> Any:
 
 
 def on_ray(jobs: Sequence[Job], progress: Progress, cluster: Cluster) -> Iterator[Outcome]:
-    """Each as a task, as many at a time as the cluster has room for.
+    """Run each job as a task, as many at a time as the cluster has resources for.
 
     Raises:
         InputError: no Ray, no cluster at the address, or none of its machines is large enough.
@@ -86,7 +86,7 @@ def on_ray(jobs: Sequence[Job], progress: Progress, cluster: Cluster) -> Iterato
 
 
 def _wanted(ray: Any, cluster: Cluster, jobs: Sequence[Job]) -> dict[str, float]:
-    """What each task is given.
+    """The resources of each task.
 
     Raises:
         InputError: no machine has as much, and tasks would wait for ever.
@@ -107,7 +107,7 @@ def _wanted(ray: Any, cluster: Cluster, jobs: Sequence[Job]) -> dict[str, float]
 
 
 def _task(job: Job, folder: str, version: str) -> str | None:
-    """What a worker does: paths are as they were typed in ``folder``."""
+    """The function of a worker; paths are relative to ``folder``."""
     if version != __version__:
         return f"its machine has Secateur {__version__}, and the sweep was typed on {version}."
     try:

@@ -1,4 +1,4 @@
-"""In which order runs go, so that what one has measured serves those behind it."""
+"""The order of runs, so that later runs can use what earlier ones have measured."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from secateur.planning.recipe import Recipe
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A run among the others.
+    """A run and what it shares with other runs.
 
     Attributes:
         name: the run.
@@ -26,15 +26,16 @@ class SweepRun:
 
     @property
     def after(self) -> frozenset[str]:
-        """The runs that should be done before it."""
+        """The jobs that must run before this one."""
         return frozenset(name for name in (self.reads, self.scores) if name is not None)
 
 
 def placed(runs: Mapping[str, Recipe], select: str) -> list[SweepRun]:
-    """Runs with the same statistics one behind another, among them those with the same scores.
+    """Order runs so that those with the same statistics, and among these with the same scores,
+    follow each other.
 
-    Scores with measured losses serve those who need none, so they come first. What text was chosen
-    for one run by ``select`` is not that of another, and nothing is shared.
+    Scores with measured losses also serve runs that need none, so they come first. Calibration
+    windows that ``select`` chooses differ by run, so nothing is shared then.
     """
     alone = select != "none"
     steps = {name: _first(recipe) for name, recipe in runs.items()}
@@ -66,12 +67,12 @@ def placed(runs: Mapping[str, Recipe], select: str) -> list[SweepRun]:
 
 
 def in_steps(recipe: Recipe) -> bool:
-    """Whether it takes several checkpoints, each with its own statistics, or a budget for all."""
+    """Whether a run has several steps with their own statistics, or a common budget."""
     return len(recipe.steps) > 1 or recipe.keep is not None
 
 
 def _first(recipe: Recipe) -> Step | None:
-    """The method that a run begins with, if it does."""
+    """The method of the first step, if there is one."""
     step = recipe.steps[0]
     return step if isinstance(step, Step) else None
 
@@ -86,6 +87,6 @@ def _statistics(recipe: Recipe) -> str | None:
 
 
 def _scores(step: Step) -> str:
-    """What the scores of a step are of, beside the model and the text."""
+    """What the scores of a step depend on, besides the model and the text."""
     options = step.as_dict()["options"]
     return repr((step.method.name, sorted(options.items()), step.allocator.reading))

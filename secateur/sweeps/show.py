@@ -1,4 +1,4 @@
-"""Sweeps in a terminal."""
+"""Output of sweeps in a terminal."""
 
 import shlex
 from pathlib import Path

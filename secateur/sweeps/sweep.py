@@ -1,4 +1,4 @@
-"""A sweep from end to end: what is there, what is to do, the runs, and what came of them."""
+"""A sweep from end to end: finished runs, remaining runs, and their comparison."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.data.tokens import Calibration, expanded
-from secateur.evaluate.evaluator import Questions
+from secateur.evaluate.measurements import Questions
 from secateur.io.run_directory import write_whole
 from secateur.methods.step import Step
 from secateur.models.loading import check_out, skeleton
@@ -34,7 +34,7 @@ Way = Callable[[Sequence[Job]], Iterable[Outcome]]
 
 @dataclass
 class Sweep:
-    """Runs on one model, looked at and not started.
+    """The runs of a sweep on one model, checked but not started.
 
     Attributes:
         runs: name → steps, as they were asked for.
@@ -62,7 +62,7 @@ class Sweep:
         settings: Settings | None = None,
         context: RunContext | None = None,
     ) -> "Sweep":
-        """Look at all that can be looked at before a weight is read.
+        """Check everything that can be checked before a weight is read.
 
         What the runs have in common is as in :class:`~secateur.pipeline.config.RunConfig`.
 
@@ -101,7 +101,7 @@ class Sweep:
         return cls(inputs, folder, runs, finished, places, failed=failed)
 
     def jobs(self) -> list[Job]:
-        """What is to do, in order."""
+        """The remaining jobs, in order."""
         shared, command = self.folder.shared, self.inputs.context.command
         return [
             Job(place.name, self._config(place), shared, place.after, command)
@@ -109,7 +109,7 @@ class Sweep:
         ]
 
     def _config(self, place: SweepRun) -> RunConfig:
-        """What is asked of one run."""
+        """The config of one run."""
         recipe, inputs = self.runs[place.name], self.inputs
         steps = {} if in_steps(recipe) else _only_step(recipe, place, self.folder.shared)
         return RunConfig(
@@ -122,7 +122,7 @@ class Sweep:
         )
 
     def listed(self) -> dict[str, Any]:
-        """Plain data about what would be done."""
+        """The planned runs as plain data."""
         places = {place.name: place for place in self.places}
         order = [*self.finished, *places, *self.failed]
         return {
@@ -147,7 +147,8 @@ class Sweep:
         }
 
     def do(self, way: Way) -> dict[str, Any]:
-        """Do what is left, compare what is finished, and say so as plain data.
+        """Run the remaining jobs, compare the finished runs, and return the comparison as plain
+        data.
 
         A run that fails does not end the others.
 
@@ -176,7 +177,7 @@ class Sweep:
         return content
 
     def _compared(self) -> dict[str, Any]:
-        """The table, the picture and the page of what is finished."""
+        """Table, picture and page of the finished runs."""
         out, names = self.folder.out, [name for name in self.runs if name in self.finished]
         content: dict[str, Any] = {"out": str(out), "failed": self.failed}
         if names:
@@ -190,14 +191,14 @@ class Sweep:
 
 
 def locally(progress: Progress, folder: Folder, jobs: int) -> Way:
-    """One after the other in this process or, of several, each in a process of its own."""
+    """Run jobs one after the other in this process or, with ``jobs`` > 1, in parallel processes."""
     if jobs == 1:
         return lambda given: one_by_one(given, progress)
     return lambda given: side_by_side(given, progress, jobs, folder.shared / "logs")
 
 
 def by_ray(progress: Progress, cluster: Cluster) -> Way:
-    """As tasks of Ray.
+    """Run jobs as tasks of Ray.
 
     Raises:
         InputError: it is not installed.
@@ -207,7 +208,7 @@ def by_ray(progress: Progress, cluster: Cluster) -> Way:
 
 
 def _only_step(recipe: Recipe, place: SweepRun, shared: Path) -> dict[str, Any]:
-    """The fields of the config of a run that has one step."""
+    """Config fields of a run with one step."""
     (step,) = recipe.steps
     assert isinstance(step, Step)
     kept = None if place.statistics is None else shared / "statistics" / place.statistics
@@ -220,13 +221,13 @@ def _only_step(recipe: Recipe, place: SweepRun, shared: Path) -> dict[str, Any]:
 
 
 def _keep_of(recipe: Recipe) -> float | str | None:
-    """What is asked for: of all steps together, or of the last."""
+    """The keep of a run: of all steps together, or of the last."""
     last = recipe.steps[-1]
     return recipe.keep or (last.budget.keep if isinstance(last, Step) else None)
 
 
 def _obstacle(shapes: Model, recipe: Recipe) -> str | None:
-    """Why a run of one method can't be done, as far as shapes tell."""
+    """Why a run with one method is not possible, as far as shapes show."""
     if in_steps(recipe):
         return None
     (step,) = recipe.steps

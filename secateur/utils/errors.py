@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause."""
+"""Errors that the package raises on purpose, and their messages."""
 
 import difflib
 import reprlib
@@ -10,7 +10,7 @@ SHOWN = 200  # characters of what a stranger wrote that a message repeats
 
 
 class _Short(reprlib.Repr):
-    """A ``repr`` of bounded length, however large the thing is."""
+    """A ``repr`` of bounded length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,19 +25,21 @@ class _Short(reprlib.Repr):
 
 
 class InputError(ValueError):
-    """Something the user gave can't be used; the message says what, where and what to do next."""
+    """The user's input can't be used. The message says what is wrong, where, and what to do."""
 
 
 class RunError(RuntimeError):
-    """A run failed for no fault of its input: a measuring process died, or a reload differs."""
+    """A run failed although its input is valid, for example because a reload gives other
+    results.
+    """
 
 
 class HaltedError(RunError):
-    """Something outside stopped a run: a disk, a file, memory. What is finished stays for later."""
+    """A run was stopped from outside, by a disk, a file or memory. What is finished is kept."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """ "Did you mean X?" and the full list: sentences for a message about an unknown name."""
+    """Text for messages about an unknown name: "Did you mean X?" and all valid names."""
     known = sorted(choices)
     close = difflib.get_close_matches(name[:100], known, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
@@ -47,7 +49,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def refuse_difference(
     what: str, there: Mapping[str, Any], here: Mapping[str, Any], advice: str
 ) -> None:
-    """Refuse something kept on disk that is of something else.
+    """Refuse stored data that belong to something else.
 
     Raises:
         InputError: a field of ``here`` has another value ``there``; the message names the first.
@@ -61,31 +63,31 @@ def refuse_difference(
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what it says below that; of a silent one the name."""
+    """The first line of an error's message, or the name of its class if it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether it says that an allocation failed, by whichever allocator."""
+    """Whether an error says that an allocation failed."""
     told = ("allocate memory", "out of memory", "bad_alloc")
     return isinstance(error, MemoryError) or any(part in str(error).lower() for part in told)
 
 
 def shown(value: Any) -> str:
-    """What a stranger wrote as a message may repeat it: quoted, one line, not too long."""
+    """Quote untrusted text for a message: on one line, escaped and shortened."""
     text = _Short().repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def words(text: str) -> str:
-    """A sentence of a library, which may repeat what a stranger wrote: one line, not too long."""
+    """Shorten a library's message, which may contain untrusted text, to one line."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= SHOWN else f"{line[:SHOWN]}…"
 
 
 def printable(text: str) -> str:
-    """A message without characters that could steer a terminal; lines stay."""
+    """Escape characters that could control a terminal; line breaks stay."""
     kept = (
         c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
     )

@@ -1,4 +1,4 @@
-"""How much memory this process may still take."""
+"""How much memory this process can still use."""
 
 import ctypes
 import sys
@@ -14,7 +14,7 @@ MMAP_THRESHOLD, OWN = -3, 2**20  # glibc's name for the bytes from which memory 
 
 
 def free_bytes(device: torch.device) -> int:
-    """The least of what the device has left and what limits on this process leave of it."""
+    """Free memory of a device, taking limits on this process into account."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     process = psutil.Process()
@@ -29,19 +29,19 @@ def free_bytes(device: torch.device) -> int:
 
 
 def give_back() -> None:
-    """From now on, let the system have the memory of large tensors as soon as they are gone.
+    """Make glibc return the memory of large tensors to the system as soon as they are freed.
 
-    glibc's allocator keeps what is below 32 MB for later, between what stays: where blocks come and
-    go, more with each of them. For the whole process; no other allocator is changed.
+    Otherwise glibc keeps freed memory below 32 MB, and the process grows with every block that is
+    loaded and freed. This affects the whole process; other allocators are not changed.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(MMAP_THRESHOLD, OWN)
 
 
 def _groups() -> Iterator[int]:
-    """What is left in each control group around this process that has a limit.
+    """Free memory of each control group around this process that has a limit.
 
-    What its files have in memory counts as free where nobody has used it lately.
+    The file cache counts as free where it was not used recently.
     """
     try:
         own = CGROUP / MEMBER.read_text().rpartition("0::/")[2].partition("\n")[0]

@@ -1,15 +1,15 @@
-"""What a model is called where its folder is of no interest."""
+"""Short names of models."""
 
 import re
 from pathlib import PurePath
 
 
 def hub_id(source: str) -> str | None:
-    """The source, if it is written as a hub id is."""
+    """The source if it has the format of a hub id, otherwise None."""
     known = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source)
     return source if known and not source.startswith(("./", "../", "~")) else None
 
 
 def short_name(source: str) -> str:
-    """A hub id as it is, of a path its last part."""
+    """The hub id, or the last part of a path."""
     return hub_id(source) or PurePath(source).name or source

@@ -1,4 +1,4 @@
-"""Progress bars with time left for a person at a terminal, silence for everyone else."""
+"""Progress bars in a terminal, plain messages elsewhere."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,31 +8,35 @@ Advance = Callable[[int], None]
 
 
 class Progress:
-    """Says nothing; the one to pass where nobody watches."""
+    """Silent progress, the default."""
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
-        """Run a stage of ``total`` steps; the value takes the number of steps just done."""
+        """Run a stage of ``total`` steps; the yielded function takes the number of steps just
+        done.
+        """
         yield lambda _: None
 
     def say(self, message: str) -> None:
-        """Tell the user something that is no error."""
+        """Show a message that is not an error."""
 
 
 class Lines(Progress):
-    """Only messages, on stderr."""
+    """Messages on stderr, without bars."""
 
     def say(self, message: str) -> None:
-        """One line on stderr."""
+        """Show a message that is not an error."""
         print(message, file=sys.stderr, flush=True)
 
 
 class Bars(Lines):
-    """A bar per stage on stderr, with time left, gone when the stage is over."""
+    """One progress bar with the remaining time per stage, on stderr; removed at its end."""
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
-        """Show one bar while the stage runs."""
+        """Run a stage of ``total`` steps; the yielded function takes the number of steps just
+        done.
+        """
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
@@ -50,5 +54,5 @@ class Bars(Lines):
 
 
 def for_terminal() -> Progress:
-    """Bars where stderr is a terminal, plain lines elsewhere."""
+    """Bars if stderr is a terminal, plain lines otherwise."""
     return Bars() if sys.stderr.isatty() else Lines()

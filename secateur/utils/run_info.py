@@ -1,4 +1,4 @@
-"""What a run says of itself: the command that was typed, and the versions of what it ran with."""
+"""The command that started a run, and the versions that it ran with."""
 
 import platform
 import shlex
@@ -8,12 +8,12 @@ from secateur.version import __version__
 
 
 def typed_command(arguments: Sequence[str]) -> str:
-    """The command line as a person would type it again."""
+    """The command line as a user would type it."""
     return shlex.join(["secateur", *arguments])
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that can change a number."""
+    """Versions of the libraries that can change a figure."""
     import numpy
     import safetensors
     import torch

@@ -10,15 +10,15 @@ import random
 import shutil
 import subprocess
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tests.support import met
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -208,31 +208,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
         with pytest.raises(SystemExit) as stop:
             main()
         code = stop.value.code
+        if code in (None, 0) and not {"--help", "-h"} & set(args):
+            met.note_command(str(args[0]) if args else "")
         return Result(0 if code is None else int(code), *capfd.readouterr())
 
     return command
-
-
-@pytest.fixture
-def near(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Make the measuring process a call, which saves seconds; the value lists what it was asked."""
-    from secateur.evaluate import evaluator
-
-    measured: list[str] = []
-
-    def call(command: list[str], **_: Any) -> Any:
-        request, result = map(Path, command[-2:])
-        measured.append(request.read_text())
-        try:
-            return SimpleNamespace(returncode=evaluator.main(request, result))
-        except Exception:
-            traceback.print_exc()
-            return SimpleNamespace(returncode=1)
-
-    monkeypatch.setattr(
-        evaluator, "subprocess", SimpleNamespace(DEVNULL=subprocess.DEVNULL, run=call)
-    )
-    return measured
 
 
 @pytest.fixture(scope="session")

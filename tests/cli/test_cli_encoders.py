@@ -7,7 +7,7 @@ import torch
 from conftest import report_of, sizes
 
 from secateur.cli.render import show_verdict
-from secateur.evaluate.evaluator import Verdict
+from secateur.evaluate.measurements import Verdict
 from tests.support import families
 
 KEPT = ["--keep", "0.7", "--method", "modegpt"]

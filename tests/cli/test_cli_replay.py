@@ -54,7 +54,7 @@ def test_an_edited_plan_is_followed(replay, plan_file, room):
 
 def test_a_plan_for_a_runtime_that_its_shapes_are_not_for_is_refused(replay, plan_file, room):
     """The mistake: a runtime written into a plan by hand, and believed."""
-    replay(plan_file(lambda plan: plan.update(runtime="vllm"))).refused("vllm", "plain")
+    replay(plan_file(lambda plan: plan["asked"].update(runtime="vllm"))).refused("vllm", "plain")
     assert not (room / "out").exists()
 
 

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import RepoUrl
 
 from tests.support.made_runs import made_run, report
 
@@ -143,3 +145,26 @@ def test_push_without_a_network_is_refused(run, runs, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_test")  # and the tests are offline
     run("report", runs[0]).succeeded()
     run("push", runs[0], "me/small").refused("me/small", "could not be uploaded")
+
+
+def test_push_uploads_a_run_and_shows_where_it_is(run, runs, monkeypatch):
+    """How the hub is spoken to is tested in report/test_model_card.py."""
+    asked = []
+
+    class Hub:
+        def create_repo(self, repo, **options):
+            asked.append(("create", repo, options["private"]))
+            return RepoUrl(f"https://huggingface.co/{repo}")
+
+        def model_info(self, repo):
+            return SimpleNamespace(private=True)
+
+        def upload_folder(self, **options):
+            asked.append(("upload", options["repo_id"], options["folder_path"]))
+
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("secateur.report.hub.HfApi", Hub)
+    run("report", runs[0]).succeeded()
+    shown = run("push", runs[0], "me/small", "--private").succeeded()
+    assert asked == [("create", "me/small", True), ("upload", "me/small", runs[0])]
+    assert "https://huggingface.co/me/small" in shown.out

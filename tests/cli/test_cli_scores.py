@@ -8,11 +8,13 @@ import pytest
 @pytest.fixture
 def idle(monkeypatch):
     """From the call on, calibrating or measuring fails the test."""
-    from secateur.pipeline import workers as crew
+    from secateur.pipeline import prepare
 
     def forbid():
         for name in ("calibrate", "score"):
-            monkeypatch.setattr(crew, name, lambda *_, name=name, **__: pytest.fail(f"did {name}"))
+            monkeypatch.setattr(
+                prepare, name, lambda *_, name=name, **__: pytest.fail(f"did {name}")
+            )
 
     return forbid
 
@@ -40,11 +42,11 @@ def test_a_budget_after_a_run_measures_nothing(plan, compress, forget, idle, nea
 
 
 def test_a_run_after_a_plan_scores_nothing(plan, compress, forget, monkeypatch, room):
-    from secateur.pipeline import workers as crew
+    from secateur.pipeline import prepare
 
     forget()
     planned = plan("--keep", 0.7)
-    monkeypatch.setattr(crew, "score", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr(prepare, "score", lambda *_, **__: pytest.fail("scored again"))
     compress("--keep", 0.7).succeeded()
     assert json.loads((room / "out" / "secateur" / "plan.json").read_text()) == planned
 
@@ -236,9 +238,9 @@ def statistics(plan, forget, tmp_path):
 
 
 def test_statistics_serve_another_option_of_the_method(plan, statistics, monkeypatch):
-    from secateur.pipeline import workers as crew
+    from secateur.pipeline import prepare
 
-    monkeypatch.setattr(crew, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    monkeypatch.setattr(prepare, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
     made = plan("--statistics", statistics, "--ridge", 0.5)
     assert made["method"]["options"]["ridge"] == 0.5
     with pytest.raises(pytest.fail.Exception):

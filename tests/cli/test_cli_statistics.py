@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from secateur.io.atomic import _host
-from secateur.pipeline import workers as crew
+from secateur.pipeline import prepare
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def plan(run, model, text, tmp_path):
 def test_kept_statistics_are_not_collected_again(plan, monkeypatch):
     first = plan("first").succeeded()
     assert len(list(plan.folder.glob("block-*.safetensors"))) == 2
-    monkeypatch.setattr(crew, "calibrate", None)
+    monkeypatch.setattr(prepare, "calibrate", None)
     assert json.loads(plan("second").succeeded().out) == json.loads(first.out)
 
 

@@ -35,7 +35,7 @@ def sweep(run, near, model, text, held, room):
 @pytest.fixture
 def counted(monkeypatch, forget):
     """How often the dear parts of a run are done, in an empty cache."""
-    from secateur.pipeline import workers as crew
+    from secateur.pipeline import prepare
 
     forget()
     calls = []
@@ -48,7 +48,7 @@ def counted(monkeypatch, forget):
         return call
 
     for name in ("calibrate", "score"):
-        monkeypatch.setattr(crew, name, counting(name, getattr(crew, name)))
+        monkeypatch.setattr(prepare, name, counting(name, getattr(prepare, name)))
     return calls
 
 

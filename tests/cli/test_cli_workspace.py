@@ -67,17 +67,17 @@ def stopped(compress, room, monkeypatch, near):
 @pytest.mark.parametrize(
     ("owner", "name", "after"),
     [
-        ("task", "judge_apart", 0),
-        ("crew", "calibrate", 0),
-        ("crew", "score", 0),
-        ("scores", "measure_losses", 1),
-        ("prepare", "keep_evidence", 0),
-        ("prepare", "make_plan", 0),
-        ("propagate:Propagation", "narrow_block", 1),
-        ("propagate", "narrow_unit", 3),
-        ("checkpoint", "write_config", 0),
-        ("pipeline", "judge_apart", 0),
-        ("pipeline", "write_record", 0),
+        ("pipeline.run_inputs", "judge_apart", 0),
+        ("pipeline.prepare", "calibrate", 0),
+        ("pipeline.prepare", "score", 0),
+        ("scoring.evidence", "measure_losses", 1),
+        ("pipeline.prepare", "keep_evidence", 0),
+        ("pipeline.prepare", "make_plan", 0),
+        ("apply.sequential:Propagation", "narrow_block", 1),
+        ("apply.sequential", "narrow_unit", 3),
+        ("apply.save", "write_config", 0),
+        ("pipeline.run_record", "judge_apart", 0),
+        ("pipeline.compress", "write_record", 0),
     ],
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     compress().succeeded()
     assert made(room / "out") == undisturbed
     assert files(room) == ["out"]
-    assert len(near) == (2 if owner == "task" else 1)
+    assert len(near) == (2 if owner == "pipeline.run_inputs" else 1)
 
 
 def test_files_of_other_times_change_nothing(undisturbed, stopped, compress, room):
@@ -119,14 +119,14 @@ def test_an_interrupted_run_of_a_method_in_one_pass_gives_the_same_bytes(
 
 
 def test_finished_stages_are_not_repeated(stopped, compress, room, monkeypatch, near, forget):
-    from secateur.pipeline import workers as crew
+    from secateur.pipeline import prepare
 
     forget()
     stopped("write")
     kept = files(room / ".out.partial")
     assert {"dense.json", "statistics", "fingerprint.json"} <= set(kept)
-    monkeypatch.setattr(crew, "calibrate", lambda *_: pytest.fail("calibrated again"))
-    monkeypatch.setattr(crew, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(prepare, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(prepare, "score", lambda *_: pytest.fail("scored again"))
     compress().succeeded()
     assert len(near) == 1
     assert "result" in json.loads(near[0])["source"]
@@ -415,7 +415,7 @@ def test_wrong_input_later_leaves_what_was_finished(stopped, compress, room, mon
 
 
 def test_an_interrupted_overwrite_leaves_the_old_output(compress, room, monkeypatch):
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     compress("--keep", 0.9).succeeded()
     before = (room / "out" / WEIGHTS).read_bytes()
@@ -428,31 +428,28 @@ def test_an_interrupted_overwrite_leaves_the_old_output(compress, room, monkeypa
     assert files(room) == ["out"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "field"),
-    [
-        (("--keep", "0.5"), "budget: keep"),
-        (("--seed", "1"), "calibration"),
-        (("--samples", "3"), "calibration"),
-        (("--eval-windows", "1"), "questions"),
-        (("--multiple-of", "4"), "budget: multiple_of"),
-        (("--target", "bytes"), "budget: target"),
-        (("--tier", "plain"), "another"),
-        (("--allocator", "uniform"), "allocator: "),
-        (("--cells", "200"), "allocator: cells"),
-        (("--iterations", "1"), "method: iterations"),
-        (("--dtype", "bfloat16"), "settings"),
-    ],
-    ids=str,
-)
-def test_another_command_does_not_take_over_an_unfinished_run(
-    stopped, compress, room, near, flags, field
-):
+OTHERS = [  # what differs in a command, and what the refusal says of it
+    (("--keep", "0.5"), "budget: keep"),
+    (("--seed", "1"), "calibration"),
+    (("--samples", "3"), "calibration"),
+    (("--eval-windows", "1"), "questions"),
+    (("--multiple-of", "4"), "budget: multiple_of"),
+    (("--target", "bytes"), "budget: target"),
+    (("--tier", "plain"), "another"),
+    (("--allocator", "uniform"), "allocator: "),
+    (("--cells", "200"), "allocator: cells"),
+    (("--iterations", "1"), "method: iterations"),
+    (("--dtype", "bfloat16"), "settings"),
+]
+
+
+def test_other_commands_do_not_take_over_an_unfinished_run(stopped, compress, room, near):
     stopped()
     before = files(room / ".out.partial")
-    value = () if flags[0] in ("--tier", "--allocator") else flags[1:]  # what differs is a part
-    compress(*flags).refused("unfinished", field, *value, "--overwrite")
-    assert files(room / ".out.partial") == before
+    for flags, field in OTHERS:
+        value = () if flags[0] in ("--tier", "--allocator") else flags[1:]  # a part differs
+        compress(*flags).refused("unfinished", field, *value, "--overwrite")
+        assert files(room / ".out.partial") == before, flags
     compress().succeeded()
     assert len(near) == 1
 
@@ -484,7 +481,7 @@ def test_a_changed_model_is_not_answered_from_before(
 ):
     from conftest import save_checkpoint
 
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write", interrupt)
@@ -505,7 +502,7 @@ def test_a_changed_model_is_not_answered_from_before(
 
 def test_a_run_into_its_own_model_folder_goes_on(compress, broken, room, monkeypatch, near):
     """The unfinished folder lies among the model's files then, and is none of them."""
-    from secateur.pipeline import compress as pipeline
+    from secateur.pipeline import compress_stage as pipeline
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write", interrupt)
@@ -555,7 +552,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-from secateur.pipeline import compress as pipeline
+from secateur.pipeline import compress_stage as pipeline
 from secateur.evaluate import evaluator
 
 def call(command, **_):

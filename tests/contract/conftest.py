@@ -1,19 +1,15 @@
 """Written checkpoints of every family, read back by fresh processes once for all tests."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from secateur import Budget, Model, Plan, make_plan, score
@@ -28,33 +24,70 @@ from secateur.pipeline.context import RunContext
 from secateur.planning.planner import revise
 from secateur.structure.units import DEPTH, MATRICES, STREAM, Unit
 from tests.conftest import Calibrated
+from tests.contract.reading import Job, Reader, Reading
+from tests.support import met
+from tests.support.covering import COST, parameters
 from tests.support.families import AUTO, FAMILIES
 from tests.support.steps import prepared_of
 
-READER = Path(__file__).with_name("reader.py")
-KINDS = ("full", "plain", "layered", "mixed", "gone")
+HERE = Path(__file__).parent
 
-#: The method that is tested on every variant, and the variants that every method is tested on: one
-#: without biases, one with biases everywhere, one with norms in its heads. The rest is slow.
-EVERYWHERE = "auto"
-ALWAYS = ("llama", "gpt2", "qwen3")
 #: methods that narrow, of extensions too; those that keep widths have tests of their
 #: own (test_forms.py)
 NARROWING = [name for name, kind in method_classes().items() if kind.kinds != MATRICES]
+#: the method that the fast run may hold against every variant; it holds each other one against one
+EVERYWHERE = "auto"
+#: who reads a checkpoint, and of which kind (see ``written``)
+ROUTES = [
+    ("stranger", "layered"),
+    ("secateur", "mixed"),
+    ("stranger", "gone"),
+    ("secateur", "layered"),
+    ("stranger", "mixed"),
+    ("secateur", "gone"),
+    ("stranger", "plain"),
+]
 
 
-@pytest.hookimpl(tryfirst=True)  # before markers are looked at
+@pytest.hookimpl(tryfirst=True)  # before the fast run's tests are chosen and markers looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    own = {item: parameters(item) for item in items if READER.parent in item.path.parents}
-    unserved = {
+    own = {item: parameters(item) for item in items if HERE in item.path.parents}
+    unserved = [
         i for i, asked in own.items() if not is_served(asked.get("method"), asked.get("name"))
-    }
-    config.hook.pytest_deselected(items=list(unserved))
-    items[:] = [item for item in items if item not in unserved]
+    ]
+    config.hook.pytest_deselected(items=unserved)
+    gone = set(unserved)
+    items[:] = [item for item in items if item not in gone]
     for item, asked in own.items():
-        special = asked.get("name", ALWAYS[0]) not in ALWAYS
-        if special and asked.get("method", EVERYWHERE) != EVERYWHERE:
-            item.add_marker(pytest.mark.slow)
+        item.stash[COST] = cost(asked)
+
+
+def cost(asked: Mapping[str, Any]) -> int:
+    """What a test costs the fast run: little where its checkpoint is there for other tests too."""
+    method, name = asked.get("method"), asked.get("name")
+    if method is None or name is None:
+        return 0
+    if (method, name) not in pairs():
+        return 2
+    route, kind = pairs()[method, name]
+    return int(asked.get("route", route) != route or asked.get("kind", kind) != kind)
+
+
+@cache
+def pairs() -> dict[tuple[str, str], tuple[str, str]]:
+    """Methods and variants that the fast run brings together, each by a route and a kind.
+
+    One method meets all variants, the others one each. These go through the variants in turn, so
+    that unlike methods meet unlike families.
+    """
+    found, names = [], list(FAMILIES)
+    for method in NARROWING:
+        name = next(name for name in names if is_served(method, name))
+        found.append((method, name))
+        names.remove(name)
+        names.append(name)
+    found += [(EVERYWHERE, name) for name in names if (EVERYWHERE, name) not in found]
+    return dict(zip(found, cycle(ROUTES), strict=False))
 
 
 @cache
@@ -77,11 +110,6 @@ def shapes(name: str) -> Model:
 
 def open_config(name: str) -> Any:
     return getattr(transformers, FAMILIES[name].config)(**FAMILIES[name].options)
-
-
-def parameters(item: pytest.Item) -> dict[str, Any]:
-    found: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    return found
 
 
 def methods(applies: Callable[[type[Method]], bool]) -> Any:
@@ -239,6 +267,7 @@ def write_to(
             sizes = sizes_of(kind, {unit.name: unit for unit in made.units(model, 8)})
             plan = resized(plan, model, scored(name, method), sizes)
         memory, tokens = write(prepared_of(model, data, plan), folder, RunContext())
+        met.note_written(model, plan)
         return Written(folder, plan, tokens, memory)
 
     return make
@@ -261,65 +290,30 @@ def written(
     return checkpoint
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What a fresh process found in a checkpoint."""
-
-    facts: dict[str, Any]
-    tensors: dict[str, Tensor]
+@pytest.fixture(scope="session")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Reader]]:
+    """Route to what reads on it."""
+    started = cache(lambda route: Reader(route, tmp_path_factory.mktemp(route)))
+    yield started
+    for route in ("secateur", "stranger"):
+        started(route).close()
 
 
 @pytest.fixture(scope="session")
 def readings(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
+    readers: Callable[[str], Reader],
     written: Callable[[str, str], Written],
     method: type[Method],
 ) -> Callable[[str], Callable[[str, str], Reading]]:
-    """Route to a look-up by variant and kind.
-
-    Routes: "secateur" imports it; "stranger" cannot, and trusts the code beside the weights.
-    Variants that no test asks for are not written.
-    """
-    asked = [parameters(item) for item in request.session.items]
-    names = {own.get("name") for own in asked if own.get("method") == method.name}
+    """Route to a look-up by variant and kind of what a fresh process finds there."""
 
     @cache
-    def started() -> dict[str, tuple[Path, subprocess.Popen[str]]]:
-        return {route: start(route) for route in ("secateur", "stranger")}  # side by side
+    def read(route: str, name: str, kind: str) -> Reading:
+        made = written(name, kind)
+        job = Job(made.folder, AUTO[FAMILIES[name].use], asked_with(name, made.tokens))
+        return readers(route).read({f"{name}/{kind}": job})[f"{name}/{kind}"]
 
-    def start(route: str) -> tuple[Path, subprocess.Popen[str]]:
-        kinds = KINDS if route == "stranger" else ("layered", "mixed", "gone")
-        folder = tmp_path_factory.mktemp(route)
-        jobs, given = {}, {}
-        for name in (name for name in FAMILIES if name in names):
-            for kind in kinds:
-                made, job = written(name, kind), f"{name}/{kind}"
-                jobs[job] = {"folder": str(made.folder), "auto": AUTO[FAMILIES[name].use]}
-                given |= {
-                    f"{job}:{key}": value for key, value in asked_with(name, made.tokens).items()
-                }
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        save_file(given, folder / "inputs.safetensors")
-        return folder, run_reader(route, folder)
-
-    @cache
-    def read(route: str) -> Callable[[str, str], Reading]:
-        folder, process = started()[route]
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors[-3000:]
-        facts = json.loads((folder / "facts.json").read_text())
-        tensors = load_file(folder / "tensors.safetensors")
-
-        def look_up(name: str, kind: str) -> Reading:
-            job = f"{name}/{kind}"
-            assert "error" not in facts[job], facts[job]["error"]
-            own = {k[len(job) + 1 :]: v for k, v in tensors.items() if k.startswith(job + ":")}
-            return Reading(facts[job], own)
-
-        return look_up
-
-    return read
+    return lambda route: partial(read, route)
 
 
 def asked_with(name: str, tokens: Tokens) -> dict[str, Tensor]:
@@ -327,24 +321,6 @@ def asked_with(name: str, tokens: Tokens) -> dict[str, Tensor]:
     asked = use_of(open_config(name)).inputs(tokens)
     labels = tokens.ids if tokens.labels is None else tokens.labels
     return {k: v for k, v in asked.items() if isinstance(v, Tensor)} | {"labels": labels.clone()}
-
-
-def run_reader(route: str, folder: Path) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "HF_MODULES_CACHE": str(folder / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    if route == "secateur":
-        environment["PYTHONPATH"] = str(READER.parents[2])
-    return subprocess.Popen(
-        [sys.executable, str(READER), route, str(folder)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 ROUNDING = 5e-5  # of float32 logits, in units of their spread

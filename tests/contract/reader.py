@@ -1,10 +1,13 @@
-"""Read checkpoints in a process of its own and note what they say: reader.py ROUTE FOLDER.
+"""Read checkpoints in processes of their own and note what they say: reader.py ROUTE.
 
-On the route "stranger" importing secateur fails, so the checkpoints stand on their own files. What
-opens each of them, and what it is asked, is in the folder's jobs.json and inputs.safetensors.
+On the route "stranger" importing secateur fails, so the checkpoints stand on their own files. Each
+line of the input names a folder. What opens each of its checkpoints, and what that is asked, is in
+the folder's jobs.json and inputs.safetensors. Each folder is read by a process of its own, forked
+from this one, which has imported what all of them need and has opened nothing.
 """
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -17,17 +20,35 @@ if __name__ == "__main__" and sys.argv[1] == "stranger":
     sys.modules["secateur"] = None  # type: ignore[assignment]
 
 
-def main(route: str, folder: Path) -> None:
+def main(route: str) -> None:
+    """Read folder after folder; a line of the output says how the process of each ended."""
     import torch
+    import transformers
 
     torch.set_num_threads(1)
     if route == "secateur":
         import secateur  # noqa: F401
-    from safetensors.torch import load_file, save_file
-    from transformers.utils import logging
+    for auto in ("CausalLM", "MaskedLM", "ImageClassification", "Seq2SeqLM"):
+        getattr(transformers, f"AutoModelFor{auto}")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for line in sys.stdin:
+        if not (child := os.fork()):
+            code = 1
+            try:
+                read_folder(route, Path(line.rstrip("\n")))
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+
+def read_folder(route: str, folder: Path) -> None:
+    """Read all checkpoints that a folder names."""
+    from safetensors.torch import load_file, save_file
+
     jobs = json.loads((folder / "jobs.json").read_text())
     given = load_file(folder / "inputs.safetensors")
     facts: dict[str, Any] = {}
@@ -158,4 +179,4 @@ def alone(model: Any, ids: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1])

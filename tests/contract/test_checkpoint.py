@@ -12,7 +12,7 @@ from secateur.io.safetensors_writer import Writer
 from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
 from secateur.structure.units import DEPTH
-from tests.contract.conftest import ROUNDING, logits, narrowing, open_config, spread
+from tests.contract.conftest import ROUNDING, ROUTES, logits, narrowing, open_config, spread
 from tests.support.families import (
     AUTO,
     FAMILIES,
@@ -25,15 +25,6 @@ from tests.support.families import (
 )
 from tests.support.steps import prepared_of
 
-ROUTES = [
-    ("stranger", "plain"),
-    ("stranger", "layered"),
-    ("stranger", "mixed"),
-    ("stranger", "gone"),
-    ("secateur", "layered"),
-    ("secateur", "mixed"),
-    ("secateur", "gone"),
-]
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_writer = pytest.mark.parametrize("name", WRITING)
 every_route = pytest.mark.parametrize(("route", "kind"), ROUTES)
@@ -117,19 +108,21 @@ def test_a_loaded_checkpoint_trains(readings, name, route, kind):
 
 
 @every_family
-def test_strangers_get_stock_classes_where_the_tier_is_plain(readings, written, method, name):
-    assert written(name, "plain").plan.tier == "plain"
-    assert not readings("stranger")(name, "plain").facts["class"].startswith("Secateur")
-    for kind in ("layered", "mixed"):
-        if method.kinds == DEPTH and written(name, kind).plan.tier == "plain":
-            continue  # where no bias is new, blocks that are left are stock ones
-        assert written(name, kind).plan.tier == "per-layer"
-        facts = readings("stranger")(name, kind).facts
-        assert facts["class"].startswith("Secateur")
-        assert facts["module"].startswith("transformers_modules.")
-        assert (
-            readings("secateur")(name, kind).facts["module"] == "secateur.layers.modeling_secateur"
-        )
+@every_route
+def test_stock_classes_are_given_where_the_tier_is_plain(
+    readings, written, method, name, route, kind
+):
+    facts, tier = readings(route)(name, kind).facts, written(name, kind).plan.tier
+    if kind == "plain":
+        assert tier == "plain"
+    elif not (method.kinds == DEPTH and tier == "plain"):
+        assert tier == "per-layer"
+    # where no bias is new, blocks that are left are stock ones
+    assert facts["class"].startswith("Secateur") == (tier != "plain")
+    if tier != "plain":
+        package = "secateur.layers.modeling_secateur"
+        inside = facts["module"].startswith("transformers_modules.")
+        assert inside if route == "stranger" else facts["module"] == package
 
 
 def stored(made):

@@ -1,11 +1,10 @@
 """What every method that gives matrices another form owes to its users."""
 
-import json
 from functools import cache
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from secateur import Budget, Settings, make_plan, open_model, score
@@ -17,15 +16,16 @@ from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.multi_step import stored_bytes
 from secateur.structure.units import MATRICES
-from tests.contract.conftest import ALWAYS, ROUNDING, asked_with, run_reader, spread
+from tests.contract.conftest import ROUNDING, asked_with, spread
+from tests.contract.reading import Job
 from tests.contract.variants import VARIANTS
+from tests.support import met
 from tests.support.families import AUTO, FAMILIES
 from tests.support.steps import prepared_of
 
 RESHAPING = [name for name, kind in method_classes().items() if kind.kinds == MATRICES]
 RESHAPING += [name for name in VARIANTS if " " in name]  # with other options
 SHOWN = ("llama", "gpt2")  # one without biases, one with transposed weights and biases
-SPECIAL = [name for name in FAMILIES if name not in ALWAYS]
 every_method = pytest.mark.parametrize("method", RESHAPING)
 every_name = pytest.mark.parametrize(
     "name", [*SHOWN, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n not in SHOWN)]
@@ -65,6 +65,7 @@ def reshaped(opened, calibrated, evidence, tmp_path_factory):
         plan = make_plan(*given, budget=Budget(keep=keep), allocator=Uniform())
         folder = root / f"{method}-{name}-{keep}"
         memory, tokens = write(prepared_of(model, data, plan, chosen), folder, RunContext())
+        met.note_written(model, plan)
         return folder, plan, memory, tokens
 
     return checkpoint
@@ -202,32 +203,24 @@ def test_looking_at_a_form_leaves_the_block_as_it_was(opened, calibrated, method
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
-def test_strangers_read_every_form(reshaped, opened, tmp_path):
+def test_strangers_read_every_form(reshaped, opened, readers):
     """Without this package, by the code beside the weights; caches, padding, saving again."""
-    jobs, given, memories = {}, {}, {}
+    jobs, memories = {}, {}
     for method in RESHAPING:
         if made(method).obstacle(opened("llama")) is not None:
             continue
         folder, plan, memory, tokens = reshaped(method, "llama", 0.0)
         job = f"{method}/{'plain' if plan.tier == 'plain' else 'layered'}"
-        jobs[job] = {"folder": str(folder), "auto": AUTO["causal"]}
+        jobs[job] = Job(folder, AUTO["causal"], asked_with("llama", tokens))
         memories[job] = memory["logits.float32.eager"]
-        given |= {f"{job}:{key}": value for key, value in asked_with("llama", tokens).items()}
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    save_file(given, tmp_path / "inputs.safetensors")
-    process = run_reader("stranger", tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
-    facts = json.loads((tmp_path / "facts.json").read_text())
-    said = load_file(tmp_path / "tensors.safetensors")
-    for job, expected in memories.items():
-        assert "error" not in facts[job], facts[job]["error"]
-        assert facts[job]["missing"] == facts[job]["unexpected"] == []
-        assert facts[job]["without_gradient"] == []
+    for job, read in readers("stranger").read(jobs).items():
+        assert read.facts["missing"] == read.facts["unexpected"] == []
+        assert read.facts["without_gradient"] == []
+        said = read.tensors
         for kind in ("eager", "sdpa", "again"):
-            assert spread(said[f"{job}:logits.{kind}"], expected) < ROUNDING, (job, kind)
-        assert torch.equal(said[f"{job}:cached.sdpa"], said[f"{job}:uncached.sdpa"])
-        assert torch.equal(said[f"{job}:padded.sdpa"], said[f"{job}:alone"])
+            assert spread(said[f"logits.{kind}"], memories[job]) < ROUNDING, (job, kind)
+        assert torch.equal(said["cached.sdpa"], said["uncached.sdpa"])
+        assert torch.equal(said["padded.sdpa"], said["alone"])
 
 
 @pytest.mark.parametrize("method", RESHAPING)

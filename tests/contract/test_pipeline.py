@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from secateur import Budget, Calibration, InputError, Questions, Text, compress, save
 from secateur.structure.units import DEPTH
-from tests.contract.conftest import spread
+from tests.contract.conftest import EVERYWHERE, spread
 from tests.support.families import WIDTH, words
 
 
@@ -20,7 +20,12 @@ def text(tmp_path_factory):
     return path
 
 
-def test_compress_writes_a_checkpoint_its_report_and_its_plan(dense, tmp_path, method, text):
+def test_compress_writes_a_checkpoint_its_report_and_its_plan(
+    dense, tmp_path, method, text, request
+):
+    """One method's run measures in a process of its own; for the others that is a call."""
+    if method.name != EVERYWHERE:
+        request.getfixturevalue("near")
     out = tmp_path / "small"
     report = compress(
         dense("llama"),

@@ -1,13 +1,16 @@
 """Several processes give what one gives, and end together."""
 
 import os
+import pickle
 import signal
 import time
-from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import secateur
 from secateur import Settings, Store, calibrate, open_model
 from secateur.apply import sequential as propagate
 from secateur.apply.sequential import Propagation, narrow_blocks
@@ -17,8 +20,8 @@ from secateur.calibration.gradients import CURVED_LOSS, needs_gradients
 from secateur.calibration.pair_scores import PairScores
 from secateur.calibration.token_batches import Rows
 from secateur.data.tokens import Calibration
-from secateur.distributed import rendezvous as link
 from secateur.distributed.collectives import ALONE, Ranks
+from secateur.distributed.messages import DTYPES, pack, unpack
 from secateur.linalg import least_squares as linalg
 from secateur.methods import METHODS, gauss_newton, method_class
 from secateur.models.streamed_loading import open_streamed
@@ -44,7 +47,7 @@ def small_batches(monkeypatch):
 def numbered(world):
     """Ranks that know their number and can't speak."""
     for rank in range(world):
-        yield Ranks(type("Mute", (), {"rank": rank, "world": world})())
+        yield Ranks(rank, world)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
@@ -61,7 +64,7 @@ def read_all(name, ranks, needs):
     store = Store()
     given = open_model(families_folder[name], CPU)
     calibrate(given, families.read(name, WINDOWS, LENGTH), needs, store, ranks=ranks)
-    if not ranks.leads:
+    if not ranks.leader:
         return None
     kept = [store.get(block.index, needs) for block in given.blocks]
     return [{n.id: (s.total, s.tokens) for n, s in own.items()} for own in kept]
@@ -113,7 +116,7 @@ def compressed(folder, method, tokens, ranks, place, streamed=False, keep=0.6):
     given = (open_streamed if streamed else open_model)(str(folder), CPU)
     store, allocator = Store(place), method.allocator
     calibrate(given, tokens, method.needs | allocator.needs, store, ranks=ranks)
-    ranks.gathered(None)  # the first one has written all
+    ranks.all_gather(None)  # the first one has written all
     evidence = score(given, method, store, tokens, ranks=ranks)
     text, budget = Calibration("stream", WINDOWS, LENGTH, 0), Budget(keep=keep)
     plan = make_plan(given, method, evidence, text, tokens, budget=budget, store=store)
@@ -233,7 +236,7 @@ def test_states_are_kept_by_any_number_and_read_by_another(known, tmp_path):
     def saved(ranks):
         line = there(ranks)
         line.save(path)
-        ranks.meet()
+        ranks.barrier()
         before = line.states.clone()
         line.held[:] = torch.zeros_like(before)
         line.load(path)
@@ -257,7 +260,7 @@ def test_all_targets_are_of_the_kind_that_the_first_one_sees(
 
     def targets(ranks, first):
         given = open_model(folder, CPU)
-        monkeypatch.setattr(propagate, "_adds_up", lambda *_: first is ranks.leads)
+        monkeypatch.setattr(propagate, "_adds_up", lambda *_: first is ranks.leader)
         line = Propagation(given, tokens, method_class("auto")(), ranks)
         with torch.no_grad():
             assert line._run_dense(given.blocks[0]) is first
@@ -268,26 +271,75 @@ def test_all_targets_are_of_the_kind_that_the_first_one_sees(
     assert torch.equal(torch.cat(found), expected)
 
 
-@pytest.mark.parametrize("way", ["told", "gathered"])
-def test_none_waits_within_a_limit_for_bytes_to_be_made(tmp_path, monkeypatch, way):
-    """The mistake: it is written while the others are in a call that has a limit."""
-    monkeypatch.setattr(link, "PASSING", timedelta(seconds=6))
+def test_waiting_for_a_rank_has_no_limit(tmp_path):
+    """The mistake: collectives have a limit, and a rank may be solving for hours."""
+
+    def limit(ranks):
+        group = dist.distributed_c10d._get_default_group()
+        own = group._get_backend(torch.device("cpu")).options._timeout
+        return own.total_seconds()
+
+    days = 24 * 3600
+    assert min(together(2, limit, tmp_path)) > 30 * days
+
+
+def test_values_arrive_as_they_were_and_nothing_is_pickled(tmp_path):
+    def value(rank):
+        numbers = torch.arange(6, dtype=torch.float64).view(2, 3) / (rank + 1)
+        parts = {str(dtype): numbers.to(dtype) for dtype in DTYPES.values()}
+        return {
+            "tensors": parts,
+            "rows": [numbers.t(), torch.tensor(rank), torch.empty(0, 4)],
+            "plain": [None, True, rank, 0.1 + 0.2, float("inf"), "é"],
+        }
 
     def passed(ranks):
-        own = torch.save
+        def refuse(*_, **__):
+            raise AssertionError("pickled")
 
-        def slowly(*given):
-            if ranks.leads:
-                time.sleep(9)
-            own(*given)
-
-        torch.save = slowly
-        found = ranks.told(lambda: {"some": 1}) if way == "told" else ranks.gathered({"some": 1})
-        torch.save = own
+        before = pickle.dumps, pickle.Pickler, torch.save
+        pickle.dumps = pickle.Pickler = torch.save = refuse
+        found = [*ranks.all_gather(value(ranks.rank)), ranks.broadcast(lambda: value(9), 1)]
+        pickle.dumps, pickle.Pickler, torch.save = before
         return found
 
-    expected = {"some": 1} if way == "told" else [{"some": 1}] * 2
-    assert together(2, passed, tmp_path) == [expected] * 2
+    for found in together(2, passed, tmp_path):
+        for own, expected in zip(found, map(value, (0, 1, 9)), strict=True):
+            assert own["plain"] == expected["plain"]
+            assert own["tensors"].keys() == expected["tensors"].keys()
+            for there, tensor in zip(
+                (*own["tensors"].values(), *own["rows"]),
+                (*expected["tensors"].values(), *expected["rows"]),
+                strict=True,
+            ):
+                assert there.dtype == tensor.dtype
+                assert torch.equal(there, tensor)
+
+
+def test_what_is_no_plain_data_is_refused():
+    with pytest.raises(TypeError, match="a Calibration can't be sent"):
+        pack({"some": [Calibration()]})
+    with pytest.raises(ValueError, match="number format 'object'"):
+        unpack(b'{"__tensor__": "object", "shape": [1]}', torch.device("cpu"))
+
+
+def test_no_module_loads_or_sends_pickles():
+    forbidden = (
+        "import pickle",
+        "pickle.",
+        "weights_only=False",
+        "_object_list(",
+        "gather_object(",
+        "torch.load(",
+    )
+    root = Path(secateur.__file__).parent
+    found = [
+        f"{path.relative_to(root)}: {word}"
+        for path in root.rglob("*.py")
+        for word in forbidden
+        if word in path.read_text()
+    ]
+    assert not found
 
 
 def test_ranks_that_round_differently_stop_together(known, tmp_path):
@@ -302,9 +354,9 @@ def test_ranks_that_round_differently_stop_together(known, tmp_path):
             for weight in block.mlp.producer_weights:
                 weight.data.mul_(1.1)
         exact = linalg._dot
-        if not ranks.leads:
+        if not ranks.leader:
             linalg._dot = lambda a, b: -exact(a, b)
-        share = slice(256 * ranks.rank, 256 * ranks.rank + 256 if ranks.world == 2 else None)
+        share = slice(256 * ranks.rank, 256 * ranks.rank + 256 if ranks.world_size == 2 else None)
         rows = Rows(lambda: [(inputs[share], target[share])], 256 * ranks.rank, ranks)
         with torch.no_grad():
             gauss_newton.GaussNewton(4, 1e-3, 1e-6).refine(block, rows)
@@ -329,10 +381,10 @@ def test_slopes_of_all_processes_of_a_machine_have_their_share(monkeypatch, neig
 
 def test_one_that_dies_ends_the_others(tmp_path):
     def dying(ranks):
-        ranks.gathered(ranks.rank)
+        ranks.all_gather(ranks.rank)
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        ranks.gathered(ranks.rank)
+        ranks.all_gather(ranks.rank)
 
     start = time.monotonic()
     first, dead, last = together(3, dying, tmp_path)
@@ -362,9 +414,9 @@ def test_one_that_dies_while_another_works(tmp_path):
 def test_what_one_refuses_the_first_one_says(tmp_path):
     def refusing(ranks):
         if ranks.rank:
-            ranks.link.fail("the text is of no use", True)
-            time.sleep(40)
-        ranks.gathered(0)
+            ranks.liveness.fail("the text is of no use", True)
+            os._exit(2)
+        ranks.all_gather(0)
 
     first, _ = together(2, refusing, tmp_path)
     assert first == "RankFailedError: the text is of no use"

@@ -1,13 +1,17 @@
-"""What is said where a run of several processes loses what holds it together."""
+"""How ranks start together, and what is said where one of them, or what joins them, is lost."""
 
 import os
 import signal
+import socket
 import time
 from datetime import timedelta
 
 import pytest
+import torch
 
-from secateur.distributed import rendezvous as link
+from secateur.cli.outcome import Outcome
+from secateur.distributed import liveness, rendezvous
+from secateur.distributed.liveness import Liveness, Peer
 from tests.support.processes import forked, serving, together
 
 pytestmark = forked
@@ -17,65 +21,127 @@ def stop(process, number):
     os.kill(process.pid, number)
 
 
+@pytest.mark.parametrize("keeper", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize(
-    ("hosts", "expected"),
-    [
-        ("aaa", "rank 0 of 3 is gone"),
-        ("abb", "rank 0's machine (a) is gone"),
-        ("bbab", "rank 0 of 4 is gone"),  # and so says the other machine, in a terminal of its own
-    ],
+    "hosts",
+    ["aaa", "abb", "bbab"],  # each machine says it, in a terminal of its own
 )
-def test_the_first_one_and_what_keeps_the_store_are_killed(tmp_path, hosts, expected):
+def test_the_leader_is_killed_and_what_keeps_the_store_is_lost(tmp_path, hosts, keeper):
     with serving(hosts, tmp_path) as run:
-        run.until_led()
-        stop(run.keeper, signal.SIGKILL)
+        run.until_joined()
+        stop(run.keeper, keeper)
         stop(run.ranks[0], signal.SIGKILL)
         codes, said = run.ended(0)
     assert set(codes) == {1}
-    assert expected in said
-    assert said.count("error: ") == len({*hosts[1:]})
-    assert said.count("Type the command again") == len({*hosts[1:]})
+    count = len({*hosts[1:]})
+    assert said.count("error: ") == count
+    assert said.count(f"error: rank 0 of {len(hosts)} is gone") == count
+    assert said.count(f"killed on {hosts[0]}") == count
+    assert said.count("Type the command again") == count
 
 
-def test_only_what_keeps_the_store_is_killed(tmp_path):
-    with serving("aa", tmp_path) as run:
-        run.until_led()
-        stop(run.keeper, signal.SIGKILL)
-        codes, said = run.ended(0)  # the first one reports what it is interrupted by elsewhere
-    assert codes == [1]
-    assert "error: " not in said.replace("error: what started the ranks is gone", "")
+@pytest.mark.parametrize("keeper", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_leader_is_killed_while_others_still_join(tmp_path, monkeypatch, keeper):
+    """The mistake: what c10d says of a lost store stands for what has happened."""
+    own = rendezvous.dist.init_process_group
 
+    def late(*given, rank, **options):
+        if rank == 0:
+            (tmp_path / "leader").touch()
+            time.sleep(1000)
+        while not (tmp_path / "killed").exists():
+            time.sleep(0.05)
+        own(*given, rank=rank, **{**options, "timeout": timedelta(seconds=5)})
 
-def test_the_first_machine_is_frozen(tmp_path, monkeypatch):
-    """The mistake: a call of a store that never answers has no limit."""
-    monkeypatch.setattr(link, "STALL", 4)
-    monkeypatch.setattr(link, "GRACE", 3.0)
-    with serving("abb", tmp_path) as run:
-        run.until_led()
-        stop(run.keeper, signal.SIGSTOP)
+    monkeypatch.setattr(rendezvous.dist, "init_process_group", late)
+    with serving("aaa", tmp_path) as run:
+        run.until("leader")
+        stop(run.keeper, keeper)
         stop(run.ranks[0], signal.SIGKILL)
+        run.ranks[0].join()
+        (tmp_path / "killed").touch()
         codes, said = run.ended(0)
-    assert codes == [1, 1]
+    assert set(codes) == {1}
     assert said.count("error: ") == 1
-    assert "error: rank 0's machine (a) is gone, or can't be reached" in said
+    assert "error: rank 0 of 3 is gone" in said
+    assert "can't join" not in said
+    assert "Traceback" not in said
+
+
+def test_nothing_depends_on_the_store_once_all_have_joined(tmp_path):
+    def work(ranks):
+        ranks.barrier()
+        if ranks.leader:
+            os.kill(int((tmp_path / "keeper").read_text()), signal.SIGKILL)
+        ranks.barrier()
+        ranks.all_gather(ranks.rank)
+        return Outcome(0)
+
+    with serving("aab", tmp_path, work=work) as run:
+        codes, said = run.ended()
+    assert codes == [0, 0, 0]
+    assert said == ""
 
 
 def test_limits_together_are_below_a_minute():
-    waited = (link.STALL + 1 + link.NOTICE) * link.BEAT + link.GRACE
-    assert max(waited, link.SILENCE + link.BEAT + link.GRACE) < 60
+    limits = liveness.KEEPALIVE
+    silence = limits["TCP_KEEPIDLE"] + limits["TCP_KEEPINTVL"] * limits["TCP_KEEPCNT"]
+    assert silence + liveness.ORDER + liveness.GRACE < 60
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="named so on Linux")
+def test_the_kernel_asks_whether_the_other_machine_is_there():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+    with one, other:
+        Peer(one, 1, "a")
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        for name, value in liveness.KEEPALIVE.items():
+            assert one.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) == value
+
+
+def test_a_machine_that_does_not_answer_is_named(tmp_path):
+    def lost(ranks):
+        class Silent:
+            def recv(self, _):
+                raise TimeoutError(110, "Connection timed out")
+
+        if ranks.leader:
+            ranks.liveness.peers[1].host = "far"
+            ranks.liveness.peers[1].connection, kept = Silent(), ranks.liveness.peers[1].connection
+            ranks.liveness.peers[1].read()
+            said = str(ranks.liveness.trouble())
+            ranks.liveness.peers[1].connection = kept
+            return said
+        time.sleep(40)
+        return ""
+
+    said, _ = together(2, lost, tmp_path)
+    assert "rank 1 of 2 can't be reached: the network or the machine far failed" in said
 
 
 def test_a_process_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    """The mistake: seconds in which it was stopped count as the store's silence."""
-    monkeypatch.setattr(link, "STALL", 3)
+    """The mistake: one that says nothing for a while counts as gone."""
+    monkeypatch.setitem(liveness.KEEPALIVE, "TCP_KEEPIDLE", 1)
+    monkeypatch.setitem(liveness.KEEPALIVE, "TCP_KEEPINTVL", 1)
+    monkeypatch.setitem(liveness.KEEPALIVE, "TCP_KEEPCNT", 1)
 
-    with serving("aa", tmp_path) as run:
-        run.until_led()
+    def work(ranks):
+        (tmp_path / f"{ranks.rank}.at work").touch()
+        while not (tmp_path / "enough").exists():
+            time.sleep(0.05)
+        return Outcome(sum(ranks.all_gather(1)) - 2)
+
+    with serving("aa", tmp_path, work=work) as run:
+        run.until("0.at work", "1.at work")
         stop(run.ranks[1], signal.SIGSTOP)
-        run.ranks[1].join(6)
+        run.ranks[1].join(4)
         stop(run.ranks[1], signal.SIGCONT)
-        run.ranks[1].join(3)
-        assert all(rank.is_alive() for rank in run.ranks.values())
+        (tmp_path / "enough").touch()
+        codes, said = run.ended()
+    assert codes == [0, 0]
+    assert said == ""
 
 
 @pytest.mark.parametrize(
@@ -85,7 +151,7 @@ def test_a_process_that_was_stopped_goes_on(tmp_path, monkeypatch):
 def test_one_that_never_starts_is_not_waited_for_without_end(
     tmp_path, monkeypatch, missing, expected
 ):
-    monkeypatch.setattr(link, "JOINING", timedelta(seconds=3))
+    monkeypatch.setattr(rendezvous, "JOINING", timedelta(seconds=3))
     with serving("aaa", tmp_path, missing) as run:
         codes, said = run.ended()
     assert set(codes) == {2}
@@ -94,51 +160,68 @@ def test_one_that_never_starts_is_not_waited_for_without_end(
     assert "Traceback" not in said
 
 
-def test_what_keeps_one_from_joining_is_said_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", [0, 1])
+def test_what_keeps_one_from_joining_is_said_once(tmp_path, monkeypatch, failing):
     """No traceback, and the others don't take it for dead."""
-    own = link.dist.init_process_group
+    own = rendezvous.dist.init_process_group
 
-    def failing(*given, rank, **options):
-        if rank == 1:
-            raise link.dist.DistStoreError("no such network")
+    def refused(*given, rank, **options):
+        if rank == failing:
+            raise rendezvous.dist.DistStoreError("no such network")
         own(*given, rank=rank, **options)
 
-    monkeypatch.setattr(link.dist, "init_process_group", failing)
+    monkeypatch.setattr(rendezvous.dist, "init_process_group", refused)
+    monkeypatch.setattr(liveness, "EXPLANATION", 1.0)
+    monkeypatch.setattr(liveness, "GRACE", 3.0)
     with serving("aaa", tmp_path) as run:
         codes, said = run.ended()
     assert set(codes) <= {1, 2}
     assert said.count("error: ") == 1
-    assert "error: rank 1 of 3 can't join the others (no such network)" in said
+    assert f"error: rank {failing} of 3 can't join the others (no such network)" in said
     assert "Traceback" not in said
 
 
-def test_a_store_that_is_gone_when_all_is_done_is_no_error(tmp_path):
-    def leaving(ranks):
-        class Gone:
-            def set(self, *_):
-                raise link.dist.DistNetworkError("gone")
+def test_one_that_has_left_is_not_gone(tmp_path):
+    """The mistake: whoever is slower takes the others, who are done, for dead."""
 
-            check = add = get = set
+    def left(ranks):
+        ranks.barrier()
+        leave, ranks.barrier = ranks.liveness.leave, lambda: None  # nobody waits for the slow one
+        if not ranks.leader:
+            leave()
+            return "left"
+        time.sleep(2)  # the other has ended by now, or says nothing
+        found = ranks.liveness.trouble()
+        return "there" if found is None else str(found)
 
-        ranks.meet()
-        ranks.link._closed.set()
-        time.sleep(link.BEAT)  # a look at the others may be under way
-        ranks.link._store = Gone()
-        ranks.link.leave()
-        return "left"
+    assert together(2, left, tmp_path) == ["there", "left"]
 
-    def job(ranks):
-        found = leaving(ranks)
-        ranks.link.meet = ranks.link.leave = lambda: None
-        return found
 
-    assert together(2, job, tmp_path) == ["left", "left"]
+def test_what_is_said_of_a_lost_rank_goes_before_what_the_ended_ones_say():
+    """The mistake: the first that is heard of is taken for the first that ended."""
+    peers = {}
+    for rank in (1, 2, 3):
+        peers[rank] = object.__new__(Peer)
+        peers[rank].rank, peers[rank].host = rank, "a"
+        peers[rank].gone, peers[rank].unreachable, peers[rank].said = False, False, None
+    found = object.__new__(Liveness)
+    found.rank, found.world_size, found.peers, found.speaks = 0, 4, peers, False
+    found._parent = os.getppid()
+    assert found._judged() is None
+    peers[1].said = {"failed": "rank 1 was interrupted", "bad_input": False, "terminated": True}
+    assert str(found._judged()) == "rank 1 was interrupted"
+    peers[2].said = {"failed": "no such file", "bad_input": True, "terminated": False}
+    assert repr(found._judged()) == "RankFailedError('no such file')"
+    peers[3].gone = True
+    assert str(found._judged()).startswith("rank 3 of 4 is gone")
+    found._parent = -1
+    assert "torchrun" in str(found._judged())
 
 
 def test_a_machine_without_a_gpu_is_named(tmp_path):
     def settled(ranks):
-        link.torch.cuda.device_count = lambda: 0
-        ranks.settle("cuda")
+        torch.cuda.device_count = lambda: 0
+        ranks.use_device("cuda")
 
-    for rank, said in enumerate(together(2, settled, tmp_path)):
-        assert said.startswith(f"InputError: rank {rank} finds no GPU on ")
+    said = together(2, settled, tmp_path)
+    assert said[0].startswith("InputError: rank 0 finds no GPU on ")

@@ -15,7 +15,7 @@ from secateur.data.tokens import Tokens
 from secateur.evaluate.verify import attend_by
 from secateur.models.model import anatomy_of
 from secateur.structure.narrowing import Narrowing
-from tests.support import families
+from tests.support import families, met
 from tests.support.families import FAMILIES
 
 IDS = torch.arange(3, 23).unsqueeze(0) * 7 % 88 + 3
@@ -75,6 +75,7 @@ def test_blocks_compute_what_the_stock_model_computes(variant):
         (logits, made), (expected, wanted) = said(model.module, kind), said(stock, kind)
         assert close(logits, expected)
         assert torch.equal(made, wanted)
+    met.note_family(model)
 
 
 @pytest.mark.parametrize("variant", ["stablelm_normed", "cohere_normed"], indirect=True)

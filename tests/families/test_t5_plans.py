@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from secateur import Settings, Store, calibrate
+from secateur.allocate.base import places
 from secateur.allocate.uniform import Uniform
 from secateur.apply.save import finish, store_block, writer_for
 from secateur.apply.sequential import Propagation
@@ -21,7 +22,6 @@ from secateur.models.model import anatomy_of, not_served
 from secateur.scoring.latency import measured
 from secateur.structure.budget import Budget
 from secateur.structure.narrowing import Narrowing
-from secateur.structure.units import places
 from tests.contract.conftest import logits
 from tests.support import t5
 from tests.support.families import WIDTH

@@ -9,7 +9,8 @@ from secateur.methods.form import Metric
 from secateur.methods.svd_llm import SVDLLM
 from secateur.scoring.divergence import by_error, measured_sizes
 from secateur.structure.error_curve import Curve
-from secateur.structure.units import Form, Matrix
+from secateur.structure.form import Form
+from secateur.structure.units import Matrix
 
 
 def gram(rows, inputs, seed=0):

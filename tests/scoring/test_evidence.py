@@ -16,7 +16,6 @@ from secateur.io.cache import cached_file
 from secateur.methods.auto import Auto
 from secateur.methods.modegpt import MoDeGPT
 from secateur.pipeline import prepare
-from secateur.pipeline import workers as crew
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.run_inputs import Inputs
 from secateur.scoring import evidence as module
@@ -97,7 +96,7 @@ def others(opened, model, tokens):
     spending, fewer = Knapsack(), Tokens(tokens.ids[1:], tokens.mask[1:])
     here = identity(model, Auto(), tokens, spending)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "__version__", "0.0.1")
+        patch.setattr(module, "SINCE", "0.0.1")
         older = identity(model, Auto(), tokens, spending)
     yield "model", identity(opened("qwen2"), Auto(), tokens, spending)
     yield "calibration", identity(model, Auto(), fewer, spending)
@@ -216,7 +215,7 @@ def test_scores_are_measured_once_for_all_budgets(
         measured.append(method.name)
         return score(model, method, *rest, **named)
 
-    monkeypatch.setattr(crew, "score", counting)
+    monkeypatch.setattr(prepare, "score", counting)
 
     settings = Settings(device="cpu", dtype="float32")
     text = Calibration("stream", 6, 32, 0)

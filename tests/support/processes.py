@@ -17,10 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from secateur.cli.launch import run_shared
+from secateur.cli.launch import run_ranks
+from secateur.cli.outcome import Outcome
 from secateur.distributed.collectives import Ranks
-from secateur.distributed.rendezvous import Link
-from secateur.pipeline.workers import Crew
+from secateur.distributed.rendezvous import join, leave
 
 PATIENCE = 50  # seconds: less than the minute in which a run has to end
 
@@ -43,18 +43,16 @@ def _number(rank: int, world: int, port: int) -> None:
 
 def _be(rank: int, world: int, port: int, folder: Path, job: Callable[[Ranks], Any]) -> None:
     _number(rank, world, port)
-    link: Link | None = None
+    ranks: Ranks | None = None
     try:
-        link = Link.from_environment()
-        torch.save(job(Ranks(link)), folder / f"{rank}.pt")
-        link.meet()
-        link.leave()
+        ranks = join()
+        torch.save(job(ranks), folder / f"{rank}.pt")
+        leave(ranks)
     except BaseException as error:
         traceback.print_exc()
         (folder / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-        if link is not None and not rank:  # as the first one ends, who keeps the store
-            link.quiet()
-            link.fail("", False)
+        if ranks is not None:
+            ranks.liveness.fail("", False)
     os._exit(0)
 
 
@@ -83,18 +81,22 @@ def _left(folder: Path, rank: int) -> Any:
 
 @dataclass
 class Run:
-    """Ranks of the command line whose first one is at work, and the store that they meet by."""
+    """Ranks of the command line at work, and the process with the store that they meet by."""
 
     keeper: ForkProcess
     ranks: dict[int, ForkProcess]
     folder: Path
 
-    def until_led(self) -> None:
-        """Wait until all have joined."""
+    def until(self, *names: str) -> None:
+        """Wait until the ranks have made files of these names."""
         until = time.monotonic() + PATIENCE
-        while not (self.folder / "led").exists():
+        while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < until
             time.sleep(0.05)
+
+    def until_joined(self) -> None:
+        """Wait until all have joined."""
+        self.until(*(f"{rank}.joined" for rank in self.ranks))
 
     def ended(self, *but: int) -> tuple[list[int | None], str]:
         """Exit codes of all but some, and all that they said."""
@@ -107,34 +109,49 @@ class Run:
         return [rank.exitcode for rank in others], said
 
 
-def _keep(port: int) -> None:
+def _keep(port: int, folder: Path) -> None:
+    (folder / "keeper").write_text(str(os.getpid()))
     kept = dist.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
     time.sleep(1000)
     del kept
 
 
-def _serve(rank: int, hosts: Sequence[str], port: int, folder: Path) -> None:
+Work = Callable[[Ranks], Outcome]
+
+
+def _serve(rank: int, hosts: Sequence[str], port: int, folder: Path, work: Work) -> None:
     _number(rank, len(hosts), port)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.dup2(os.open(folder / f"{rank}.said", os.O_WRONLY | os.O_CREAT), 2)
     sys.stderr = os.fdopen(2, "w")
     socket.gethostname = lambda: hosts[rank]
 
-    def lead(crew: Crew | None) -> int:
-        (folder / "led").touch()
-        time.sleep(1000)
-        return 0
+    def joined(ranks: Ranks) -> Outcome:
+        (folder / f"{rank}.joined").touch()
+        try:
+            return work(ranks)
+        except KeyboardInterrupt as error:  # as the command line does
+            return Outcome(1, str(error))
 
-    os._exit(run_shared(lead))
+    os._exit(run_ranks(joined))
+
+
+def busy(ranks: Ranks) -> Outcome:
+    """Work that takes long."""
+    time.sleep(1000)
+    return Outcome(0)
 
 
 @contextmanager
-def serving(hosts: Sequence[str], folder: Path, missing: Sequence[int] = ()) -> Iterator[Run]:
+def serving(
+    hosts: Sequence[str], folder: Path, missing: Sequence[int] = (), work: Work = busy
+) -> Iterator[Run]:
     """The command line as torchrun starts it: a rank for every name of a machine."""
     port, context = free_port(), multiprocessing.get_context("fork")
     numbers = [rank for rank in range(len(hosts)) if rank not in missing]
-    ranks = {n: context.Process(target=_serve, args=(n, hosts, port, folder)) for n in numbers}
-    run = Run(context.Process(target=_keep, args=(port,)), ranks, folder)
+    given = {n: (n, hosts, port, folder, work) for n in numbers}
+    ranks = {n: context.Process(target=_serve, args=own) for n, own in given.items()}
+    run = Run(context.Process(target=_keep, args=(port, folder)), ranks, folder)
     for process in (run.keeper, *ranks.values()):
         process.start()
     try:

@@ -28,7 +28,7 @@ from secateur.methods.gauss_newton import GaussNewton
 from secateur.models.streamed_loading import open_streamed
 from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
-from secateur.pipeline.workers import Crew
+from secateur.pipeline.shared_model import open_shared
 from secateur.scoring.evidence import score
 from tests.support import families
 from tests.support.imitation import apple, on_mps
@@ -209,7 +209,7 @@ def test_what_is_not_served_there_is_refused_by_name(dense, tmp_path):
         for refused, told in (
             (lambda: compress(folder, out, method, timed, **asked), "latency"),
             (lambda: export_dense(folder, out, MPS), "export"),
-            (lambda: Crew(Ranks(object())).open(str(folder), MPS, tmp_path), "processes"),
+            (lambda: open_shared(str(folder), MPS, tmp_path, Ranks(0, 2)), "processes"),
             (lambda: open_model(folder, replace(MPS, dtype="float64")), "float64"),
         ):
             with pytest.raises(InputError, match=rf"--device mps.*{told}.*cpu"):

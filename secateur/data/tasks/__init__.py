@@ -1,4 +1,4 @@
-"""What models are for; one short file each."""
+"""Kinds of models by what they are used for, one short file each."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ __all__ = ["CausalLM", "ImageClassification", "MaskedLM", "Seq2SeqLM", "Use", "u
 
 
 def use_of(config: Any) -> Use:
-    """What a model of this config is for; of an unknown family, a causal language model."""
+    """The use of a model by its config; a causal language model for unknown families."""
     family = find(config.model_type.removeprefix(PREFIX))
     kind = "causal" if family is None else family.use
     if kind == "masked":

@@ -1,4 +1,4 @@
-"""What a model is for: what opens it, what it reads, and what its output is judged by."""
+"""What a model is used for: its auto class, its input, and what its output is evaluated by."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from secateur.utils.errors import InputError
 
 @dataclass(frozen=True)
 class Use(ABC):
-    """One kind of head on a body, of those that transformers has auto classes for.
+    """One kind of model head that transformers has an auto class for.
 
-    A ``reader`` is what turns raw input into numbers: a tokenizer, or an image processor.
+    The ``reader`` converts raw input to tensors: a tokenizer or an image processor.
     """
 
     auto: ClassVar[str]  #: its auto class in transformers
@@ -31,7 +31,7 @@ class Use(ABC):
 
     @property
     def opener(self) -> Any:
-        """The auto class."""
+        """The auto class of transformers."""
         import transformers
 
         return getattr(transformers, self.auto)
@@ -51,7 +51,7 @@ class Use(ABC):
         return tokenizer
 
     def check(self, source: str) -> None:
-        """Look into a source before anything is measured.
+        """Check a source before anything is measured.
 
         Raises:
             InputError: it is missing, unreadable or empty.
@@ -60,7 +60,7 @@ class Use(ABC):
 
     @abstractmethod
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
-        """The windows or images that a :class:`~secateur.data.tokens.Calibration` means.
+        """The calibration windows or images of a :class:`~secateur.data.tokens.Calibration`.
 
         Raises:
             InputError: the source is missing, unreadable, empty or too short.
@@ -68,7 +68,7 @@ class Use(ABC):
 
     @abstractmethod
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
-        """What to judge on: at most ``limit`` windows of ``length`` tokens, or images.
+        """Evaluation data: at most ``limit`` windows of ``length`` tokens, or images.
 
         Raises:
             InputError: the source is missing, unreadable, empty or too short.
@@ -76,20 +76,20 @@ class Use(ABC):
 
     @property
     def lacking(self) -> str:
-        """What is wrong where no output has a label, and what to do."""
+        """Message for data in which no output has a label."""
         return "no token is there that others predict; give more text."
 
     def example(self, rows: int, length: int) -> Tokens:
-        """Any input of a shape, to be timed; of text one token, again and again."""
+        """Input of a given shape for timing; for text one token repeated."""
         ids = torch.zeros(rows, length, dtype=torch.int64)
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
     @abstractmethod
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
-        """The arguments of the model's forward."""
+        """Arguments of the model's forward pass."""
 
     def beginning(self, tokens: Tokens, count: int) -> Tokens:
-        """A short row: the first, and of text no more than ``count`` tokens of it."""
+        """One short row: the first row, and for text at most ``count`` tokens of it."""
         first = tokens[:1]
         labels = first.labels
         if self.reads_text:
@@ -98,7 +98,7 @@ class Use(ABC):
         return Tokens(first.ids.clone(), first.mask.clone(), labels)
 
     def generated(self, module: Any, ids: Tensor, count: int, **options: Any) -> Tensor:
-        """At most so many new tokens for a prompt, greedily, of one that writes."""
+        """Greedy continuation of a prompt by at most so many tokens, for models that generate."""
         out: Tensor = module.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -111,29 +111,29 @@ class Use(ABC):
         return out[:, 1 if module.config.is_encoder_decoder else ids.shape[1] :]
 
     def going_on(self, last: Tensor, state: Any) -> dict[str, Any]:
-        """The arguments of forward for one more token behind an output with a cache."""
+        """Arguments of the forward pass for one more token after an output with a cache."""
         return {"input_ids": last, "past_key_values": state.past_key_values, "use_cache": True}
 
     def counted(self, tokens: Tokens) -> Tensor:
-        """Which outputs count, bool: the shape of the logits without their last axis."""
+        """Mask of the outputs that count, bool, shaped like the logits without the last axis."""
         assert tokens.labels is not None
         return tokens.labels != UNLABELLED
 
     def amount(self, tokens: Tokens) -> int:
-        """How many outputs the figures are of."""
+        """Number of outputs that the figures refer to."""
         return int(self.counted(tokens).sum())
 
     def seen(self, tokens: Tokens) -> int:
-        """How many tokens the blocks see, at least."""
+        """Minimum number of tokens that the blocks process."""
         return tokens.count
 
     def answers(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The outputs that should be something, (n, classes), and what they should be, (n)."""
+        """The outputs with labels, (n, classes), and their labels, (n)."""
         assert tokens.labels is not None
         labelled = tokens.labels != UNLABELLED
         return logits[labelled], tokens.labels[labelled]
 
     def loss(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, int]:
-        """Cross-entropy summed over the answers, and their number."""
+        """Sum of the cross-entropy over the labels, and their number."""
         given, right = self.answers(logits, tokens)
         return nn.functional.cross_entropy(given, right, reduction="sum"), len(right)

@@ -1,4 +1,4 @@
-"""Causal language models: every token from those before it."""
+"""Causal language models, which predict each token from those before it."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,14 +11,14 @@ from secateur.data.tokens import Calibration, Text, Tokens, calibration_tokens, 
 
 @dataclass(frozen=True)
 class CausalLM(Use):
-    """Windows of text, judged by the perplexity of their tokens."""
+    """Windows of text, evaluated by the perplexity of their tokens."""
 
     auto: ClassVar[str] = "AutoModelForCausalLM"
     what: ClassVar[str] = "causal language model"
     writes: ClassVar[bool] = True
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
-        """Windows of the text that is not set aside."""
+        """Windows of the text that is not held out."""
         return calibration_tokens(calibration, reader)
 
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
@@ -26,17 +26,17 @@ class CausalLM(Use):
         return held_windows(text, reader, length, limit)
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
-        """Ids; nothing is kept for tokens to come."""
+        """Token ids, without a cache."""
         return {"input_ids": tokens.ids, "use_cache": False}
 
     def counted(self, tokens: Tokens) -> Tensor:
-        """Every real token's output."""
+        """The outputs of all tokens that are not padding."""
         return tokens.mask
 
     def answers(self, logits: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """What is said of every real token but a window's first.
+        """Predictions of all real tokens except the first of each window.
 
-        Padding stands at the end, so what is before a real token is real.
+        Padding is at the end, so the tokens before a real token are real.
         """
         real = tokens.mask[:, 1:]
         return logits[:, :-1][real], tokens.ids[:, 1:][real]

@@ -1,4 +1,4 @@
-"""Image classifiers: the class of an image."""
+"""Image classifiers."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,10 +18,10 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class ImageClassification(Use):
-    """Images of a folder, whose subfolders are named after the classes or their numbers.
+    """Images of a folder whose subfolders are named after the classes or their numbers.
 
-    Judged by accuracy. Calibration draws from four fifths of them, in an order made by chance once
-    and for all, and never sees the rest.
+    They are evaluated by accuracy. Calibration draws from the first four fifths, in a fixed random
+    order, and never uses the rest.
 
     Attributes:
         positions: tokens that the blocks see of an image.
@@ -40,7 +40,7 @@ class ImageClassification(Use):
     share: ClassVar[str | None] = "accuracy"
 
     def open_reader(self, source: str, **options: Any) -> Any:
-        """The image processor, in the implementation that needs Pillow alone.
+        """The image processor, in the implementation that needs only Pillow.
 
         Raises:
             InputError: Pillow is missing.
@@ -53,12 +53,12 @@ class ImageClassification(Use):
             raise InputError(NEEDED) from error
 
     def check(self, source: str) -> None:
-        """List the folder, whose images must not all be of unknown classes."""
+        """List the folder, and check that some images have known classes."""
         if all(label == UNLABELLED for _, label in self._files(source)):
             raise InputError(f"image folder {source!r}: {self.lacking}")
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
-        """Images drawn by the calibration's seed from those that are not set aside."""
+        """Images that the calibration's seed draws from those that are not held out."""
         files = self._files(calibration.source)
         files = files[: int(SET_ASIDE * len(files))]
         order = torch.randperm(
@@ -67,7 +67,7 @@ class ImageClassification(Use):
         return self._read([files[int(i)] for i in order[: calibration.samples]], reader)
 
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
-        """The first images behind the share ``start`` of the folder."""
+        """The first images after the share ``start`` of the folder."""
         files = self._files(text.source)
         return self._read(files[int(text.start * len(files)) :][:limit], reader)
 
@@ -77,21 +77,21 @@ class ImageClassification(Use):
         return self._tokens(torch.zeros(rows, *self.shape), labels)
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
-        """Pixels."""
+        """Pixel values."""
         return {"pixel_values": tokens.ids}
 
     def counted(self, tokens: Tokens) -> Tensor:
-        """The one output of every image."""
+        """The single output of every image."""
         return torch.ones_like(tokens.mask[:, 0])
 
     def amount(self, tokens: Tokens) -> int:
-        """Images whose class is known."""
+        """Number of images with a known class."""
         assert tokens.labels is not None
         return int((tokens.labels != UNLABELLED).sum())
 
     @property
     def lacking(self) -> str:
-        """Where classes come from."""
+        """How to give images their classes."""
         return (
             "no image says its class; put them in subfolders named after the classes, e.g. "
             f"{', '.join(list(self.classes)[:3])}."
@@ -101,7 +101,7 @@ class ImageClassification(Use):
         return Tokens(pixels, torch.ones(len(pixels), self.positions, dtype=torch.bool), labels)
 
     def _files(self, source: str) -> list[tuple[Path, int]]:
-        """All images of a folder with their classes, in one order for ever."""
+        """All images of a folder with their classes, in a fixed order."""
         folder = expanded(source)
         if source == BUNDLED or not folder.is_dir():
             what = "the bundled text" if source == BUNDLED else f"{source!r}"

@@ -1,4 +1,4 @@
-"""Masked language models: hidden tokens from those on both sides."""
+"""Masked language models, which predict masked tokens from both sides."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -23,10 +23,10 @@ SPECIALS = 2  #: tokens that stand around every window
 
 @dataclass(frozen=True)
 class MaskedLM(Use):
-    """Whole windows of text between the tokenizer's special tokens, some of their tokens hidden.
+    """Windows of text between the tokenizer's special tokens, with some tokens masked.
 
-    Judged by the perplexity of the hidden tokens and by how many of them are found. Windows are
-    never padded, so no mask is needed.
+    They are evaluated by the perplexity of the masked tokens and the share that is predicted
+    correctly. Windows are never padded, so no attention mask is needed.
     """
 
     auto: ClassVar[str] = "AutoModelForMaskedLM"
@@ -35,21 +35,21 @@ class MaskedLM(Use):
     share: ClassVar[str | None] = "hidden tokens found"
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
-        """Windows of the text that is not set aside, hidden by the calibration's seed."""
+        """Windows of the text that is not held out, masked with the calibration's seed."""
         inside = replace(calibration, length=_inside(calibration.length))
         found = calibration_tokens(inside, reader)
         return self._hidden(found.whole, reader, calibration.seed)
 
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
-        """Consecutive windows, hidden the same way for every model with that tokenizer."""
+        """Consecutive windows, masked in the same way for every model with this tokenizer."""
         return self._hidden(held_windows(text, reader, _inside(length), limit), reader, 0)
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
-        """Ids, of which all are real."""
+        """Token ids; there is no padding."""
         return {"input_ids": tokens.ids}
 
     def _hidden(self, windows: Tokens, reader: Any, seed: int) -> Tokens:
-        """The windows as the model reads them, and what is hidden in them as labels."""
+        """The masked windows, and the masked tokens as labels."""
         if None in (reader.mask_token_id, reader.cls_token_id, reader.sep_token_id):
             raise InputError(
                 "the tokenizer has no mask, start or end token ([MASK], [CLS], [SEP]), without "
@@ -69,7 +69,7 @@ class MaskedLM(Use):
 
 
 def _inside(length: int) -> int:
-    """Tokens of text in a window.
+    """Number of text tokens in a window.
 
     Raises:
         InputError: there is room for none.

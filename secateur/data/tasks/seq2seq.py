@@ -1,4 +1,4 @@
-"""Text-to-text models: what is missing in a text, written by a decoder that reads the rest."""
+"""Text-to-text models, whose decoder generates what is masked in the encoder's text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,40 +37,42 @@ class Seq2SeqLM(Use):
     share: ClassVar[str | None] = "target tokens found"
 
     def calibration(self, calibration: Calibration, reader: Any) -> Tokens:
-        """Windows of the text that is not set aside, hidden by the calibration's seed."""
+        """Windows of the text that is not held out, masked with the calibration's seed."""
         self._sentinels(reader, calibration.length)  # before a long text is read
         found = calibration_tokens(calibration, reader)
         return self._hidden(found.whole, reader, calibration.seed)
 
     def held(self, text: Text, reader: Any, length: int, limit: int) -> Tokens:
-        """Consecutive windows, hidden the same way for every model with that tokenizer."""
+        """Consecutive windows, masked in the same way for every model with this tokenizer."""
         return self._hidden(held_windows(text, reader, length, limit), reader, 0)
 
     def example(self, rows: int, length: int) -> Tokens:
-        """One token, again and again, as many as :meth:`calibration` makes of a window."""
+        """One token repeated, in the shape that :meth:`calibration` makes of a window."""
         hidden, spans = _counts(length)
         ids = torch.zeros(rows, length - hidden + spans + 1, dtype=torch.int64)
         return _side_by_side(ids, ids.new_zeros(rows, hidden + spans + 2))
 
     def inputs(self, tokens: Tokens) -> dict[str, Any]:
-        """Ids, and the targets behind the start token; nothing is kept for tokens to come."""
+        """Token ids, and the targets after the start token, without a cache."""
         assert tokens.labels is not None
         before = nn.functional.pad(tokens.labels[:, :-1], (1, 0), value=self.start)
         return {"input_ids": tokens.ids, "decoder_input_ids": before, "use_cache": False}
 
     def seen(self, tokens: Tokens) -> int:
-        """Those of the shorter side."""
+        """Number of tokens on the shorter side."""
         assert tokens.labels is not None
         return min(tokens.ids.numel(), tokens.labels.numel())
 
     def beginning(self, tokens: Tokens, count: int) -> Tokens:
-        """A short row: no more than ``count`` tokens of either side."""
+        """One short row, with at most ``count`` tokens on each side."""
         first = tokens[:1]
         assert first.labels is not None
         return _side_by_side(first.ids[:, :count].clone(), first.labels[:, :count].clone())
 
     def generated(self, module: Any, ids: Tensor, count: int, **options: Any) -> Tensor:
-        """With a cache that grows: stock code makes one of as many blocks as the encoder has."""
+        """Generate with a cache that grows, because the stock cache has as many blocks as the
+        encoder.
+        """
         from transformers import DynamicCache, EncoderDecoderCache
 
         if options.get("use_cache", True):
@@ -78,13 +80,13 @@ class Seq2SeqLM(Use):
         return super().generated(module, ids, count, **options)
 
     def going_on(self, last: Tensor, state: Any) -> dict[str, Any]:
-        """The decoder goes on alone, with what the encoder has given."""
+        """Continue the decoder with the encoder's output."""
         own = super().going_on(last, state)
         encoded = (state.encoder_last_hidden_state,)
         return {**own, "input_ids": None, "decoder_input_ids": last, "encoder_outputs": encoded}
 
     def _sentinels(self, reader: Any, length: int) -> list[int]:
-        """The tokens that stand for the spans of a window, and one for the end.
+        """Sentinel tokens for the spans of a window, and one more for the end.
 
         Raises:
             InputError: the tokenizer has too few, or no end token.
@@ -102,7 +104,7 @@ class Seq2SeqLM(Use):
         return [known[name] for name in names]
 
     def _hidden(self, windows: Tokens, reader: Any, seed: int) -> Tokens:
-        """What the encoder reads of the windows, and what is hidden in them as labels."""
+        """The encoder's input for the windows, and the targets as labels."""
         length = windows.ids.shape[1]
         sentinels, (hidden, spans) = self._sentinels(reader, length), _counts(length)
         generator = torch.Generator().manual_seed(seed)
@@ -117,7 +119,7 @@ class Seq2SeqLM(Use):
 
 
 def lengths(total: int, parts: int, generator: torch.Generator) -> list[int]:
-    """So many lengths of one or more, which add up to the total, all such alike likely."""
+    """Random positive lengths with a given sum, uniform over all such lists."""
     cuts = torch.randperm(total - 1, generator=generator)[: parts - 1].sort().values + 1
     return torch.diff(cuts, prepend=cuts.new_zeros(1), append=cuts.new_tensor([total])).tolist()
 
@@ -125,9 +127,9 @@ def lengths(total: int, parts: int, generator: torch.Generator) -> list[int]:
 def corrupted(
     row: Sequence[int], own: Sequence[int], between: Sequence[int], sentinels: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """A row with spans of lengths ``own`` taken out, and the target that has them.
+    """A row without the spans of lengths ``own``, and the target that contains them.
 
-    ``between`` are the lengths of what stays: before, between and behind the spans.
+    ``between`` are the lengths of the text before, between and after the spans.
     """
     read, target, place = [], [], 0
     for kept, gone, sentinel in zip(between[:-1], own, sentinels, strict=False):
@@ -138,7 +140,7 @@ def corrupted(
 
 
 def _counts(length: int) -> tuple[int, int]:
-    """How many tokens of a window are hidden, and in how many spans.
+    """Number of masked tokens per window, and of spans.
 
     Raises:
         InputError: the window has no room for a span and a token on each side.

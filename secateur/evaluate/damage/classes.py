@@ -1,4 +1,4 @@
-"""Are all classes hurt alike? Accuracy and spectra of an image classifier class by class."""
+"""Accuracy and spectra of an image classifier, class by class."""
 
 from typing import Any
 
@@ -13,10 +13,11 @@ FEWEST = 8  # images of a class that its spectrum is taken of
 
 
 def by_class(model: Model, tokens: Tokens) -> dict[str, Any]:
-    """Accuracy of every class that is seen, how far apart they are, and how unlike their spectra.
+    """Accuracy of each class, its spread, and the imbalance of the classes' spectra.
 
-    ``imbalance`` is the least participation ratio of a class over the greatest, 1 where all classes
-    spread over as many directions; absent where fewer than two have :data:`FEWEST` images.
+    ``imbalance`` is the smallest participation ratio of a class divided by the largest, 1 if all
+    classes spread over equally many directions. It is absent if fewer than two classes have
+    :data:`FEWEST` images.
     """
     module: Any = model.module
     head = getattr(module, "classifier", None)
@@ -40,7 +41,7 @@ def by_class(model: Model, tokens: Tokens) -> dict[str, Any]:
 
 
 def accuracies(right: Tensor, labels: Tensor, names: dict[int, str]) -> dict[str, Any]:
-    """Share of right answers of each class, its least and the distance of the greatest from it."""
+    """Accuracy of each class, the smallest, and the largest minus the smallest."""
     each = {int(c): float(right[labels == c].double().mean()) for c in labels.unique()}
     least = min(each.values())
     return {
@@ -51,9 +52,9 @@ def accuracies(right: Tensor, labels: Tensor, names: dict[int, str]) -> dict[str
 
 
 def imbalance(features: Tensor, labels: Tensor) -> dict[str, float]:
-    """Least participation ratio of a class over the greatest, of as many images each.
+    """Smallest participation ratio of a class divided by the largest, for equally many images.
 
-    As many, since the ratio of n images is at most n − 1.
+    The number of images is equal because the ratio of n images is at most n − 1.
     """
     numbers = {int(c): int((labels == c).sum()) for c in labels.unique()}
     taken = [c for c, number in numbers.items() if number >= FEWEST]
@@ -65,7 +66,7 @@ def imbalance(features: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def participation(rows: Tensor) -> float:
-    """(Σλ)² / Σλ² of the covariance's eigenvalues: in how many directions the rows spread."""
+    """(Σλ)² / Σλ² of the covariance's eigenvalues: over how many directions the rows spread."""
     centred = rows - rows.mean(0)
     gram = centred @ centred.T  # its eigenvalues are those of the covariance, times a number
     return float(gram.trace() ** 2 / square) if (square := float((gram**2).sum())) else 0.0

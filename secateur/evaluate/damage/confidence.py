@@ -1,4 +1,4 @@
-"""Are probabilities what they say? Expected calibration error of the first choice."""
+"""Expected calibration error of the top-1 prediction."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ BINS = 15
 
 
 def confidences(model: Model, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Probability of the first choice of outputs that have a right answer, and whether it is that.
+    """Probability of the top-1 prediction for outputs with a label, and whether it is correct.
 
-    Of rows spread over the text, on the CPU.
+    The rows are spread evenly over the text; the result is on the CPU.
     """
     sure, right = [], []
     for given, logits in batches(model, some_rows(model, tokens)):
@@ -26,10 +26,10 @@ def confidences(model: Model, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def calibration_error(sure: Tensor, right: Tensor, bins: int = BINS) -> dict[str, float]:
-    """Σ_b n_b/n · |share right in b − mean probability in b|, over bins of equal numbers.
+    """Σ_b n_b/n · |accuracy in b − mean probability in b|, over bins of equal counts.
 
-    Bins of equal width would put almost every token of a weak model in one. ``gap`` is mean
-    probability less share right: above 0 where the model is too sure.
+    Bins of equal width would contain almost all tokens of a weak model in one. ``gap`` is the mean
+    probability minus the accuracy; it is positive if the model is overconfident.
     """
     order = sure.argsort(stable=True)
     sure, right = sure.double()[order], right.double()[order]

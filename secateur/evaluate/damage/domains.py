@@ -1,4 +1,4 @@
-"""Is the damage the same on every text? Rise of the log-perplexity, text by text."""
+"""Rise of the log-perplexity on each text."""
 
 import math
 from collections.abc import Mapping
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def domains(dense: Mapping[str, float], small: Mapping[str, float]) -> dict[str, Any]:
-    """ln of the ratio of perplexities for each of several texts, and greatest less least of them.
+    """ln of the ratio of perplexities for each text, and the largest minus the smallest.
 
-    Nothing of a single text. ln, since a token's loss in nats can be compared where perplexities of
-    10 and of 100 can't.
+    The result is empty for a single text. Logarithms are losses in nats per token, which can be
+    compared between texts with perplexities of 10 and of 100.
     """
     if len(dense) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""Does it find again what stood far before? A key planted in a long text."""
+"""Recall of a key that was planted in a long text."""
 
 import inspect
 import sys
@@ -51,7 +51,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def planted(
     filler: Sequence[int], fact: Sequence[int], asked: Sequence[int], depth: float, length: int
 ) -> list[int]:
-    """So many tokens: filler with a fact at a share of its length, and the question."""
+    """Filler with a fact at a share of its length, followed by the question; so many tokens."""
     room = length - len(fact) - len(asked)
     place = round(depth * room)
     return [*filler[:place], *fact, *filler[place:room], *asked]
@@ -60,7 +60,7 @@ def planted(
 def recall(
     model: Model, filler: Tensor, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """How much likelier a key is where it was planted than where another was.
+    """How much more probable a key is where it was planted than where another was.
 
     At each length and depth every key is planted in the same text. ``nats`` is the mean over keys k
     of ln p(k | k planted) less the mean of ln p(k | another planted): 0 for who reads nothing,
@@ -98,7 +98,7 @@ def recall(
 def contrast(tables: Sequence[Tensor]) -> Figures:
     """``found`` and ``nats`` of tables (planted, asked) of log-probabilities.
 
-    ``stderr`` is that of ``nats`` over the texts, which are what differs by chance.
+    ``stderr`` is the standard error of ``nats`` over the texts.
     """
     every = torch.stack([*tables])
     own = every.diagonal(dim1=1, dim2=2)
@@ -114,12 +114,12 @@ def contrast(tables: Sequence[Tensor]) -> Figures:
 
 
 def steps() -> int:
-    """How many inputs :func:`recall` runs at most."""
+    """Maximum number of inputs that :func:`recall` runs."""
     return len(SHARES) * len(DEPTHS) * KEYS
 
 
 def _last(model: Model, rows: Tensor, advance: Callable[[int], None]) -> Tensor:
-    """Logits of what comes behind each row."""
+    """Logits after the last token of each row."""
     if model.residence is not None:  # read once for all of them
         return last_logits(model, Tokens(rows, torch.ones_like(rows, dtype=torch.bool)), advance)
     module: Any = model.module

@@ -1,4 +1,4 @@
-"""Does it go round in circles? Repeated n-grams of greedy continuations."""
+"""Repeated n-grams in greedy continuations."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS, GRAM = 16, 32, 96, 4
 
 
 def repeated(rows: Sequence[Sequence[int]], gram: int = GRAM) -> float:
-    """Share of the n-grams in the rows that stood in the same row before; 0 where none fits."""
+    """Share of n-grams that occurred earlier in the same row; 0 if rows are too short."""
     every, new = 0, 0
     for row in rows:
         grams = list(zip(*(row[i:] for i in range(gram)), strict=False))
@@ -23,9 +23,9 @@ def repeated(rows: Sequence[Sequence[int]], gram: int = GRAM) -> float:
 
 
 def repetition(model: Model, tokens: Tokens, room: int) -> dict[str, float]:
-    """Of continuations of held-out beginnings, and of what the text itself goes on with.
+    """Repetition in continuations of held-out beginnings, and in the true continuations.
 
-    A row ends at the first end token. The prompts are spread over the text.
+    A row ends at the first end token. The prompts are spread evenly over the text.
     """
     whole = tokens.whole
     prompt = min(PROMPT_TOKENS, room // 2, whole.length // 2)
@@ -46,7 +46,7 @@ def _rows(ids: Tensor) -> list[list[int]]:
 
 
 def until(row: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """A row up to its first end token."""
+    """The row up to its first end token."""
     place = next((i for i, token in enumerate(row) if token in ends), len(row))
     return list(row[:place])
 

@@ -1,4 +1,4 @@
-"""What perplexity does not show: probabilities, circles, recall, and classes."""
+"""All measurements that `--damage` asks for."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from secateur.utils.progress import Progress
 
 
 def damage(model: Model, first: Tokens, room: int, progress: Progress) -> dict[str, Any]:
-    """Everything that applies to a model of its use, on the first text; see docs/evaluation.md."""
+    """All measurements that apply to the model, on the first text; see docs/evaluation.md."""
     found: dict[str, Any] = {}
     with progress.stage("calibration of outputs", 1) as advance:
         found["confidence"] = calibration_error(*confidences(model, first))

@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp: written here, and run there before they count as written."""
+"""Export to GGUF files for llama.cpp, which are run in llama.cpp before they appear."""

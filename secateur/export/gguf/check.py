@@ -1,4 +1,4 @@
-"""A file in llama.cpp against the model in transformers."""
+"""Comparison of a file in llama.cpp with the model in transformers."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model says about a prompt and its own greedy continuation."""
+    """The model's logits for a prompt and its own greedy continuation."""
 
     prompt: list[int]
     following: list[int]
@@ -56,12 +56,12 @@ class Reference:
 
 
 def available() -> bool:
-    """Whether there is a llama.cpp to run."""
+    """Whether llama.cpp is installed."""
     return find_spec("llama_cpp") is not None
 
 
 def reference(model: Model) -> Reference:
-    """Ask the model, in the format that it computes in."""
+    """Run the model in its compute format."""
     embedding: Any = model.module.get_input_embeddings()
     vocabulary = len(embedding.weight)
     room = (model.positions or PROMPT + GREEDY) - 1
@@ -79,7 +79,7 @@ def reference(model: Model) -> Reference:
 
 
 def compare(file: Path, kind: str, told: Reference, tokenizer: Any) -> Finding:
-    """Run a file and hold it against what the model said; ``tokenizer`` is None where it has none.
+    """Run a file in llama.cpp and compare it with the reference; ``tokenizer`` is None without one.
 
     Raises:
         RunError: llama.cpp doesn't run it, or says something else.
@@ -105,7 +105,7 @@ def compare(file: Path, kind: str, told: Reference, tokenizer: Any) -> Finding:
 
 
 def difference(told: Reference, found: Tensor) -> Finding:
-    """How far two sets of logits are from each other."""
+    """The difference of two sets of logits."""
     spread = told.logits.std().clamp_min(1e-12)
     apart = (found - told.logits) / spread
     greedy = len(told.following)
@@ -120,9 +120,9 @@ def difference(told: Reference, found: Tensor) -> Finding:
 
 
 def judge(finding: Finding, kind: str) -> None:
-    """Refuse a file that says something else.
+    """Refuse a file whose logits differ too much.
 
-    In exact formats no logit may be far off, so greedy tokens are the same but where two are tied.
+    In exact formats no logit may differ much, so greedy tokens are equal except for ties.
 
     Raises:
         RunError: it does.
@@ -139,7 +139,7 @@ def judge(finding: Finding, kind: str) -> None:
 
 
 def in_llama(folder: Path, request: dict[str, Any]) -> None:
-    """Let a process of its own do something with llama.cpp, in a folder for what it says.
+    """Run llama.cpp in a separate process, with a folder for its output.
 
     Raises:
         RunError: it failed.

@@ -1,4 +1,4 @@
-"""A checkpoint as a GGUF file, which llama.cpp has run before it appears."""
+"""Export of a checkpoint to a GGUF file, checked in llama.cpp."""
 
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ INSTALL = "pip install 'secateur[gguf]'"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The file that was written.
 
     Attributes:
         architecture: by which llama.cpp reads it.
@@ -58,9 +58,9 @@ def export_gguf(
     """Write a checkpoint, compressed or not, as one GGUF file, and run it in llama.cpp.
 
     Its logits are compared with those of the model in transformers, and the file appears under its
-    name only when they agree. A file of few-bit blocks is compared twice: before its matrices
-    become such, where next to nothing may differ, and as it is in the end. Don't use it for vLLM or
-    transformers, which read the checkpoint as it is.
+    name only if they agree. A file with few-bit blocks is compared twice: before its matrices are
+    quantized, where almost nothing may differ, and in the end. Don't use it for vLLM or
+    transformers, which read the checkpoint itself.
 
     Args:
         source: folder or hub id of a model.
@@ -98,7 +98,7 @@ def export_gguf(
 
 
 def check_request(out: Path, kind: str, overwrite: bool, checked: bool) -> None:
-    """Refuse what can't be done before a weight is read.
+    """Refuse impossible requests before any weight is read.
 
     Raises:
         InputError: an unknown type, a place that is taken or is none, or a missing library.
@@ -132,7 +132,8 @@ def check_request(out: Path, kind: str, overwrite: bool, checked: bool) -> None:
 def prepared(
     model: Model, kind: str, tokenizer: bool, progress: Progress
 ) -> tuple[Layout, Vocabulary | None]:
-    """How a file has a model and its tokenizer; matrices become dense, and as exact as the file's.
+    """The model and tokenizer as the file represents them, with dense matrices as exact as the
+    file.
 
     Raises:
         InputError: no architecture of llama.cpp holds the one or the other.
@@ -171,7 +172,7 @@ def make(
     folder: Path,
     progress: Progress,
 ) -> tuple[Path, Finding | None]:
-    """The file, somewhere in a folder, and what llama.cpp says of it."""
+    """Write the file to a folder and run it in llama.cpp."""
     told = reference(model) if checked else None
     first = _first(model, kind)
     asked = None if words is None else model.tokenizer
@@ -205,5 +206,5 @@ def make(
 
 
 def count(model: Model) -> int:
-    """Tensors, about; what a bar goes by."""
+    """Approximate number of tensors, for the progress bar."""
     return 3 + 12 * len(model.blocks)

@@ -1,6 +1,6 @@
-"""What a process of its own does with llama.cpp, which ends a process where it meets nonsense.
+"""Script for the separate process that runs llama.cpp, which may crash on invalid files.
 
-Run as a script, so that nothing but llama.cpp and numpy is loaded.
+It imports nothing except llama.cpp and numpy.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ NO_FLASH = 0
 
 
 def quantize(request: dict[str, Any]) -> None:
-    """Let llama.cpp write a file again with its own blocks of few bits."""
+    """Let llama.cpp quantize a file to its few-bit formats."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = request["ftype"], request["threads"]
     code = llama_cpp.llama_model_quantize(
@@ -28,7 +28,7 @@ def quantize(request: dict[str, Any]) -> None:
 
 
 def run(request: dict[str, Any]) -> tuple[list[Any], list[list[int]]]:
-    """Logits of every given token, the prompt's in one batch and then one by one; tokens of texts.
+    """Logits of all given tokens, the prompt in one batch and then one by one; tokens of texts.
 
     Keys and values are float32, and attention is not fused, which would round them to float16.
     """
@@ -78,7 +78,7 @@ def _tokens(vocab: Any, text: str) -> list[int]:
 
 
 def main(folder: Path) -> None:
-    """Do what ``request.json`` asks for."""
+    """Execute the request in ``request.json``."""
     request = json.loads((folder / "request.json").read_text())
     llama_cpp.llama_backend_init()
     if "out" in request:

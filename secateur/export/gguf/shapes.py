@@ -1,4 +1,4 @@
-"""Which of llama.cpp's architectures holds a model, and what stands in the way of it."""
+"""Which of llama.cpp's architectures can represent a model, and why not."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ STILL = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as a file has it.
+    """The shapes of one layer in a file.
 
     Attributes:
         heads: query heads; 0 where there is no attention.
@@ -41,7 +41,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one of llama.cpp's graphs can hold.
+    """What one of llama.cpp's graphs can represent.
 
     Attributes:
         name: in ``general.architecture``.
@@ -88,7 +88,7 @@ CANDIDATES: dict[str, tuple[Architecture, ...]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A model as a file has it.
+    """A model as a file represents it.
 
     Attributes:
         architecture: what reads it.
@@ -117,7 +117,7 @@ class Layout:
 
 
 def layout_of(model: Model) -> Layout:
-    """How a file has a model, whose matrices are all dense.
+    """The layout of a model with dense matrices.
 
     Raises:
         InputError: no architecture of llama.cpp holds it; the message says which units stand in the
@@ -161,13 +161,13 @@ def layout_of(model: Model) -> Layout:
 
 
 def family_of(config: Any) -> str:
-    """The model_type of a config, or what a compressed checkpoint was made from."""
+    """The model_type of a config, or of the model that was compressed."""
     model_type: str = config.model_type
     return model_type.removeprefix(PREFIX)
 
 
 def check_family(config: Any) -> None:
-    """Refuse a family that is not written as GGUF.
+    """Refuse a family without a GGUF architecture.
 
     Raises:
         InputError: it is none of those.
@@ -181,9 +181,9 @@ def check_family(config: Any) -> None:
 
 
 def config_obstacle(config: Any) -> str | None:
-    """Why no file can hold a model of this config, whatever its sizes, or None.
+    """Why no file can represent a model of this config, whatever its sizes, or None.
 
-    A family that is not written at all is `check_family`'s.
+    :func:`check_family` handles families that are not supported at all.
     """
     candidates = CANDIDATES.get(family_of(config))
     if candidates is None:
@@ -214,7 +214,7 @@ def config_obstacle(config: Any) -> str | None:
 
 
 def by_layer_obstacle(config: Any) -> str | None:
-    """Why no file can hold a model of this config with sizes that differ by layer, or None."""
+    """Why no file can represent a model of this config with sizes that differ by layer, or None."""
     model_type = family_of(config)
     if model_type not in CANDIDATES:
         return f"model_type {model_type!r} is not written as GGUF ({', '.join(CANDIDATES)} are)"
@@ -229,7 +229,7 @@ def by_layer_obstacle(config: Any) -> str | None:
 
 
 def rotary(model: Model) -> tuple[float, Tensor, float]:
-    """What a model's rotary tables are multiplied by, its frequencies, and their base."""
+    """The scale of a model's rotary tables, its frequencies, and their base."""
     module: Any = model.module.base_model.rotary_emb
     rope = model.config.rope_parameters
     frequencies = module.inv_freq.detach().cpu().double()
@@ -237,7 +237,7 @@ def rotary(model: Model) -> tuple[float, Tensor, float]:
 
 
 def sliding_window(config: Any) -> int | None:
-    """Tokens that see each other, where that is a bound."""
+    """Length of the sliding window, if there is one."""
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     used = kinds is None or "sliding_attention" in kinds
@@ -246,7 +246,7 @@ def sliding_window(config: Any) -> int | None:
 
 
 def _pairs(block: Block) -> Tensor:
-    """Of every KV head the columns that its pairs turn by, in order."""
+    """For each KV head, the columns of its rotary pairs, in order."""
     attention = block.attention.module
     if attention.rotary == NARROWED_PAIRS:
         return attention.rope_pairs.cpu()
@@ -264,7 +264,7 @@ def _layer(block: Block, architecture: Architecture) -> Layer:
 
 
 def _obstacle(layout: Layout, model: Model) -> str | None:
-    """Why the architecture doesn't hold the model, or None; names the units."""
+    """Why the architecture can't represent the model, or None; names the units."""
     architecture, blocks = layout.architecture, model.blocks
     if not layout.uniform and not architecture.by_layer:
         return f"{_differing(layout.layers)} differ from layer to layer"
@@ -320,9 +320,9 @@ def _named(indices: Sequence[int]) -> str:
 
 
 def score_factor(block: Block, layout: Layout) -> float:
-    """What queries are multiplied by, so that llama.cpp's scores are the model's.
+    """Factor of the queries, so that llama.cpp's scores equal the model's.
 
-    It divides by the root of the head's width in the file; the model multiplies by its own scale,
-    and both queries and keys by what is in its rotary tables.
+    llama.cpp divides scores by the root of the head width in the file. The model multiplies them by
+    its own scale, and queries and keys by the scale of its rotary tables.
     """
     return float(block.attention.module.scaling) * math.sqrt(layout.head) * layout.turned**2

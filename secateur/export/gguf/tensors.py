@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, by llama.cpp's names and in its layout of heads."""
+"""Tensors of a GGUF file, with llama.cpp's names and head layout."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ Named = tuple[str, Tensor]
 
 
 def tensors(model: Model, layout: Layout) -> Iterator[Named]:
-    """All of them, float32, made one after the other."""
+    """All tensors in float32, created one by one."""
     module: Any = model.module
     embedding = module.get_input_embeddings().weight
     yield "token_embd.weight", embedding.float()
@@ -31,7 +31,7 @@ def tensors(model: Model, layout: Layout) -> Iterator[Named]:
 
 
 def attention(block: Block, layer: Layer, layout: Layout) -> Iterator[Named]:
-    """The norm before the attention and its maps; nothing where the layer has no head."""
+    """The norm and the projections of an attention; none if the layer has no head."""
     if not layer.heads:
         return
     architecture, own = layout.architecture, block.attention.module
@@ -63,7 +63,9 @@ def attention(block: Block, layer: Layer, layout: Layout) -> Iterator[Named]:
 
 
 def _maps(block: Block, layout: Layout) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight and bias of the four maps, all heads padded with zeros to the file's width."""
+    """Weights and biases of the four projections, with heads padded with zeros to the file's
+    width.
+    """
     own, head = block.attention.module, layout.head
     keys = places(block, layout)
     queries = keys.repeat_interleave(own.num_key_value_groups, 0)
@@ -83,10 +85,10 @@ def _maps(block: Block, layout: Layout) -> dict[str, tuple[Tensor, Tensor | None
 
 
 def places(block: Block, layout: Layout) -> Tensor:
-    """Of every KV head where the dims of its queries and keys stand in the file, (heads, dims).
+    """For each KV head, the positions of its query and key dimensions in the file, (heads, dims).
 
-    A pair of ours is a first and a second member, in two halves of the head. Where the file has
-    neighbours as pairs, members of pair i stand at 2i and 2i + 1.
+    Our pairs have their members in two halves of the head. If the file has adjacent pairs, the
+    members of pair i are at 2i and 2i + 1.
     """
     own = block.attention.module
     if own.rotary == "chosen":
@@ -103,7 +105,7 @@ def places(block: Block, layout: Layout) -> Tensor:
 def _padded(
     linear: Any, where: Tensor, head: int, factor: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """A map into heads, (heads × width, inputs), with the dims of each head at given places."""
+    """A projection into heads, (heads × width, inputs), with the dimensions at given positions."""
     heads, width = where.shape
     index = torch.arange(heads).unsqueeze(1) * head + where
 
@@ -118,9 +120,9 @@ def _padded(
 
 
 def mlp(block: Block, layer: Layer) -> Iterator[Named]:
-    """The norm before the MLP and its maps; one that is gone has a channel of zeros.
+    """The norm and the projections of an MLP; a removed MLP has one channel of zeros.
 
-    llama.cpp leaves out the attention of a layer that has no MLP.
+    llama.cpp skips the attention of a layer without an MLP.
     """
     norm: Any = block.module.get_submodule("post_attention_layernorm")
     yield "ffn_norm.weight", norm.weight

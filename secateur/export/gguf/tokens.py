@@ -36,7 +36,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp wants to know of a tokenizer.
+    """What llama.cpp needs to know about a tokenizer.
 
     Attributes:
         model: "llama", a SentencePiece BPE with scores, or "gpt2", a byte-level BPE with merges.
@@ -57,7 +57,7 @@ class Vocabulary:
     added: tuple[bool, bool]
 
     def add_to(self, writer: Any, tokenizer: Any) -> None:
-        """Put it into a file, with merges, special tokens and chat template."""
+        """Add the vocabulary to a file, with merges, special tokens and chat template."""
         import gguf
 
         writer.add_tokenizer_model(self.model)
@@ -81,7 +81,7 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
-    """A tokenizer in llama.cpp's terms, for an embedding with so many rows.
+    """Convert a tokenizer for llama.cpp, for an embedding with so many rows.
 
     Raises:
         InputError: llama.cpp has none like it.
@@ -155,7 +155,7 @@ def _byte_level(content: Mapping[str, Any], tokenizer: Any, rows: int) -> Vocabu
 
 
 def _cuts(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """The regular expressions by which text is cut, in order.
+    """The regular expressions of the pre-tokenizer, in order.
 
     Raises:
         InputError: it is cut otherwise, or not on bytes.
@@ -187,7 +187,7 @@ def _cuts(content: Mapping[str, Any]) -> tuple[str, ...]:
 def _tokens(
     content: Mapping[str, Any], tokenizer: Any, rows: int, type_of: Callable[[str], int]
 ) -> tuple[list[str], list[int]]:
-    """Token and type of every row; rows that no token has are padded."""
+    """Token and type of every row; rows without a token are padding."""
     names = [f"[PAD{row}]" for row in range(rows)]
     types = [UNUSED] * rows
     for token, number in tokenizer.get_vocab().items():
@@ -208,7 +208,7 @@ def _puts_space(content: Mapping[str, Any]) -> bool:
 
 
 def _added(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether a text gets a token for its beginning, and one for its end."""
+    """Whether a text gets a begin token, and an end token."""
     ids = tokenizer("a")["input_ids"]
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     bare = len(tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -217,12 +217,12 @@ def _added(tokenizer: Any) -> tuple[bool, bool]:
 
 
 def asked(tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """Texts with the numbers that the tokenizer gives them, nothing put before or behind."""
+    """Texts with their token ids, without begin and end tokens."""
     return [(t, tokenizer(t, add_special_tokens=False)["input_ids"]) for t in TEXTS]
 
 
 def check_said(expected: list[tuple[str, list[int]]], said: list[list[int]]) -> None:
-    """Refuse a vocabulary by which llama.cpp reads other tokens than the tokenizer.
+    """Refuse a vocabulary with which llama.cpp tokenizes differently.
 
     Raises:
         InputError: a text that it reads otherwise.

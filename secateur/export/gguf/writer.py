@@ -24,7 +24,7 @@ BLOCK = 32  # numbers that share a scale in Q8_0
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it stands in the file.
+    """A tensor as it is stored in the file.
 
     Attributes:
         kind: its format.
@@ -38,10 +38,10 @@ class StoredTensor:
 
 
 def part_of(name: str, tensor: Tensor, kind: Written) -> StoredTensor:
-    """A tensor in the format asked for, or one that can hold it.
+    """Convert a tensor to the requested format, or to one that can represent it.
 
-    Norms, biases and factors are float32. Rows that are no multiple of 32 have no Q8_0 and become
-    float16, as llama.cpp does it.
+    Norms, biases and factors are float32. Rows whose length is not a multiple of 32 become float16
+    instead of Q8_0, as in llama.cpp.
 
     Raises:
         InputError: a number is beyond float16.
@@ -69,7 +69,7 @@ def write(
     path: Path,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write the file; every tensor is made twice, once for its place and once for its numbers.
+    """Write the file; every tensor is created twice, once for its metadata and once for its data.
 
     Raises:
         InputError: a number is beyond float16.
@@ -97,7 +97,7 @@ def write(
 
 
 def metadata(writer: Any, model: Model, layout: Layout, kind: Written) -> None:
-    """The sizes and constants of the model, under the names of its architecture."""
+    """Sizes and constants of the model, with the names of its architecture."""
     import gguf
 
     config = model.config
@@ -124,5 +124,5 @@ def metadata(writer: Any, model: Model, layout: Layout, kind: Written) -> None:
 
 
 def _by_layer(sizes: list[int], layout: Layout) -> int | list[int]:
-    """One number where all are the same, which is what most readers expect."""
+    """A single number if all are equal, which is what most readers expect."""
     return sizes if len(set(sizes)) > 1 else sizes[0]

@@ -1,4 +1,4 @@
-"""The report page: one HTML file that needs nothing else."""
+"""The report page, a single HTML file without dependencies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ PAGE = "report.html"
 
 
 def write_page(folder: Path, siblings: Sequence[Path] = ()) -> Path:
-    """Write the report page of a finished run beside its report, and say where it is.
+    """Write the report page of a finished run beside its report, and return its path.
 
-    With ``siblings``, other runs of the same dense model, it shows the frontier. Nothing in the
-    page is fetched from anywhere, and no script runs in it; what a report says is escaped.
+    With ``siblings``, other runs of the same dense model, it shows the frontier. The page loads
+    nothing and runs no script; all text from the report is escaped.
 
     Raises:
         InputError: a folder is no finished run, or the runs can't be compared.
@@ -30,7 +30,7 @@ def write_page(folder: Path, siblings: Sequence[Path] = ()) -> Path:
 
 
 def rendered(values: dict[str, object], template: str = PAGE) -> str:
-    """The template with these values, each escaped unless it is markup of ours."""
+    """Render the template; all values are escaped except our own markup."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -23,7 +23,7 @@ Form = Callable[[float], str]
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to places along one axis, even or by their logarithm."""
+    """Maps values to positions along one axis, linear or logarithmic."""
 
     low: float
     high: float
@@ -40,7 +40,7 @@ class Scale:
         log: bool = False,
         room: float = 0.05,
     ) -> "Scale":
-        """One that holds all values, with some room beside them unless they begin at zero."""
+        """A scale that contains all values, with a margin unless they start at zero."""
         least = FLOOR if log else -CEILING
         found = [min(max(v, least), CEILING) for v in values] or [0.0, 1.0]
         low, high = min(found), max(found)
@@ -61,7 +61,7 @@ class Scale:
 
     @property
     def ticks(self) -> list[float]:
-        """Three to six round numbers inside."""
+        """Three to six round numbers in the range."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
@@ -81,7 +81,7 @@ class Scale:
 
 
 def number(value: float) -> str:
-    """A value beside an axis: short, with a decimal unit where it is large."""
+    """A value as an axis label: short, with a decimal unit if it is large."""
     if abs(value) >= 1e15:
         return f"{value:.0e}".replace("e+", "e")
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -93,7 +93,7 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share beside an axis."""
+    """A share as an axis label."""
     for digits in (3, 2, 1):
         if len(told := f"{100 * value:.{digits}g}") <= 4:  # there is room for no more
             return f"{told}%"
@@ -101,7 +101,7 @@ def percent(value: float) -> str:
 
 
 def tag(name: str, content: object = "", **attributes: object) -> Markup:
-    """An element; attributes are escaped, and so is content that is not markup already."""
+    """An SVG element; attributes and content are escaped, except markup."""
     given = Markup("").join(
         Markup(' {}="{}"').format(
             key.rstrip("_").replace("_", "-"), f"{v:.2f}" if isinstance(v, float) else v
@@ -122,7 +122,7 @@ def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 
 
 def joined(parts: Iterable[Markup]) -> Markup:
-    """Markup behind one another."""
+    """Concatenated markup."""
     return Markup("").join(parts)
 
 
@@ -141,7 +141,7 @@ text { font: 10.5px system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; fill
 
 
 def sheet(title: str, pictures: Sequence[Markup], names: Sequence[str]) -> str:
-    """Pictures side by side as a file of their own, on paper, with names below in columns."""
+    """Charts side by side as one SVG file, with the names below in columns."""
     across, rows = 2, math.ceil(len(pictures) / 2)
     wide = (WIDTH + 24) * min(across, max(len(pictures), 1)) + 24
     parts = [tag("style", Markup(STYLE)), tag("rect", width="100%", height="100%", class_="paper")]
@@ -173,7 +173,7 @@ def sheet(title: str, pictures: Sequence[Markup], names: Sequence[str]) -> str:
 
 
 def picture(title: str, told: str, height: float, parts: Iterable[Markup]) -> Markup:
-    """An SVG with its name for those who can't see it."""
+    """An SVG with a title for screen readers."""
     return tag(
         "svg",
         joined((tag("title", f"{title}. {told}"), *parts)),
@@ -184,7 +184,7 @@ def picture(title: str, told: str, height: float, parts: Iterable[Markup]) -> Ma
 
 
 def marked(shape: str, x: float, y: float, told: str) -> Markup:
-    """A mark of a shape that is known without its colour, and what it says."""
+    """A mark whose shape, not its colour, identifies it, with a tooltip."""
     r = 4.0
     if shape == "dot":
         inner = tag("circle", cx=x, cy=y, r=r - 0.5, class_="dot")
@@ -202,7 +202,7 @@ def marked(shape: str, x: float, y: float, told: str) -> Markup:
 
 
 def upright(scale: Scale, form: Form = number) -> Iterator[Markup]:
-    """The axis at the left: thin lines across, and their numbers."""
+    """The vertical axis: grid lines and labels."""
     for tick in scale.ticks:
         y = scale(tick)
         yield line(LEFT, y, WIDTH - RIGHT, y, "grid")
@@ -210,7 +210,7 @@ def upright(scale: Scale, form: Form = number) -> Iterator[Markup]:
 
 
 def level(scale: Scale, y: float, name: str, form: Form = number) -> Iterator[Markup]:
-    """The axis below: short ticks, their numbers, and the name of what they are."""
+    """The horizontal axis: ticks, labels and a name."""
     taken = -math.inf
     for tick in scale.ticks:
         x, told = scale(tick), form(tick)
@@ -229,7 +229,7 @@ def layers(count: int) -> tuple[float, list[float]]:
 
 
 def numbered(labels: Sequence[str], y: float, name: str = "layer") -> Iterator[Markup]:
-    """The layers' numbers below: all, or every second, fifth … as there is room."""
+    """Layer numbers: all, or every second, fifth … depending on the width."""
     step, middles = layers(len(labels))
     every = next((n for n in (1, 2, 5, 10, 20, 50) if n * step >= 16), 100)
     for i, (label, x) in enumerate(zip(labels, middles, strict=True)):
@@ -239,7 +239,7 @@ def numbered(labels: Sequence[str], y: float, name: str = "layer") -> Iterator[M
 
 
 def kept(title: str, labels: Sequence[str], shares: Sequence[float], told: Sequence[str]) -> Markup:
-    """By layer what stays, solid, of what was there, hatched."""
+    """The kept share of each layer, solid, and the original, hatched."""
     height, bottom = 132.0, 102.0
     scale = Scale(0.0, 1.0, bottom, TOP)
     step, middles = layers(len(labels))
@@ -272,10 +272,10 @@ def by_layer(
     series: Mapping[str, Sequence[float | None]],
     form: Form = percent,
 ) -> Markup:
-    """One or two values a layer, as rings and diamonds; two of a layer are joined.
+    """One or two values per layer, as rings and diamonds; two of a layer are connected.
 
-    From zero; by the logarithm where values are of very different sizes, next to nothing then at
-    the bottom.
+    The axis starts from zero. It is logarithmic if values differ by orders of magnitude; values
+    near zero are then at the bottom.
     """
     height, bottom = 160.0, 130.0
     found = [v for values in series.values() for v in values if v is not None]
@@ -306,7 +306,7 @@ def curves(
     lines: Sequence[Sequence[tuple[float, float]]],
     chosen: Sequence[tuple[float, float, str]],
 ) -> Markup:
-    """Error against share kept, a thin line a unit, with a dot at the size that was chosen."""
+    """Error against the share kept, one line per unit, with a dot at the chosen size."""
     height, bottom = 190.0, 160.0
     every = [y for points in lines for _, y in points if y > 0]
     low = max(min(every, default=1e-4), 1e-4 * max(every, default=1.0))
@@ -325,7 +325,7 @@ def curves(
 
 
 def pair(title: str, dense: float, small: float, told: tuple[str, str]) -> Markup:
-    """Two bars from zero: dense hatched, compressed solid, each with its figure."""
+    """Two bars from zero: dense hatched, compressed solid, with their values."""
     most, height = max(dense, small) or 1.0, 62.0
     parts = []
     rows = (("dense", dense, "was", 18.0), ("compressed", small, "now", 42.0))
@@ -354,9 +354,9 @@ class Point:
 def beside(
     x: float, y: float, sign: str, taken: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
-    """A place for a label near a point: the first that nothing else is close to.
+    """A position for the label of a point: the first that is free.
 
-    Steps come from above and leave to the right.
+    The step line comes from above and leaves to the right.
     """
     aside = 9 + 3.0 * len(sign)
     places = [(x - aside, y), (x, y + 13), (x + aside, y - 9), (x, y - 12), (x + aside, y + 9)]
@@ -366,7 +366,7 @@ def beside(
 
 
 def frontier(title: str, name: str, points: Sequence[Point], form: Form = number) -> Markup:
-    """Perplexity against a cost; steps join what no other beats, × is what one does."""
+    """Perplexity against a cost; steps join the runs that are not dominated, × marks the others."""
     height, bottom = 250.0, 220.0
     ys, xs = [p.y for p in points], [p.x for p in points]
     scale = Scale.of(ys, bottom, TOP + 12, min(ys) > 0 and max(ys) > 3 * min(ys), 0.08)

@@ -1,4 +1,4 @@
-"""The page of a sweep: the frontiers of its runs, each with a link to its own page."""
+"""The page of a sweep: frontiers of its runs, with a link to the page of each."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ from secateur.utils.naming import short_name
 
 
 def write_frontier(path: Path, content: dict[str, Any], command: str | None = None) -> None:
-    """Write it; ``content`` is what ``frontier_table.compare`` says, and what failed.
+    """Write the page; ``content`` is the result of ``frontier_table.compare``, and what failed.
 
-    ``command`` is the command line that asked for the sweep.
+    ``command`` is the command line of the sweep.
     """
     count = len(content["runs"])
     values = {

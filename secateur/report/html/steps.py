@@ -10,16 +10,14 @@ from secateur.report.html import charts
 from secateur.report.html.charts import percent
 from secateur.report.report import size
 from secateur.report.run_records import UnitRow
+from secateur.structure.units import KINDS
 
-KINDS = {
-    "mlp": "MLP channels",
-    "query_key": "Query and key width",
-    "value_output": "Value width",
-    "heads": "Heads",
-    "block": "Whole blocks",
-    "residual": "Residual stream",
-}
 ATTENTION, MLP = "attention", "mlp"
+
+
+def title_of(group: str) -> str:
+    """The heading of a group of units: of those of one kind, or of what reports call it."""
+    return KINDS[group].title if group in KINDS else group
 
 
 class Figure(NamedTuple):
@@ -57,11 +55,11 @@ def step_figures(name: str, rows: Sequence[UnitRow], seen: dict[str, Any]) -> di
     return {
         "name": name,
         "sizes": [
-            Figure(KINDS.get(group, group), kept_figure(group, own))
+            Figure(title_of(group), kept_figure(group, own))
             for group, own in changing.items()
             if len(own) > 1
         ],
-        "still": [KINDS.get(g, g) for g in groups if g not in changing],
+        "still": [title_of(g) for g in groups if g not in changing],
         "errors": [*error_figures(rows, errors)],
         "predicted": any(row.predicted_error and row.kind != "block" for row in rows),
         "losses": [*loss_figures(changing)],
@@ -92,7 +90,7 @@ def loss_of(row: UnitRow) -> str:
 def kept_figure(group: str, own: Sequence[tuple[str, UnitRow]]) -> Markup:
     """Chart of the shares kept, by layer."""
     told = [f"{row.unit}: {row.said} ({row.kept:.0%})" for _, row in own]
-    title = f"{KINDS.get(group, group)} kept, by layer"
+    title = f"{title_of(group)} kept, by layer"
     return charts.kept(title, [layer for layer, _ in own], [row.kept for _, row in own], told)
 
 
@@ -144,7 +142,7 @@ def loss_figures(groups: dict[str, list[tuple[str, UnitRow]]]) -> Iterator[Figur
         found = [row.predicted_loss for _, row in own]
         if len(own) > 1 and any(found):
             labels = [layer for layer, _ in own]
-            title = KINDS.get(group, group)
+            title = title_of(group)
             yield Figure(
                 title,
                 charts.by_layer(
@@ -206,5 +204,5 @@ def curve_figures(
             for _, row in own
             if row.kept < 1
         ]
-        title = KINDS.get(group, group)
+        title = title_of(group)
         yield Figure(title, charts.curves(f"{title}: error against size", drawn, chosen))
