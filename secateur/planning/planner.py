@@ -20,6 +20,7 @@ from secateur.scoring.plan_scoring import Stitched
 from secateur.scoring.prices import prices_of
 from secateur.structure.budget import Budget, Written
 from secateur.structure.costs import Prices
+from secateur.structure.selection import Selection
 from secateur.structure.units import Matrix, Unit, unread
 from secateur.utils.errors import InputError
 from secateur.version import __version__
@@ -57,23 +58,10 @@ def make_plan(
     prices = prices or prices_of(model, units, step.budget)
     if step.allocator.searches and store is not None:
         step.allocator.check(units, prices, step.budget.share)
-        stitched = _stitched(model, step, units, store, tokens)
-
-        def judge(sizes: Mapping[str, int]) -> float:
-            found = stitched(sizes)
-            advance(1)
-            return found
-
+        judge = _judge(_stitched(model, step, units, store, tokens), advance)
         evidence = replace(evidence, judge=judge)
-    selection = None
-    if isinstance(step.method, FittedMethod):
-        assert not isinstance(step.budget.share, str)
-        budget_in_prices = prices.budget(units, step.budget.share)
-        data = FitData(tokens, store)
-        given = (step.method, model, units, prices, budget_in_prices)
-        sizes, selection = fit_within(*given, data=data)
-    else:
-        sizes = step.allocator.spend(units, evidence, prices, step.budget.share)
+    data = FitData(tokens, store)
+    sizes, selection = _decided(model, step, units, evidence, prices=prices, data=data)
     plan = Plan(
         secateur=__version__,
         base=Base(
@@ -92,6 +80,36 @@ def make_plan(
         units=_rows(units, sizes, evidence, model.stored),
     )
     return plan.with_selection(selection)
+
+
+def _judge(
+    stitched: Stitched, advance: Callable[[int], None]
+) -> Callable[[Mapping[str, int]], float]:
+    """What measures candidates, and tells how many are done."""
+
+    def judge(sizes: Mapping[str, int]) -> float:
+        found = stitched(sizes)
+        advance(1)
+        return found
+
+    return judge
+
+
+def _decided(
+    model: Model,
+    step: Step,
+    units: Sequence[Unit],
+    evidence: Evidence,
+    *,
+    prices: Prices,
+    data: FitData,
+) -> tuple[dict[str, int], Selection | None]:
+    """All sizes, by the allocator or by a method that is fitted as a whole."""
+    method, share = step.method, step.budget.share
+    if not isinstance(method, FittedMethod):
+        return step.allocator.spend(units, evidence, prices, share), None
+    assert not isinstance(share, str)
+    return fit_within(method, model, units, prices, prices.budget(units, share), data=data)
 
 
 def _allocator(step: Step) -> Choice | None:
