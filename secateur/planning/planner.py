@@ -58,21 +58,10 @@ def make_plan(
     prices = prices or prices_of(model, units, step.budget)
     if step.allocator.searches and store is not None:
         step.allocator.check(units, prices, step.budget.share)
-        stitched = _stitched(model, step, units, store, tokens)
-
-        def judge(sizes: Mapping[str, int]) -> float:
-            found = stitched(sizes)
-            advance(1)
-            return found
-
+        judge = _judge(_stitched(model, step, units, store, tokens), advance)
         evidence = replace(evidence, judge=judge)
-    if isinstance(step.method, FittedMethod):
-        sizes, selection = _fitted(
-            model, step.method, units, prices, budget=step.budget, tokens=tokens, store=store
-        )
-    else:
-        sizes = step.allocator.spend(units, evidence, prices, step.budget.share)
-        selection = None
+    data = FitData(tokens, store)
+    sizes, selection = _decided(model, step, units, evidence, prices=prices, data=data)
     plan = Plan(
         secateur=__version__,
         base=Base(
@@ -93,20 +82,34 @@ def make_plan(
     return plan.with_selection(selection)
 
 
-def _fitted(
+def _judge(
+    stitched: Stitched, advance: Callable[[int], None]
+) -> Callable[[Mapping[str, int]], float]:
+    """What measures candidates, and tells how many are done."""
+
+    def judge(sizes: Mapping[str, int]) -> float:
+        found = stitched(sizes)
+        advance(1)
+        return found
+
+    return judge
+
+
+def _decided(
     model: Model,
-    method: FittedMethod,
+    step: Step,
     units: Sequence[Unit],
-    prices: Prices,
+    evidence: Evidence,
     *,
-    budget: Budget,
-    tokens: Tokens,
-    store: Store | None,
-) -> tuple[dict[str, int], Selection]:
-    """The sizes and indices that a method learns as a whole, within the budget."""
-    assert not isinstance(budget.share, str)
-    spendable = prices.budget(units, budget.share)
-    return fit_within(method, model, units, prices, spendable, data=FitData(tokens, store))
+    prices: Prices,
+    data: FitData,
+) -> tuple[dict[str, int], Selection | None]:
+    """All sizes, by the allocator or by a method that is fitted as a whole."""
+    method, share = step.method, step.budget.share
+    if not isinstance(method, FittedMethod):
+        return step.allocator.spend(units, evidence, prices, share), None
+    assert not isinstance(share, str)
+    return fit_within(method, model, units, prices, prices.budget(units, share), data=data)
 
 
 def _allocator(step: Step) -> Choice | None:
