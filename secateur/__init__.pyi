@@ -19,7 +19,7 @@ from .calibration.collect import calibrate as calibrate
 from .data.tokens import Calibration as Calibration
 from .data.tokens import Text as Text
 from .data.tokens import calibration_tokens as calibration_tokens
-from .evaluate.evaluator import judge_apart as judge_apart
+from .evaluate.evaluator import measure_in_subprocess as measure_in_subprocess
 from .evaluate.measurements import Questions as Questions
 from .export.checkpoint import export_dense as export_dense
 from .export.checkpoint import export_plain as export_plain

@@ -11,7 +11,7 @@ from secateur.allocate.least_error import LeastError
 from secateur.allocate.uniform import Uniform
 from secateur.calibration.needs import INPUTS, MOMENTS, BlockStatistics, Need, Needs
 from secateur.calibration.statistics import Statistic
-from secateur.calibration.token_batches import Rows
+from secateur.calibration.token_batches import TokenBatches
 from secateur.linalg.least_squares import least_squares
 from secateur.methods.base import Method, SequentialMethod, Solution
 from secateur.methods.form import FormMethod, Metric
@@ -73,12 +73,12 @@ __all__ = [
     "Prices",
     "QueryKey",
     "RefittedMethod",
-    "Rows",
     "ScoredMethod",
     "SequentialMethod",
     "ShareAllocator",
     "Solution",
     "Statistic",
+    "TokenBatches",
     "Uniform",
     "Unit",
     "ValueOutput",

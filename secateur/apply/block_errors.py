@@ -29,7 +29,7 @@ WIDEST = 2048  # Gram whose eigenvalues take a small part of a forward pass
 Errors = dict[str, float | None]
 
 
-class Witness:
+class BlockComparison:
     """What attention and MLP of every dense block add, and the stream behind the block.
 
     Kept for some calibration tokens, to be compared with what the finished model makes of the same
@@ -75,7 +75,7 @@ def _made(line: Stream, block: Block) -> dict[str, Tensor]:
 def _few(model: Model, tokens: Tokens) -> Tokens:
     """As many of the tokens as are kept: whole windows, or the beginning of one."""
     width = model.blocks[0].hidden
-    most_numbers = MOST_NUMBERS if model.residence is None else STREAMED_NUMBERS
+    most_numbers = MOST_NUMBERS if model.offload is None else STREAMED_NUMBERS
     most = max(1, min(TOKENS, most_numbers // (width * len(PARTS) * len(model.blocks))))
     if tokens.length > most:
         return model.use.beginning(tokens, most)
@@ -119,9 +119,9 @@ def observations(
     """What calibration and narrowing have shown of every block and unit, in a compact form.
 
     "influence" has of every dense block 1 − cosine of what it gets and gives, "errors" what
-    :attr:`Witness.errors` says, "curves" of every unit some shares kept and the predicted error at
-    each, "directions" of every block how many of them hold how much of the energy of what the MLP's
-    consumer reads.
+    :attr:`BlockComparison.errors` says, "curves" of every unit some shares kept and the predicted
+    error at each, "directions" of every block how many of them hold how much of the energy of what
+    the MLP's consumer reads.
     """
     influence, directions = [], []
     wide = {unit.block for unit in units if isinstance(unit, MLP) and unit.size > WIDEST}

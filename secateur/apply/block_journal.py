@@ -226,8 +226,8 @@ class Journal(States):
                 form.follow(made)
                 block.module.set_submodule(path, form)
         number_layers(block, place(model, block))
-        if model.residence is not None:
-            model.residence.leave(block)
+        if model.offload is not None:
+            model.offload.leave(block)
             return
         self._fill(model, block, shape.attention is not None)
 

@@ -23,7 +23,7 @@ from secateur.calibration.layer_stream import Stream
 from secateur.calibration.needs import BlockStatistics, Needs
 from secateur.calibration.statistics import Cross, Gram, wide
 from secateur.calibration.summation import add_up
-from secateur.calibration.token_batches import Piece, Rows
+from secateur.calibration.token_batches import Piece, TokenBatches
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.methods.base import Method, SequentialMethod
@@ -217,7 +217,7 @@ class Propagation:
         narrow_block(*given, ranks=self.ranks, kept=self.kept)
         self.narrow.advance(block)
 
-    def _rows(self, block: Block) -> Rows:
+    def _rows(self, block: Block) -> TokenBatches:
         """What the MLP reads and should give on all real tokens, on the model's device."""
         part, device = self.dense.part(block), self.dense.model.device
 
@@ -229,7 +229,7 @@ class Propagation:
                 )
                 yield inputs, targets
 
-        return Rows(pieces, self.dense.ahead(block), self.ranks)
+        return TokenBatches(pieces, self.dense.ahead(block), self.ranks)
 
     def _apply(
         self, block: Block, unit: Unit, sizes: Mapping[str, int], statistics: BlockStatistics

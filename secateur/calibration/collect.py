@@ -167,7 +167,7 @@ class Store:
                 entry = there.get(key + name)
                 if entry is None or entry.dtype != "F64":
                     raise InputError(f"statistics {str(path)!r}: {key} is missing or no sum.")
-                read = read_tensor(path, entry).to(device)  # not mapped: see Shelf
+                read = read_tensor(path, entry).to(device)  # not mapped: see TensorReader
                 if not bool(torch.isfinite(read).all()):
                     raise InputError(f"statistics {str(path)!r}: {key} holds NaN or infinity.")
                 return read

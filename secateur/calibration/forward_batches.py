@@ -32,7 +32,7 @@ def batches(
     A model that is read block by block is gone through once for all of them. ``advance`` is told
     how many rows are done.
     """
-    if model.residence is None:
+    if model.offload is None:
         yield from whole_batches(model.module, model.use, tokens, advance)
     else:
         yield from _streamed(model, tokens, advance)

@@ -79,7 +79,7 @@ class Stream:
 
     def activations(self, shape: torch.Size, dtype: torch.dtype) -> Activations:
         """Room for numbers of every token, where those of this model belong."""
-        home = self.model.residence
+        home = self.model.offload
         return Activations(shape, dtype, None if home is None else home.folder)
 
     @property

@@ -11,7 +11,7 @@ from secateur.distributed.collectives import ALONE, Ranks
 Piece = tuple[Tensor, Tensor]
 
 
-class Rows:
+class TokenBatches:
     """Pieces that can be gone through again and again; each is in memory while it is asked for.
 
     On several ``ranks`` each has pieces of its own; ``ahead`` is how many tokens the ranks before
@@ -28,7 +28,7 @@ class Rows:
     def __iter__(self) -> Iterator[Piece]:
         return iter(self._pieces())
 
-    def where(self, chosen: Callable[[Tensor], Tensor]) -> "Rows":
+    def where(self, chosen: Callable[[Tensor], Tensor]) -> "TokenBatches":
         """Those that are chosen by their number among the tokens of all ranks."""
 
         def pieces() -> Iterator[Piece]:
@@ -38,4 +38,4 @@ class Rows:
                 at += len(inputs)
                 yield inputs[keep], targets[keep]
 
-        return Rows(pieces, ranks=self.ranks)
+        return TokenBatches(pieces, ranks=self.ranks)

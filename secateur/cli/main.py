@@ -252,20 +252,20 @@ def evaluate(
     from secateur.cli import render as present
     from secateur.data.tasks import use_of
     from secateur.data.tokens import BUNDLED, Text
-    from secateur.evaluate.evaluator import check_tasks, judge_apart
+    from secateur.evaluate.evaluator import check_tasks, measure_in_subprocess
     from secateur.models.loading import read_config
-    from secateur.pipeline.against import judge_against
+    from secateur.pipeline.against import compare_models
     from secateur.utils.progress import for_terminal
 
     asked.refuse_lengths(ctx, use := use_of(read_config(model, asked.settings(rest))))
     questions = asked.questions(rest, (Text("Python docs (bundled)", BUNDLED),), None)
     check_tasks(use, questions.tasks)
     if against is not None:
-        report = judge_against(model, against, questions, asked.settings(rest), for_terminal())
+        report = compare_models(model, against, questions, asked.settings(rest), for_terminal())
         asked.print_json(report.content) if as_json else present.show_comparison(report)
         return
-    verdict = judge_apart(model, questions, asked.settings(rest), for_terminal())
-    asked.print_json(asdict(verdict)) if as_json else present.show_verdict(verdict)
+    measurements = measure_in_subprocess(model, questions, asked.settings(rest), for_terminal())
+    asked.print_json(asdict(measurements)) if as_json else present.show_verdict(measurements)
 
 
 for command in (sweep, *COMMANDS):

@@ -17,7 +17,7 @@ from secateur import allocate, methods
 from secateur.allocate.base import Allocator
 from secateur.cli.options import DEFAULT_METHOD, shown
 from secateur.data.tasks import PREFIX
-from secateur.evaluate.measurements import Verdict
+from secateur.evaluate.measurements import Measurements
 from secateur.evaluate.significance import doubts
 from secateur.families import FAMILIES, find
 from secateur.methods.base import Method
@@ -329,33 +329,33 @@ def show_gguf(out: Path, made: "Exported") -> None:
     console.print(line, markup=False, soft_wrap=True)
 
 
-def show_verdict(verdict: Verdict) -> None:
+def show_verdict(measurements: Measurements) -> None:
     """Print the figures of one model."""
     console = terminal()
     table = Table(show_header=False, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("parameters", count(verdict.parameters))
-    table.add_row("bytes on disk", size(verdict.bytes))
-    for name, value in verdict.perplexity.items():
-        of = f"{verdict.tokens[name]:,} {verdict.counts}"
+    table.add_row("parameters", count(measurements.parameters))
+    table.add_row("bytes on disk", size(measurements.bytes))
+    for name, value in measurements.perplexity.items():
+        of = f"{measurements.tokens[name]:,} {measurements.counts}"
         table.add_row(f"perplexity, {escape(name)} ({of})", reporting.perplexity(value))
-    for name, value in verdict.tasks.items():
+    for name, value in measurements.tasks.items():
         table.add_row(name, f"{value:.1%}")
-    for key, value in verdict.speed.items():
+    for key, value in measurements.speed.items():
         if key.endswith("per_second"):
-            things = "images" if verdict.counts == "images" else "tokens"
+            things = "images" if measurements.counts == "images" else "tokens"
             label = key.replace("_tokens_per_second", f", {things}/s")
             table.add_row(label, f"{value:,.0f}")
-    table.add_row("peak memory", size(verdict.peak_memory_bytes))
-    for label, (value, unit) in outcome.damage_lines(verdict.damage).items():
+    table.add_row("peak memory", size(measurements.peak_memory_bytes))
+    for label, (value, unit) in outcome.damage_lines(measurements.damage).items():
         table.add_row(label, outcome.in_unit(value, unit))
     console.print(table)
-    if verdict.task_scores:
-        console.print(outcome.task_table(verdict.task_scores))
-    for doubt in doubts({"the model": verdict.task_scores}, {}):
+    if measurements.task_scores:
+        console.print(outcome.task_table(measurements.task_scores))
+    for doubt in doubts({"the model": measurements.task_scores}, {}):
         console.print(f"note: {doubt}", markup=False)
-    _show_samples(console, verdict.prompt, {"model": verdict.sample})
+    _show_samples(console, measurements.prompt, {"model": measurements.sample})
 
 
 def _next(console: Console, verb: str, target: str, rest: str) -> None:

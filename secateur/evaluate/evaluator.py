@@ -21,18 +21,18 @@ from secateur.data.tokens import Text, Tokens
 from secateur.evaluate import lm_eval
 from secateur.evaluate.agreement import compared, outputs
 from secateur.evaluate.damage.summary import damage
-from secateur.evaluate.measurements import Questions, Verdict
+from secateur.evaluate.measurements import Measurements, Questions
 from secateur.evaluate.memory import peak_bytes
 from secateur.evaluate.perplexity import answered
 from secateur.evaluate.significance import Answers, Figures
 from secateur.evaluate.speed import measure_speed
 from secateur.evaluate.task_file import answered_file, is_file, read_task
 from secateur.evaluate.verify import (
-    Testimony,
+    ReferenceOutputs,
     disagreement,
     forgetful,
-    streamed_testimony,
-    testimony,
+    reference_outputs,
+    streamed_reference_outputs,
 )
 from secateur.models.loading import locate
 from secateur.models.model import Model, Settings
@@ -53,7 +53,7 @@ def judge(
     before: int,
     progress: Progress,
     outputs_of_dense: Path | None = None,
-) -> Verdict:
+) -> Measurements:
     """Measure an open model; ``before`` is the process's peak memory before it was opened.
 
     ``outputs_of_dense`` is the file for the dense model's outputs. If it exists, the model is
@@ -74,7 +74,7 @@ def judge(
         kept |= {"outputs": outputs(model, first)} | ({"text": first.ids} if use.reads_text else {})
     agrees, changed = compared(kept, [*scores], outputs_of_dense)
     found = damage(model, first, room, progress) if questions.damage and first is not None else {}
-    return Verdict(
+    return Measurements(
         parameters=sum(p.numel() for p in model.module.parameters()),
         bytes=weight_bytes(model),
         perplexity=values,
@@ -129,7 +129,7 @@ def _speed(
     """Prefill and decode speed; empty if not requested, or if the model is read from disk."""
     if not questions.speed:
         return {}
-    if model.residence is not None:
+    if model.offload is not None:
         progress.say("note: it is read from disk block by block, so its speed is not measured")
         return {}
     use, room = model.use, model.positions or sys.maxsize
@@ -180,7 +180,7 @@ def _sampled(
     prompt = _prompt(model.tokenizer, questions, held)
     if not 0 < len(prompt) < room:
         raise InputError(f"--prompt has {len(prompt)} tokens; it needs between 1 and {room - 1}.")
-    usual = NEW_TOKENS if model.residence is None else FEW_NEW_TOKENS
+    usual = NEW_TOKENS if model.offload is None else FEW_NEW_TOKENS
     new_tokens = questions.new_tokens or min(usual, room - len(prompt))
     if len(prompt) + new_tokens > room:
         raise InputError(
@@ -216,18 +216,18 @@ def weight_bytes(model: Model) -> int:
     return sum(p.numel() for p in model.module.parameters()) * model.stored.itemsize
 
 
-def judge_apart(
+def measure_in_subprocess(
     source: str,
     questions: Questions,
     settings: Settings,
     progress: Progress,
-    said: Testimony | None = None,
+    said: ReferenceOutputs | None = None,
     outputs_of_dense: Path | None = None,
     scratch: Path | None = None,
-) -> Verdict:
+) -> Measurements:
     """Evaluate a checkpoint in a fresh process, which can use the folder ``scratch``.
 
-    The reloaded checkpoint must agree with ``said``, the testimony of the model in memory.
+    The reloaded checkpoint must agree with ``said``, the reference_outputs of the model in memory.
     :func:`judge` describes ``outputs_of_dense``.
 
     Raises:
@@ -270,7 +270,7 @@ def judge_apart(
         killed = done.returncode == -signal.SIGKILL
         reason = "was killed, probably for want of memory" if killed else "failed"
         raise HaltedError(f"the process that measured {source!r} {reason} ({done.returncode}).")
-    return Verdict(**answer)
+    return Measurements(**answer)
 
 
 def quiet() -> None:
@@ -287,7 +287,7 @@ def _watch(parent: int) -> None:
 
 
 def main(request: Path, result: Path) -> int:
-    """The child process of :func:`judge_apart`."""
+    """The child process of :func:`measure_in_subprocess`."""
     quiet()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     content = json.loads(request.read_text())
@@ -304,11 +304,11 @@ def main(request: Path, result: Path) -> int:
         kept = None if kept is None else Path(kept)
         answer = asdict(judge(model, questions, before, for_terminal(), kept))
         if "memory" in content:
-            memory, tokens = Testimony.load(Path(content["memory"]))
-            if model.residence is None:
-                differs = disagreement(memory, testimony(model, tokens))
+            memory, tokens = ReferenceOutputs.load(Path(content["memory"]))
+            if model.offload is None:
+                differs = disagreement(memory, reference_outputs(model, tokens))
             else:
-                differs = disagreement(memory, streamed_testimony(model, tokens))
+                differs = disagreement(memory, streamed_reference_outputs(model, tokens))
                 differs = differs or (forgetful(model, tokens) if model.use.writes else None)
             if differs is not None:
                 answer = {"differs": differs}

@@ -35,7 +35,7 @@ class Questions:
 
 
 @dataclass
-class Verdict:
+class Measurements:
     """The figures of one model. ``peak_memory_bytes`` counts from before the weights were loaded.
 
     ``tokens`` is the number of outputs of each figure, and ``counts`` their kind: tokens or images.

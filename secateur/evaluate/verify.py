@@ -33,7 +33,7 @@ TOLERANCE = {
 }
 
 
-class Testimony(NamedTuple):
+class ReferenceOutputs(NamedTuple):
     """A model's logits and greedy continuations for one row of tokens, by name."""
 
     said: dict[str, Tensor]
@@ -53,14 +53,14 @@ class Testimony(NamedTuple):
             save_file(self.said | tokens, partial)
 
     @classmethod
-    def load(cls, path: Path) -> "Testimony":
+    def load(cls, path: Path) -> "ReferenceOutputs":
         """Read a file that :meth:`save` wrote.
 
         Raises:
             InputError: something else is in it.
             SafetensorError: it is damaged.
         """
-        said, named = load_file(path), f"testimony {str(path)!r}"
+        said, named = load_file(path), f"reference_outputs {str(path)!r}"
         if not {"ids", "mask"} <= said.keys():
             raise InputError(f"{named}: it does not say of which tokens it is.")
         tokens = Tokens(said.pop("ids"), said.pop("mask"), said.pop("labels", None))
@@ -86,7 +86,7 @@ def _is_row(tokens: Tokens) -> bool:
     return known and whole_row and (labels is None or labels.dtype == torch.int64)
 
 
-def testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
+def reference_outputs(model: Model, tokens: Tokens) -> dict[str, Tensor]:
     """Logits and, if the model generates, greedy continuations for one row of ``tokens``.
 
     Logits are computed with eager attention, and with sdpa if the family supports it, first in the
@@ -130,7 +130,7 @@ class Passage:
         self.line.advance(block)
 
     @torch.no_grad()
-    def testimony(self) -> dict[str, Tensor]:
+    def reference_outputs(self) -> dict[str, Tensor]:
         """Logits and, if the model generates, greedy continuations for one row of ``tokens``.
 
         Logits are computed with eager attention, and with sdpa if the family supports it, first in
@@ -146,12 +146,12 @@ class Passage:
         return {name: logits[0].float().cpu()}
 
 
-def streamed_testimony(model: Model, tokens: Tokens) -> dict[str, Tensor]:
+def streamed_reference_outputs(model: Model, tokens: Tokens) -> dict[str, Tensor]:
     """The same for a model that is read block by block, in one pass over its blocks."""
     passage = Passage(model, tokens)
     for block in model.in_turn():
         passage.follow(block)
-    return passage.testimony()
+    return passage.reference_outputs()
 
 
 def forgetful(model: Model, tokens: Tokens) -> str | None:

@@ -18,9 +18,9 @@ from secateur.apply.save import (
 )
 from secateur.data.tasks import PREFIX
 from secateur.data.tokens import Tokens, expanded
-from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.evaluator import measure_in_subprocess
 from secateur.evaluate.measurements import Questions
-from secateur.evaluate.verify import Testimony, testimony
+from secateur.evaluate.verify import ReferenceOutputs, reference_outputs
 from secateur.export.stock_classes import PAIRS, Stock, common_sizes, conform, held, stock_of
 from secateur.io.run_directory import Workspace
 from secateur.io.safetensors_writer import Writer
@@ -79,12 +79,12 @@ def export_dense(
         finish(model, tier, writer)
         tokens = _some_tokens(model)
         progress.say("reloading in a fresh process")
-        judge_apart(
+        measure_in_subprocess(
             str(workspace.result),
             Questions((), speed=False),
             settings,
             progress,
-            Testimony(testimony(model, tokens), tokens),
+            ReferenceOutputs(reference_outputs(model, tokens), tokens),
         )
         workspace.publish()
     return tier
@@ -145,11 +145,13 @@ def export_plain(
         conform(model, stock)
         store_as(model, stock, workspace.result, progress)
         tokens = _some_tokens(model)
-        said = _comparable(testimony(model, tokens), stock)
+        said = _comparable(reference_outputs(model, tokens), stock)
         made = replace(made, compared=tuple(said))
         progress.say(f"reloading in a fresh process, to compare {', '.join(said)}")
         nothing = Questions((), speed=False)
-        judge_apart(str(workspace.result), nothing, settings, progress, Testimony(said, tokens))
+        measure_in_subprocess(
+            str(workspace.result), nothing, settings, progress, ReferenceOutputs(said, tokens)
+        )
         workspace.publish()
     return made
 

@@ -15,7 +15,7 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 PIECE = 2**24  # bytes that are read at once where numbers get another format
 
 
-class Shelf:
+class TensorReader:
     """Reads single tensors, by name, from the safetensors files of a folder.
 
     Files are read and not mapped, so that limits on memory apply. Don't use it to load all tensors.

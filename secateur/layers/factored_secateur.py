@@ -199,7 +199,7 @@ class LowRank(Factored):
 TRITS = 5  # that a byte holds: 3⁵ = 243 numbers
 
 
-class Trits(Factored):
+class Ternary(Factored):
     """Ŵ = a₁ T₁ + a₂ T₂ of two planes of −1, 0 and 1, with scales for every group of inputs.
 
     ``codes`` has the planes one behind the other, each row by itself, with five trits to a byte:
@@ -234,7 +234,7 @@ class Trits(Factored):
 
 
 def packed_trits(trits: Tensor) -> Tensor:
-    """Trits (…, count) as bytes (…, ⌈count / 5⌉)."""
+    """Ternary (…, count) as bytes (…, ⌈count / 5⌉)."""
     digits = nn.functional.pad(trits.long() + 1, (0, -trits.shape[-1] % TRITS))
     places = 3 ** torch.arange(TRITS, device=trits.device)
     codes: Tensor = (digits.unflatten(-1, (-1, TRITS)) * places).sum(-1).to(torch.uint8)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .factored_secateur import Factored, LowRank, Spec, Trits
+from .factored_secateur import Factored, LowRank, Spec, Ternary
 from .sparse_secateur import NM, ArmorLinear, Sparse
 from .structured_secateur import BlockDense, BlockShuffle, Codes, Dictionary, Monarch
 
 LAYERS = (
     LowRank,
-    Trits,
+    Ternary,
     Sparse,
     NM,
     ArmorLinear,

@@ -6,7 +6,7 @@ from typing import ClassVar
 from secateur.allocate.base import Allocator
 from secateur.allocate.knapsack import Knapsack
 from secateur.calibration.needs import BlockStatistics, Need, Needs
-from secateur.calibration.token_batches import Rows
+from secateur.calibration.token_batches import TokenBatches
 from secateur.methods.base import SequentialMethod, Solution
 from secateur.methods.exact_pairs import ExactPairs
 from secateur.methods.gauss_newton import GaussNewton
@@ -66,7 +66,7 @@ class Auto(SequentialMethod):
             local = MixedSVD(self.ridge)
         return local.solve(unit, block, statistics)
 
-    def refine(self, block: Block, rows: Rows) -> None:
+    def refine(self, block: Block, rows: TokenBatches) -> None:
         """A Gauss-Newton step on the MLP."""
         if self.iterations:
             GaussNewton(self.iterations, 1e-3, self.ridge).refine(block, rows)

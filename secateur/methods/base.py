@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import Tensor
 
 from secateur.calibration.needs import BlockStatistics, Need
-from secateur.calibration.token_batches import Rows
+from secateur.calibration.token_batches import TokenBatches
 from secateur.models.block import Block
 from secateur.structure.budget import Keep, Target
 from secateur.structure.error_curve import Curve
@@ -166,7 +166,7 @@ class SequentialMethod(Method):
     """
 
     @abstractmethod
-    def refine(self, block: Block, rows: Rows) -> None:
+    def refine(self, block: Block, rows: TokenBatches) -> None:
         """Adjust a narrowed MLP, in place, after its consumer was refitted.
 
         ``rows`` are what its producers read and what its consumer should give, without bias. On

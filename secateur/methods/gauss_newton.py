@@ -8,7 +8,7 @@ from torch import Tensor
 from secateur.calibration.needs import Needs
 from secateur.calibration.statistics import Cross, Gram
 from secateur.calibration.summation import add_up
-from secateur.calibration.token_batches import Rows
+from secateur.calibration.token_batches import TokenBatches
 from secateur.linalg.least_squares import conjugate_gradients, damped_cholesky, least_squares
 from secateur.models.block import Block
 from secateur.models.linear_ops import inputs_by_outputs
@@ -49,7 +49,7 @@ class GaussNewton:
     ridge: float
     refit_ridge: float
 
-    def refine(self, block: Block, rows: Rows) -> None:
+    def refine(self, block: Block, rows: TokenBatches) -> None:
         """Change the producers of ``block`` and then its consumer, in place; targets have no bias.
 
         On several ranks each works on its own rows, and all come to the same weights.
@@ -67,7 +67,7 @@ class GaussNewton:
         for weight, original in zip(weights, originals, strict=True):
             weight.data.copy_(original)
 
-    def _step(self, block: Block, rows: Rows) -> Parts:
+    def _step(self, block: Block, rows: TokenBatches) -> Parts:
         """The change of every part, (inputs, channels), float32."""
         consumer = inputs_by_outputs(block.mlp.consumer).float()
         room = _room(consumer.device, rows.ranks.local_world_size)
@@ -134,7 +134,7 @@ class GaussNewton:
             slopes = torch.autograd.grad(hidden.sum(), produced)
         return hidden.detach().float(), [slope.float() for slope in slopes]
 
-    def _error(self, block: Block, rows: Rows) -> float:
+    def _error(self, block: Block, rows: TokenBatches) -> float:
         consumer = inputs_by_outputs(block.mlp.consumer)
         total = torch.zeros(1, dtype=torch.float64, device=exact_device(consumer.device))
         for inputs, targets in rows:
@@ -143,7 +143,7 @@ class GaussNewton:
         rows.ranks.all_reduce([total])
         return float(total)
 
-    def _refit(self, block: Block, rows: Rows) -> None:
+    def _refit(self, block: Block, rows: TokenBatches) -> None:
         gram, cross = Gram(), Cross()
         for inputs, targets in rows:
             hidden = block.mlp.channels(block.mlp.produced(inputs))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur.families import HeadLayout
 from secateur.layers.attention_secateur import NarrowAttention, RelativeAttention, narrow_attention
-from secateur.models.canonical_attention import uniform_attention
+from secateur.models.canonical_attention import canonical_attention
 from secateur.models.head_views import QueryKeys, Values, WholeHeads
 from secateur.models.linear_ops import dense_weight, set_linear
 from secateur.models.parts import Give, Handle, LinearPath, Part, by_kind, entering
@@ -57,7 +57,7 @@ class Attention(Part):
 
     def restore(self) -> None:
         """Put the canonical form of the stock attention in the block, as its weights are now."""
-        self.replace(uniform_attention(self.stock, self.block.anatomy, self.layout))
+        self.replace(canonical_attention(self.stock, self.block.anatomy, self.layout))
 
     def published(self, name: str) -> bool:
         """Whether the stock attention has this linear of ours, dims in the same order."""

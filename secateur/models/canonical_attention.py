@@ -10,7 +10,7 @@ from secateur.layers.attention_secateur import NarrowAttention, narrow_attention
 from secateur.models.linear_ops import set_linear
 
 
-def uniform_attention(stock: nn.Module, anatomy: Anatomy, heads: HeadLayout) -> NarrowAttention:
+def canonical_attention(stock: nn.Module, anatomy: Anatomy, heads: HeadLayout) -> NarrowAttention:
     """A full-width NarrowAttention with the weights of ``stock``, in its own layout of pairs."""
     maps = anatomy.project(stock, heads)
     shape = {

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from secateur.data.tasks import PREFIX, Use, use_of
 from secateur.families import FAMILIES, Anatomy, find
 from secateur.models.block import Block
-from secateur.models.offload import Residence
+from secateur.models.offload import Offload
 from secateur.models.parts import View
 from secateur.models.residual import ResidualView
 from secateur.structure.units import WIDTHS, Unit
@@ -99,7 +99,7 @@ class Model:
         stored: dtype of the weights on disk, and of what will be written.
         anatomy: its family, or None where the family is unknown.
         left_out: tensors of the weight files that are no part of it: of another head, say.
-        residence: what brings its blocks from disk one at a time; None where all is in memory.
+        offload: what brings its blocks from disk one at a time; None where all is in memory.
     """
 
     source: str
@@ -108,7 +108,7 @@ class Model:
     stored: torch.dtype
     anatomy: Anatomy | None
     left_out: tuple[str, ...] = ()
-    residence: Residence | None = None
+    offload: Offload | None = None
 
     @property
     def config(self) -> Any:
@@ -168,11 +168,11 @@ class Model:
 
     def resident(self, block: Block) -> AbstractContextManager[None]:
         """While this lasts, the block's weights are in memory."""
-        return nullcontext() if self.residence is None else self.residence.resident(block)
+        return nullcontext() if self.offload is None else self.offload.resident(block)
 
     def headed(self) -> AbstractContextManager[None]:
         """While this lasts, all that is outside the blocks is in memory."""
-        return nullcontext() if self.residence is None else self.residence.headed()
+        return nullcontext() if self.offload is None else self.offload.headed()
 
     def in_turn(self, blocks: Sequence[Block] | None = None) -> Iterator[Block]:
         """These blocks, or all, one after the other; the weights of each are there in its turn."""
@@ -220,7 +220,7 @@ def fingerprint(model: Model) -> str:
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     picked: dict[str, bytes] = {}
-    if model.residence is not None:
+    if model.offload is not None:
         for block in model.in_turn():
             own = block.module.named_parameters(model.prefix_of(block))
             picked |= {name: _some_numbers(parameter, model.stored) for name, parameter in own}

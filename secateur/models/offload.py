@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from secateur.io.safetensors_reader import Shelf
+from secateur.io.safetensors_reader import TensorReader
 from secateur.layers.factored_secateur import Factored
 from secateur.models.block import Block
 from secateur.utils.errors import InputError
@@ -18,7 +18,7 @@ from secateur.utils.errors import InputError
 CHECKED = 2**22  # numbers at once
 
 
-class Residence:
+class Offload:
     """Where the weights of a model are: in its files, and a few blocks of them in memory.
 
     Outside the blocks all is in memory from the start, but for a head of its own, which is there
@@ -33,7 +33,7 @@ class Residence:
         self,
         source: str,
         module: PreTrainedModel,
-        shelf: Shelf,
+        shelf: TensorReader,
         inside: tuple[str, ...],
         device: torch.device,
         dtype: torch.dtype,
@@ -43,7 +43,7 @@ class Residence:
         self.device = device
         self.dtype = dtype
         self.folder = folder
-        self._shelf = shelf
+        self._reader = shelf
         self._names = found_names(source, module, shelf)
         self._staying: set[int] = set()
         self._left: set[int] = set()
@@ -72,7 +72,7 @@ class Residence:
     @property
     def left_out(self) -> tuple[str, ...]:
         """Tensors of the files that are no part of the model."""
-        return tuple(sorted(self._shelf.names() - {*self._names.values()}))
+        return tuple(sorted(self._reader.names() - {*self._names.values()}))
 
     @contextmanager
     def headed(self) -> Iterator[None]:
@@ -151,7 +151,7 @@ class Residence:
             for mixer in block.mixers:
                 if mixer.module is not mixer.stock:
                     mixer.restore()
-        self._shelf.expect(self._ahead.get(block.index, []))
+        self._reader.expect(self._ahead.get(block.index, []))
 
     def _release(self, block: Block) -> None:
         for module in (block.module, *(mixer.stock for mixer in block.mixers)):
@@ -179,7 +179,7 @@ class Residence:
 
     def _one(self, name: str, computes: bool = True) -> Tensor:
         """A tensor in memory, in the format that is computed in or, if it is not, as stored."""
-        kept = self._shelf.read(self._names[name], self.dtype if computes else None)
+        kept = self._reader.read(self._names[name], self.dtype if computes else None)
         tensor = kept.to(self.device)
         if not tensor.is_floating_point():
             return tensor
@@ -201,7 +201,7 @@ def published_name(module: PreTrainedModel) -> Callable[[str, Tensor], str]:
     return rename
 
 
-def found_names(source: str, module: PreTrainedModel, shelf: Shelf) -> dict[str, str]:
+def found_names(source: str, module: PreTrainedModel, shelf: TensorReader) -> dict[str, str]:
     """Under which name the files hold each tensor of a model without storage.
 
     Raises:

@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from secateur.data.tasks import use_of
 from secateur.io.safetensors_header import check_layers
-from secateur.io.safetensors_reader import Shelf
+from secateur.io.safetensors_reader import TensorReader
 from secateur.layers.integers import packed_in
 from secateur.models.loading import (
     check_half,
@@ -21,7 +21,7 @@ from secateur.models.loading import (
     skeleton,
 )
 from secateur.models.model import Model, Settings, has_forms
-from secateur.models.offload import Residence
+from secateur.models.offload import Offload
 from secateur.utils.errors import InputError, first_line
 from secateur.utils.memory import free_bytes, give_back
 
@@ -89,17 +89,17 @@ def open_streamed(source: str, settings: Settings, folder: Path | None = None) -
     stored = _folder(source, settings)
     if has_forms(model.config):
         check_layers(source, stored, model.module)
-    shelf = Shelf(source, stored)
+    shelf = TensorReader(source, stored)
     device, dtype = settings.torch_device(), settings.torch_dtype(model.stored)
     check_half(source, model.module, {model.stored, dtype})
     model.module.eval().requires_grad_(False)
     inside = (f"{model.prefix}{model.anatomy.blocks}.",)
-    home = Residence(source, model.module, shelf, inside, device=device, dtype=dtype, folder=folder)
+    home = Offload(source, model.module, shelf, inside, device=device, dtype=dtype, folder=folder)
     blocks = model.blocks
     home.house(blocks, [f"{model.prefix_of(block)}." for block in blocks])
     use = use_of(read_config(source, settings))
     check_lost(source, model.anatomy, home.left_out)
-    model.residence, model.left_out = home, home.left_out
+    model.offload, model.left_out = home, home.left_out
     model.tokenizer = open_reader(source, settings, use)
     if use.reads_text:
         check_vocabulary(source, model.tokenizer, model.module)

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from secateur.evaluate.damage.domains import domains
-from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.evaluator import measure_in_subprocess
 from secateur.evaluate.measurements import Questions
 from secateur.evaluate.significance import doubts
 from secateur.models.model import Settings
@@ -14,7 +14,7 @@ from secateur.utils.progress import Progress
 from secateur.utils.run_info import versions
 
 
-def judge_against(
+def compare_models(
     source: str, dense: str, questions: Questions, settings: Settings, progress: Progress
 ) -> Report:
     """What `compress` would say of its two models, of any two that read alike.
@@ -28,9 +28,9 @@ def judge_against(
         kept = Path(folder, "dense.safetensors")
         progress.say(f"measuring {dense}")
         own = replace(settings, revision=None)  # which is that of the other
-        before = judge_apart(dense, questions, own, progress, outputs_of_dense=kept)
+        before = measure_in_subprocess(dense, questions, own, progress, outputs_of_dense=kept)
         progress.say(f"measuring {source}")
-        after = judge_apart(source, questions, settings, progress, outputs_of_dense=kept)
+        after = measure_in_subprocess(source, questions, settings, progress, outputs_of_dense=kept)
     scores = {"dense": before.task_scores, "compressed": after.task_scores}
     return Report(
         {

@@ -6,7 +6,7 @@ from typing import Any
 
 from secateur.calibration.collect import Store
 from secateur.data.tokens import Tokens
-from secateur.evaluate.evaluator import judge_apart
+from secateur.evaluate.evaluator import measure_in_subprocess
 from secateur.evaluate.measurements import Questions
 from secateur.io.run_directory import Workspace
 from secateur.io.safetensors_writer import settle
@@ -182,7 +182,7 @@ def save(
     with workspace.opened({"plan": plan.model_dump(mode="json")}):
         said = write(prepared, workspace.result, context)
         nothing = Questions((), speed=False)
-        judge_apart(str(workspace.result), nothing, settings, context.progress, said)
+        measure_in_subprocess(str(workspace.result), nothing, settings, context.progress, said)
         (workspace.result / "secateur").mkdir()
         write_plan(prepared.plan, workspace.result / "secateur" / "plan.json")
         workspace.publish()

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.apply.block_errors import Witness, observations
+from secateur.apply.block_errors import BlockComparison, observations
 from secateur.apply.block_journal import Journal, States
 from secateur.apply.save import finish, store_block, writer_for
 from secateur.apply.sequential import narrow_blocks
 from secateur.calibration.collect import Store
 from secateur.data.tokens import Tokens
 from secateur.distributed.collectives import ALONE, Ranks
-from secateur.evaluate.verify import Passage, Testimony, testimony
+from secateur.evaluate.verify import Passage, ReferenceOutputs, reference_outputs
 from secateur.io.run_directory import NARROWING, at_once
 from secateur.io.safetensors_writer import Writer
 from secateur.methods.step import Step
@@ -27,7 +27,7 @@ from secateur.structure.selection import Selection
 from secateur.structure.units import EVERY_BLOCK, STREAM
 from secateur.utils.stopwatch import Stopwatch
 
-TESTIMONY_TOKENS = 24
+REFERENCE_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CompressStage:
 
 def write(
     prepared: Prepared, folder: Path, context: RunContext, kept: Path | None = None
-) -> Testimony | None:
+) -> ReferenceOutputs | None:
     """Compress the model block by block into a checkpoint, and note what it then answers.
 
     Leaves the model in ``prepared`` compressed and, from those answers, in bfloat16, and there what
@@ -135,11 +135,11 @@ class _Output:
                 kept,
                 writer,
                 plan.sizes,
-                streamed=model.residence is not None,
+                streamed=model.offload is not None,
                 ranks=ranks,
                 selection=plan.selected,
             )
-        first = model.use.beginning(prepared.tokens, TESTIMONY_TOKENS)
+        first = model.use.beginning(prepared.tokens, REFERENCE_TOKENS)
         return cls(prepared, writer, journal, first, _Followers.of(prepared, first, journal))
 
     def take(self, block: Block, watch: Stopwatch) -> None:
@@ -149,19 +149,19 @@ class _Output:
         with watch.measure("evaluate"):
             self.followers.follow(block)
 
-    def finished(self, context: RunContext) -> Testimony:
+    def finished(self, context: RunContext) -> ReferenceOutputs:
         """Write the rest of the model, and note what it answers."""
         prepared, followers, model = self.prepared, self.followers, self.prepared.model
         with context.watch.measure("evaluate"):
-            said = None if followers.passage is None else followers.passage.testimony()
+            said = None if followers.passage is None else followers.passage.reference_outputs()
             if prepared.evidence is not None:
                 given = (prepared.store, prepared.evidence, followers.errors)
                 prepared.observed = observations(prepared.units, followers.blocks, *given)
         with context.watch.measure("save"):
             finish(model, prepared.plan.tier, self.writer, settle=self.journal is None)
         with context.watch.measure("evaluate"):
-            said = testimony(model, self.first) if said is None else said
-            return Testimony(said, self.first)
+            said = reference_outputs(model, self.first) if said is None else said
+            return ReferenceOutputs(said, self.first)
 
 
 @dataclass
@@ -170,38 +170,38 @@ class _Followers:
 
     Attributes:
         blocks: how many the dense model has.
-        witness: compares each block with the dense one.
+        comparison: compares each block with the dense one.
         passage: takes the answers of a model that is never whole in memory.
     """
 
     blocks: int
-    witness: Witness | None
+    comparison: BlockComparison | None
     passage: Passage | None
 
     @classmethod
     def of(cls, prepared: Prepared, first: Tokens, journal: Journal | None) -> "_Followers":
-        model, witness = prepared.model, None
-        passage = None if model.residence is None else Passage(model, first)
+        model, comparison = prepared.model, None
+        passage = None if model.offload is None else Passage(model, first)
         if prepared.evidence is not None and prepared.step.method.kinds != STREAM:
-            witness = Witness(model, prepared.tokens)
+            comparison = BlockComparison(model, prepared.tokens)
         if journal is not None:
-            if witness is not None:
-                witness.errors = journal.errors  # one list
-                journal.attach("witness", witness.line)
+            if comparison is not None:
+                comparison.errors = journal.errors  # one list
+                journal.attach("comparison", comparison.line)
             if passage is not None:
                 journal.attach("passage", passage.line)
-        return cls(len(model.blocks), witness, passage)
+        return cls(len(model.blocks), comparison, passage)
 
     def follow(self, block: Block) -> None:
         """Go through the next block."""
-        for follower in (self.witness, self.passage):
+        for follower in (self.comparison, self.passage):
             if follower is not None:
                 follower.follow(block)
 
     @property
     def errors(self) -> list[dict[str, float | None]]:
-        """What the witness has found."""
-        return [] if self.witness is None else self.witness.errors
+        """What the comparison has found."""
+        return [] if self.comparison is None else self.comparison.errors
 
 
 def _compress_blocks(
@@ -242,7 +242,7 @@ def _compress_blocks(
             if journal is not None:
                 with watch.measure("save"):
                     journal.record(block)
-            if model.residence is not None:
-                model.residence.leave(block)
+            if model.offload is not None:
+                model.offload.leave(block)
             advance(1)
     return kept

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from secateur.evaluate.verify import Testimony
+from secateur.evaluate.verify import ReferenceOutputs
 from secateur.io.run_directory import WRITTEN, digest, write_whole
 from secateur.io.schema import Record, read_record
 from secateur.planning.plan import Plan
@@ -39,7 +39,7 @@ class Finished:
     plan: Plan
     observed: dict[str, Any]
     seconds: dict[str, float]
-    said: Testimony
+    said: ReferenceOutputs
 
     def keep(self, folder: Path) -> None:
         """Note it in the run's folder."""
@@ -63,7 +63,7 @@ def read_finished(folder: Path) -> Finished | None:
         found = read_record(Ending, folder / WRITTEN, "journal", MAX_BYTES)
         Observed.model_validate(found.observed)
         if digest(folder / SAID) == found.said:
-            said, plan = Testimony.load(folder / SAID), found.plan
+            said, plan = ReferenceOutputs.load(folder / SAID), found.plan
             if plan.selection is not None:
                 plan = plan.with_selection(Selection.load(folder, plan.selection))
             return Finished(plan, found.observed, found.seconds, said)

@@ -10,7 +10,7 @@ from pydantic import Field, FiniteFloat, ValidationError
 from torch import nn
 
 from secateur.distributed.collectives import ALONE
-from secateur.evaluate.measurements import Verdict
+from secateur.evaluate.measurements import Measurements
 from secateur.io.run_directory import MAX_BYTES, FutileError, for_good, write_whole
 from secateur.io.safetensors_header import tensors
 from secateur.io.schema import Record, read_object, read_record
@@ -217,7 +217,7 @@ class _Steps:
         budget: "_Bytes",
         shapes: Model,
         *,
-        sides: tuple[Verdict, Verdict],
+        sides: tuple[Measurements, Measurements],
     ) -> Report:
         """What the run has come to."""
         reached = stored_bytes(self.inputs.workspace.result, shapes)

@@ -137,7 +137,7 @@ def prepare(
     if plan is not None:
         with for_good():
             check_sizes(plan, model, step.method)
-    if model.residence is not None:
+    if model.offload is not None:
         context.progress.say("the model stays on disk and is read block by block (--stream)")
         with for_good():
             check_streams(step)
@@ -284,7 +284,7 @@ class _Measuring:
         """Statistics of every block, unless the store has them."""
         model, tokens, context = self.model, self.inputs.tokens, self.context
         if context.ranks.leader:
-            seconds = _forward_seconds if model.residence is None else _streamed_seconds
+            seconds = _forward_seconds if model.offload is None else _streamed_seconds
             context.watch.seconds["calibration_forward"] = seconds(model, tokens)
         if context.ranks.broadcast(lambda: all(b.index in self.store for b in model.blocks)):
             return

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from secateur.data.tasks import use_of
 from secateur.data.tokens import Calibration, Tokens, expanded
-from secateur.evaluate.evaluator import check_tasks, judge_apart
-from secateur.evaluate.measurements import Questions, Verdict
+from secateur.evaluate.evaluator import check_tasks, measure_in_subprocess
+from secateur.evaluate.measurements import Measurements, Questions
 from secateur.evaluate.significance import doubts
 from secateur.evaluate.task_file import is_file
 from secateur.io.run_directory import Content, Workspace, digest, once
@@ -125,7 +125,7 @@ class RunInputs:
 
     @property
     def dense(self) -> Path:
-        """The file in which the verdict on the dense model is kept."""
+        """The file in which the measurements of the dense model are kept."""
         if self.context.shared is None:
             return self.workspace.folder / "dense.json"
         asked = json.dumps(self.fingerprint(), sort_keys=True)
@@ -137,7 +137,7 @@ class RunInputs:
         """The file in which the dense model's outputs are kept."""
         return self.dense.with_suffix(".safetensors")
 
-    def judge_dense(self) -> Verdict:
+    def judge_dense(self) -> Measurements:
         """What is measured of the dense model, or was before the run was killed, or by another."""
         dense, outputs = self.dense, self.outputs
 
@@ -145,16 +145,16 @@ class RunInputs:
             self.context.progress.say("measuring the dense model")
             outputs.unlink(missing_ok=True)  # of a run that was killed while it wrote them
             given = (self.source, self.questions, self.settings, self.context.progress)
-            found = judge_apart(*given, outputs_of_dense=outputs, scratch=dense.parent)
-            return {"verdict": asdict(found), "outputs": digest(outputs)}
+            found = measure_in_subprocess(*given, outputs_of_dense=outputs, scratch=dense.parent)
+            return {"measurements": asdict(found), "outputs": digest(outputs)}
 
         if self.context.shared is None:
-            return once(dense, measured, self._verdict)
+            return once(dense, measured, self._kept_measurements)
         self.context.shared.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(dense.with_suffix(".lock")):
-            return once(dense, measured, self._verdict)
+            return once(dense, measured, self._kept_measurements)
 
-    def _verdict(self, found: Content) -> Verdict:
+    def _kept_measurements(self, found: Content) -> Measurements:
         """What was kept of the dense model.
 
         Raises:
@@ -162,17 +162,20 @@ class RunInputs:
         """
         named = f"stage {str(self.dense)!r}"
         try:
-            text = json.dumps(found.get("verdict"))
-            verdict = TypeAdapter(Verdict).validate_json(text, strict=True)
-            Side.model_validate(found["verdict"])
-            doubts({"dense": verdict.task_scores}, {})
+            text = json.dumps(found.get("measurements"))
+            measurements = TypeAdapter(Measurements).validate_json(text, strict=True)
+            Side.model_validate(found["measurements"])
+            doubts({"dense": measurements.task_scores}, {})
         except ValidationError as error:
             raise InputError(f"{named}: {said(error)}.") from error
         except (KeyError, TypeError) as error:
             raise InputError(f"{named}: a task has no figure {error}.") from error
         names = {text.name for text in self.questions.texts}
-        if any({*own} != names for own in (verdict.perplexity, verdict.tokens, verdict.texts)):
+        if any(
+            {*own} != names
+            for own in (measurements.perplexity, measurements.tokens, measurements.texts)
+        ):
             raise InputError(f"{named}: it is of other texts.")
         if digest(self.outputs) != found.get("outputs"):
             raise InputError(f"{named}: {self.outputs.name} is damaged.")
-        return verdict
+        return measurements

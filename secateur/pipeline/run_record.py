@@ -11,10 +11,10 @@ from jinja2 import TemplateError
 
 from secateur.data.tokens import Calibration
 from secateur.evaluate.damage.domains import domains
-from secateur.evaluate.evaluator import judge_apart
-from secateur.evaluate.measurements import Questions, Verdict
+from secateur.evaluate.evaluator import measure_in_subprocess
+from secateur.evaluate.measurements import Measurements, Questions
 from secateur.evaluate.significance import doubts
-from secateur.evaluate.verify import Testimony
+from secateur.evaluate.verify import ReferenceOutputs
 from secateur.models.model import Settings
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.run_inputs import RunInputs
@@ -54,19 +54,21 @@ def published(
     return Report(ranks.broadcast(lambda: report.content if report is not None else {}))
 
 
-def judge_dense(inputs: RunInputs, context: RunContext) -> Verdict | None:
+def judge_dense(inputs: RunInputs, context: RunContext) -> Measurements | None:
     """What the leader measures of the dense model."""
     with context.watch.measure("evaluate"):
         return inputs.judge_dense() if context.ranks.leader else None
 
 
-def judge_result(inputs: RunInputs, context: RunContext, said: Testimony | None) -> Verdict:
+def judge_result(
+    inputs: RunInputs, context: RunContext, said: ReferenceOutputs | None
+) -> Measurements:
     """What a fresh process measures of the result, which must say what memory said."""
     streamed = said is not None and said.streamed
     with context.watch.measure("evaluate"):
         context.progress.say("reloading in a fresh process")
         settings = replace(inputs.settings, stream="on" if streamed else "off")
-        return judge_apart(
+        return measure_in_subprocess(
             str(inputs.workspace.result),
             inputs.questions,
             settings,
@@ -84,7 +86,7 @@ def make_report(
     budget: BudgetRecord,
     *,
     base: Base,
-    sides: tuple[Verdict, Verdict],
+    sides: tuple[Measurements, Measurements],
 ) -> Report:
     """What a run of one or several stages has come to; ``sides`` are dense and compressed."""
     plans, (dense, small) = plans_of(results), sides

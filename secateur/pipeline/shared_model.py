@@ -47,7 +47,7 @@ def open_shared(source: str, settings: Settings, folder: Path | None, ranks: Ran
         settings = replace(settings, device=_device(settings, ranks))
     copies = 1 if settings.device.startswith("cuda") else ranks.local_world_size
     model = open_fitting(source, settings, folder, copies) if ranks.leader else None
-    streamed = ranks.agree(model is not None and model.residence is not None)
+    streamed = ranks.agree(model is not None and model.offload is not None)
     if model is not None:
         return model
     return open_fitting(source, replace(settings, stream="on" if streamed else "off"), folder)

@@ -16,7 +16,7 @@ from secateur.methods.step import Step
 from secateur.models.model import Model, fingerprint, has_forms
 from secateur.planning.checks import check_sizes
 from secateur.planning.plan import Base, BudgetRecord, CalibrationRecord, Choice, Plan, Row
-from secateur.scoring.plan_scoring import Stitched
+from secateur.scoring.plan_scoring import PlanScorer
 from secateur.scoring.prices import prices_of
 from secateur.structure.budget import Budget, Written
 from secateur.structure.costs import Prices
@@ -58,7 +58,7 @@ def make_plan(
     prices = prices or prices_of(model, units, step.budget)
     if step.allocator.searches and store is not None:
         step.allocator.check(units, prices, step.budget.share)
-        judge = _judge(_stitched(model, step, units, store, tokens), advance)
+        judge = _judge(_scorer(model, step, units, store, tokens), advance)
         evidence = replace(evidence, judge=judge)
     data = FitData(tokens, store)
     sizes, selection = _decided(model, step, units, evidence, prices=prices, data=data)
@@ -83,12 +83,12 @@ def make_plan(
 
 
 def _judge(
-    stitched: Stitched, advance: Callable[[int], None]
+    scorer: PlanScorer, advance: Callable[[int], None]
 ) -> Callable[[Mapping[str, int]], float]:
     """What measures candidates, and tells how many are done."""
 
     def judge(sizes: Mapping[str, int]) -> float:
-        found = stitched(sizes)
+        found = scorer(sizes)
         advance(1)
         return found
 
@@ -118,12 +118,12 @@ def _allocator(step: Step) -> Choice | None:
     return Choice.of(step.allocator, allocate.REGISTRY)
 
 
-def _stitched(
+def _scorer(
     model: Model, step: Step, units: Sequence[Unit], store: Store, tokens: Tokens
-) -> Stitched:
+) -> PlanScorer:
     """The model with all units at any sizes that the allocator may choose."""
     allowed = {unit.name: step.allocator.choices(unit) for unit in units}
-    return Stitched(model, step.method, units, allowed=allowed, store=store, tokens=tokens)
+    return PlanScorer(model, step.method, units, allowed=allowed, store=store, tokens=tokens)
 
 
 def _spent(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from secateur.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from secateur.evaluate.verify import Testimony
+    from secateur.evaluate.verify import ReferenceOutputs
     from secateur.pipeline.context import RunContext
 
 
@@ -24,7 +24,7 @@ class StageResult:
 
     plan: Plan | None = None
     observed: dict[str, Any] = field(default_factory=dict)
-    said: "Testimony | None" = None
+    said: "ReferenceOutputs | None" = None
 
 
 class Stage(Protocol):

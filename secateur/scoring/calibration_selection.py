@@ -27,7 +27,7 @@ from secateur.methods.fitted import FittedMethod
 from secateur.methods.step import Step
 from secateur.models.model import Model, fingerprint
 from secateur.scoring.evidence import score
-from secateur.scoring.plan_scoring import WINDOWS, Stitched
+from secateur.scoring.plan_scoring import WINDOWS, PlanScorer
 from secateur.scoring.prices import prices_of
 from secateur.structure.budget import Budget
 from secateur.utils.errors import InputError
@@ -237,8 +237,8 @@ def divergences(
                 evidence = score(model, method, store, tokens, allocator)
             sizes = allocator.spend(units, evidence, prices, step.budget.share)
             one = {name: [size] for name, size in sizes.items()}
-            stitched = Stitched(model, method, units, allowed=one, store=store, tokens=judged)
-            found.append(stitched(sizes))
+            scorer = PlanScorer(model, method, units, allowed=one, store=store, tokens=judged)
+            found.append(scorer(sizes))
         advance(1)
     return found
 
@@ -257,7 +257,7 @@ class MiddleStates:
     def __iter__(self) -> Iterator[Tensor]:
         count = len(self.tokens.ids)
         batch = max(1, TOKENS_PER_BATCH // self.tokens.ids.shape[1])
-        rows = batch if self.model.residence is None else count
+        rows = batch if self.model.offload is None else count
         for first in range(0, count, rows):
             stream = self._reached(self.tokens[range(count)[first : first + rows]])
             for part in stream.batches:

@@ -295,7 +295,7 @@ class _Scoring:
         Of a model that is read block by block they are known at the end only, so nothing does.
         """
         few = windows_to_measure(tokens, len(self.changing))
-        if self.model.residence is None:
+        if self.model.offload is None:
             self.divergence = Divergence(self.model, few)
             return memo
         self.trials = Trials(self.model, few, len(self.mine))

@@ -23,7 +23,7 @@ from secateur.structure.units import Unit
 WINDOWS = 16  #: calibration windows to judge on
 
 
-class Stitched:
+class PlanScorer:
     """Divergence of the model with every unit at some size, from the dense model.
 
     What replaces each unit at each of its ``allowed`` sizes is solved once, from statistics of the

@@ -11,7 +11,7 @@ from secateur.allocate.greedy import Greedy
 from secateur.calibration.layer_stream import Stream
 from secateur.methods.sleb import SLEB
 from secateur.scoring.evidence import score
-from secateur.scoring.plan_scoring import Stitched
+from secateur.scoring.plan_scoring import PlanScorer
 from secateur.structure.costs import counted
 from secateur.structure.units import WIDTHS
 from tests.support import families
@@ -34,7 +34,7 @@ def judged(opened):
 
     def fresh():
         allowed = {u.name: [0, 1] for u in units}
-        return Stitched(model, made, units, allowed=allowed, store=store, tokens=tokens)
+        return PlanScorer(model, made, units, allowed=allowed, store=store, tokens=tokens)
 
     return model, units, fresh
 

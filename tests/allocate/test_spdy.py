@@ -18,7 +18,7 @@ from secateur.pipeline.context import RunContext
 from secateur.pipeline.prepare import prepare
 from secateur.pipeline.run_inputs import Inputs
 from secateur.scoring.divergence import Divergence
-from secateur.scoring.plan_scoring import Stitched
+from secateur.scoring.plan_scoring import PlanScorer
 from secateur.structure.costs import Prices
 from secateur.structure.error_curve import Curve
 from secateur.utils.errors import InputError
@@ -188,7 +188,7 @@ def test_the_judge_says_what_the_narrowed_model_says(opened, name):
     sizes[units[-1].name] = 0
     allowed = {u.name: [0, sizes[u.name], u.size] for u in units}
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
-    judge = Stitched(model, method, units, allowed=allowed, store=store, tokens=tokens)
+    judge = PlanScorer(model, method, units, allowed=allowed, store=store, tokens=tokens)
     found = judge(sizes)
     assert judge({u.name: u.size for u in units}) < 1e-6
     assert judge(sizes) == found
@@ -221,7 +221,7 @@ def test_it_serves_methods_with_targets_and_without(opened, name):
         assert plans[steps].budget.reached <= 0.6
     units = method.units(model, 4)
     allowed = {unit.name: SPDY().choices(unit) for unit in units}
-    judge = Stitched(model, method, units, allowed=allowed, store=store, tokens=tokens)
+    judge = PlanScorer(model, method, units, allowed=allowed, store=store, tokens=tokens)
     assert judge(plans[30].sizes) < judge(plans[1].sizes)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.apply.block_errors import POINTS, Witness, holding, observations
+from secateur.apply.block_errors import POINTS, BlockComparison, holding, observations
 from secateur.methods.auto import Auto
 from secateur.methods.svd import SVD
 from secateur.scoring.evidence import score
@@ -11,10 +11,10 @@ from tests.support import families
 from tests.support.families import FAMILIES
 
 
-def errors_of(witness, model):
+def errors_of(comparison, model):
     for block in model.blocks:
-        witness.follow(block)
-    return witness.errors
+        comparison.follow(block)
+    return comparison.errors
 
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -23,7 +23,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 @every_family
 def test_an_unchanged_model_has_lost_nothing(opened, name):
     model = opened(name)
-    errors = errors_of(Witness(model, families.read(name, 3, 16)), model)
+    errors = errors_of(BlockComparison(model, families.read(name, 3, 16)), model)
     assert len(errors) == len(model.blocks)
     for own in errors:
         assert set(own) == {"attention", "mlp", "stream"}
@@ -34,11 +34,11 @@ def test_an_unchanged_model_has_lost_nothing(opened, name):
 def test_an_error_is_the_share_of_the_energy_that_is_lost(opened, name):
     """Where the MLP's last matrix is scaled by 0.9, a hundredth of what it adds is lost there."""
     model = opened(name, "float64")
-    witness = Witness(model, families.read(name, 3, 16))
+    comparison = BlockComparison(model, families.read(name, 3, 16))
     last = model.blocks[-1]
     for parameter in last.mlp.consumer.parameters():
         parameter.data.mul_(0.9)
-    errors = errors_of(witness, model)
+    errors = errors_of(comparison, model)
     assert errors[-1]["mlp"] == pytest.approx(0.01)
     assert errors[-1]["attention"] == 0
     assert all(value == 0 for own in errors[:-1] for value in own.values())
@@ -48,18 +48,18 @@ def test_an_error_is_the_share_of_the_energy_that_is_lost(opened, name):
 def test_errors_of_blocks_before_are_included(opened):
     """The mistake: every block judged on what the dense model gives it."""
     model = opened("llama", "float64")
-    witness = Witness(model, families.read("llama", 3, 16))
+    comparison = BlockComparison(model, families.read("llama", 3, 16))
     model.blocks[0].mlp.consumer.weight.data.mul_(0.5)
-    errors = errors_of(witness, model)
+    errors = errors_of(comparison, model)
     assert errors[0]["attention"] == 0
     assert all(errors[1][part] > 0 for part in ("attention", "mlp", "stream"))
 
 
 def test_a_block_that_is_gone_adds_nothing(opened):
     model = opened("llama", "float64")
-    witness = Witness(model, families.read("llama", 3, 16))
+    comparison = BlockComparison(model, families.read("llama", 3, 16))
     model.blocks[1].remove()
-    errors = errors_of(witness, model)
+    errors = errors_of(comparison, model)
     assert errors[1]["attention"] == errors[1]["mlp"] == 1
     assert 0 < errors[1]["stream"] < 1
 
@@ -75,9 +75,9 @@ def test_padding_does_not_count(opened):
     found = []
     for given in (half, Tokens(tokens.ids[:, :9], mask[:, :9], tokens.labels)):
         model = opened("llama", "float64")
-        witness = Witness(model, given)
+        comparison = BlockComparison(model, given)
         model.blocks[0].mlp.consumer.weight.data[:, ::2] = 0
-        found.append(errors_of(witness, model))
+        found.append(errors_of(comparison, model))
     for a, b in zip(*found, strict=True):
         assert a == pytest.approx(b)
 

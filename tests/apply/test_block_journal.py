@@ -12,7 +12,7 @@ from secateur import Budget, Calibration, Settings, Store, calibrate, make_plan,
 from secateur.apply.block_journal import Journal
 from secateur.evaluate import verify
 from secateur.io.run_directory import Workspace, on_disk
-from secateur.io.safetensors_reader import Shelf
+from secateur.io.safetensors_reader import TensorReader
 from secateur.io.safetensors_writer import Writer
 from secateur.methods import method_class
 from secateur.models.streamed_loading import open_streamed
@@ -207,8 +207,8 @@ LOGITS = {"logits.float32.eager": torch.ones(4, 8)}
 def test_a_testimony_that_says_nothing_is_refused(tmp_path, content):
     """The mistake: an empty one agrees with every model."""
     save_file(content, tmp_path / "said.safetensors")
-    with pytest.raises(InputError, match="testimony"):
-        verify.Testimony.load(tmp_path / "said.safetensors")
+    with pytest.raises(InputError, match="reference_outputs"):
+        verify.ReferenceOutputs.load(tmp_path / "said.safetensors")
     assert verify.disagreement({}, LOGITS) is not None
 
 
@@ -267,4 +267,4 @@ def test_two_files_with_one_tensor_are_refused(tmp_path):
     content = json.dumps({"weight_map": {**index, "w": "a.safetensors"}})
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(InputError, match="both"):
-        Shelf("m", tmp_path)
+        TensorReader("m", tmp_path)

@@ -7,7 +7,7 @@ import torch
 from conftest import report_of, sizes
 
 from secateur.cli.render import show_verdict
-from secateur.evaluate.measurements import Verdict
+from secateur.evaluate.measurements import Measurements
 from tests.support import families
 
 KEPT = ["--keep", "0.7", "--method", "modegpt"]
@@ -91,11 +91,11 @@ def test_the_result_is_inspected_and_measured_like_any_model(name, made, folder,
     out, _ = made
     text = folder / ("words.txt" if name == "bert" else "images")
     found = run("eval", out, "--eval", text, "--eval-windows", 6, "--no-speed", "--json")
-    verdict = json.loads(found.succeeded().out)
-    assert verdict["parameters"] == report_of(out)["compressed"]["parameters"]
-    assert len(verdict["tasks"]) == len(verdict["perplexity"]) == 1
+    measurements = json.loads(found.succeeded().out)
+    assert measurements["parameters"] == report_of(out)["compressed"]["parameters"]
+    assert len(measurements["tasks"]) == len(measurements["perplexity"]) == 1
     shown = run("eval", out, "--eval", text, "--eval-windows", 6, "--no-speed").succeeded().out
-    assert verdict["counts"] in shown
+    assert measurements["counts"] in shown
     content = json.loads(run("inspect", folder / name, "--json").succeeded().out)
     assert {unit["kind"] for unit in content["units"]} == {"mlp", "query_key", "value_output"}
     shown = run("inspect", folder / name).succeeded().out
@@ -106,7 +106,7 @@ def test_the_result_is_inspected_and_measured_like_any_model(name, made, folder,
 def test_images_are_read_by_the_image(capsys, counts, things):
     """The mistake: images a second shown as tokens."""
     speed = {"prefill_tokens_per_second": 12.0}
-    show_verdict(Verdict(1, 1, {}, {}, "", "", 1, speed, counts))
+    show_verdict(Measurements(1, 1, {}, {}, "", "", 1, speed, counts))
     assert f"prefill, {things}/s" in capsys.readouterr().out
 
 

@@ -160,7 +160,7 @@ def test_a_wrong_reload_is_no_result(compress, room, monkeypatch):
 
     from secateur.pipeline import run_record as pipeline
 
-    judge = pipeline.judge_apart
+    judge = pipeline.measure_in_subprocess
 
     def corrupted(source, *given, said=None, **named):
         if said is not None:
@@ -169,7 +169,7 @@ def test_a_wrong_reload_is_no_result(compress, room, monkeypatch):
             save_file(tensors, Path(source) / WEIGHTS, metadata={"format": "pt"})
         return judge(source, *given, said=said, **named)
 
-    monkeypatch.setattr(pipeline, "judge_apart", corrupted)
+    monkeypatch.setattr(pipeline, "measure_in_subprocess", corrupted)
     found = compress()
     assert found.code not in (0, 2)
     assert "is not the model that was compressed" in found.err

@@ -63,8 +63,8 @@ def test_a_run_reports_what_is_found_written_and_agreed_on(made):
 def test_the_result_is_measured_like_any_model(made, folder, run, near):
     out, _ = made
     given = ["--eval", folder / "words.txt", "--eval-length", 32, "--no-speed"]
-    verdict = json.loads(run("eval", out, *given, "--json").succeeded().out)
-    assert verdict["parameters"] == report_of(out)["compressed"]["parameters"]
+    measurements = json.loads(run("eval", out, *given, "--json").succeeded().out)
+    assert measurements["parameters"] == report_of(out)["compressed"]["parameters"]
     assert "target tokens" in run("eval", out, *given).succeeded().out
     content = json.loads(run("inspect", folder / "t5", "--json").succeeded().out)
     assert {unit["kind"] for unit in content["units"]} == {"mlp", "query_key", "value_output"}

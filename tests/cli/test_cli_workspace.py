@@ -67,7 +67,7 @@ def stopped(compress, room, monkeypatch, near):
 @pytest.mark.parametrize(
     ("owner", "name", "after"),
     [
-        ("pipeline.run_inputs", "judge_apart", 0),
+        ("pipeline.run_inputs", "measure_in_subprocess", 0),
         ("pipeline.prepare", "calibrate", 0),
         ("pipeline.prepare", "score", 0),
         ("scoring.evidence", "measure_losses", 1),
@@ -76,7 +76,7 @@ def stopped(compress, room, monkeypatch, near):
         ("apply.sequential:Propagation", "narrow_block", 1),
         ("apply.sequential", "narrow_unit", 3),
         ("apply.save", "write_config", 0),
-        ("pipeline.run_record", "judge_apart", 0),
+        ("pipeline.run_record", "measure_in_subprocess", 0),
         ("pipeline.compress", "write_record", 0),
     ],
 )
@@ -332,11 +332,11 @@ def large(tensors):
 DAMAGED = {
     "dense.json": [
         lambda path: path.write_text("{}"),
-        edited(lambda c: c["verdict"].update(perplexity={})),
-        edited(lambda c: c["verdict"].update(bytes=-1)),
-        edited(lambda c: c["verdict"].update(bytes=str(c["verdict"]["bytes"]))),
-        edited(lambda c: c["verdict"].pop("prompt")),
-        edited(lambda c: c["verdict"].update(perplexity={"another": 2.0})),
+        edited(lambda c: c["measurements"].update(perplexity={})),
+        edited(lambda c: c["measurements"].update(bytes=-1)),
+        edited(lambda c: c["measurements"].update(bytes=str(c["measurements"]["bytes"]))),
+        edited(lambda c: c["measurements"].pop("prompt")),
+        edited(lambda c: c["measurements"].update(perplexity={"another": 2.0})),
     ],
     "dense.safetensors": [cut, lambda path: path.write_bytes(b""), lambda path: path.unlink()],
     "written.json": [
@@ -373,7 +373,9 @@ def test_what_is_damaged_of_an_unfinished_run_is_made_again(compress, room, near
             assert compress("--overwrite").code == 130
         assert len(near) == (2 if name.startswith("dense") else 1)
         again, dense = (room / ".out.partial" / "dense.json").read_text(), json.loads(before)
-        assert json.loads(again)["verdict"]["perplexity"] == dense["verdict"]["perplexity"]
+        assert (
+            json.loads(again)["measurements"]["perplexity"] == dense["measurements"]["perplexity"]
+        )
         compress("--overwrite").succeeded()
 
 

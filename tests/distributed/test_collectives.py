@@ -18,7 +18,7 @@ from secateur.apply.surgery import narrow_block
 from secateur.calibration import layer_stream as stream
 from secateur.calibration.gradients import CURVED_LOSS, needs_gradients
 from secateur.calibration.pair_scores import PairScores
-from secateur.calibration.token_batches import Rows
+from secateur.calibration.token_batches import TokenBatches
 from secateur.data.tokens import Calibration
 from secateur.distributed.collectives import ALONE, Ranks
 from secateur.distributed.messages import DTYPES, pack, unpack
@@ -357,7 +357,7 @@ def test_ranks_that_round_differently_stop_together(known, tmp_path):
         if not ranks.leader:
             linalg._dot = lambda a, b: -exact(a, b)
         share = slice(256 * ranks.rank, 256 * ranks.rank + 256 if ranks.world_size == 2 else None)
-        rows = Rows(lambda: [(inputs[share], target[share])], 256 * ranks.rank, ranks)
+        rows = TokenBatches(lambda: [(inputs[share], target[share])], 256 * ranks.rank, ranks)
         with torch.no_grad():
             gauss_newton.GaussNewton(4, 1e-3, 1e-6).refine(block, rows)
         return [

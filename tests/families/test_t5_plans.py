@@ -174,7 +174,7 @@ def test_the_next_token_is_that_of_a_whole_pass(folder):
         for _ in range(6):
             found.append(module(**use.going_on(found[-1], state)).logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(found, 1), written(module, tokens, False))
-    assert verify.testimony(model, tokens)["greedy.cached"].shape == (16,)
+    assert verify.reference_outputs(model, tokens)["greedy.cached"].shape == (16,)
 
 
 # What stays

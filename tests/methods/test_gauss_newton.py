@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from secateur.calibration.token_batches import Rows
+from secateur.calibration.token_batches import TokenBatches
 from secateur.linalg.least_squares import conjugate_gradients
 from secateur.methods import gauss_newton
 from secateur.methods.gauss_newton import GaussNewton
@@ -32,7 +32,7 @@ def made(block, inputs):
 
 def pieces(inputs, targets, size=4096):
     """In pieces of so many tokens."""
-    return Rows(lambda: zip(inputs.split(size), targets.split(size), strict=True))
+    return TokenBatches(lambda: zip(inputs.split(size), targets.split(size), strict=True))
 
 
 def error(block, inputs, targets):
@@ -237,7 +237,7 @@ def test_the_same_tokens_judge_whatever_the_pieces(size):
     at = torch.arange(700).double().unsqueeze(1)
     all_rows = pieces(at[90:], -at[90:], size)
     for ahead in (90, 0):
-        chosen = Rows(lambda: iter(all_rows), ahead).where(lambda n: n // 32 % 7 == 6)
+        chosen = TokenBatches(lambda: iter(all_rows), ahead).where(lambda n: n // 32 % 7 == 6)
         inputs, targets = map(torch.cat, zip(*chosen, strict=True))
         expected = at[90:][judging(700)[ahead : ahead + 610]]
         assert torch.equal(inputs, expected)

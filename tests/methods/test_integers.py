@@ -353,7 +353,7 @@ def test_what_is_loaded_again_says_the_same(tmp_path, name):
     again = open_model(tmp_path / "small", settings)
     assert not any(isinstance(module, Integers) for module in again.module.modules())
     assert {p.dtype for p in again.module.parameters()} == {torch.float32}
-    assert verify.disagreement(memory, verify.testimony(again, tokens)) is None
+    assert verify.disagreement(memory, verify.reference_outputs(again, tokens)) is None
     assert packed_bytes(tmp_path / "small") == sum(r.bytes for r in plan.units if r.form)
 
 

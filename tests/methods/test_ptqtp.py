@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from secateur import PTQTP, InputError
-from secateur.layers.factored_secateur import Trits, packed_trits, unpacked_trits
+from secateur.layers.factored_secateur import Ternary, packed_trits, unpacked_trits
 from secateur.layers.forms_secateur import build, fill
 from secateur.linalg.ternary import PAIRS, best_scales, errors, nearest_trits
 from secateur.methods import check_served
@@ -80,9 +80,9 @@ def test_two_planes_take_3_45_bits_a_weight():
 @pytest.mark.parametrize("change", [{"group": 24}, {"group": 0}, {"group": 128}, {"rank": 2}])
 def test_a_spec_that_is_none_is_refused(change):
     spec = {"form": "trits", "outputs": 4, "inputs": 64, "bias": False, "group": 16}
-    Trits.check(spec)
+    Ternary.check(spec)
     with pytest.raises(ValueError, match="group"):
-        Trits.check(spec | change)
+        Ternary.check(spec | change)
 
 
 # The fit

@@ -18,7 +18,7 @@ from secateur.evaluate.perplexity import answered
 from secateur.methods.auto import Auto
 from secateur.models.loading import skeleton
 from secateur.models.model import fingerprint
-from secateur.models.offload import Residence, own_head
+from secateur.models.offload import Offload, own_head
 from secateur.models.streamed_loading import obstacle, open_streamed
 from secateur.scoring import calibration_selection as selecting
 from secateur.scoring.calibration_selection import MiddleStates, leverage, means
@@ -89,9 +89,9 @@ def test_statistics_and_scores_are_the_same(dense, name):
 @pytest.fixture
 def fetched(monkeypatch):
     """Blocks in the order in which they are read."""
-    read, own = [], Residence._fetch
+    read, own = [], Offload._fetch
     monkeypatch.setattr(
-        Residence, "_fetch", lambda home, block: (read.append(block.index), own(home, block))
+        Offload, "_fetch", lambda home, block: (read.append(block.index), own(home, block))
     )
     return read
 

@@ -81,14 +81,14 @@ def test_plan_and_weights_are_those_of_the_cpu(dense, tmp_path, name, variant, s
     with apple():
         found = prepared(dense(variant), method, tokens, MPS, streams)
         assert found.model.device.type == "mps"
-        own, testimony = written(found, tmp_path / "mps")
+        own, reference_outputs = written(found, tmp_path / "mps")
         held = [t for t in found.model.module.parameters() if not t.is_meta]
         assert held
         assert all(map(on_mps, held))
     assert found.plan.sizes == expected.plan.sizes
     assert found.plan.budget.reached < 1
     close(own, weights)
-    close(testimony, said)
+    close(reference_outputs, said)
 
 
 def test_the_gauss_newton_step_is_taken(dense, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def steps() -> int:
 
 def _last(model: Model, rows: Tensor, advance: Callable[[int], None]) -> Tensor:
     """Logits after the last token of each row."""
-    if model.residence is not None:  # read once for all of them
+    if model.offload is not None:  # read once for all of them
         return last_logits(model, Tokens(rows, torch.ones_like(rows, dtype=torch.bool)), advance)
     module: Any = model.module
     keep = "logits_to_keep" in inspect.signature(module.forward).parameters
