@@ -1,11 +1,13 @@
-"""Read checkpoints in processes of their own and note what they say: reader.py ROUTE.
+"""Read checkpoints in processes of their own, by a route: reader.py ROUTE [CONFIG ...].
 
 On the route "stranger" importing secateur fails, so the checkpoints stand on their own files. Each
 line of the input names a folder. What opens each of its checkpoints, and what that is asked, is in
 the folder's jobs.json and inputs.safetensors. Each folder is read by a process of its own, forked
-from this one, which has imported what all of them need and has opened nothing.
+from this one, which has imported what all of them need of transformers, as the stock models of the
+named config classes, and has opened nothing.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -20,7 +22,7 @@ if __name__ == "__main__" and sys.argv[1] == "stranger":
     sys.modules["secateur"] = None  # type: ignore[assignment]
 
 
-def main(route: str) -> None:
+def main(route: str, configs: list[str]) -> None:
     """Read folder after folder; a line of the output says how the process of each ended."""
     import torch
     import transformers
@@ -30,6 +32,10 @@ def main(route: str) -> None:
         import secateur  # noqa: F401
     for auto in ("CausalLM", "MaskedLM", "ImageClassification", "Seq2SeqLM"):
         getattr(transformers, f"AutoModelFor{auto}")
+    for config in configs:
+        importlib.import_module(
+            getattr(transformers, config).__module__.replace(".configuration_", ".modeling_")
+        )
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for line in sys.stdin:
@@ -179,4 +185,4 @@ def alone(model: Any, ids: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])

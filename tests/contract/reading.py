@@ -12,6 +12,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.support.families import FAMILIES
+
 SCRIPT = Path(__file__).with_name("reader.py")
 
 
@@ -79,9 +81,10 @@ class Reader:
         }
         if self.route == "secateur":
             environment["PYTHONPATH"] = str(SCRIPT.parents[2])
+        configs = sorted({family.config for family in FAMILIES.values()})
         with (self.folder / "errors.txt").open("w") as errors:
             return subprocess.Popen(
-                [sys.executable, str(SCRIPT), self.route],
+                [sys.executable, str(SCRIPT), self.route, *configs],
                 cwd=self.folder,
                 env=environment,
                 stdin=subprocess.PIPE,

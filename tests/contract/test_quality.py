@@ -97,6 +97,8 @@ def random_choice(unit, size, block, generator):
 class Chosen:
     """A method whose narrowings come from a function instead."""
 
+    selects = ()
+
     def __init__(self, compress):
         self.compress = compress
 
