@@ -1,7 +1,7 @@
 """Train the small Llama that the package carries, on the documentation text of CPython itself.
 
 Needs no network: the text is read from the Python installation that runs this script (see
-``secateur/bundled.py``). Takes about half an hour on two CPU cores.
+``secateur/data/bundled.py``). Takes about half an hour on two CPU cores.
 
     PYTHONPATH=. python scripts/train_demo_model.py
 """
@@ -30,7 +30,7 @@ heads and {kv_heads} key/value heads, gated SiLU MLP, tied embeddings, {vocabula
 tokens) for trying the package without a network. It writes sentences that look like Python's
 documentation; it knows nothing and is fit for nothing but demonstrations and tests.
 
-- Trained on: the `train` split of `secateur/bundled.py`, that is the language reference topics
+- Trained on: the `train` split of `secateur/data/bundled.py`, that is the language reference topics
   and the docstrings and comments of the standard library of CPython {python}
   ({tokens:,} tokens, seen {epochs:.1f} times on average).
 - Trained by: `{command}`

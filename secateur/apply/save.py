@@ -223,7 +223,9 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
     prefix = modeling_secateur.PREFIX
     stock = type(model.module).__name__.removeprefix(prefix)
     if tier == "plain":
-        fields[anatomy.width_key] = model.blocks[0].feed_forwards[0].width
+        fields |= {
+            anatomy.width_key: mlp.width for b in model.blocks[:1] for mlp in b.feed_forwards[:1]
+        }
         fields["architectures"] = [stock]
         fields["model_type"] = config.model_type.removeprefix(PREFIX)
         for name in ("secateur", "auto_map"):  # of a compressed checkpoint that is stock again

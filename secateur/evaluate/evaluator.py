@@ -227,7 +227,7 @@ def measure_in_subprocess(
 ) -> Measurements:
     """Evaluate a checkpoint in a fresh process, which can use the folder ``scratch``.
 
-    The reloaded checkpoint must agree with ``said``, the reference_outputs of the model in memory.
+    The reloaded checkpoint must agree with ``said``, the reference outputs of the model in memory.
     :func:`judge` describes ``outputs_of_dense``.
 
     Raises:

@@ -70,7 +70,7 @@ def export_dense(
         model = open_model(source, settings)
         with torch.no_grad():
             multiply_out(model)
-        tier: Written = "plain" if stock_again(model, settings) else "per-layer"
+        tier: Written = "plain" if stock_again(model) else "per-layer"
         writer = writer_for(model, tier, workspace.result)
         with progress.stage("writing", len(model.blocks)) as advance:
             for block in model.blocks:
@@ -236,7 +236,7 @@ def multiply_out(model: Model) -> int:
     return count
 
 
-def stock_again(model: Model, settings: Settings) -> bool:
+def stock_again(model: Model) -> bool:
     """Whether the stock class has exactly these tensors, with the same order of dimensions."""
     if any(block.layout.pairs != sorted(block.layout.pairs) for block in model.blocks):
         return False

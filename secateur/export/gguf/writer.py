@@ -113,9 +113,9 @@ def metadata(writer: Any, model: Model, layout: Layout, kind: Written) -> None:
     writer.add_context_length(min(positions, layout.window or positions))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layout.layers))
-    writer.add_feed_forward_length(_by_layer([layer.width for layer in layout.layers], layout))
-    writer.add_head_count(_by_layer([layer.heads for layer in layout.layers], layout))
-    writer.add_head_count_kv(_by_layer([layer.kv_heads for layer in layout.layers], layout))
+    writer.add_feed_forward_length(_by_layer([layer.width for layer in layout.layers]))
+    writer.add_head_count(_by_layer([layer.heads for layer in layout.layers]))
+    writer.add_head_count_kv(_by_layer([layer.kv_heads for layer in layout.layers]))
     writer.add_key_length(layout.head)
     writer.add_value_length(layout.head)
     writer.add_rope_dimension_count(layout.head)
@@ -123,6 +123,6 @@ def metadata(writer: Any, model: Model, layout: Layout, kind: Written) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _by_layer(sizes: list[int], layout: Layout) -> int | list[int]:
+def _by_layer(sizes: list[int]) -> int | list[int]:
     """A single number if all are equal, which is what most readers expect."""
     return sizes if len(set(sizes)) > 1 else sizes[0]
