@@ -223,9 +223,9 @@ def write_config(model: Model, tier: Written, folder: Path) -> None:
     prefix = modeling_secateur.PREFIX
     stock = type(model.module).__name__.removeprefix(prefix)
     if tier == "plain":
-        fields |= {
-            anatomy.width_key: mlp.width for b in model.blocks[:1] for mlp in b.feed_forwards[:1]
-        }
+        widths = [mlp.width for block in model.blocks for mlp in block.feed_forwards]
+        if widths:
+            fields[anatomy.width_key] = widths[0]  # all are equal in this tier
         fields["architectures"] = [stock]
         fields["model_type"] = config.model_type.removeprefix(PREFIX)
         for name in ("secateur", "auto_map"):  # of a compressed checkpoint that is stock again
