@@ -106,6 +106,7 @@ def _decided(
 ) -> tuple[dict[str, int], Selection | None]:
     """All sizes, by the allocator or by a method that is fitted as a whole."""
     method, share = step.method, step.budget.share
+    step.allocator.check(units, prices, share)
     if not isinstance(method, FittedMethod):
         return step.allocator.spend(units, evidence, prices, share), None
     assert not isinstance(share, str)

@@ -19,6 +19,7 @@ from secateur.models.streamed_loading import open_streamed
 from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
 from secateur.scoring.evidence import score
+from secateur.structure.selection import Selection
 from secateur.utils.errors import HaltedError, InputError
 from tests.support import families
 from tests.support.steps import prepared_of
@@ -219,12 +220,16 @@ def test_what_is_damaged_starts_again(tmp_path, lost):
     writer = Writer(tmp_path / "out")
     journal = Journal(tmp_path / "narrowing", writer, {"a": 1})
     writer.add("x", torch.ones(4))
+    kept = Selection({})
+    kept.save(tmp_path / "narrowing")
     content = {
         "sizes": {"a": 1},
         "blocks": [],
         "errors": [],
         "streams": {"narrow": 4},
         "streamed": False,
+        "given": None,
+        "kept": kept.digest,
     }
     content["writer"] = writer.state().model_dump(mode="json")
     content["blocks"] = [{"gone": True, "linears": {}, "attention": None, "forms": {}}]

@@ -98,7 +98,7 @@ def test_a_full_disk_while_weights_are_written(compress, room, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_copy", full)
-        compress().refused("No space left", "typed again")
+        compress().refused("No space left", "repeat it")
     assert [entry.name for entry in room.iterdir()] == [".out.partial"]
     compress().succeeded()
     assert [entry.name for entry in room.iterdir()] == ["out"]
@@ -111,7 +111,7 @@ def test_a_full_disk_while_the_plan_is_written(compress, room, monkeypatch):
         "write_text",
         lambda self, *a, **k: full() if self.name == "plan.json" else write(self, *a, **k),
     )
-    compress().refused("No space left", "typed again")
+    compress().refused("No space left", "repeat it")
     assert [entry.name for entry in room.iterdir()] == [".out.partial"]
 
 

@@ -13,6 +13,7 @@ def plan_file(finished, tmp_path):
 
     def write(change):
         plan = json.loads((finished[0] / "secateur" / "plan.json").read_text())
+        plan["selection"] = None  # its file stays where it is
         change(plan)
         path = tmp_path / "changed.json"
         path.write_text(json.dumps(plan))

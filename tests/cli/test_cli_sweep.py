@@ -136,7 +136,7 @@ def test_an_interrupted_sweep_goes_on_and_gives_the_same_bytes(sweep, room, monk
         patch.setattr(pipeline, "write", stops)
         found = sweep(*given)
     assert found.code == 130
-    assert "typed again" in found.err
+    assert "repeat" in found.err
     assert names(room / "out") == [".modegpt-0.7.partial", ".shared", "modegpt-0.9"]
     sweep(*given).succeeded()
     assert names(room / "out") == sorted([".shared", *SHEETS, *NAMES[:2]])
@@ -272,7 +272,7 @@ def test_a_sweep_in_a_file(run, near, room, model, text, held, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["demo"], ["name the folder"]),
+        (["demo"], ["give the folder"]),
         (["missing.yaml"], ["missing.yaml"]),
         (["demo", "out", "--keep", "0.9,x"], ["--keep", "0.9,0.8"]),
         (["demo", "out", "--keep", "1.5"], ["--keep"]),

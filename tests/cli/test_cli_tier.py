@@ -96,4 +96,9 @@ def test_a_budget_out_of_reach_names_what_keeps_units_whole(refused):
 
 def test_the_tier_and_its_allocator_are_one(plan):
     flags = ("--keep", 0.7, "--allocator", "plain")
-    assert plan(*flags) == plan(*flags, "--tier", "plain") == plan(*flags[:2], "--tier", "plain")
+    by_allocator, both, by_tier = (
+        plan(*own) for own in (flags, (*flags, "--tier", "plain"), (*flags[:2], "--tier", "plain"))
+    )
+    assert both == by_tier
+    assert by_allocator | {"asked": both["asked"]} == both  # which says what was typed
+    assert by_allocator["asked"] | {"tier": "plain"} == both["asked"]

@@ -62,7 +62,7 @@ def reshaped(opened, calibrated, evidence, tmp_path_factory):
         model, data = opened(name), calibrated(name)
         chosen = made(method)
         given = (model, chosen, evidence(method, name), data.record, data.tokens)
-        plan = make_plan(*given, budget=Budget(keep=keep), allocator=Uniform())
+        plan = make_plan(*given, budget=Budget(keep=keep or "least"), allocator=Uniform())
         folder = root / f"{method}-{name}-{keep}"
         memory, tokens = write(prepared_of(model, data, plan, chosen), folder, RunContext())
         met.note_written(model, plan)

@@ -9,6 +9,7 @@ import torch
 from secateur.apply.surgery import narrow_block
 from secateur.calibration.needs import Needs
 from secateur.methods.base import Solution
+from secateur.methods.fitted import FittedMethod
 from secateur.methods.scored import ScoredMethod
 from secateur.structure.costs import counted
 from secateur.structure.narrowing import Narrowing
@@ -192,7 +193,9 @@ def test_what_scores_keep_is_worth_more_than_what_they_remove(opened, calibrated
             assert least < lost(best) * slack, unit.name
 
 
-@methods(lambda method: "mlp" in method.kinds and not issubclass(method, ScoredMethod))
+@methods(
+    lambda method: "mlp" in method.kinds and not issubclass(method, ScoredMethod | FittedMethod)
+)
 @every_family
 def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, name):
     """And the refit matters: the mistake of slicing without it costs more."""

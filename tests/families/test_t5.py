@@ -8,12 +8,13 @@ import torch
 from secateur import Store, calibrate
 from secateur.apply.sequential import watched
 from secateur.apply.surgery import narrow_unit
-from secateur.calibration import hooks as observe
 from secateur.calibration.gradients import LOSS
 from secateur.calibration.layer_stream import Stream
 from secateur.calibration.needs import Need, Needs
 from secateur.calibration.statistics import Gram
 from secateur.evaluate.verify import attend_by
+from secateur.models.attention import Attention
+from secateur.structure.sites import Site
 from tests.calibration.test_pair_scores import form_of, rescaled
 from tests.contract.conftest import logits, spread
 from tests.support import t5
@@ -95,7 +96,7 @@ def test_another_encoder_is_read_by_the_decoder_behind_it(plain):
 def test_statistics_are_of_a_blocks_own_part(folder):
     """The mistake: positions of the other stack among a block's own."""
     model, stock, tokens = opened(folder), stock_of(folder), rows(6)
-    between, store = Need("behind", Gram), Store()
+    between, store = Need(Site("block", "behind"), Gram), Store()
     needs = frozenset({Needs.HIDDEN_GRAM, Needs.MIXED_GRAM, Needs.CHANGE, between})
     calibrate(model, tokens, needs, store)
     seen, blocks = {}, {}
@@ -226,8 +227,8 @@ def test_pairs_are_weighed_by_the_models_own_attention(plain, monkeypatch):
     model, tokens, store = opened(plain), rows(3), Store()
     needs = frozenset({Needs.PAIR_SCORES})
     calibrate(model, tokens, needs, store)
-    blind, whole = Store(), observe._scores
-    monkeypatch.setattr(observe, "_scores", lambda *args: whole(*args)[:5])
+    blind, whole = Store(), Attention._scores
+    monkeypatch.setattr(Attention, "_scores", lambda *args: whole(*args)[:5])
     calibrate(model, tokens, needs, blind)
     monkeypatch.undo()
     for index in (0, 1, DECODER, DECODER + 1):

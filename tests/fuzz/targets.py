@@ -31,7 +31,8 @@ from secateur.models.model import Model
 from secateur.pipeline.compress_stage import write
 from secateur.pipeline.context import RunContext
 from secateur.pipeline.prepare import check_reach
-from secateur.planning.plan import match_units, read_plan
+from secateur.planning.checks import match_units
+from secateur.planning.plan import read_plan
 from secateur.planning.recipe import Recipe, Step, read_recipe
 from secateur.report.frontier_table import compare
 from secateur.report.html import rendered

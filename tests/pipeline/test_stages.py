@@ -44,7 +44,7 @@ class Scaled:
     def run(self, source, out, context):
         context.progress.say(f"scaling {Path(source).name}")
         shutil.copytree(source, out)
-        (file,) = out.glob("*.safetensors")
+        (file,) = out.glob("model*.safetensors")
         tensors = load_file(file)
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * self.by
         save_file(tensors, file, {"format": "pt"})
