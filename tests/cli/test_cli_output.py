@@ -105,12 +105,14 @@ def test_a_full_disk_while_weights_are_written(compress, room, monkeypatch):
 
 
 def test_a_full_disk_while_the_plan_is_written(compress, room, monkeypatch):
-    write = Path.write_text
-    monkeypatch.setattr(
-        Path,
-        "write_text",
-        lambda self, *a, **k: full() if self.name == "plan.json" else write(self, *a, **k),
-    )
+    opened = Path.open
+
+    def open_file(self, mode="r", *args, **kwargs):
+        if "plan.json" in self.name and mode == "x":
+            full()
+        return opened(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_file)
     compress().refused("No space left", "repeat it")
     assert [entry.name for entry in room.iterdir()] == [".out.partial"]
 
