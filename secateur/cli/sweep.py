@@ -218,11 +218,13 @@ def _values(name: str, text: str | None) -> tuple[Any, ...]:
     """What an option says, by commas.
 
     Raises:
-        InputError: a number is none, or not in its interval.
+        InputError: there is no value, a number is none, or it is not in its interval.
     """
     if text is None:
         return ()
     words = _words(text)
+    if not words:
+        raise InputError(f"--{_flag(name)} {text!r}: no value stands between the commas.")
     if name == "keep":
         numbers = _numbers(name, ",".join(word for word in words if word != LEAST) or "1", float)
         found = iter(numbers)
