@@ -106,9 +106,9 @@ def _decided(
 ) -> tuple[dict[str, int], Selection | None]:
     """All sizes, by the allocator or by a method that is fitted as a whole."""
     method, share = step.method, step.budget.share
-    step.allocator.check(units, prices, share)
     if not isinstance(method, FittedMethod):
         return step.allocator.spend(units, evidence, prices, share), None
+    step.allocator.check(units, prices, share)  # allocators check a budget themselves
     assert not isinstance(share, str)
     return fit_within(method, model, units, prices, prices.budget(units, share), data=data)
 

@@ -9,7 +9,6 @@ import torch
 from secateur.apply.surgery import narrow_block
 from secateur.calibration.needs import Needs
 from secateur.methods.base import Solution
-from secateur.methods.fitted import FittedMethod
 from secateur.methods.scored import ScoredMethod
 from secateur.structure.costs import counted
 from secateur.structure.narrowing import Narrowing
@@ -193,8 +192,12 @@ def test_what_scores_keep_is_worth_more_than_what_they_remove(opened, calibrated
             assert least < lost(best) * slack, unit.name
 
 
-@methods(
-    lambda method: "mlp" in method.kinds and not issubclass(method, ScoredMethod | FittedMethod)
+@methods(  # a curve of lost scores predicts no error of the output
+    lambda method: (
+        "mlp" in method.kinds
+        and not issubclass(method, ScoredMethod)
+        and not method.curve.startswith("lost Fisher score")
+    )
 )
 @every_family
 def test_predicted_mlp_error_is_the_measured_one(opened, calibrated, method, name):
